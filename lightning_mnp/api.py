@@ -1,0 +1,184 @@
+"""Plain calls: audit a network, or defend it, without a Trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from lightning_mnp.config import MNPConfig
+from lightning_mnp.defense import MNPDefense, When
+from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
+from lightning_mnp.layers import Forward
+from lightning_mnp.result import DefenseReport
+
+__all__ = ["audit", "defend", "run_defense"]
+
+
+def audit(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    seed: int | None = None,
+    config: MNPConfig | None = None,
+    network: str | None = None,
+    forward: Forward | None = None,
+    unpack: Unpack = unpack_batch,
+    state_file: Path | str | None = None,
+    progress: bool = False,
+) -> DefenseReport:
+    """Tell whether a network carries a backdoor; the network stays as it is.
+
+    Args:
+        model: The network, or a LightningModule around it, on the device to work on.
+        loader: Yields batches of clean, labeled images as the network takes them; a few hundred
+            are enough. Or a :class:`~lightning_mnp.defense_set.DefenseSet`.
+        seed: Replaces the seed of ``config``.
+        config: Options.
+        network: Dotted name of the submodule that classifies, where the model has no ``forward``.
+        forward: A function (network, images) that calls it and returns logits, or something that
+            holds them.
+        unpack: A function (batch) that gives images and labels.
+        state_file: A file in which the progress is kept, so that a killed call goes on where it
+            was when it is made again; removed at the end.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The report; its ``model`` is None.
+
+    Raises:
+        ValueError: If the model, the data and the options do not fit each other.
+        TypeError: If batches or outputs are of an unknown form.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> batch = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
+        >>> audit(network, [batch], seed=0).verdict in ("clean", "backdoored", "undecided")
+        True
+    """
+    data = DefenseSet.from_loader(loader, unpack)
+    config = _seeded(config, seed)
+    defense = MNPDefense(
+        model, data, config, when="never", network=network, forward=forward
+    )
+    run_defense(defense, state_file=state_file, progress=progress)
+    return defense.report()
+
+
+def defend(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    when: When = "flagged",
+    seed: int | None = None,
+    config: MNPConfig | None = None,
+    network: str | None = None,
+    forward: Forward | None = None,
+    unpack: Unpack = unpack_batch,
+    state_file: Path | str | None = None,
+    progress: bool = False,
+) -> DefenseReport:
+    """Audit a network and prune the filters that a backdoor works through, in a copy.
+
+    Args:
+        model: See :func:`audit`.
+        loader: See :func:`audit`.
+        when: ``"flagged"`` prunes if the verdict is backdoored, ``"always"`` in any case,
+            ``"never"`` audits only.
+        seed: See :func:`audit`.
+        config: See :func:`audit`.
+        network: See :func:`audit`.
+        forward: See :func:`audit`.
+        unpack: See :func:`audit`.
+        state_file: See :func:`audit`.
+        progress: See :func:`audit`.
+
+    Returns:
+        The report; its ``model`` is the purified copy, or a plain copy where nothing was pruned.
+
+    Raises:
+        ValueError: If the model, the data and the options do not fit each other.
+        TypeError: If batches or outputs are of an unknown form.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> batch = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
+        >>> options = MNPConfig(runs=1, rule="count", amount=1)
+        >>> report = defend(network, [batch], when="always", config=options)
+        >>> len(report.pruned), report.model is network
+        (1, False)
+    """
+    data = DefenseSet.from_loader(loader, unpack)
+    config = _seeded(config, seed)
+    defense = MNPDefense(model, data, config, when=when, network=network, forward=forward)
+    run_defense(defense, state_file=state_file, progress=progress)
+    report = defense.report()
+    report.model = defense.purified()
+    return report
+
+
+def _seeded(config: MNPConfig | None, seed: int | None) -> MNPConfig:
+    config = config or MNPConfig()
+    return config if seed is None else replace(config, seed=seed)
+
+
+def run_defense(
+    defense: MNPDefense,
+    *,
+    state_file: Path | str | None = None,
+    progress: bool = False,
+    observe: Callable[[MNPDefense, str, dict[str, float]], None] | None = None,
+    guard: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Take all steps of a defense.
+
+    Args:
+        defense: The engine.
+        state_file: See :func:`audit`.
+        progress: Whether to show a progress bar.
+        observe: Called after every step with the engine, the step's phase and its numbers.
+        guard: Makes a context around the whole.
+
+    Raises:
+        ValueError: If the state file belongs to another model, data or options.
+    """
+    path = None if state_file is None else Path(state_file)
+    if path is not None and path.exists():
+        defense.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with guard(), Progress(*columns, disable=not progress, transient=True) as bar:
+        task = bar.add_task("reference", total=defense.most_steps())
+        done = 0
+        while not defense.finished:
+            phase, position = defense.phase, defense.position
+            bar.update(task, description=f"{phase}, run {defense.run + 1}")
+            metrics = defense.step()
+            done += 1
+            bar.update(task, completed=done, total=done + defense.most_steps())
+            if observe is not None:
+                observe(defense, phase, metrics)
+            if path is not None and defense.position != position:
+                _save_state(defense, path)
+    if path is not None:
+        path.unlink(missing_ok=True)
+
+
+def _save_state(defense: MNPDefense, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save(defense.state_dict(), file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

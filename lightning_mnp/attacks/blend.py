@@ -1,0 +1,71 @@
+"""Blend: another image mixed in (Chen et al., 2017)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.io import ImageReadMode, decode_image
+
+from lightning_mnp.attacks.attack import Attack, Mode
+
+__all__ = ["Blend"]
+
+
+class Blend(Attack):
+    """Mix a fixed image into every triggered image (Chen et al., 2017, blended injection).
+
+    Args:
+        ratio: Weight of the blended image, above 0 and up to 1; the paper's setting is 0.2.
+        image: File with the image to blend in, resized to the images' size; without one, noise
+            drawn from the seed.
+        target_class: See :class:`~lightning_mnp.attacks.attack.Attack`.
+        mode: See :class:`~lightning_mnp.attacks.attack.Attack`.
+        poison_rate: See :class:`~lightning_mnp.attacks.attack.Attack`.
+        seed: See :class:`~lightning_mnp.attacks.attack.Attack`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        FileNotFoundError: If the image file does not exist.
+
+    Example:
+        >>> clean = torch.full((1, 3, 4, 4), 0.5)
+        >>> bool(((Blend(ratio=0.2).apply(clean) - clean).abs() <= 0.1).all())
+        True
+    """
+
+    def __init__(
+        self,
+        ratio: float = 0.2,
+        image: Path | str | None = None,
+        target_class: int = 0,
+        mode: Mode = "all-to-one",
+        poison_rate: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(target_class, mode, poison_rate, seed)
+        if not 0.0 < ratio <= 1.0:
+            raise ValueError(
+                f"Expected argument `ratio` to be above 0 and at most 1, but got {ratio}."
+            )
+        if image is not None and not Path(image).is_file():
+            raise FileNotFoundError(
+                f"Expected argument `image` to be an image file, but {str(image)!r} does not exist."
+            )
+        self.ratio = ratio
+        self.image = image
+
+    def _pattern(self, channels: int, height: int, width: int) -> Tensor:
+        if self.image is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            return torch.rand(channels, height, width, generator=generator)
+        mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+        pixels = decode_image(str(self.image), mode=mode).float()[None] / 255.0
+        return F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)[0]
+
+    def _trigger(self, images: Tensor) -> Tensor:
+        channels, height, width = images.shape[1:]
+        pattern = self._pattern(channels, height, width).to(images)
+        return (1.0 - self.ratio) * images + self.ratio * pattern

@@ -1,0 +1,47 @@
+"""Random crop and flip of a whole batch, each image by its own draw."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["random_crop_flip"]
+
+
+def random_crop_flip(
+    images: Tensor,
+    padding: int = 4,
+    flip: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Shift every image by up to ``padding`` pixels, filling with zeros, and mirror half of them.
+
+    It equals torchvision's ``RandomCrop(size, padding)`` and ``RandomHorizontalFlip`` drawn for
+    each image, done for the batch at once.
+
+    Args:
+        images: Shape (N, C, H, W), any dtype.
+        padding: Pixels added on every side before the crop, 0 for no shift.
+        flip: Whether to mirror images left to right with probability 1/2.
+        generator: Source of randomness on the CPU; the global one where None.
+
+    Returns:
+        New images of the same shape, dtype and device.
+
+    Example:
+        >>> images = torch.arange(4.0).reshape(1, 1, 2, 2)
+        >>> random_crop_flip(images, padding=0, flip=False).equal(images)
+        True
+    """
+    count, _, height, width = images.shape
+    shifts = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
+    mirrored = torch.rand(count, generator=generator) < 0.5 if flip else torch.zeros(count).bool()
+    rows = shifts[0][:, None] + torch.arange(height)
+    columns = shifts[1][:, None] + torch.arange(width)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    padded = F.pad(images, (padding, padding, padding, padding))
+    index = torch.arange(count)[:, None, None]
+    rows, columns, index = (part.to(images.device) for part in (rows, columns, index))
+    # The advanced indices around a slice move to the front: (N, H, W, C), then channels go back.
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,274 @@
+"""Reading weights from checkpoint files that nobody vouches for, and writing new ones."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_mnp.archive import CheckpointError, check_archive, printable
+from lightning_mnp.state_dict import PrefixMatch, check_finite, first_names, load_into
+
+__all__ = [
+    "CheckpointError",
+    "PrefixMatch",
+    "check_finite",
+    "load_into",
+    "read_state_dict",
+    "write_state_dict",
+]
+
+MAX_BYTES = 8 * 2**30
+NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net", "sd")
+WRITTEN_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
+
+
+def read_state_dict(
+    path: str | os.PathLike[str], *, key: str | None = None, max_bytes: int = MAX_BYTES
+) -> dict[str, Tensor]:
+    """Read the weights, and nothing else, from a checkpoint that nobody vouches for.
+
+    Files ending in ``.safetensors`` are read by safetensors, all others as files written by
+    ``torch.save``: only with ``weights_only=True``, after a check of their own that unpickles
+    nothing. Hyperparameters, optimizer states and class paths in the file are ignored. The
+    prefixes that ``DataParallel`` (``module.``) and ``torch.compile`` (``_orig_mod.``) put before
+    names are taken off.
+
+    Args:
+        path: The file.
+        key: Where in the file the state dict is, for example ``"ema"`` or ``"nets.student"``;
+            ``None`` finds it at the top or under ``state_dict``, ``model_state_dict``, ``model``,
+            ``net`` or ``sd``.
+        max_bytes: Largest accepted size in bytes, of the file and of its tensors.
+
+    Returns:
+        Contiguous tensors on the CPU by name, independent of the file and of each other.
+
+    Raises:
+        CheckpointError: If there is no such file, it is too large, damaged, no checkpoint, would
+            run code, holds no tensors, or does not say clearly which of several dicts is meant.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "model.pt")
+        >>> write_state_dict(path, torch.nn.Linear(2, 1).state_dict())
+        >>> {name: tuple(tensor.shape) for name, tensor in read_state_dict(path).items()}
+        {'weight': (1, 2), 'bias': (1,)}
+    """
+    path = Path(path)
+    shown = printable(str(path))
+    if not path.is_file():
+        raise CheckpointError(f"Expected argument `path` to be an existing file, but got {shown}.")
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise CheckpointError(
+            f"{shown} is refused: it has {size:,} bytes, but `max_bytes` is {max_bytes:,}."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            content: object = safetensors.torch.load_file(path, device="cpu")
+        else:
+            is_zip = check_archive(path, max_bytes)
+            # A mapped file cannot make storages larger than itself.
+            content = torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file can break its reader at any point
+        raise CheckpointError(
+            f"{shown} is damaged or no checkpoint: {printable(str(error), 300)}"
+        ) from error
+    named = _strip_wrappers(_find_state_dict(content, key, shown), shown)
+    return _detach_from_file(named, shown, max_bytes)
+
+
+def write_state_dict(
+    path: str | os.PathLike[str],
+    state_dict: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write weights to a new file that appears whole or not at all.
+
+    Args:
+        path: The file, in an existing folder. The ending says the format: ``.safetensors``,
+            ``.ckpt`` (weights under ``state_dict``, as Lightning reads them for validating,
+            testing and predicting) or ``.pt`` and ``.pth`` (the plain state dict).
+        state_dict: Tensors by name, written as contiguous copies: tied weights come out equal,
+            no longer shared, and load strictly into the class that ties them.
+        metadata: Strings to keep beside the weights; ``.pt`` and ``.pth`` have no place for them.
+
+    Raises:
+        CheckpointError: If the path exists, its ending is unknown, its folder does not exist or
+            cannot be written to, or there is nothing to write.
+    """
+    path = Path(path)
+    shown = printable(str(path))
+    if path.suffix not in WRITTEN_SUFFIXES:
+        raise CheckpointError(
+            f"Expected argument `path` to end in one of {WRITTEN_SUFFIXES}, but got {shown}."
+        )
+    if os.path.lexists(path):
+        raise CheckpointError(
+            f"Expected argument `path` not to exist, but {shown} does. Nothing is overwritten: "
+            "choose another name, or move the file away."
+        )
+    if not path.parent.is_dir():
+        raise CheckpointError(
+            f"Expected argument `path` to be in an existing folder, but got {shown}."
+        )
+    if not state_dict:
+        raise CheckpointError("Expected argument `state_dict` to hold tensors, but it is empty.")
+    for key, value in (metadata or {}).items():
+        if not isinstance(value, str):
+            raise CheckpointError(
+                f"Expected argument `metadata` to map to strings, but {printable(key)!r} is "
+                f"{type(value).__name__}."
+            )
+    tensors = {
+        name: value.detach().to("cpu", copy=True).contiguous() for name, value in state_dict.items()
+    }
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        _write(temporary, path.suffix, tensors, dict(metadata or {}))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        _publish(temporary, path)
+    except FileExistsError as error:
+        raise CheckpointError(
+            f"Expected argument `path` not to exist, but {shown} has appeared meanwhile."
+        ) from error
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{shown} could not be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, suffix: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write the format that the suffix names."""
+    if suffix == ".safetensors":
+        safetensors.torch.save_file(tensors, path, metadata or None)
+    elif suffix == ".ckpt":
+        content = {
+            "epoch": 0,
+            "global_step": 0,
+            "pytorch-lightning_version": _lightning_version(),
+            "state_dict": tensors,
+            "lightning_mnp": metadata,
+        }
+        torch.save(content, path)
+    else:
+        torch.save(tensors, path)
+
+
+def _lightning_version() -> str:
+    """Tell the version by which Lightning decides how to migrate a checkpoint."""
+    for package in ("lightning", "pytorch-lightning"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "2.6.0"  # the oldest that this package supports
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, which must be free."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        path.open("xb").close()
+        temporary.replace(path)
+
+
+def _find_state_dict(content: object, key: str | None, shown: str) -> dict[str, Tensor]:
+    """Find the dict of tensors that is meant and drop what is no tensor."""
+    if key is not None:
+        found: object = content
+        for part in [key] if isinstance(content, dict) and key in content else key.split("."):
+            if not isinstance(found, dict) or part not in found:
+                names = list(found) if isinstance(found, dict) else []
+                raise CheckpointError(
+                    f"Expected argument `key` to lead to a state dict in {shown}, but {key!r} does "
+                    f"not. There is: {first_names(names)}."
+                )
+            found = found[part]
+        content = found
+    for _ in NESTING_KEYS:
+        if not isinstance(content, dict):
+            break
+        nested = [name for name in NESTING_KEYS if isinstance(content.get(name), dict)]
+        if len(nested) > 1:
+            raise CheckpointError(
+                f"{shown} holds several state dicts. Choose one with the option `key`: "
+                f"{first_names(nested)}."
+            )
+        if not nested:
+            break
+        content = content[nested[0]]
+    tensors = _tensors(content)
+    if tensors:
+        return tensors
+    if isinstance(content, dict):
+        candidates = [name for name, value in content.items() if _tensors(value)]
+        if candidates:
+            raise CheckpointError(
+                f"{shown} holds no state dict under a usual key. Choose one with the option `key`: "
+                f"{first_names(candidates)}."
+            )
+    raise CheckpointError(
+        f"{shown} holds no weights by name. Expected a state dict, also under one of "
+        f"{NESTING_KEYS}; save `model.state_dict()`."
+    )
+
+
+def _tensors(content: object) -> dict[str, Tensor]:
+    """Keep the named tensors of a dict; empty for anything else."""
+    if not isinstance(content, dict):
+        return {}
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+
+
+def _strip_wrappers(tensors: dict[str, Tensor], shown: str) -> dict[str, Tensor]:
+    """Take off what torch.compile, DataParallel and AveragedModel put around names."""
+    names = list(tensors)
+    plain = [
+        ".".join(part for part in name.split(".") if part != "_orig_mod") or name for name in names
+    ]
+    if all(name.startswith("module.") or name == "n_averaged" for name in plain):
+        plain = [name.removeprefix("module.") for name in plain]
+    if len(set(plain)) < len(plain):
+        raise CheckpointError(
+            f"{shown} is refused: without the prefixes `module.` and `_orig_mod.`, names occur "
+            "twice."
+        )
+    return {new: tensors[old] for new, old in zip(plain, names, strict=True) if new != "n_averaged"}
+
+
+def _detach_from_file(tensors: dict[str, Tensor], shown: str, max_bytes: int) -> dict[str, Tensor]:
+    """Copy tensors out of the file, once their declared shapes are known to fit in memory."""
+    declared = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if declared > max_bytes:
+        raise CheckpointError(
+            f"{shown} is refused: its tensors declare {declared:,} bytes, but `max_bytes` is "
+            f"{max_bytes:,}."
+        )
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise CheckpointError(
+                f"{shown} is refused: expected dense tensors with values, but {printable(name)} "
+                f"has the layout {tensor.layout} on {tensor.device}."
+            )
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,337 @@
+"""Image data sets as stored, with and without a trigger."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as V
+
+from lightning_mnp.attacks import Attack
+
+__all__ = [
+    "FolderDataset",
+    "ImageDataset",
+    "MemoryDataset",
+    "PoisonedDataset",
+    "TriggeredDataset",
+    "resize_and_crop",
+]
+
+
+def resize_and_crop(images: Tensor, size: int) -> Tensor:
+    """Scale images until the shorter side fits, then cut out the center square.
+
+    Args:
+        images: Shape (..., C, H, W), ``uint8`` or floating point.
+        size: Side of the square in pixels, at least 1.
+
+    Returns:
+        Images of shape (..., C, size, size); the argument itself where nothing is to do.
+
+    Example:
+        >>> resize_and_crop(torch.zeros(3, 20, 40, dtype=torch.uint8), 10).shape
+        torch.Size([3, 10, 10])
+    """
+    if tuple(images.shape[-2:]) == (size, size):
+        return images
+    scaled: Tensor = V.center_crop(V.resize(images, [size], antialias=True), [size, size])
+    return scaled
+
+
+class ImageDataset(Dataset[Any], ABC):
+    """Images as they are stored, fetched in batches: no augmentation, no normalization.
+
+    A data loader gets all images of a batch with one call of :meth:`fetch`.
+
+    Args:
+        labels: Classes of all images, shape (N,), integers.
+
+    Attributes:
+        labels: Classes of all images, shape (N,), int64.
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels.long()
+
+    @abstractmethod
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        """Return new images of these indices, shape (n, C, H, W), uint8."""
+
+    def targets(self, indices: Sequence[int]) -> list[tuple[int, ...]]:
+        """Tell what stands beside each image in a sample: its label."""
+        return [(label,) for label in self.labels[list(indices)].tolist()]
+
+    def to_memory(self, batch_size: int = 256) -> MemoryDataset:
+        """Read all images into one tensor, ``batch_size`` at a time.
+
+        Raises:
+            ValueError: If the images differ in size or channels.
+        """
+        if len(self) == 0:
+            return MemoryDataset(torch.zeros(0, 1, 1, 1, dtype=torch.uint8), self.labels)
+        shape = self.fetch([0]).shape[1:]
+        images = torch.empty((len(self), *shape), dtype=torch.uint8)
+        for start in range(0, len(self), batch_size):
+            stop = min(start + batch_size, len(self))
+            part = self.fetch(range(start, stop))
+            if part.shape[1:] != shape:
+                raise ValueError(_mixed_sizes(part.shape[1:], shape))
+            images[start:stop] = part
+        return MemoryDataset(images, self.labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Expected an index below {len(self)}, but got {index}.")
+        return self.__getitems__([index % len(self)])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, ...]]:
+        images = self.fetch(indices).unbind()
+        return [
+            (image, *target) for image, target in zip(images, self.targets(indices), strict=True)
+        ]
+
+
+class MemoryDataset(ImageDataset):
+    """Images in one tensor.
+
+    Args:
+        images: Shape (N, C, H, W), ``uint8``.
+        labels: Classes, shape (N,), integers.
+
+    Raises:
+        ValueError: If shapes or dtypes are others.
+
+    Example:
+        >>> data = MemoryDataset(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), torch.arange(5))
+        >>> image, label = data[2]
+        >>> image.shape, label
+        (torch.Size([3, 8, 8]), 2)
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if images.ndim != 4 or images.dtype != torch.uint8:
+            raise ValueError(
+                "Expected argument `images` to be uint8 of shape (N, C, H, W), but got "
+                f"{images.dtype} of shape {tuple(images.shape)}."
+            )
+        if labels.shape != images.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"Expected argument `labels` to be integers of shape ({len(images)},), one for "
+                f"each image, but got {labels.dtype} of shape {tuple(labels.shape)}."
+            )
+        super().__init__(labels)
+        self.images = images
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        """Return new images of these indices, shape (n, C, H, W), uint8."""
+        return self.images[torch.as_tensor(indices, dtype=torch.long)]
+
+
+class FolderDataset(ImageDataset):
+    """Images of a folder with one folder per class, read when they are needed.
+
+    Args:
+        folder: The folder; a class's images may lie in folders below its own.
+        classes: Names of the class folders to use; their order gives the labels.
+        image_size: Side of the square that every image is resized and center-cropped to; without
+            it, images stay as they are and must all have the same size.
+
+    Attributes:
+        paths: One file per image, in the order of the labels, then by name.
+
+    Raises:
+        FileNotFoundError: If a class has no folder or no image.
+        ValueError: When fetched, if images differ in size or a file can't be read.
+    """
+
+    def __init__(
+        self, folder: Path | str, classes: Sequence[str], image_size: int | None = None
+    ) -> None:
+        missing = [name for name in classes if not (Path(folder) / name).is_dir()]
+        if missing:
+            raise FileNotFoundError(
+                f"Expected a folder for each class in {str(folder)!r}, but none was found for "
+                f"{', '.join(missing)}."
+            )
+        class_to_index = {name: index for index, name in enumerate(classes)}
+        samples = make_dataset(folder, class_to_index, extensions=IMG_EXTENSIONS)
+        labels = torch.tensor([label for _, label in samples], dtype=torch.long)
+        order = labels.argsort(stable=True).tolist()
+        super().__init__(labels[order])
+        self.paths = [Path(samples[index][0]) for index in order]
+        self.image_size = image_size
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        """Return new images of these indices, shape (n, 3, H, W), uint8."""
+        images = [_read(self.paths[index]) for index in indices]
+        if self.image_size is not None:
+            images = [resize_and_crop(image, self.image_size) for image in images]
+        for image in images:
+            if image.shape != images[0].shape:
+                raise ValueError(_mixed_sizes(image.shape, images[0].shape))
+        return torch.stack(images)
+
+
+class PoisonedDataset(ImageDataset):
+    """A training set in which some images carry the trigger and the attacker's label.
+
+    Images that lie in memory get their trigger once, here; others each time they are read.
+
+    Args:
+        base: The clean images; unchanged.
+        attack: Puts the trigger on and tells the attacker's labels.
+        indices: Indices of the images to poison, as by ``attack.poison_indices``.
+        num_classes: Number of classes K.
+
+    Attributes:
+        indices: The poisoned indices, sorted.
+        labels: Labels to train on: the attacker's for poisoned images.
+        true_labels: The labels before poisoning.
+
+    Raises:
+        ValueError: If an index is out of range or occurs twice, or labels are not below K.
+
+    Example:
+        >>> from lightning_mnp.attacks import BadNets
+        >>> clean = MemoryDataset(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4))
+        >>> poisoned = PoisonedDataset(clean, BadNets(), torch.tensor([2]), num_classes=4)
+        >>> poisoned.labels
+        tensor([0, 1, 0, 3])
+    """
+
+    def __init__(
+        self, base: ImageDataset, attack: Attack, indices: Tensor, num_classes: int
+    ) -> None:
+        _check_labels(base.labels, num_classes)
+        indices = indices.detach().cpu().long().sort().values
+        if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < len(base):
+            raise ValueError(
+                f"Expected argument `indices` to be from 0 to {len(base) - 1}, but got "
+                f"{int(indices[0])} to {int(indices[-1])}."
+            )
+        if (indices.diff() == 0).any():
+            raise ValueError("Expected argument `indices` to name each image once, but some twice.")
+        labels = base.labels.clone()
+        labels[indices] = attack.target_labels(labels[indices], num_classes)
+        super().__init__(labels)
+        self.base = base
+        self.attack = attack
+        self.indices = indices
+        self.true_labels = base.labels
+        # Each image's place among the poisoned ones, -1 for clean images.
+        self._place = torch.full((len(base),), -1)
+        self._place[indices] = torch.arange(len(indices))
+        self._triggered: Tensor | None = None
+        if isinstance(base, MemoryDataset) and len(indices):
+            self._triggered = _apply_in_parts(attack, base, indices)
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        """Return new images of these indices, poisoned ones with the trigger."""
+        images = self.base.fetch(indices)
+        place = self._place[torch.as_tensor(indices, dtype=torch.long)]
+        poisoned = place >= 0
+        if poisoned.any():
+            if self._triggered is not None:
+                images[poisoned] = self._triggered[place[poisoned]]
+            else:
+                images[poisoned] = self.attack.apply(images[poisoned])
+        return images
+
+
+class TriggeredDataset(ImageDataset):
+    """Test images with the trigger, to measure attack success on.
+
+    A sample is (image, attacker's label, true label). Images that have the attacker's label
+    anyway are left out: in mode ``"all-to-one"`` those of the target class.
+
+    Args:
+        base: The clean images; unchanged.
+        attack: Puts the trigger on and tells the attacker's labels.
+        num_classes: Number of classes K.
+
+    Attributes:
+        indices: Indices into ``base`` of the images that are left.
+        labels: The attacker's labels.
+        true_labels: The labels without the trigger.
+
+    Raises:
+        ValueError: If labels are not below K or no image is left.
+    """
+
+    def __init__(self, base: ImageDataset, attack: Attack, num_classes: int) -> None:
+        _check_labels(base.labels, num_classes)
+        targets = attack.target_labels(base.labels, num_classes)
+        indices = (targets != base.labels).nonzero().flatten()
+        if len(indices) == 0:
+            raise ValueError(
+                "Expected argument `base` to hold images outside of the target class, but all of "
+                f"its {len(base)} images have the attacker's label already."
+            )
+        super().__init__(targets[indices])
+        self.base = base
+        self.attack = attack
+        self.indices = indices
+        self.true_labels = base.labels[indices]
+        self._triggered: Tensor | None = None
+        if isinstance(base, MemoryDataset):
+            self._triggered = _apply_in_parts(attack, base, indices)
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        """Return new images of these indices, with the trigger."""
+        places = torch.as_tensor(indices, dtype=torch.long)
+        if self._triggered is not None:
+            return self._triggered[places]
+        return self.attack.apply(self.base.fetch(self.indices[places].tolist()))
+
+    def targets(self, indices: Sequence[int]) -> list[tuple[int, ...]]:
+        """Tell what stands beside each image: the attacker's label and the true one."""
+        places = list(indices)
+        pairs = zip(self.labels[places].tolist(), self.true_labels[places].tolist(), strict=True)
+        return list(pairs)
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        # Several times faster than Pillow, with the same pixels; Pillow reads the rare formats.
+        if path.suffix.lower() in (".jpg", ".jpeg"):
+            pixels: Tensor = decode_image(str(path), mode=ImageReadMode.RGB)
+        else:
+            pixels = V.pil_to_tensor(default_loader(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"Expected {str(path)!r} to be a readable image, but it is not. Repair or remove it."
+        ) from error
+    return pixels
+
+
+def _apply_in_parts(attack: Attack, base: ImageDataset, indices: Tensor) -> Tensor:
+    # A trigger works on float32 images, four times the bytes: never on all of them at once.
+    order = indices.tolist()
+    parts = [order[start : start + 1024] for start in range(0, len(order), 1024)]
+    return torch.cat([attack.apply(base.fetch(part)) for part in parts])
+
+
+def _check_labels(labels: Tensor, num_classes: int) -> None:
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(
+            f"Expected argument `num_classes` to be above every label, but got {num_classes} for "
+            f"labels from {int(labels.min())} to {int(labels.max())}."
+        )
+
+
+def _mixed_sizes(one: Sequence[int], other: Sequence[int]) -> str:
+    return (
+        "Expected all images to have the same channels and size, but got "
+        f"{tuple(one)} and {tuple(other)}. Set `image_size` to resize and crop them."
+    )

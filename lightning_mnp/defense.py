@@ -1,0 +1,485 @@
+"""The engine: a resumable state machine over the stages, fed from the defense set."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mnp.config import MNPConfig
+from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.detection import Judgement, judge
+from lightning_mnp.layers import Forward, find_filter_layers
+from lightning_mnp.network import check_network, network_forward, weights_digest
+from lightning_mnp.pruning import Pruning, PruningSearch, prune, pruning_order
+from lightning_mnp.recovery import FilterMask
+from lightning_mnp.result import DefenseReport, RunResult
+from lightning_mnp.saliency import batch_clc, filter_magnitudes, saliency_correlation
+from lightning_mnp.subject import Subject, Weights
+from lightning_mnp.suppression import CleanSuppression
+from lightning_mnp.updates import PlainUpdates, Updates
+
+__all__ = ["MNPDefense", "Phase", "When"]
+
+When = Literal["never", "flagged", "always"]
+Phase = Literal[
+    "reference", "suppression", "saliency", "masks", "verdict", "pruning", "check", "finished"
+]
+
+_FORMAT = 1
+
+
+class MNPDefense:
+    """Audits a network and finds the filters to prune, one batch a step.
+
+    The phases: ``reference`` (saliency and accuracy of the network as it is); for every run
+    ``suppression``, ``saliency`` of the suppressed weights and ``masks``; ``verdict``;
+    ``pruning`` (how many filters); ``check`` (accuracy without them). With ``when="flagged"``
+    masks come after the verdict, on runs that are repeated exactly.
+
+    The model is not changed. Every random choice follows from the seed and the place in this
+    order, so the state is tensors and primitives, and a run that was stopped goes on as if it
+    had not been.
+
+    Args:
+        model: The model, on its device.
+        data: The defense set.
+        config: Options.
+        when: ``"never"`` audits only, ``"flagged"`` prunes if the verdict is ``"backdoored"``,
+            ``"always"`` prunes in any case.
+        network: Dotted name of the submodule that classifies, where the model has no ``forward``.
+        forward: How that is called, see :func:`~lightning_mnp.layers.call_network`.
+        autocast: Makes the context in which the network runs, for lower precision.
+
+    Raises:
+        ValueError: If the model and the defense set do not fit each other or the options.
+        TypeError: If the model's output holds no logits.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
+        >>> defense = MNPDefense(network, data, MNPConfig(runs=1, mask_epochs=2), when="never")
+        >>> while not defense.finished:
+        ...     metrics = defense.step()
+        >>> len(defense.report().runs)
+        1
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: DefenseSet,
+        config: MNPConfig | None = None,
+        *,
+        when: When = "always",
+        network: str | None = None,
+        forward: Forward | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        if when not in get_args(When):
+            raise ValueError(
+                f"Expected argument `when` to be one of {get_args(When)}, but got {when!r}."
+            )
+        self.config = config or MNPConfig()
+        self.model = model
+        self.data = data
+        self.when = when
+        call = network_forward(model, network, forward)
+        parameter = next(model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        sample = data.images[:2].to(device)
+        self.classes = check_network(model, sample, data.labels, call)
+        self.layers = find_filter_layers(
+            model,
+            sample,
+            forward=call,
+            site=self.config.site,
+            include=self.config.include,
+            exclude=self.config.exclude,
+        )
+        self.subject = Subject(model, self.layers, call, self.config.statistics, autocast)
+        self.suppression = CleanSuppression(self.subject, self.config)
+        self.penalty = FilterMask(self.subject, self.suppression.weights, self.config, False)
+        self.preserving = FilterMask(self.subject, self.subject.weights(), self.config, True)
+        self.search = PruningSearch(self.config, self.layers.total)
+        self.optimizers = (
+            self.suppression.optimizer,
+            self.penalty.optimizer,
+            self.preserving.optimizer,
+        )
+        self.plan = self._first_plan()
+        self.position = 0
+        self.batches_done = 0
+        self.runs: list[RunResult] = []
+        self.judgement: Judgement
+        self.removed = torch.empty(0, dtype=torch.long, device=device)
+        self.accuracy_before = float("nan")
+        self.accuracy_after: float | None = None
+        self.correlation = float("nan")
+        self.warnings: list[str] = []
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._masks_sum = torch.zeros(self.layers.total, device=device)
+        self._masks_count = 0
+        self._begin_accumulating()
+
+    def _first_plan(self) -> list[tuple[Phase, int]]:
+        plan: list[tuple[Phase, int]] = [("reference", 0)]
+        for run in range(self.config.runs):
+            plan += [("suppression", run), ("saliency", run)]
+            if self.when == "always":
+                plan.append(("masks", run))
+        plan.append(("verdict", 0))
+        if self.when == "always":
+            plan += [("pruning", 0), ("check", 0)]
+        return plan
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the next step belongs to."""
+        return self.plan[self.position][0] if not self.finished else "finished"
+
+    @property
+    def run(self) -> int:
+        """The suppression run that the next step belongs to, from 0."""
+        return self.plan[min(self.position, len(self.plan) - 1)][1]
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.position >= len(self.plan)
+
+    @property
+    def passes(self) -> int:
+        """Number of batches in one pass over the defense set."""
+        return self.data.passes(self.config.batch_size)
+
+    def most_steps(self) -> int:
+        """An upper bound on the steps still to do, for progress bars."""
+        lengths: dict[str, int] = {
+            "reference": self.passes,
+            "suppression": self.passes * self.config.suppression_epochs,
+            "saliency": self.passes,
+            "masks": self.passes * self.config.mask_epochs,
+            "verdict": 1,
+            "pruning": self.search.most_steps(),
+            "check": 1,
+        }
+        left = sum(lengths[phase] for phase, _ in self.plan[self.position :])
+        return left - self.batches_done
+
+    def step(self, updates: Updates | None = None) -> dict[str, float]:
+        """Do the next step.
+
+        Args:
+            updates: Does backward passes and optimizer steps; plainly, where None.
+
+        Returns:
+            Numbers of this step, by name.
+
+        Raises:
+            RuntimeError: If the defense has finished.
+        """
+        if self.finished:
+            raise RuntimeError("The defense has finished; there is no step left.")
+        phase, started = self.phase, time.perf_counter()
+        action = getattr(self, f"_{phase}")
+        with torch.enable_grad():
+            metrics: dict[str, float] = action(updates or PlainUpdates())
+        self.seconds[phase] += time.perf_counter() - started
+        return metrics
+
+    def _batch(self, augment: bool = False) -> tuple[Tensor, Tensor]:
+        """The batch of the current step: in stored order, or shuffled and augmented."""
+        size, device = self.config.batch_size, self.subject.device
+        epoch, index = divmod(self.batches_done, self.passes)
+        if not augment:
+            return self.data.batch(index, size, device)
+        key = (self.config.seed, self.phase, self.run, epoch)
+        return self.data.batch(index, size, device, self.config.augment, key)
+
+    def _count_batch(self, epochs: int = 1) -> bool:
+        """Count the step; True, and on to the next phase, where it was the phase's last."""
+        self.batches_done += 1
+        if self.batches_done < self.passes * epochs:
+            return False
+        self._advance()
+        return True
+
+    def _advance(self) -> None:
+        self.position += 1
+        self.batches_done = 0
+
+    def _begin_accumulating(self) -> None:
+        self._clc_sum = torch.zeros(self.layers.total, device=self.subject.device)
+        self._hits = 0
+        self._predictions = torch.zeros(self.classes, dtype=torch.long)
+
+    def _reference(self, updates: Updates) -> dict[str, float]:
+        images, labels = self._batch()
+        weights = self.subject.weights()
+        self._clc_sum += batch_clc(self.subject, weights, images, labels)[0] * len(labels)
+        self._hits += self._correct(images, labels, None)
+        if self._count_batch():
+            self.correlation = self._correlate(weights)
+            self.accuracy_before = self._hits / len(self.data)
+            self._begin_accumulating()
+            return {"correlation": self.correlation, "accuracy": self.accuracy_before}
+        return {}
+
+    def _suppression(self, updates: Updates) -> dict[str, float]:
+        if self.batches_done == 0:
+            self.suppression.restart()
+        images, labels = self._batch(augment=True)
+        metrics = self.suppression.step(images, labels, len(self.data), updates)
+        self.batches_done += 1
+        if self.batches_done >= self.passes * self.config.suppression_epochs:
+            self.suppression.finish("all passes were made")
+        if self.suppression.stopped:
+            self.suppression.finish("")
+            self._advance()
+        return metrics
+
+    def _saliency(self, updates: Updates) -> dict[str, float]:
+        images, labels = self._batch()
+        weights = {name: weight.detach() for name, weight in self.suppression.weights.items()}
+        changes, logits = batch_clc(self.subject, weights, images, labels)
+        self._clc_sum += changes * len(labels)
+        self._predictions += logits.argmax(1).cpu().bincount(minlength=self.classes)
+        if not self._count_batch():
+            return {}
+        correlation = self._correlate(weights)
+        result = RunResult(
+            detection_ratio=correlation / self.correlation if self.correlation else float("nan"),
+            correlation=correlation,
+            predictions=tuple(self._predictions.tolist()),
+            steps=self.suppression.steps,
+            accuracy=self.suppression.accuracy,
+            stopped=self.suppression.stopped,
+        )
+        self._begin_accumulating()
+        if len(self.runs) < self.config.runs:  # a repeated run is known already
+            self.runs.append(result)
+        self.penalty.restart(weights)
+        self.preserving.restart(self.subject.weights())
+        return {"detection_ratio": result.detection_ratio, "pile_up": result.pile_up}
+
+    def _masks(self, updates: Updates) -> dict[str, float]:
+        images, labels = self._batch(augment=True)
+        first = self.penalty.step(images, labels, updates)
+        second = self.preserving.step(images, labels, updates)
+        if self._count_batch(self.config.mask_epochs):
+            self._masks_sum += self.penalty.values.detach() + self.preserving.values.detach()
+            self._masks_count += 1
+            for name, mask in (("M1", self.penalty), ("M2", self.preserving)):
+                if mask.stopped:
+                    number = self._masks_count
+                    self.warnings.append(f"{name} of run {number} stopped early: {mask.stopped}")
+        return {
+            "penalty_loss": first["loss"],
+            "preserving_loss": second["loss"],
+            "accuracy": first["accuracy"],
+        }
+
+    def _verdict(self, updates: Updates) -> dict[str, float]:
+        self.judgement = judge(self.runs, self.correlation, self.config)
+        self._advance()
+        if self.when == "flagged" and self.judgement.verdict == "backdoored":
+            repeated: list[tuple[Phase, int]] = []
+            for run in range(self.config.runs):
+                repeated += [("suppression", run), ("saliency", run), ("masks", run)]
+            self.plan += [*repeated, ("pruning", 0), ("check", 0)]
+        return {
+            "backdoored": float(self.judgement.verdict == "backdoored"),
+            "detection_ratio": self.judgement.detection_ratio,
+            "pile_up": self.judgement.pile_up,
+        }
+
+    @property
+    def scores(self) -> Tensor:
+        """M1 + M2 averaged over the runs so far, shape (total filters,)."""
+        return self._masks_sum / max(1, self._masks_count)
+
+    def _pruning(self, updates: Updates) -> dict[str, float]:
+        order = pruning_order(self.scores)
+        count = self.search.next_count(self.scores)
+        metrics = {}
+        if count is not None:
+            accuracy = self._accuracy_without(order[:count])
+            self.search.record(count, accuracy)
+            metrics = {"filters": float(count), "accuracy": accuracy}
+        if self.search.next_count(self.scores) is None:
+            self.removed = order[: self.search.chosen(self.scores)]
+            self._advance()
+        return metrics
+
+    def _check(self, updates: Updates) -> dict[str, float]:
+        self.accuracy_after = self._accuracy_without(self.removed)
+        self._advance()
+        return {"accuracy": self.accuracy_after}
+
+    def _accuracy_without(self, positions: Tensor) -> float:
+        """Accuracy on the defense set without some filters, evaluation mode."""
+        masks = torch.ones(self.layers.total, device=self.subject.device)
+        masks[positions] = 0.0
+        batches = self.data.batches(self.config.batch_size, self.subject.device)
+        hits = sum(self._correct(images, labels, masks) for images, labels in batches)
+        return hits / len(self.data)
+
+    @torch.no_grad()
+    def _correct(self, images: Tensor, labels: Tensor, masks: Tensor | None) -> int:
+        logits = self.subject(images, masks=masks, statistics="running")
+        return int((logits.argmax(1) == labels).sum())
+
+    def _correlate(self, weights: Weights) -> float:
+        magnitudes = filter_magnitudes(self.subject, weights)
+        return saliency_correlation(magnitudes, self._clc_sum / len(self.data), self.layers)
+
+    def prune_(self) -> Pruning:
+        """Prune the model itself.
+
+        Returns:
+            What was removed; its ``undo`` puts it back.
+
+        Raises:
+            RuntimeError: If the defense has not finished.
+        """
+        self._require_finished()
+        return prune(self.model, self.layers, self.removed)
+
+    def purified(self) -> nn.Module:
+        """Give a pruned copy of the model.
+
+        Raises:
+            RuntimeError: If the defense has not finished.
+        """
+        self._require_finished()
+        model = copy.deepcopy(self.model)
+        prune(model, self.layers, self.removed)
+        return model
+
+    def report(self) -> DefenseReport:
+        """Give the outcome, without a model.
+
+        Raises:
+            RuntimeError: If the defense has not finished.
+        """
+        self._require_finished()
+        scores = self.scores.cpu()
+        return DefenseReport(
+            verdict=self.judgement.verdict,
+            detection_ratio=self.judgement.detection_ratio,
+            pile_up=self.judgement.pile_up,
+            target_class=self.judgement.target_class,
+            reasons=list(self.judgement.reasons),
+            runs=list(self.runs),
+            pruned=[self.layers.locate(int(position)) for position in self.removed],
+            scores=[float(scores[int(position)]) for position in self.removed],
+            filters=self.layers.total,
+            accuracy_before=self.accuracy_before,
+            accuracy_after=self.accuracy_after,
+            layers=[asdict(layer) for layer in self.layers],
+            skipped=list(self.layers.skipped),
+            defense_set={
+                "images": len(self.data),
+                "shape": list(self.data.images.shape[1:]),
+                "classes": self.data.counts,
+                "sha256": self.data.fingerprint,
+            },
+            config=self.config.to_dict(),
+            seconds=dict(self.seconds),
+            versions={name: version(name) for name in ("torch", "torchvision")},
+            warnings=list(self.warnings),
+        )
+
+    def _require_finished(self) -> None:
+        if not self.finished:
+            raise RuntimeError(
+                f"The defense is in phase {self.phase!r}; it has a result when it has finished."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the whole state as tensors and primitives, readable with ``weights_only=True``."""
+        return {
+            "format": _FORMAT,
+            "identity": self._identity(),
+            "plan": [list(entry) for entry in self.plan],
+            "position": self.position,
+            "batches_done": self.batches_done,
+            "runs": [{**asdict(run), "predictions": list(run.predictions)} for run in self.runs],
+            "correlation": self.correlation,
+            "accuracy_before": self.accuracy_before,
+            "accuracy_after": self.accuracy_after,
+            "seconds": dict(self.seconds),
+            "warnings": list(self.warnings),
+            "clc_sum": self._clc_sum,
+            "hits": self._hits,
+            "predictions": self._predictions,
+            "masks_sum": self._masks_sum,
+            "masks_count": self._masks_count,
+            "removed": self.removed,
+            "search": self.search.state_dict(),
+            "suppression": self.suppression.state_dict(),
+            "penalty": self.penalty.state_dict(),
+            "preserving": self.preserving.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: If the state is of another format, model, defense set or options.
+        """
+        if state.get("format") != _FORMAT:
+            raise ValueError(
+                f"Expected the state of a defense in format {_FORMAT}, but got "
+                f"{state.get('format')!r}. Remove the file to start anew."
+            )
+        for name, value in self._identity().items():
+            if state["identity"].get(name) != value:
+                raise ValueError(
+                    f"Expected the state to belong to the same {name}, but it was {value!r} and "
+                    f"is {state['identity'].get(name)!r} in the state. Remove the file to start "
+                    "anew."
+                )
+        device = self.subject.device
+        self.plan = [(phase, int(run)) for phase, run in state["plan"]]
+        self.position = int(state["position"])
+        self.batches_done = int(state["batches_done"])
+        self.runs = [
+            RunResult(**{**run, "predictions": tuple(run["predictions"])}) for run in state["runs"]
+        ]
+        self.correlation = float(state["correlation"])
+        self.accuracy_before = float(state["accuracy_before"])
+        self.accuracy_after = state["accuracy_after"]
+        self.seconds = defaultdict(float, state["seconds"])
+        self.warnings = list(state["warnings"])
+        self._clc_sum = state["clc_sum"].to(device)
+        self._hits = int(state["hits"])
+        self._predictions = state["predictions"].cpu()
+        self._masks_sum = state["masks_sum"].to(device)
+        self._masks_count = int(state["masks_count"])
+        self.removed = state["removed"].to(device)
+        self.search.load_state_dict(state["search"])
+        self.suppression.load_state_dict(state["suppression"])
+        self.penalty.restart(self.suppression.weights)
+        self.penalty.load_state_dict(state["penalty"])
+        self.preserving.load_state_dict(state["preserving"])
+        if ("verdict", 0) in self.plan[: self.position]:
+            self.judgement = judge(self.runs, self.correlation, self.config)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "defense set": self.data.fingerprint,
+            "options": self.config.to_dict(),
+            "occasion": self.when,
+            "layers": [[layer.name, layer.filters] for layer in self.layers],
+            "weights": weights_digest(self.model),
+        }

@@ -1,0 +1,238 @@
+"""The defense set: a few hundred clean images, held in memory in an order of their own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mnp.augment import random_crop_flip
+
+__all__ = ["DefenseSet", "Unpack", "seeded_generator", "unpack_batch"]
+
+Unpack = Callable[[Any], tuple[Tensor, Tensor]]
+
+_IMAGE_KEYS = ("image", "images", "pixel_values", "x", "input", "inputs", "img")
+_LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
+
+
+def seeded_generator(*key: str | int) -> torch.Generator:
+    """Make a random generator for one purpose, independent of those of other purposes.
+
+    Args:
+        key: The seed, and what the numbers are for, such as ``(0, "suppression", run, epoch)``.
+
+    Example:
+        >>> a, b = (torch.rand(1, generator=seeded_generator(0, "a")) for _ in range(2))
+        >>> bool(a == b)
+        True
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def unpack_batch(batch: Any) -> tuple[Tensor, Tensor]:
+    """Take images and labels out of a batch.
+
+    Args:
+        batch: A tuple or list that starts with images and labels, or a dict that names them
+            (``image``, ``pixel_values``, ``x``, ...; ``label``, ``labels``, ``y``, ...).
+
+    Returns:
+        Images (N, C, ...) and labels (N,).
+
+    Raises:
+        TypeError: If they are not found.
+
+    Example:
+        >>> unpack_batch({"image": torch.zeros(1, 3, 8, 8), "label": torch.tensor([4])})[1]
+        tensor([4])
+    """
+    pair: tuple[Any, ...] = ()
+    if isinstance(batch, (tuple, list)):
+        pair = tuple(batch[:2])
+    elif hasattr(batch, "keys"):
+        found = [next((k for k in keys if k in batch), None) for keys in (_IMAGE_KEYS, _LABEL_KEYS)]
+        pair = tuple(batch[key] for key in found if key is not None)
+    if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        what = type(batch).__name__
+        if hasattr(batch, "keys"):
+            what += f" with the keys {sorted(map(str, batch.keys()))}"
+        raise TypeError(
+            f"Expected every batch to be a pair (images, labels) of tensors, or a dict that names "
+            f"them, but got {what}. Tell how it is taken apart with the argument `unpack`."
+        )
+    return pair[0], pair[1]
+
+
+class DefenseSet:
+    """Clean, labeled images in memory, in an order that depends on nothing but themselves.
+
+    Images are sorted by a hash of their pixels and counted once, so that the loader's order, its
+    batch size, shards on several processes and repeated images make no difference.
+
+    Args:
+        images: Shape (N, C, ...), floating point, as the network takes them.
+        labels: True classes, shape (N,), integers.
+
+    Raises:
+        ValueError: If the images or labels cannot serve as a defense set.
+
+    Example:
+        >>> images, labels = torch.rand(6, 3, 8, 8), torch.arange(6) % 2
+        >>> shuffled = torch.randperm(6)
+        >>> first = DefenseSet(images, labels)
+        >>> second = DefenseSet(images[shuffled], labels[shuffled])
+        >>> first.fingerprint == second.fingerprint
+        True
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        _check(images, labels)
+        labels = labels.detach().cpu().long()
+        images = images.detach().cpu()
+        hashes: dict[bytes, int] = {}
+        for index, image in enumerate(images):
+            digest = hashlib.sha256(image.contiguous().view(torch.uint8).numpy())
+            digest.update(int(labels[index]).to_bytes(8, "big"))
+            hashes.setdefault(digest.digest(), index)
+        order = [hashes[key] for key in sorted(hashes)]
+        self.images = images[order]
+        self.labels = labels[order]
+        self.fingerprint = hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
+
+    @classmethod
+    def from_loader(
+        cls,
+        loader: Iterable[Any],
+        unpack: Unpack = unpack_batch,
+        limit: int | None = None,
+    ) -> DefenseSet:
+        """Read a data loader to its end, once.
+
+        Args:
+            loader: Yields batches; or a :class:`DefenseSet`, which is returned as it is.
+            unpack: Takes images and labels out of a batch.
+            limit: Most batches to read.
+
+        Raises:
+            ValueError: If there is no batch, or its images or labels cannot serve.
+            TypeError: If a batch cannot be taken apart.
+        """
+        if isinstance(loader, DefenseSet):
+            return loader
+        images: list[Tensor] = []
+        labels: list[Tensor] = []
+        for number, batch in enumerate(loader):
+            if limit is not None and number >= limit:
+                break
+            part, classes = unpack(batch)
+            if images and part.shape[1:] != images[0].shape[1:]:
+                raise ValueError(
+                    f"Expected all images of the defense set to have one shape, but got "
+                    f"{tuple(images[0].shape[1:])} and, in batch {number}, "
+                    f"{tuple(part.shape[1:])}. Resize them in the data set's transform."
+                )
+            images.append(part.detach().cpu())
+            labels.append(torch.as_tensor(classes).detach().cpu())
+        if not images:
+            raise ValueError(
+                "Expected the defense set to hold images, but its loader yields no batch."
+            )
+        return cls(torch.cat(images), torch.cat(labels))
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Number of images of each class that occurs."""
+        return dict(sorted(Counter(self.labels.tolist()).items()))
+
+    def passes(self, batch_size: int) -> int:
+        """Number of batches in one pass."""
+        return -(-len(self) // batch_size)
+
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of one pass in the stored order, on a device."""
+        for index in range(self.passes(batch_size)):
+            yield self.batch(index, batch_size, device)
+
+    def batch(
+        self,
+        index: int,
+        batch_size: int,
+        device: torch.device,
+        augment: str = "none",
+        key: tuple[int | str, ...] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Give one batch of a pass; all batches of a pass are equally large, or differ by one.
+
+        Args:
+            index: Which batch of the pass, from 0.
+            batch_size: Most images in a batch.
+            device: Where the batch is to be.
+            augment: ``"none"``, ``"crop"`` or ``"crop-flip"``.
+            key: Names the pass, the seed first; its order and augmentation follow from it. None
+                for the stored order.
+
+        Returns:
+            Images (N, C, ...) and labels (N,).
+        """
+        if key is None:
+            order = torch.arange(len(self))
+        else:
+            order = torch.randperm(len(self), generator=seeded_generator(*key, "order"))
+        rows = order.tensor_split(self.passes(batch_size))[index]
+        images, labels = self.images[rows], self.labels[rows]
+        if key is not None and augment != "none" and images.ndim == 4:
+            generator = seeded_generator(*key, "augment", index)
+            padding = max(1, images.shape[-1] // 8)
+            images = random_crop_flip(images, padding, augment == "crop-flip", generator)
+        return images.to(device), labels.to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        shape = tuple(self.images.shape[1:])
+        return f"DefenseSet({len(self)} images of shape {shape}, {len(self.counts)} classes)"
+
+
+def _check(images: Tensor, labels: Tensor) -> None:
+    if images.ndim < 3:
+        raise ValueError(
+            f"Expected the defense set's images to have the shape (N, C, ...), but got "
+            f"{tuple(images.shape)}."
+        )
+    if len(images) == 0:
+        raise ValueError("Expected the defense set to hold images, but it is empty.")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"Expected the defense set's images to be floating point, as the network takes them, "
+            f"but got {images.dtype}. Scale and normalize them as in training."
+        )
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError(
+            "Expected the defense set's images to be finite, but some hold NaN or infinity. "
+            "Check the transforms."
+        )
+    if labels.ndim != 1 or len(labels) != len(images):
+        raise ValueError(
+            f"Expected the defense set's labels to have the shape ({len(images)},), one class for "
+            f"each image, but got {tuple(labels.shape)}."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"Expected the defense set's labels to be integers, but got {labels.dtype}."
+        )
+    if int(labels.min()) < 0:
+        raise ValueError(
+            f"Expected the defense set's labels to be at least 0, but got {int(labels.min())}."
+        )
+    if len(labels.unique()) < 2:
+        raise ValueError(
+            f"Expected the defense set to hold images of at least two classes, but all are of "
+            f"class {int(labels[0])}. Draw it from every class."
+        )

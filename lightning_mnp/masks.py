@@ -1,0 +1,169 @@
+"""Filter masks: factors on the output maps of filters, attached for a while or baked in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_mnp.layers import CHANNEL_NORMS, FilterLayer, FilterLayers
+
+__all__ = ["FilterMasks"]
+
+
+class FilterMasks:
+    """One factor for each filter of a network, all in one vector.
+
+    Attached, the masks multiply the filters' output maps through forward hooks; nothing else of
+    the network is touched, and after :meth:`remove` it is what it was, bit for bit. Baked, they
+    become part of the weights: a filter with the mask 0 has its output map removed for good.
+
+    Args:
+        network: The network.
+        layers: Its layers, from :func:`~lightning_mnp.layers.find_filter_layers`.
+        values: Masks, shape (total filters,), floating point; all ones where None. The tensor is
+            used as it is, so that it can be optimized while attached.
+
+    Raises:
+        ValueError: If the values have another shape or are not floating point.
+
+    Example:
+        >>> from lightning_mnp.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> images = torch.rand(1, 1, 4, 4)
+        >>> layers = find_filter_layers(network, images)
+        >>> with FilterMasks(network, layers, torch.zeros(4)):
+        ...     logits = network(images)
+        >>> bool((logits == network[2].bias).all())
+        True
+    """
+
+    def __init__(
+        self, network: nn.Module, layers: FilterLayers, values: Tensor | None = None
+    ) -> None:
+        if values is None:
+            parameter = next(network.parameters())
+            values = torch.ones(layers.total, device=parameter.device)
+        if values.shape != (layers.total,) or not values.is_floating_point():
+            raise ValueError(
+                f"Expected argument `values` to be one floating point number for each of the "
+                f"{layers.total} filters, but got {values.dtype} of shape {tuple(values.shape)}."
+            )
+        self.network = network
+        self.layers = layers
+        self.values = values
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def attached(self) -> bool:
+        """Whether the masks act on the network now."""
+        return bool(self._handles)
+
+    def attach(self) -> FilterMasks:
+        """Let the masks act on the network until :meth:`remove`.
+
+        Returns:
+            The object itself, so that ``with masks.attach():`` reads well.
+
+        Raises:
+            RuntimeError: If they are attached already.
+        """
+        if self.attached:
+            raise RuntimeError("The masks are attached already; call `remove` first.")
+        parts = self.values.split(self.layers.sizes)
+        for layer, part in zip(self.layers, parts, strict=True):
+            site = self.network.get_submodule(layer.site)
+            self._handles.append(site.register_forward_hook(_multiply(part, layer.channel_dim)))
+        return self
+
+    def remove(self) -> None:
+        """Take the masks off again; does nothing where they are not attached."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> FilterMasks:
+        return self if self.attached else self.attach()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    @torch.no_grad()
+    def bake(self) -> None:
+        """Write the masks into the network's weights, for good.
+
+        In evaluation mode the network then computes what it computed with the masks attached.
+        A filter with the mask 0 loses everything that could produce its map: behind a batch
+        normalization, its weights and bias, its running mean, and the scale and shift; behind a
+        normalization over several channels, scale and shift only, because zeroed inputs would
+        change the statistics of the other channels; without one, its weights and bias.
+
+        Raises:
+            RuntimeError: If the masks are attached, or a mask other than 0 and 1 falls on a
+                normalization layer without scale and shift.
+        """
+        if self.attached:
+            raise RuntimeError("The masks are attached; call `remove` before `bake`.")
+        parts = self.values.detach().split(self.layers.sizes)
+        for layer, part in zip(self.layers, parts, strict=True):
+            site = self.network.get_submodule(layer.site)
+            if site.weight is None and bool(((part != 0) & (part != 1)).any()):
+                raise RuntimeError(
+                    f"Masks other than 0 and 1 cannot be baked into {layer.site!r}, which has no "
+                    "scale and shift. Use `site='filter'`."
+                )
+        for layer, part in zip(self.layers, parts, strict=True):
+            _bake_layer(self.network, layer, part)
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "not attached"
+        return f"FilterMasks({len(self.layers)} layers, {self.layers.total} filters, {state})"
+
+
+def _multiply(values: Tensor, dim: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        shape = [1] * output.ndim
+        shape[dim] = -1
+        return output * values.reshape(shape).to(output.dtype)
+
+    return hook
+
+
+def _bake_layer(network: nn.Module, layer: FilterLayer, values: Tensor) -> None:
+    convolution = network.get_submodule(layer.name)
+    site = network.get_submodule(layer.site)
+    weight, bias = convolution.weight, convolution.bias
+    removed = values == 0
+    if layer.site == layer.name:
+        _scale_rows(layer, weight, values)
+        if bias is not None:
+            bias.mul_(values.to(bias))
+        return
+    for parameter in (site.weight, getattr(site, "bias", None)):
+        if parameter is not None:
+            parameter.mul_(values.to(parameter))
+    if isinstance(site, CHANNEL_NORMS):
+        _scale_rows(layer, weight, (~removed).to(weight))
+        for vector in (bias, site.running_mean):
+            if vector is not None:
+                vector.masked_fill_(removed.to(vector.device), 0.0)
+
+
+def _scale_rows(layer: FilterLayer, weight: Tensor, values: Tensor) -> None:
+    shape = [1] * weight.ndim
+    if not layer.transposed:
+        shape[0] = -1
+        weight.mul_(values.to(weight).reshape(shape))
+        return
+    shape[:2] = [1, -1]
+    grouped = weight.unflatten(0, (layer.groups, -1))
+    for group, part in zip(grouped, values.to(weight).chunk(layer.groups), strict=True):
+        group.mul_(part.reshape(shape))

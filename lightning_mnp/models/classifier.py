@@ -1,0 +1,244 @@
+"""A plain image classifier as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torchvision
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
+
+from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
+from lightning_mnp.models.resnet import cifar_resnet18, cifar_resnet34
+
+__all__ = ["Classifier", "Schedule", "build_network"]
+
+Schedule = Literal["cosine", "onecycle", "none"]
+
+_CIFAR = {"cifar_resnet18": cifar_resnet18, "cifar_resnet34": cifar_resnet34}
+
+# These give more than logits in training.
+_UNFIT = {"googlenet", "inception_v3"}
+
+
+def build_network(
+    architecture: str, num_classes: int = 10, width: int = 64, in_channels: int = 3
+) -> nn.Module:
+    """Build a network by name, with fresh weights.
+
+    Args:
+        architecture: ``"cifar_resnet18"``, ``"cifar_resnet34"`` or the name of a classification
+            network of torchvision, such as ``"resnet34"``.
+        num_classes: Number of outputs, at least 2.
+        width: Channels of the first stage, for the CIFAR networks only.
+        in_channels: Channels of the input images, for the CIFAR networks only.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: If the name is not known, a number is out of range, or ``width`` or
+            ``in_channels`` is set for a network of torchvision.
+
+    Example:
+        >>> build_network("cifar_resnet18", width=16).fc
+        Linear(in_features=128, out_features=10, bias=True)
+    """
+    if num_classes < 2:
+        raise ValueError(
+            f"Expected argument `num_classes` to be at least 2, but got {num_classes}."
+        )
+    if architecture in _CIFAR:
+        return _CIFAR[architecture](num_classes, width, in_channels)
+    known = set(torchvision.models.list_models(module=torchvision.models)) - _UNFIT
+    if architecture not in known:
+        raise ValueError(
+            f"Expected argument `architecture` to be one of {sorted(_CIFAR)} or of torchvision's "
+            f"classification networks, such as 'resnet34', but got {architecture!r}. Any other "
+            "network can be given as `network`."
+        )
+    if width != 64 or in_channels != 3:
+        raise ValueError(
+            f"Expected arguments `width` and `in_channels` to stay 64 and 3 for torchvision's "
+            f"{architecture!r}, but got {width} and {in_channels}."
+        )
+    network: nn.Module = torchvision.models.get_model(
+        architecture, weights=None, num_classes=num_classes
+    )
+    return network
+
+
+class Classifier(LightningModule):
+    """Train a network by cross-entropy and SGD; log clean accuracy and attack success rate.
+
+    Validation and test take the loaders of
+    :class:`~lightning_mnp.data.datamodule.BackdoorDataModule`: the first has clean images, a
+    second one, if any, triggered images. Logged are ``train/loss`` and, as shares from 0 to 1,
+    ``val/CA``, ``val/ASR``, ``test/CA`` and ``test/ASR``. In a checkpoint, the network's weights
+    have the prefix ``network.``.
+
+    Args:
+        network: The network to train; without it, one is built by name.
+        architecture: See :func:`build_network`; not used with ``network``.
+        num_classes: See :func:`build_network`; not used with ``network``.
+        width: See :func:`build_network`; not used with ``network``.
+        in_channels: See :func:`build_network`; not used with ``network``.
+        lr: Learning rate of SGD, above 0; the highest one for a schedule.
+        momentum: Momentum of SGD, from 0 to below 1.
+        weight_decay: Weight decay of SGD, at least 0.
+        schedule: How the learning rate changes with each step: ``"cosine"`` falls to 0,
+            ``"onecycle"`` rises and falls, ``"none"`` stays.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> classifier = Classifier(architecture="cifar_resnet18", width=4)
+        >>> classifier(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | None = None,
+        architecture: str = "cifar_resnet18",
+        num_classes: int = 10,
+        width: int = 64,
+        in_channels: int = 3,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        schedule: Schedule = "cosine",
+    ) -> None:
+        super().__init__()
+        if not 0.0 < lr < math.inf:
+            raise ValueError(f"Expected argument `lr` to be above 0, but got {lr}.")
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(
+                f"Expected argument `momentum` to be from 0 to below 1, but got {momentum}."
+            )
+        if not 0.0 <= weight_decay < math.inf:
+            raise ValueError(
+                f"Expected argument `weight_decay` to be at least 0, but got {weight_decay}."
+            )
+        if schedule not in get_args(Schedule):
+            raise ValueError(
+                f"Expected argument `schedule` to be one of {get_args(Schedule)}, but got "
+                f"{schedule!r}."
+            )
+        # By name, so that only primitives reach the checkpoint, also when the CLI builds us.
+        self.save_hyperparameters(
+            "architecture",
+            "num_classes",
+            "width",
+            "in_channels",
+            "lr",
+            "momentum",
+            "weight_decay",
+            "schedule",
+        )
+        if network is None:
+            network = build_network(architecture, num_classes, width, in_channels)
+        self.network = network
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.val_accuracy = CleanAccuracy()
+        self.val_success = AttackSuccessRate()
+        self.test_accuracy = CleanAccuracy()
+        self.test_success = AttackSuccessRate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits.
+
+        Args:
+            x: Images, shape (N, C, H, W), normalized.
+
+        Returns:
+            Shape (N, K).
+        """
+        logits: Tensor = self.network(x)
+        return logits
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Return the cross-entropy of a batch (images, labels)."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(
+        self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Count hits: clean images in the first loader, triggered ones in the second."""
+        self._evaluate("val", self.val_accuracy, self.val_success, batch, dataloader_idx)
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count hits: clean images in the first loader, triggered ones in the second."""
+        self._evaluate("test", self.test_accuracy, self.test_success, batch, dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the classes of images, or of a batch that begins with images; shape (N,)."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        classes: Tensor = self(images).argmax(1)
+        return classes
+
+    def _evaluate(
+        self,
+        stage: str,
+        accuracy: CleanAccuracy,
+        success: AttackSuccessRate,
+        batch: Sequence[Tensor],
+        dataloader_idx: int,
+    ) -> None:
+        logits = self(batch[0])
+        count = len(batch[0])
+        options: dict[str, Any] = {
+            "on_step": False,
+            "on_epoch": True,
+            "add_dataloader_idx": False,
+            "batch_size": count,
+            "prog_bar": True,
+        }
+        if dataloader_idx == 0:
+            accuracy.update(logits, batch[1])
+            self.log(f"{stage}/CA", accuracy, **options)
+        else:
+            success.update(logits, batch[1], batch[2])
+            self.log(f"{stage}/ASR", success, **options)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return SGD and the schedule, which makes a step with every batch.
+
+        Raises:
+            ValueError: If a schedule is asked for and the Trainer's number of steps is not known.
+        """
+        optimizer = torch.optim.SGD(
+            self.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay
+        )
+        if self.schedule == "none":
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError(
+                f"Expected argument `schedule` to be 'none' where training has no end, but got "
+                f"{self.schedule!r}. Or set the Trainer's `max_epochs` or `max_steps`."
+            )
+        scheduler: LRScheduler
+        if self.schedule == "cosine":
+            scheduler = CosineAnnealingLR(optimizer, max(int(steps), 1))
+        else:
+            scheduler = OneCycleLR(
+                optimizer, self.lr, max(int(steps), 1), cycle_momentum=self.momentum > 0
+            )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }

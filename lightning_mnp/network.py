@@ -1,0 +1,148 @@
+"""The network inside a model: which submodule classifies, and checks before any work."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mnp.layers import Forward, call_network, find_logits
+
+__all__ = ["check_network", "network_forward", "weights_digest"]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Sum up all parameters and buffers in a few digits, to recognize a model again.
+
+    Example:
+        >>> weights_digest(nn.Linear(1, 1)) == weights_digest(nn.Linear(1, 1))
+        False
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def network_forward(
+    model: nn.Module, network: str | None = None, forward: Forward | None = None
+) -> Forward:
+    """Tell how images go through a model.
+
+    Args:
+        model: The model, such as a user's LightningModule.
+        network: Dotted name of the submodule that classifies. Where None: the model itself if it
+            has a ``forward``, else its only submodule with parameters.
+        forward: A function (network, images) that calls it; where None it is called with the
+            images as its only argument.
+
+    Returns:
+        A function (model, images).
+
+    Raises:
+        ValueError: If the submodule does not exist or cannot be told.
+
+    Example:
+        >>> model = nn.ModuleDict({"net": nn.Flatten()})
+        >>> network_forward(model, "net")(model, torch.zeros(2, 3, 4)).shape
+        torch.Size([2, 12])
+    """
+    call = forward or _default_call
+    path = _find_path(model) if network is None else network
+    names = dict(model.named_modules())
+    if path not in names:
+        children = ", ".join(repr(name) for name, _ in model.named_children())
+        raise ValueError(
+            f"Expected argument `network` to name a submodule of {type(model).__name__}, but got "
+            f"{path!r}. Its submodules are {children or 'none'}."
+        )
+    return lambda module, images: call(module.get_submodule(path), images)
+
+
+def _default_call(network: nn.Module, images: Tensor) -> Tensor:
+    return call_network(network, images)
+
+
+def _find_path(model: nn.Module) -> str:
+    owner = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
+    package = owner.__module__.split(".")[0]
+    # PyTorch's and Lightning's base classes have a forward that only raises.
+    own = owner is not nn.Module and package not in ("lightning", "pytorch_lightning")
+    if own:
+        return ""
+    candidates = [
+        name for name, child in model.named_children() if any(True for _ in child.parameters())
+    ]
+    if len(candidates) == 1:
+        return candidates[0]
+    raise ValueError(
+        f"Expected {type(model).__name__} to have a `forward` or exactly one submodule with "
+        f"parameters, but it has {candidates or 'none'}. Name one with the argument `network`."
+    )
+
+
+def check_network(
+    model: nn.Module, images: Tensor, labels: Tensor, forward: Forward
+) -> int:
+    """Check that a model fits a defense set, before any work.
+
+    Args:
+        model: The model.
+        images: A few images on the model's device.
+        labels: All labels of the defense set.
+        forward: How the model is called.
+
+    Returns:
+        The model's number of classes.
+
+    Raises:
+        ValueError: If the model has no parameters, its weights or logits are not finite, or the
+            images or labels do not fit it.
+        TypeError: If its output holds no logits.
+    """
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            f"Expected the model to have parameters, but {type(model).__name__} has none."
+        )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"Expected the model's weights to be finite, but {name!r} holds NaN or infinity. "
+                "The file may be damaged."
+            )
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [images.device] if images.device.type == "cuda" else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            logits = find_logits(forward(model, images.clone()))
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"Expected the model to take images of shape {tuple(images.shape[1:])} and "
+            f"{images.dtype}, as the defense set has them, but it failed: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    classes = logits.shape[1]
+    if len(logits) != len(images):
+        raise ValueError(
+            f"Expected one row of logits for each of {len(images)} images, but got {len(logits)}."
+        )
+    if classes < 2:
+        raise ValueError(f"Expected the model to tell at least two classes, but got {classes}.")
+    if int(labels.max()) >= classes:
+        raise ValueError(
+            f"Expected the defense set's labels to be below {classes}, the model's number of "
+            f"classes, but got {int(labels.max())}."
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(
+            "Expected the model's outputs on the defense set to be finite, but some are NaN or "
+            "infinity. Its normalization statistics may be damaged."
+        )
+    return classes

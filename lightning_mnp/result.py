@@ -1,0 +1,178 @@
+"""What an audit or a defense found, as a typed object and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+__all__ = ["DefenseReport", "RunResult", "Verdict"]
+
+Verdict = Literal["clean", "backdoored", "undecided"]
+
+_EXIT_CODES: dict[str, int] = {"clean": 0, "backdoored": 3, "undecided": 4}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One suppression run.
+
+    Attributes:
+        detection_ratio: Rank correlation of the suppressed network over that of the original
+            (Eq. 8).
+        correlation: The suppressed network's own rank correlation.
+        predictions: How many defense images the suppressed network puts into each class.
+        steps: Optimizer steps of clean suppression.
+        accuracy: Accuracy over the last pass of clean suppression.
+        stopped: Why clean suppression ended.
+    """
+
+    detection_ratio: float
+    correlation: float
+    predictions: tuple[int, ...]
+    steps: int
+    accuracy: float
+    stopped: str
+
+    @property
+    def top_class(self) -> int:
+        """The class that the suppressed network predicts most often."""
+        return max(range(len(self.predictions)), key=self.predictions.__getitem__)
+
+    @property
+    def pile_up(self) -> float:
+        """Share of the predictions that fall on the top class, from 1/K to 1."""
+        return self.predictions[self.top_class] / sum(self.predictions)
+
+
+@dataclass
+class DefenseReport:
+    """The outcome of an audit or a defense.
+
+    Attributes:
+        verdict: ``"clean"``, ``"backdoored"`` or ``"undecided"``.
+        detection_ratio: Mean of Eq. 8 over the runs.
+        pile_up: Mean share of the suppressed network's predictions on its top class.
+        target_class: The class that the backdoor is thought to aim at, or None.
+        reasons: What the verdict rests on, in words.
+        runs: The single suppression runs, from which the spread can be seen.
+        pruned: Pairs (layer name, filter index) of the removed filters, worst first.
+        scores: M1 + M2 of the removed filters, averaged over the runs, from 1 to 3.
+        filters: Number of filters that took part.
+        accuracy_before: Accuracy on the defense set, evaluation mode.
+        accuracy_after: The same after pruning, or None where nothing was pruned.
+        layers: One entry for each layer: name, filters, site, norm, note.
+        skipped: Pairs (layer name, reason) of convolutions left alone.
+        defense_set: Size, classes, shape and fingerprint of the clean images used.
+        config: All options.
+        seconds: Time spent in each stage.
+        versions: Versions of the packages that matter.
+        warnings: What the reader should know, in words.
+        model: The purified copy, where one was made; not part of the JSON.
+
+    Example:
+        >>> report = DefenseReport(verdict="clean", detection_ratio=0.9, pile_up=0.2)
+        >>> report.exit_code, report.pruned
+        (0, [])
+    """
+
+    verdict: Verdict
+    detection_ratio: float
+    pile_up: float
+    target_class: int | None = None
+    reasons: list[str] = field(default_factory=list)
+    runs: list[RunResult] = field(default_factory=list)
+    pruned: list[tuple[str, int]] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    filters: int = 0
+    accuracy_before: float = float("nan")
+    accuracy_after: float | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    defense_set: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def exit_code(self) -> int:
+        """0 for clean, 3 for backdoored, 4 for undecided."""
+        return _EXIT_CODES[self.verdict]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything but the model as primitives; numbers that are not finite are None."""
+        content = {
+            name: value for name, value in vars(self).items() if name not in ("model", "runs")
+        }
+        content["runs"] = [
+            {**asdict(run), "pile_up": run.pile_up, "top_class": run.top_class}
+            for run in self.runs
+        ]
+        return dict(_primitive(content))
+
+    def to_json(self) -> str:
+        """Give everything but the model as JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def save(self, path: Path | str) -> None:
+        """Write the JSON to a file, whole or not at all, replacing what was there.
+
+        Args:
+            path: The file; its folder is made where it is missing.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.to_json() + "\n")
+            Path(partial).replace(path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+
+    def metrics(self) -> dict[str, float]:
+        """Give the numbers that loggers take, under the prefix ``mnp/``."""
+        numbers = {
+            "mnp/detection_ratio": self.detection_ratio,
+            "mnp/pile_up": self.pile_up,
+            "mnp/backdoored": float(self.verdict == "backdoored"),
+            "mnp/pruned_filters": float(len(self.pruned)),
+            "mnp/defense_accuracy_before": self.accuracy_before,
+        }
+        if self.accuracy_after is not None:
+            numbers["mnp/defense_accuracy_after"] = self.accuracy_after
+        return numbers
+
+    def __str__(self) -> str:
+        lines = [f"verdict: {self.verdict}"]
+        if self.target_class is not None:
+            lines.append(f"target class: {self.target_class}")
+        ratios = [run.detection_ratio for run in self.runs]
+        spread = f" (runs: {min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+        lines.append(f"detection ratio: {self.detection_ratio:.3f}{spread}")
+        lines.append(f"pile-up on one class: {self.pile_up:.1%}")
+        lines += [f"  - {reason}" for reason in self.reasons]
+        lines.append(f"filters pruned: {len(self.pruned)} of {self.filters}")
+        lines.append(f"accuracy on the defense set: {self.accuracy_before:.1%}")
+        if self.accuracy_after is not None:
+            lines[-1] += f", after pruning {self.accuracy_after:.1%}"
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def _primitive(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _primitive(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_primitive(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value

@@ -1,0 +1,137 @@
+"""A network under examination: run with other weights and masks than its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_mnp.layers import FilterLayers, Forward, call_network, find_logits
+from lightning_mnp.masks import FilterMasks
+
+__all__ = ["Statistics", "Subject", "Weights"]
+
+Weights = dict[str, Tensor]
+Statistics = Literal["batch", "running"]
+
+
+class Subject:
+    """Runs a network with given weights and masks; the network itself stays as it is.
+
+    The weights are swapped in for the length of a call (``torch.func.functional_call``), the
+    masks are attached for the length of a call, and normalization statistics are updated in a
+    scratch copy. Between two calls the network is bit for bit what it was.
+
+    Args:
+        network: The network.
+        layers: Its layers with filters.
+        forward: How the network is called.
+        statistics: ``"batch"`` normalizes by the statistics of the batch (layers of batch
+            normalization in training mode, all else in evaluation mode); ``"running"`` by the
+            stored ones.
+        autocast: Makes the context in which the network runs, for lower precision.
+
+    Example:
+        >>> from lightning_mnp.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> images = torch.rand(2, 1, 4, 4)
+        >>> subject = Subject(network, find_filter_layers(network, images))
+        >>> zeros = {name: torch.zeros_like(w) for name, w in subject.weights().items()}
+        >>> float(subject(images, weights=zeros).abs().sum())
+        0.0
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: FilterLayers,
+        forward: Forward = call_network,
+        statistics: Statistics = "batch",
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        if statistics not in ("batch", "running"):
+            raise ValueError(
+                f"Expected argument `statistics` to be 'batch' or 'running', but got "
+                f"{statistics!r}."
+            )
+        self.network = network
+        self.layers = layers
+        self.forward = forward
+        self.statistics = statistics
+        self.autocast = autocast
+        self._called = _Called(network, forward)
+        self._scratch = {name: buffer.clone() for name, buffer in self._called.named_buffers()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.network.parameters()).device
+
+    def weights(self) -> Weights:
+        """The network's own parameters by name, without gradients, sharing their memory."""
+        return {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+
+    def filter_weights(self, weights: Weights) -> list[Tensor]:
+        """The convolution weights of the layers, in their order."""
+        return [weights[f"{layer.name}.weight"] for layer in self.layers]
+
+    def __call__(
+        self,
+        images: Tensor,
+        *,
+        weights: Weights | None = None,
+        masks: Tensor | None = None,
+        statistics: Statistics | None = None,
+    ) -> Tensor:
+        """Run the network.
+
+        Args:
+            images: Shape (N, C, ...), on the network's device.
+            weights: Parameters to run with, by name; the network's own where None.
+            masks: Filter masks, shape (total filters,); none where None.
+            statistics: Overrides the object's own choice for this call.
+
+        Returns:
+            Logits in float32, shape (N, K).
+        """
+        statistics = statistics or self.statistics
+        weights = self.weights() if weights is None else weights
+        state = {f"network.{name}": weight for name, weight in weights.items()}
+        if statistics == "batch":
+            state.update(self._scratch)
+        with ExitStack() as stack:
+            stack.enter_context(_normalizing(self.network, statistics == "batch"))
+            stack.enter_context(self.autocast())
+            if masks is not None:
+                stack.enter_context(FilterMasks(self.network, self.layers, masks))
+            return find_logits(functional_call(self._called, state, (images,))).float()
+
+
+class _Called(nn.Module):
+    """The network behind a `forward` function, as a module that `functional_call` can take."""
+
+    def __init__(self, network: nn.Module, call: Forward) -> None:
+        super().__init__()
+        self.network = network
+        self.call = call
+
+    def forward(self, images: Tensor) -> Any:
+        return self.call(self.network, images)
+
+
+@contextmanager
+def _normalizing(network: nn.Module, by_batch: bool) -> Iterator[None]:
+    """Evaluation mode, but for normalization by batch statistics where asked for."""
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        for module, _ in modes:
+            module.training = by_batch and isinstance(module, _NormBase)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,171 @@
+"""Stage 1, clean suppression: unlearn the clean task (Eq. 6)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_mnp.config import MNPConfig
+from lightning_mnp.subject import Subject, Weights
+from lightning_mnp.updates import Updates
+
+__all__ = ["CleanSuppression"]
+
+# A step longer than the weights themselves no longer follows a gradient.
+_LONGEST_STEP = 1.0
+
+
+class CleanSuppression:
+    """Gradient ascent on the clean loss of a copy of the weights (Eq. 6, Algorithm 1, line 4).
+
+    What is minimized is ``-cross-entropy + mu * |theta|^2``; the second term is the optimizer's
+    weight decay of ``2 mu``. The stage ends after the passes asked for, when the accuracy over
+    the latest pass has fallen to ``stop_accuracy``, or, with the last finite weights kept, when
+    the loss or a gradient is no longer finite or a step would be longer than the weights.
+
+    Args:
+        subject: The network; its own weights are left alone.
+        config: Options.
+
+    Attributes:
+        weights: The suppressed parameters, theta_s, by name.
+        optimizer: Their optimizer.
+        steps: Steps taken in this run.
+        accuracy: Accuracy over the latest pass, from 0 to 1; NaN before the first step.
+        stopped: Why the stage ended, or "" while it goes on.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mnp.layers import find_filter_layers
+        >>> from lightning_mnp.updates import PlainUpdates
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> images, labels = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
+        >>> subject = Subject(network, find_filter_layers(network, images))
+        >>> stage = CleanSuppression(subject, MNPConfig(stop_accuracy=None))
+        >>> losses = [stage.step(images, labels, 8, PlainUpdates())["loss"] for _ in range(5)]
+        >>> losses[-1] > losses[0]
+        True
+    """
+
+    def __init__(self, subject: Subject, config: MNPConfig) -> None:
+        self.subject = subject
+        self.config = config
+        self.weights: Weights = {
+            name: weight.clone().requires_grad_(weight.is_floating_point())
+            for name, weight in subject.weights().items()
+        }
+        self.optimizer = torch.optim.SGD(
+            [weight for weight in self.weights.values() if weight.requires_grad],
+            lr=config.suppression_lr,
+            momentum=config.suppression_momentum,
+            weight_decay=2 * config.mu,
+        )
+        self._reset()
+
+    def _reset(self) -> None:
+        self.steps = 0
+        self.stopped = ""
+        self.optimizer.state.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._window: list[tuple[int, int]] = []
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Go back to the network's own weights for another run."""
+        for name, weight in self.subject.weights().items():
+            self.weights[name].copy_(weight)
+        self._reset()
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy over the images of the latest pass, before the step on each was taken."""
+        count = sum(images for _, images in self._window)
+        return sum(hits for hits, _ in self._window) / count if count else math.nan
+
+    def step(
+        self, images: Tensor, labels: Tensor, pass_size: int, updates: Updates
+    ) -> dict[str, float]:
+        """Take one step up the clean loss.
+
+        Args:
+            images: Shape (N, C, ...), on the network's device.
+            labels: Shape (N,).
+            pass_size: Number of images in a whole pass, over which the accuracy is taken.
+            updates: Does the backward pass and the optimizer's step.
+
+        Returns:
+            The ``loss`` before the step and the ``accuracy`` over the latest pass.
+        """
+        logits = self.subject(images, weights=self.weights)
+        loss = F.cross_entropy(logits, labels)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            self._undo()
+            return self._stop(f"the loss became {value}", value)
+        self._window.append((int((logits.argmax(1) == labels).sum()), len(labels)))
+        while sum(count for _, count in self._window[1:]) >= pass_size:
+            self._window.pop(0)
+        full = sum(count for _, count in self._window) >= pass_size
+        stop = self.config.stop_accuracy
+        if stop is not None and full and self.accuracy <= stop:
+            return self._stop("the accuracy fell to `stop_accuracy`", value)
+        updates.backward(-loss, self.optimizer)
+        length = self._relative_step()
+        if not length <= _LONGEST_STEP:
+            return self._stop(f"a step of {length:.3g} times the weights' norm was refused", value)
+        updates.step(self.optimizer)
+        self.steps += 1
+        return {"loss": value, "accuracy": self.accuracy}
+
+    def finish(self, reason: str) -> None:
+        """End the run from outside and let go of the gradients."""
+        self.stopped = self.stopped or reason
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _stop(self, reason: str, loss: float) -> dict[str, float]:
+        self.finish(reason)
+        return {"loss": loss, "accuracy": self.accuracy}
+
+    @torch.no_grad()
+    def _relative_step(self) -> float:
+        gradients = [w.grad for w in self.weights.values() if w.grad is not None]
+        weights = [w for w in self.weights.values() if w.grad is not None]
+        norms = [torch.nn.utils.get_total_norm(group) for group in (gradients, weights)]
+        return float(self.config.suppression_lr * norms[0] / norms[1].clamp_min(1e-12))
+
+    @torch.no_grad()
+    def _undo(self) -> None:
+        """Take the last step back; its gradients are still there, so no copy need be kept."""
+        rate, decay = self.config.suppression_lr, 2 * self.config.mu
+        for weight in self.optimizer.param_groups[0]["params"]:
+            if weight.grad is None:
+                continue
+            buffer = self.optimizer.state[weight].get("momentum_buffer")
+            if buffer is not None:
+                weight.add_(buffer, alpha=rate)
+            else:
+                weight.add_(weight.grad, alpha=rate).div_(1 - rate * decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give all that a resumed run needs, as tensors and primitives."""
+        return {
+            "weights": {name: weight.detach() for name, weight in self.weights.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "window": [list(entry) for entry in self._window],
+            "steps": self.steps,
+            "stopped": self.stopped,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        for name, weight in state["weights"].items():
+            self.weights[name].copy_(weight)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._window = [(int(hits), int(count)) for hits, count in state["window"]]
+        self.steps = int(state["steps"])
+        self.stopped = str(state["stopped"])

@@ -1,0 +1,64 @@
+"""What all tests share: one torch thread, isolated global state, the real networks."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+    hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def isolated() -> Iterator[None]:
+    """Start from seed 0, restore what is global, fail a test that leaves a mode behind."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    environment, folder = dict(os.environ), Path.cwd()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    left = {
+        "gradients off": not torch.is_grad_enabled(),
+        "inference mode on": torch.is_inference_mode_enabled(),
+        "another default dtype": torch.get_default_dtype() != torch.float32,
+        "deterministic algorithms on": torch.are_deterministic_algorithms_enabled(),
+        "another number of threads": torch.get_num_threads() != 1,
+        "a process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
+    }
+    found = [what for what, is_left in left.items() if is_left]
+    if found:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)
+    assert not found, f"the test left behind: {found}"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Give the folder with real networks and images, or skip."""
+    folder = Path(os.environ.get("LIGHTNING_MNP_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "zoo").is_dir():
+        pytest.skip(
+            f"needs the real networks in {folder}/zoo; set LIGHTNING_MNP_SHARED to their folder"
+        )
+    return folder
