@@ -65,9 +65,7 @@ def audit(
     """
     data = DefenseSet.from_loader(loader, unpack)
     config = _seeded(config, seed)
-    defense = MNPDefense(
-        model, data, config, when="never", network=network, forward=forward
-    )
+    defense = MNPDefense(model, data, config, when="never", network=network, forward=forward)
     run_defense(defense, state_file=state_file, progress=progress)
     return defense.report()
 

@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mnp.api import run_defense
@@ -70,6 +69,10 @@ def find_defense_set(
     if isinstance(given, Dataset):
         given = DataLoader(given, batch_size=100)
     return DefenseSet.from_loader(given, unpack)
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))  # set outside of the typed attributes
 
 
 class MNPCallback(Callback):
@@ -145,7 +148,7 @@ class MNPCallback(Callback):
         with isolate_rng():
             defense = self._defense(trainer, pl_module)
             bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
-            run_defense(defense, progress=bar and not trainer.fast_dev_run)
+            run_defense(defense, progress=bar and not _is_trial(trainer))
             # All processes computed the same; one is followed, so that rounding cannot part them.
             defense.removed = trainer.strategy.broadcast(defense.removed)
             self.report = trainer.strategy.broadcast(defense.report())
@@ -154,13 +157,13 @@ class MNPCallback(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(self.report.metrics(), step=trainer.global_step)
         rank_zero_info(f"MNP audit\n{self.report}")
-        if not trainer.fast_dev_run:
+        if not _is_trial(trainer):
             self._write(trainer, self.report)
 
     def _defense(self, trainer: Trainer, module: LightningModule) -> MNPDefense:
         assert self._data is not None
         config = self.config
-        if trainer.fast_dev_run:
+        if _is_trial(trainer):
             config = replace(config, runs=1, suppression_epochs=1, mask_epochs=1)
         return MNPDefense(
             module,

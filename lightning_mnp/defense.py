@@ -395,7 +395,7 @@ class MNPDefense:
             },
             config=self.config.to_dict(),
             seconds=dict(self.seconds),
-            versions={name: version(name) for name in ("torch", "torchvision")},
+            versions={name: version(name) for name in ("lightning-mnp", "torch", "torchvision")},
             warnings=list(self.warnings),
         )
 

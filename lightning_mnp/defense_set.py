@@ -127,18 +127,19 @@ class DefenseSet:
             return loader
         images: list[Tensor] = []
         labels: list[Tensor] = []
-        for number, batch in enumerate(loader):
-            if limit is not None and number >= limit:
-                break
-            part, classes = unpack(batch)
-            if images and part.shape[1:] != images[0].shape[1:]:
-                raise ValueError(
-                    f"Expected all images of the defense set to have one shape, but got "
-                    f"{tuple(images[0].shape[1:])} and, in batch {number}, "
-                    f"{tuple(part.shape[1:])}. Resize them in the data set's transform."
-                )
-            images.append(part.detach().cpu())
-            labels.append(torch.as_tensor(classes).detach().cpu())
+        with torch.random.fork_rng(devices=[]):  # a loader draws from the global generator
+            for number, batch in enumerate(loader):
+                if limit is not None and number >= limit:
+                    break
+                part, classes = unpack(batch)
+                if images and part.shape[1:] != images[0].shape[1:]:
+                    raise ValueError(
+                        f"Expected all images of the defense set to have one shape, but got "
+                        f"{tuple(images[0].shape[1:])} and, in batch {number}, "
+                        f"{tuple(part.shape[1:])}. Resize them in the data set's transform."
+                    )
+                images.append(part.detach().cpu())
+                labels.append(classes.detach().cpu())
         if not images:
             raise ValueError(
                 "Expected the defense set to hold images, but its loader yields no batch."

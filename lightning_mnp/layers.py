@@ -42,14 +42,52 @@ _NORMS = (*CHANNEL_NORMS, *_SHARED_NORMS)
 
 # Functions that move values without changing them, so that a filter's map stays one slice.
 _LAYOUT = frozenset(
-    "permute transpose swapaxes swapdims movedim moveaxis contiguous clone to type type_as float "
-    "half bfloat16 double view reshape flatten unflatten squeeze unsqueeze view_as reshape_as "
-    "detach".split()
+    [
+        "permute",
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "contiguous",
+        "clone",
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "view_as",
+        "reshape_as",
+        "detach",
+    ]
 )
 # Functions that are a layer of their own when they are given a parameter.
 _WEIGHTED = frozenset(
-    "linear bilinear matmul mm addmm bmm baddbmm einsum __matmul__ conv1d conv2d conv3d "
-    "conv_transpose1d conv_transpose2d conv_transpose3d".split()
+    [
+        "linear",
+        "bilinear",
+        "matmul",
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "einsum",
+        "__matmul__",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+    ]
 )
 
 
@@ -146,7 +184,7 @@ def filter_rows(weight: Tensor, transposed: bool = False, groups: int = 1) -> Te
     """
     if not transposed:
         return weight.flatten(1)
-    grouped = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    grouped: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2)
     return grouped.flatten(0, 1).flatten(1)
 
 
@@ -192,7 +230,8 @@ def find_logits(output: Any) -> Tensor:
             f"Expected the network's logits to have the shape (N, classes), but got "
             f"{tuple(found.shape)}. Tell how it is called with the argument `forward`."
         )
-    return found
+    logits: Tensor = found
+    return logits
 
 
 @dataclass

@@ -138,8 +138,8 @@ def _multiply(values: Tensor, dim: int) -> Callable[[nn.Module, Any, Tensor], Te
 
 
 def _bake_layer(network: nn.Module, layer: FilterLayer, values: Tensor) -> None:
-    convolution = network.get_submodule(layer.name)
-    site = network.get_submodule(layer.site)
+    convolution: Any = network.get_submodule(layer.name)
+    site: Any = network.get_submodule(layer.site)
     weight, bias = convolution.weight, convolution.bias
     removed = values == 0
     if layer.site == layer.name:

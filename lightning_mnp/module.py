@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_mnp.callback import find_defense_set, refuse_sharded_models
@@ -60,7 +60,8 @@ class MNPModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.network = network
+        # Lightning warns of layers in evaluation mode; the engine sets the modes it needs itself.
+        self.network = network.train()
         self.config = config or MNPConfig()
         self.when = when
         self.unpack = unpack
@@ -114,7 +115,9 @@ class MNPModule(LightningModule):
             return find_defense_set(self.trainer, self, None, self.unpack)
         batches = self.trainer.num_training_batches
         limit = int(batches) if batches != float("inf") else None
-        return DefenseSet.from_loader(self.trainer.train_dataloader, self.unpack, limit)
+        loader = self.trainer.train_dataloader
+        assert loader is not None, "set up just before"
+        return DefenseSet.from_loader(loader, self.unpack, limit)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Take one step of the engine, whatever the batch."""

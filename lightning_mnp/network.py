@@ -83,9 +83,7 @@ def _find_path(model: nn.Module) -> str:
     )
 
 
-def check_network(
-    model: nn.Module, images: Tensor, labels: Tensor, forward: Forward
-) -> int:
+def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: Forward) -> int:
     """Check that a model fits a defense set, before any work.
 
     Args:

@@ -112,8 +112,7 @@ class DefenseReport:
             name: value for name, value in vars(self).items() if name not in ("model", "runs")
         }
         content["runs"] = [
-            {**asdict(run), "pile_up": run.pile_up, "top_class": run.top_class}
-            for run in self.runs
+            {**asdict(run), "pile_up": run.pile_up, "top_class": run.top_class} for run in self.runs
         ]
         return dict(_primitive(content))
 

@@ -26,7 +26,7 @@ class PlainUpdates:
     def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Clear the optimizer's gradients and compute those of the loss."""
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer take one step."""

@@ -76,8 +76,7 @@ class Attack(ABC):
             return (triggered * 255.0).round().clamp(0.0, 255.0).to(torch.uint8)
         if not images.is_floating_point():
             raise ValueError(
-                "Expected argument `images` to be uint8 or floating point, but got "
-                f"{images.dtype}."
+                f"Expected argument `images` to be uint8 or floating point, but got {images.dtype}."
             )
         if images.numel() and (images.min() < 0 or images.max() > 1):
             raise ValueError(

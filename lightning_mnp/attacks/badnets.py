@@ -61,7 +61,8 @@ class BadNets(Attack):
             raise ValueError(f"Expected argument `margin` to be at least 0, but got {margin}.")
         if pattern not in get_args(Pattern):
             raise ValueError(
-                f"Expected argument `pattern` to be one of {get_args(Pattern)}, but got {pattern!r}."
+                f"Expected argument `pattern` to be one of {get_args(Pattern)}, but got "
+                f"{pattern!r}."
             )
         if corner not in get_args(Corner):
             raise ValueError(

@@ -147,13 +147,14 @@ class FalsePositiveRate(Metric):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
-    hits: Tensor
-    total: Tensor
+    # Not named as in DetectionRate, with which a MetricCollection would let it share its states.
+    false_alarms: Tensor
+    clean: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("hits", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("false_alarms", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("clean", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, verdicts: Verdicts, truths: Verdicts) -> None:
         """Add networks.
@@ -166,9 +167,9 @@ class FalsePositiveRate(Metric):
             ValueError: If lengths differ or a value is none of these.
         """
         hits, total = _false_positive_update(verdicts, truths)
-        self.hits = self.hits + hits.to(self.hits.device)
-        self.total = self.total + total.to(self.total.device)
+        self.false_alarms = self.false_alarms + hits.to(self.false_alarms.device)
+        self.clean = self.clean + total.to(self.clean.device)
 
     def compute(self) -> Tensor:
         """Return the share, from 0 to 1; NaN, with a warning, if there is no clean network."""
-        return _share(self.hits, self.total, "clean network")
+        return _share(self.false_alarms, self.clean, "clean network")

@@ -33,13 +33,15 @@ class AttackSuccessRate(Metric):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
-    hits: Tensor
-    total: Tensor
+    # Names of states differ between metrics: a MetricCollection lets metrics share their states
+    # if names and first values are the same.
+    successes: Tensor
+    triggered: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("hits", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("successes", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("triggered", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, targets: Tensor, labels: Tensor) -> None:
         """Add a batch of triggered images.
@@ -53,12 +55,12 @@ class AttackSuccessRate(Metric):
             ValueError: If shapes or dtypes are others.
         """
         hits, total = _attack_success_update(preds, targets, labels)
-        self.hits = self.hits + hits
-        self.total = self.total + total
+        self.successes = self.successes + hits
+        self.triggered = self.triggered + total
 
     def compute(self) -> Tensor:
         """Return the share, from 0 to 1; NaN, with a warning, if no image counts."""
-        return _share(self.hits, self.total, "triggered image")
+        return _share(self.successes, self.triggered, "triggered image")
 
 
 class CleanAccuracy(Metric):

@@ -114,13 +114,13 @@ def test_resize_and_crop_keeps_the_center() -> None:
 
 def test_folder_errors(tmp_path: Path) -> None:
     root = write_tree(tmp_path, {"a": 1, "b": 2})
-    with pytest.raises(FileNotFoundError, match="folder for each class .* none was found for z"):
+    with pytest.raises(FileNotFoundError, match=r"folder for each class .* none was found for z"):
         FolderDataset(root, ["a", "z"])
     Image.new("RGB", (5, 5)).save(root / "b" / "2.png")
     images = FolderDataset(root, ["a", "b"])
-    with pytest.raises(ValueError, match="same channels and size.* Set `image_size`"):
+    with pytest.raises(ValueError, match=r"same channels and size.* Set `image_size`"):
         images.fetch(range(4))
-    with pytest.raises(ValueError, match="same channels and size.* Set `image_size`"):
+    with pytest.raises(ValueError, match=r"same channels and size.* Set `image_size`"):
         images.to_memory(batch_size=1)
     for name in ("broken.jpg", "broken.png"):
         (root / "a" / name).write_bytes(b"not an image")

@@ -1,0 +1,109 @@
+"""The command line: Lightning's commands, and audit, defend and demo."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+from lightning_mnp.trainer import MNPTrainer
+
+__all__ = ["MNPCLI", "main"]
+
+_DEMO = Path(__file__).with_name("demo.yaml")
+_WRONG_USE = 2
+
+
+class MNPCLI(LightningCLI):
+    """LightningCLI with the commands of :class:`~lightning_mnp.trainer.MNPTrainer`.
+
+    Checkpoints are taken for untrusted: files are read with ``weights_only=True`` by every
+    command, and hyperparameters in them are never used to build a model.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=MNPTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "description": "Tell whether a CNN carries a backdoor, and remove it.",
+                "demo": {"default_config_files": [str(_DEMO)]},
+            },
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Name the commands and the arguments that are not options of theirs."""
+        data = {"train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "model"}
+        names = ("fit", "validate", "test", "audit", "defend", "demo")
+        return {name: set(data) for name in names}
+
+    def before_instantiate_classes(self) -> None:
+        """Write the configuration beside the logs of `fit` only."""
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave hyperparameters in checkpoints alone: Lightning would build the model by them."""
+
+    def before_fit(self) -> None:
+        """Read checkpoints with ``weights_only=True``."""
+        self._read_weights_only()
+
+    def before_validate(self) -> None:
+        """Read checkpoints with ``weights_only=True``."""
+        self._read_weights_only()
+
+    def before_test(self) -> None:
+        """Read checkpoints with ``weights_only=True``."""
+        self._read_weights_only()
+
+    def _read_weights_only(self) -> None:
+        options = self.config_init[self.subcommand]
+        if options.get("weights_only") is None:
+            options["weights_only"] = True
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: The arguments; those of the process where None.
+
+    Returns:
+        The exit code: 0; for ``audit``, 3 for a backdoored network; for ``audit`` and
+        ``defend``, 4 for an undecided one; 2 for wrong use.
+    """
+    try:
+        cli = MNPCLI(args)
+    except (ValueError, TypeError, FileNotFoundError, MisconfigurationException) as error:
+        if os.environ.get("LIGHTNING_MNP_DEBUG"):
+            raise
+        hint = "Set LIGHTNING_MNP_DEBUG=1 to see where this comes from."
+        print(f"error: {error}\n{hint}", file=sys.stderr)
+        return _WRONG_USE
+    return _exit_code(cli)
+
+
+def _exit_code(cli: Any) -> int:
+    report = cli.trainer.report
+    if cli.subcommand == "audit":
+        return int(report.exit_code)
+    if cli.subcommand == "defend" and report.verdict == "undecided":
+        return int(report.exit_code)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""A Trainer with the commands that the command line has beside Lightning's own."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from lightning_mnp.api import run_defense
+from lightning_mnp.callback import find_defense_set, refuse_sharded_models
+from lightning_mnp.checkpoint import (
+    CheckpointError,
+    PrefixMatch,
+    check_finite,
+    load_into,
+    read_state_dict,
+    write_state_dict,
+)
+from lightning_mnp.config import MNPConfig
+from lightning_mnp.data import BackdoorDataModule
+from lightning_mnp.defense import MNPDefense, When
+from lightning_mnp.defense_set import unpack_batch
+from lightning_mnp.result import DefenseReport
+
+__all__ = ["MNPTrainer"]
+
+_DEFAULTS = MNPConfig()
+
+
+@dataclass
+class _Scores:
+    """Clean accuracy and attack success rate of one state of a network, from 0 to 1."""
+
+    accuracy: float
+    success: float
+
+
+class MNPTrainer(Trainer):
+    """Lightning's Trainer, which can also audit and defend what is in a checkpoint.
+
+    Attributes:
+        report: The outcome of the latest audit or defense; None before.
+
+    Example:
+        >>> MNPTrainer(logger=False, enable_checkpointing=False, accelerator="cpu").report is None
+        True
+    """
+
+    report: DefenseReport | None = None
+
+    def audit(
+        self,
+        model: LightningModule,
+        ckpt_path: Path,
+        datamodule: LightningDataModule | None = None,
+        mnp: MNPConfig = _DEFAULTS,
+        report: Path | None = None,
+        key: str | None = None,
+        network: str | None = None,
+        state_file: Path | None = None,
+    ) -> DefenseReport:
+        """Tell whether the network in a checkpoint carries a backdoor.
+
+        Only the weights in the file are read; nothing in it is run. The exit code is 0 for a
+        clean network, 3 for a backdoored one, 4 where it stays undecided, 2 for wrong use.
+
+        Args:
+            model: The model that the weights belong to.
+            ckpt_path: The checkpoint: .ckpt, .pt, .pth or .safetensors.
+            datamodule: Its ``defense_dataloader`` gives the clean images.
+            mnp: Options of the method.
+            report: File to write the report to, as JSON; must not exist.
+            key: Where in the file the weights are, if they are not found by themselves.
+            network: Name of the submodule that classifies, if the model has no ``forward``.
+            state_file: File that keeps the progress, so that a killed run goes on.
+
+        Returns:
+            The report.
+        """
+        self._refuse_existing(report, "report")
+        self._load(model, ckpt_path, key)
+        defense = self._defense(model, datamodule, mnp, "never", network)
+        return self._carry_out(defense, report, state_file)
+
+    def defend(
+        self,
+        model: LightningModule,
+        ckpt_path: Path,
+        output: Path,
+        datamodule: LightningDataModule | None = None,
+        when: When = "flagged",
+        mnp: MNPConfig = _DEFAULTS,
+        report: Path | None = None,
+        key: str | None = None,
+        network: str | None = None,
+        state_file: Path | None = None,
+    ) -> DefenseReport:
+        """Audit the network in a checkpoint, prune it where asked, and write its weights.
+
+        Only the weights in the file are read; nothing in it is run, and it is never written to.
+        The output loads strictly into the same class. The exit code is 0, or 4 where the verdict
+        stays undecided, 2 for wrong use.
+
+        Args:
+            model: The model that the weights belong to.
+            ckpt_path: The checkpoint: .ckpt, .pt, .pth or .safetensors.
+            output: File to write the weights to, in the format of its ending; must not exist.
+            datamodule: Its ``defense_dataloader`` gives the clean images.
+            when: ``flagged`` prunes if the verdict is backdoored, ``always`` in any case.
+            mnp: Options of the method.
+            report: File to write the report to, as JSON; must not exist.
+            key: Where in the file the weights are, if they are not found by themselves.
+            network: Name of the submodule that classifies, if the model has no ``forward``.
+            state_file: File that keeps the progress, so that a killed run goes on.
+
+        Returns:
+            The report.
+        """
+        self._refuse_existing(report, "report")
+        self._refuse_existing(output, "output")
+        names = self._load(model, ckpt_path, key)
+        defense = self._defense(model, datamodule, mnp, when, network)
+        outcome = self._carry_out(defense, report, state_file)
+        if self.is_global_zero:
+            if len(defense.removed):
+                defense.prune_()
+            weights = {
+                # A Lightning checkpoint has the model's names, other files those they came with.
+                name if output.suffix == ".ckpt" else names.to_file(name): tensor
+                for name, tensor in model.state_dict().items()
+            }
+            metadata = {"verdict": outcome.verdict, "pruned_filters": str(len(outcome.pruned))}
+            write_state_dict(output, weights, metadata)
+            Console().print(f"Weights written to {output}", highlight=False)
+        return outcome
+
+    def demo(
+        self,
+        model: LightningModule,
+        datamodule: BackdoorDataModule,
+        output_dir: Path | None = None,
+        mnp: MNPConfig = _DEFAULTS,
+    ) -> DefenseReport:
+        """Train a backdoored network on scikit-learn's digits, audit it and defend it.
+
+        All of it is an ordinary configuration; every option can be changed. The network before
+        and after, and the report, are written to a folder.
+
+        Args:
+            model: The model to train.
+            datamodule: The data, with an attack.
+            output_dir: Folder for the results, which must not hold any yet; a new temporary one
+                where it is not given.
+            mnp: Options of the method.
+
+        Returns:
+            The report.
+        """
+        folder = Path(output_dir or tempfile.mkdtemp(prefix="lightning-mnp-demo-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {name: folder / name for name in ("backdoored.ckpt", "purified.ckpt")}
+        for path in (*files.values(), folder / "report.json"):
+            self._refuse_existing(path, "output_dir")
+        console = Console()
+        console.print(f"Training a network under attack: {datamodule.attack}", highlight=False)
+        self.fit(model, datamodule=datamodule)
+        before = self._scores(model, datamodule)
+        write_state_dict(files["backdoored.ckpt"], model.state_dict())
+        outcome = self.defend(
+            model,
+            files["backdoored.ckpt"],
+            files["purified.ckpt"],
+            datamodule,
+            mnp=mnp,
+            report=folder / "report.json",
+        )
+        console.print(_table(before, self._scores(model, datamodule), outcome))
+        console.print(f"Networks and report are in {folder}", highlight=False)
+        return outcome
+
+    def _scores(self, model: LightningModule, datamodule: BackdoorDataModule) -> _Scores:
+        numbers: dict[str, float] = {}
+        for result in self.test(model, datamodule=datamodule, verbose=False):
+            numbers.update(result)
+        return _Scores(numbers["test/CA"], numbers.get("test/ASR", math.nan))
+
+    @staticmethod
+    def _refuse_existing(path: Path | None, argument: str) -> None:
+        if path is not None and path.exists():
+            raise CheckpointError(
+                f"Expected argument `{argument}` to name something new, but {path} exists. "
+                "Nothing is overwritten: choose another name, or move it away."
+            )
+
+    def _load(self, model: LightningModule, path: Path, key: str | None) -> PrefixMatch:
+        refuse_sharded_models(self)
+        weights = read_state_dict(path, key=key)
+        check_finite(weights)
+        return load_into(model, weights)
+
+    def _defense(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        mnp: MNPConfig,
+        when: When,
+        network: str | None,
+    ) -> MNPDefense:
+        given = None
+        if datamodule is not None:
+            datamodule.prepare_data()
+            if not isinstance(datamodule, BackdoorDataModule):  # ours reads what it needs
+                datamodule.setup("fit")
+            hook = getattr(datamodule, "defense_dataloader", None)
+            given = None if hook is None else hook()
+        data = find_defense_set(self, model, given, unpack_batch)
+        return MNPDefense(
+            model.to(self.strategy.root_device),
+            data,
+            mnp,
+            when=when,
+            network=network,
+            autocast=self.precision_plugin.forward_context,
+        )
+
+    def _carry_out(
+        self, defense: MNPDefense, report: Path | None, state_file: Path | None
+    ) -> DefenseReport:
+        run_defense(defense, state_file=state_file, progress=self.progress_bar_callback is not None)
+        self.report = outcome = defense.report()
+        for logger in self.loggers:
+            logger.log_metrics(outcome.metrics(), step=self.global_step)
+        if self.is_global_zero:
+            Console().print(str(outcome), highlight=False, markup=False)
+            if report is not None:
+                outcome.save(report)
+        return outcome
+
+
+def _table(before: _Scores, after: _Scores, outcome: DefenseReport) -> Table:
+    table = Table(title=f"verdict: {outcome.verdict}, {len(outcome.pruned)} filters pruned")
+    table.add_column("network")
+    table.add_column("clean accuracy (CA)", justify="right")
+    table.add_column("attack success rate (ASR)", justify="right")
+    for name, scores in (("as trained", before), ("purified", after)):
+        table.add_row(name, f"{scores.accuracy:.1%}", f"{scores.success:.1%}")
+    return table

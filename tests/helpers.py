@@ -1,0 +1,110 @@
+"""Small networks and data that many tests use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_mnp import MNPConfig
+from lightning_mnp.models import cifar_resnet18
+
+CLASSES = 4
+
+# Short, but through every phase.
+QUICK: dict[str, Any] = {
+    "runs": 2,
+    "batch_size": 16,
+    "suppression_epochs": 3,
+    "mask_epochs": 2,
+    "rule": "count",
+    "amount": 5,
+}
+
+
+def quick_config(**changes: Any) -> MNPConfig:
+    return MNPConfig(**{**QUICK, **changes})
+
+
+def images_and_labels(count: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images whose class is told by the place of a bright bar."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    images = 0.3 * torch.randn(count, 1, 8, 8, generator=generator)
+    for index, label in enumerate(labels.tolist()):
+        images[index, :, 2 * label : 2 * label + 2] += 1.5
+    return images, labels
+
+
+def loader(batch_size: int = 16, shuffle: bool = False, count: int = 40) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*images_and_labels(count)), batch_size, shuffle=shuffle)
+
+
+def trained_network(width: int = 4, steps: int = 30) -> nn.Module:
+    """A thin ResNet-18 that knows the task, the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = cifar_resnet18(CLASSES, width, in_channels=1)
+        images, labels = images_and_labels(64, seed=1)
+        optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+    return network.eval()
+
+
+class UserModule(L.LightningModule):
+    """A LightningModule as a user would have it, without a `forward`."""
+
+    def __init__(self, network: nn.Module, lr: float = 0.01) -> None:
+        super().__init__()
+        self.net = network
+        self.lr = lr
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(self.net(images), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+
+def quiet_trainer(**options: Any) -> L.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 1,
+    }
+    return L.Trainer(**{**defaults, **options})
+
+
+def snapshot(module: nn.Module) -> dict[str, Any]:
+    """Everything of a module that a defense must leave alone."""
+    return {
+        "tensors": {name: t.clone() for name, t in module.state_dict().items()},
+        "modes": {name: m.training for name, m in module.named_modules()},
+        "gradients": {name: p.requires_grad for name, p in module.named_parameters()},
+        "has_grad": {name: p.grad is None for name, p in module.named_parameters()},
+        "hooks": {
+            name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+            for name, m in module.named_modules()
+        },
+    }
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    tensors = first["tensors"], second["tensors"]
+    if tensors[0].keys() != tensors[1].keys():
+        return False
+    equal = all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    return equal and all(
+        first[key] == second[key] for key in ("modes", "gradients", "has_grad", "hooks")
+    )

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+
+from lightning_mnp.attacks import BadNets
+from lightning_mnp.data import DigitsDataModule
+from lightning_mnp.models import CifarResNet, Classifier, build_network
+
+
+class Linear(nn.Module):
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.layer(x.flatten(1))
+
+
+def trainer(folder: Path, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": folder,
+    }
+    return Trainer(**defaults | options)
+
+
+@pytest.mark.parametrize("attack", [BadNets(margin=0), None])
+def test_validation_and_test_log_what_the_formula_gives(
+    tmp_path: Path, attack: BadNets | None
+) -> None:
+    classifier = Classifier(Linear())
+    datamodule = DigitsDataModule(attack)
+    run = trainer(tmp_path)
+
+    logged = {}
+    for evaluate in (run.validate, run.test):
+        for metrics in evaluate(classifier, datamodule, verbose=False):
+            logged.update(metrics)
+
+    clean = [classifier(x).argmax(1) == y for x, y in datamodule.val_dataloader()[0]]
+    wanted = {"CA": float(torch.cat(clean).float().mean())}
+    if attack is not None:
+        triggered = [
+            classifier(x).argmax(1) == target for x, target, _ in datamodule.val_dataloader()[1]
+        ]
+        wanted["ASR"] = float(torch.cat(triggered).float().mean())
+    assert logged == {
+        f"{stage}/{name}": pytest.approx(value)
+        for stage in ("val", "test")
+        for name, value in wanted.items()
+    }
+
+
+def test_a_backdoor_is_learned(tmp_path: Path) -> None:
+    classifier = Classifier(Linear(), lr=0.2, schedule="onecycle", weight_decay=0.0)
+    datamodule = DigitsDataModule(BadNets(patch_size=2, margin=0), augment=False)
+
+    run = trainer(tmp_path, max_epochs=6)
+    run.fit(classifier, datamodule)
+    assert run.callback_metrics["train/loss"] < 1.0
+
+    metrics = run.validate(classifier, datamodule, verbose=False)
+    assert metrics[0]["val/CA"] > 0.85
+    assert metrics[1]["val/ASR"] > 0.9
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle", "none"])
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_the_learning_rate_follows_the_schedule(
+    tmp_path: Path, schedule: Any, momentum: float
+) -> None:
+    classifier = Classifier(Linear(), lr=0.1, schedule=schedule, momentum=momentum)
+    rates: list[float] = []
+
+    def record(*_: Any) -> None:
+        rates.append(classifier.optimizers().param_groups[0]["lr"])
+
+    classifier.on_train_batch_start = record  # type: ignore[method-assign, assignment]
+    trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(
+        classifier, DigitsDataModule(batch_size=300)
+    )
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1, momentum)
+    scheduler: Any = None
+    if schedule == "cosine":
+        scheduler = CosineAnnealingLR(optimizer, 10)
+    elif schedule == "onecycle":
+        scheduler = OneCycleLR(optimizer, 0.1, 10, cycle_momentum=momentum > 0)
+    wanted = []
+    for _ in range(10):
+        wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    assert rates == pytest.approx(wanted)
+
+
+def test_a_schedule_needs_an_end(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_epochs=-1)
+    with pytest.raises(ValueError, match="`schedule` to be 'none' where training has no end"):
+        run.fit(Classifier(Linear()), DigitsDataModule())
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
+def test_one_step_is_enough(tmp_path: Path, schedule: Any) -> None:
+    classifier = Classifier(Linear(), schedule=schedule)
+    run = trainer(tmp_path, fast_dev_run=True)
+    run.fit(classifier, DigitsDataModule(BadNets()))
+    assert run.global_step == 1
+
+
+def test_a_checkpoint_holds_primitives_and_the_prefix(tmp_path: Path) -> None:
+    classifier = Classifier(width=2, in_channels=1, lr=0.05)
+    run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
+    run.fit(classifier, DigitsDataModule(BadNets(), batch_size=8))
+    path = tmp_path / "last.ckpt"
+    run.save_checkpoint(path)
+
+    stored = torch.load(path, weights_only=True)
+
+    weights = {
+        name.removeprefix("network."): value
+        for name, value in stored["state_dict"].items()
+        if name.startswith("network.")
+    }
+    assert len(weights) == len(stored["state_dict"])
+    build_network("cifar_resnet18", width=2, in_channels=1).load_state_dict(weights)
+    assert stored["hyper_parameters"] == {
+        "architecture": "cifar_resnet18",
+        "num_classes": 10,
+        "width": 2,
+        "in_channels": 1,
+        "lr": 0.05,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "schedule": "cosine",
+    }
+    again = Classifier.load_from_checkpoint(path, weights_only=True)
+    images = torch.rand(2, 1, 8, 8)
+    assert again.eval()(images).equal(classifier.eval()(images))
+
+
+def test_the_command_line_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = f"""
+seed_everything: 1
+trainer:
+  fast_dev_run: true
+  logger: false
+  accelerator: cpu
+  enable_progress_bar: false
+  default_root_dir: {tmp_path}
+model:
+  class_path: lightning_mnp.models.Classifier
+  init_args: {{width: 2, in_channels: 1, lr: 0.01, schedule: onecycle}}
+data:
+  class_path: lightning_mnp.data.DigitsDataModule
+  init_args:
+    batch_size: 8
+    attack:
+      class_path: lightning_mnp.attacks.BadNets
+      init_args: {{patch_size: 2, target_class: 3}}
+"""
+    (tmp_path / "config.yaml").write_text(config)
+
+    monkeypatch.setattr(sys, "argv", ["lightning-mnp"])
+    # LightningCLI 2.6 itself calls what jsonargparse 4.53 deprecates.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+    cli = LightningCLI(
+        args=["fit", "--config", str(tmp_path / "config.yaml")], save_config_callback=None
+    )
+
+    assert isinstance(cli.model, Classifier)
+    assert isinstance(cli.model.network, CifarResNet)
+    assert cli.model.hparams["lr"] == 0.01
+    assert "_instantiator" not in cli.model.hparams
+    assert "_instantiator" not in cli.datamodule.hparams
+    assert cli.datamodule.attack.target_class == 3
+    assert all(isinstance(value, str | int | float) for value in cli.model.hparams.values())
+
+
+def test_predict_gives_classes(tmp_path: Path) -> None:
+    classifier = Classifier(Linear())
+    datamodule = DigitsDataModule()
+    predicted = trainer(tmp_path).predict(classifier, datamodule.defense_dataloader())
+    images = torch.cat([batch[0] for batch in datamodule.defense_dataloader()])
+    assert torch.cat(predicted).equal(classifier(images).argmax(1))
+    assert classifier.predict_step(images, 0).equal(torch.cat(predicted))
+
+
+def test_networks_by_name() -> None:
+    network = build_network("squeezenet1_1", num_classes=5)
+    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+    assert isinstance(build_network("cifar_resnet34", width=2), CifarResNet)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architecture": "resnet99"}, "`architecture` to be one of .* but got 'resnet99'"),
+        ({"architecture": "inception_v3"}, "but got 'inception_v3'. Any other .* as `network`"),
+        ({"architecture": "resnet18", "width": 16}, "to stay 64 and 3 .* but got 16 and 3"),
+        ({"architecture": "resnet18", "in_channels": 1}, "to stay 64 and 3 .* but got 64 and 1"),
+        ({"architecture": "resnet18", "num_classes": 1}, "`num_classes` to be at least 2"),
+        ({"width": 0}, "`width` to be at least 1"),
+        ({"lr": 0.0}, "`lr` to be above 0, but got 0.0"),
+        ({"lr": float("nan")}, "`lr` to be above 0, but got nan"),
+        ({"momentum": 1.0}, "`momentum` to be from 0 to below 1, but got 1.0"),
+        ({"weight_decay": -1.0}, "`weight_decay` to be at least 0, but got -1.0"),
+        ({"schedule": "linear"}, "`schedule` to be one of .* but got 'linear'"),
+    ],
+)
+def test_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Classifier(**options)
