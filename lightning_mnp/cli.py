@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,6 +18,13 @@ __all__ = ["MNPCLI", "main"]
 
 _DEMO = Path(__file__).with_name("demo.yaml")
 _WRONG_USE = 2
+_WRONG_INPUT = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    UnpicklingError,  # what Lightning's own commands meet in a file that would run code
+    MisconfigurationException,
+)
 
 
 class MNPCLI(LightningCLI):
@@ -87,7 +95,7 @@ def main(args: list[str] | None = None) -> int:
     """
     try:
         cli = MNPCLI(args)
-    except (ValueError, TypeError, FileNotFoundError, MisconfigurationException) as error:
+    except _WRONG_INPUT as error:
         if os.environ.get("LIGHTNING_MNP_DEBUG"):
             raise
         hint = "Set LIGHTNING_MNP_DEBUG=1 to see where this comes from."

@@ -94,6 +94,10 @@ class MNPConfig:
             ("verdict", VerdictRule),
         ):
             _require(getattr(self, name) in get_args(choices), self, name, f"{get_args(choices)}")
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            listed = not isinstance(patterns, str) and all(isinstance(p, str) for p in patterns)
+            _require(listed, self, name, "a list of name patterns")
         for name in ("runs", "batch_size", "suppression_epochs", "mask_epochs"):
             value = getattr(self, name)
             least = 2 if name == "batch_size" else 1

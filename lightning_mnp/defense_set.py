@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_mnp.augment import random_crop_flip
+from lightning_mnp.subset import balanced_indices
 
 __all__ = ["DefenseSet", "Unpack", "seeded_generator", "unpack_batch"]
 
@@ -145,6 +147,45 @@ class DefenseSet:
                 "Expected the defense set to hold images, but its loader yields no batch."
             )
         return cls(torch.cat(images), torch.cat(labels))
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Dataset[Any],
+        size: int = 500,
+        seed: int = 0,
+        unpack: Unpack = unpack_batch,
+    ) -> DefenseSet:
+        """Draw a class-balanced share of a data set that is known to be clean.
+
+        Args:
+            dataset: Items (image, label); it is read once for the labels where it has no
+                ``targets`` or ``labels``.
+            size: Number of images, at least one for each class.
+            seed: Seed of the draw.
+            unpack: Takes images and labels out of a batch.
+
+        Raises:
+            ValueError: If the data set has too few images of a class.
+            TypeError: If it cannot be indexed.
+
+        Example:
+            >>> from torch.utils.data import TensorDataset
+            >>> data = TensorDataset(torch.rand(40, 1, 8, 8), torch.arange(40) % 4)
+            >>> DefenseSet.from_dataset(data, size=12).counts
+            {0: 3, 1: 3, 2: 3, 3: 3}
+        """
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"Expected argument `dataset` to have a length and items by index, but got "
+                f"{type(dataset).__name__}. Give a loader of clean images instead."
+            )
+        labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+        if labels is None:
+            loader: DataLoader[Any] = DataLoader(dataset, batch_size=256)
+            labels = torch.cat([unpack(batch)[1] for batch in loader])
+        chosen = balanced_indices(torch.as_tensor(labels), size, seed).tolist()
+        return cls.from_loader(DataLoader(Subset(dataset, chosen), batch_size=256), unpack)
 
     @property
     def counts(self) -> dict[int, int]:

@@ -9,6 +9,7 @@ are never called, and which layers produce the logits.
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -241,6 +244,7 @@ class _Use:
     calls: int = 0
     norms: set[tuple[str, int]] = field(default_factory=set)
     elsewhere: bool = False
+    crossed: set[str] = field(default_factory=set)  # norms along a dimension of no channels
 
 
 class _Watch(TorchFunctionMode):
@@ -253,6 +257,7 @@ class _Watch(TorchFunctionMode):
         self.feeders: dict[str, set[str | None]] = {}
         self._maps: dict[int, tuple[str, int]] = {}  # tensor id -> (convolution, channel dim)
         self._makers: dict[int, frozenset[str]] = {}  # tensor id -> last layers with weights
+        self._weights: set[int] = set()  # ids of tensors computed from parameters alone
         self._alive: list[Tensor] = []  # an id stays taken for as long as its tensor lives
         self._inside = 0
 
@@ -280,12 +285,18 @@ class _Watch(TorchFunctionMode):
                     self._keep(result)
                     self._maps[id(result)] = (convolution, moved)
         makers = self.makers(inputs)
-        if name in _WEIGHTED and any(isinstance(tensor, nn.Parameter) for tensor in inputs):
+        weights = [tensor for tensor in inputs if self._is_weight(tensor)]
+        if name in _WEIGHTED and weights:
             makers = frozenset()
         for tensor in outputs:
             self._keep(tensor)
             self._makers[id(tensor)] = makers
+            if inputs and len(weights) == len(inputs):
+                self._weights.add(id(tensor))
         return result
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) or id(tensor) in self._weights
 
     def makers(self, tensors: Iterable[Tensor]) -> frozenset[str]:
         """The last layers with weights on every way to these tensors."""
@@ -294,9 +305,9 @@ class _Watch(TorchFunctionMode):
     def _keep(self, tensor: Tensor) -> None:
         self._alive.append(tensor)
 
-    def before(self, module: nn.Module, args: Any) -> None:
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         name = self.names[module]
-        tensors = list(_tensors(args))
+        tensors = list(_tensors((args, kwargs)))
         if isinstance(module, _NORMS):
             feeders = self.feeders.setdefault(name, set())
             for tensor in tensors or [torch.empty(0)]:
@@ -304,16 +315,19 @@ class _Watch(TorchFunctionMode):
                 feeders.add(convolution)
                 if convolution is not None:
                     self.uses[convolution].norms.add((name, dim))
+                    if dim != _norm_dim(module, tensor.ndim, dim):
+                        self.uses[convolution].crossed.add(name)
         else:
             for tensor in tensors:
                 if id(tensor) in self._maps:
                     self.uses[self._maps[id(tensor)][0]].elsewhere = True
         self._inside += 1
 
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         self._inside -= 1
-        name = self.names[module]
-        makers = self.makers(_tensors(args)) if isinstance(module, _NORMS) else frozenset({name})
+        makers = frozenset({name := self.names[module]})
+        if isinstance(module, _NORMS):
+            makers = self.makers(_tensors((args, kwargs)))
         for tensor in _tensors(output):
             self._keep(tensor)
             self._makers[id(tensor)] = makers
@@ -332,6 +346,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(tuple(value.values()))
+
+
+def _norm_dim(norm: nn.Module, ndim: int, dim: int) -> int:
+    """Along which dimension a norm layer has its weight; ``dim`` where its class decides that."""
+    if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        return 1
+    own = type(norm).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    return ndim - 1 if own else dim  # torchvision's LayerNorm2d, say, moves the channels itself
 
 
 def _follow_channels(
@@ -364,8 +386,10 @@ def _watch_run(network: nn.Module, images: Tensor, forward: Forward) -> tuple[_W
     with ExitStack() as stack:
         for module in network.modules():
             if isinstance(module, (_ConvNd, nn.Linear, *_NORMS)):
-                stack.callback(module.register_forward_pre_hook(watch.before).remove)
-                stack.callback(module.register_forward_hook(watch.after).remove)
+                before = module.register_forward_pre_hook(watch.before, with_kwargs=True)
+                stack.callback(before.remove)
+                after = module.register_forward_hook(watch.after, with_kwargs=True)
+                stack.callback(after.remove)
         for module, training in modes:
             stack.callback(setattr, module, "training", training)
             module.training = False
@@ -426,8 +450,8 @@ def find_filter_layers(
             f"Expected argument `network` to hold at least one convolution, but "
             f"{type(network).__name__} has none. Filters are what this method prunes."
         )
-    for name, convolution in convolutions.items():
-        if isinstance(convolution, nn.modules.lazy.LazyModuleMixin):
+    for name, module in network.named_modules():
+        if isinstance(module, LazyModuleMixin):
             raise ValueError(
                 f"Expected every layer of `network` to have its weights, but {name!r} is a lazy "
                 "module that has not seen data. Run one batch through the network first."
@@ -441,6 +465,7 @@ def find_filter_layers(
                 )
     watch, logits = _watch_run(network, images, forward)
     heads = watch.makers([logits])
+    owners = _owners(network)
     layers, skipped = [], []
     for name, convolution in convolutions.items():
         chosen = any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
@@ -451,10 +476,14 @@ def find_filter_layers(
             skipped.append((name, "not called by the network"))
         elif name in heads:
             skipped.append((name, "classifier head: its filters are classes"))
-        elif convolution._parameters.get("weight") is None:
+        elif is_parametrized(convolution) or convolution._parameters.get("weight") is None:
             skipped.append((name, "its weight is computed by a parametrization"))
+        elif any(True for _ in convolution.children()):
+            skipped.append((name, "it holds layers of its own"))
+        elif _is_tied(convolution, owners):
+            skipped.append((name, "its weights belong to another layer, too"))
         else:
-            layers.append(_describe(network, name, convolution, watch, site))
+            layers.append(_describe(network, name, convolution, watch, site, owners))
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
         raise ValueError(
@@ -464,10 +493,29 @@ def find_filter_layers(
     return FilterLayers(tuple(layers), tuple(skipped))
 
 
+def _owners(network: nn.Module) -> Counter[int]:
+    """How many modules own each tensor, by the tensor's id."""
+    return Counter(id(tensor) for module in network.modules() for tensor in _own_tensors(module))
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _is_tied(module: nn.Module, owners: Counter[int]) -> bool:
+    return any(owners[id(tensor)] > 1 for tensor in _own_tensors(module))
+
+
 def _describe(
-    network: nn.Module, name: str, convolution: _ConvNd, watch: _Watch, site: Site
+    network: nn.Module,
+    name: str,
+    convolution: _ConvNd,
+    watch: _Watch,
+    site: Site,
+    owners: Counter[int],
 ) -> FilterLayer:
-    norm, dim, note = _paired_norm(network, name, convolution, watch)
+    norm, dim, note = _paired_norm(network, name, convolution, watch, owners)
     at_norm = norm is not None and site == "norm" and not note
     return FilterLayer(
         name=name,
@@ -482,7 +530,11 @@ def _describe(
 
 
 def _paired_norm(
-    network: nn.Module, name: str, convolution: _ConvNd, watch: _Watch
+    network: nn.Module,
+    name: str,
+    convolution: _ConvNd,
+    watch: _Watch,
+    owners: Counter[int],
 ) -> tuple[str | None, int, str]:
     """The norm layer that only this convolution feeds: (name, channel dim, why it does not do)."""
     use = watch.uses[name]
@@ -499,6 +551,10 @@ def _paired_norm(
     weight = getattr(norm, "weight", None)
     if weight is not None and weight.numel() != convolution.out_channels:
         return None, 1, f"the normalization layer {norm_name} has other channels"
+    if norm_name in use.crossed:
+        return None, 1, f"the normalization layer {norm_name} normalizes another dimension"
+    if is_parametrized(norm) or _is_tied(norm, owners):
+        return None, 1, f"the normalization layer {norm_name} does not own its weights alone"
     if isinstance(norm, _SHARED_NORMS) and weight is None:
         return norm_name, dim, f"the normalization layer {norm_name} has no weight to prune"
     return norm_name, dim, ""

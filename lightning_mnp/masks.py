@@ -75,8 +75,8 @@ class FilterMasks:
         if self.attached:
             raise RuntimeError("The masks are attached already; call `remove` first.")
         parts = self.values.split(self.layers.sizes)
-        for layer, part in zip(self.layers, parts, strict=True):
-            site = self.network.get_submodule(layer.site)
+        sites = [self.network.get_submodule(layer.site) for layer in self.layers]
+        for layer, site, part in zip(self.layers, sites, parts, strict=True):
             self._handles.append(site.register_forward_hook(_multiply(part, layer.channel_dim)))
         return self
 

@@ -91,9 +91,8 @@ class MNPModule(LightningModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Read the defense set, build the engine and hand its optimizers to the Trainer."""
         if self._resumed is not None and "report" in self._resumed:
-            # Nothing is left to do, but the Trainer restores as many optimizers as were saved.
-            parameter = [nn.Parameter(torch.zeros(1))]
-            return [torch.optim.SGD(parameter, lr=1.0) for _ in range(3)]
+            # Nothing is left to optimize, but the Trainer warns where there is no optimizer.
+            return [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)]
         # The Trainer makes its loaders after this hook, unless asked; it does so only once.
         self.trainer.fit_loop.setup_data()
         autocast = self.trainer.precision_plugin.forward_context
@@ -159,6 +158,8 @@ class MNPModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the engine's state until the engine is built."""
         self._resumed = checkpoint.get("lightning_mnp")
+        if self._resumed is not None and "report" in self._resumed:
+            checkpoint["optimizer_states"] = []
 
 
 class _TrainerUpdates:

@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_mnp.layers import Forward, call_network, find_logits
 
@@ -21,8 +22,10 @@ def weights_digest(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue  # an extra state can be any object
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -51,7 +54,7 @@ def network_forward(
     """
     call = forward or _default_call
     path = _find_path(model) if network is None else network
-    names = dict(model.named_modules())
+    names = dict(model.named_modules(remove_duplicate=False))
     if path not in names:
         children = ", ".join(repr(name) for name, _ in model.named_children())
         raise ValueError(
@@ -69,8 +72,9 @@ def _find_path(model: nn.Module) -> str:
     owner = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
     package = owner.__module__.split(".")[0]
     # PyTorch's and Lightning's base classes have a forward that only raises.
-    own = owner is not nn.Module and package not in ("lightning", "pytorch_lightning")
-    if own:
+    lightning = owner.__name__ == "LightningModule" and "lightning" in package
+    own = owner is not nn.Module and not lightning
+    if own or "forward" in vars(model):
         return ""
     candidates = [
         name for name, child in model.named_children() if any(True for _ in child.parameters())
@@ -104,7 +108,15 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
         raise ValueError(
             f"Expected the model to have parameters, but {type(model).__name__} has none."
         )
+    for name, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin):
+            raise ValueError(
+                f"Expected every layer of the model to have its weights, but {name!r} is a lazy "
+                "module that has not seen data. Run one batch through the model first."
+            )
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(
                 f"Expected the model's weights to be finite, but {name!r} holds NaN or infinity. "
@@ -117,11 +129,11 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
             module.training = False
         with torch.no_grad(), torch.random.fork_rng(devices):
             logits = find_logits(forward(model, images.clone()))
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"Expected the model to take images of shape {tuple(images.shape[1:])} and "
-            f"{images.dtype}, as the defense set has them, but it failed: "
-            f"{str(error).splitlines()[0]}"
+            f"{images.dtype}, as the defense set has them, but it failed: {reason}"
         ) from error
     finally:
         for module, training in modes:

@@ -66,8 +66,9 @@ def layer_normalized(values: Tensor, sizes: Sequence[int]) -> Tensor:
         >>> layer_normalized(torch.tensor([3.0, 4.0, 2.0]), [2, 1])
         tensor([0.6000, 0.8000, 1.0000])
     """
-    parts = values.split(list(sizes))
-    return torch.cat([F.normalize(part, dim=0, eps=1e-30) for part in parts])
+    parts = values.double().split(list(sizes))  # squares of tiny float32 numbers would be 0
+    normalized = torch.cat([F.normalize(part, dim=0, eps=1e-300) for part in parts])
+    return normalized.to(values.dtype)
 
 
 def batch_clc(
@@ -92,7 +93,9 @@ def batch_clc(
         tracked[f"{layer.name}.weight"] = leaf
         leaves.append(leaf)
     logits = subject(images, weights=tracked)
-    gradients = torch.autograd.grad(F.cross_entropy(logits, labels), leaves)
+    loss = F.cross_entropy(logits, labels)
+    # A layer may be called and yet have no part in the logits: its removal costs nothing.
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     products = [
         -layer.rows(gradient * leaf.detach()).float().sum(1)
         for layer, gradient, leaf in zip(subject.layers, gradients, leaves, strict=True)

@@ -140,20 +140,28 @@ class CleanSuppression:
     @torch.no_grad()
     def _undo(self) -> None:
         """Take the last step back; its gradients are still there, so no copy need be kept."""
+        if self.steps == 0:
+            return
+        self.steps -= 1
         rate, decay = self.config.suppression_lr, 2 * self.config.mu
         for weight in self.optimizer.param_groups[0]["params"]:
-            if weight.grad is None:
-                continue
             buffer = self.optimizer.state[weight].get("momentum_buffer")
             if buffer is not None:
                 weight.add_(buffer, alpha=rate)
-            else:
+            elif weight.grad is not None:
                 weight.add_(weight.grad, alpha=rate).div_(1 - rate * decay)
+
+    def _gradients(self) -> Weights:
+        """What :meth:`_undo` needs where there is no momentum."""
+        if self.config.suppression_momentum > 0:
+            return {}
+        return {name: w.grad for name, w in self.weights.items() if w.grad is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """Give all that a resumed run needs, as tensors and primitives."""
         return {
             "weights": {name: weight.detach() for name, weight in self.weights.items()},
+            "gradients": self._gradients(),
             "optimizer": self.optimizer.state_dict(),
             "window": [list(entry) for entry in self._window],
             "steps": self.steps,
@@ -165,6 +173,8 @@ class CleanSuppression:
         """Go on where :meth:`state_dict` was taken."""
         for name, weight in state["weights"].items():
             self.weights[name].copy_(weight)
+            gradient = state["gradients"].get(name)
+            self.weights[name].grad = None if gradient is None else gradient.to(weight, copy=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self._window = [(int(hits), int(count)) for hits, count in state["window"]]
         self.steps = int(state["steps"])

@@ -16,9 +16,7 @@ from lightning_mnp.defense_set import DefenseSet
 
 
 def plain() -> tuple[DefenseReport, dict[str, torch.Tensor]]:
-    report = lightning_mnp.defend(
-        trained_network(), loader(), when="always", config=quick_config()
-    )
+    report = lightning_mnp.defend(trained_network(), loader(), when="always", config=quick_config())
     assert report.model is not None
     return report, report.model.state_dict()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.io import ImageReadMode, decode_image
 
 from lightning_mnp.attacks.attack import Attack, Mode
 
@@ -61,8 +62,10 @@ class Blend(Attack):
         if self.image is None:
             generator = torch.Generator().manual_seed(self.seed)
             return torch.rand(channels, height, width, generator=generator)
-        mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-        pixels = decode_image(str(self.image), mode=mode).float()[None] / 255.0
+        with Image.open(self.image) as image:
+            stored = np.array(image.convert("L" if channels == 1 else "RGB"))
+        pixels = torch.from_numpy(stored).reshape(*stored.shape[:2], channels)
+        pixels = pixels.permute(2, 0, 1)[None].float() / 255.0
         return F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)[0]
 
     def _trigger(self, images: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Data sets and datamodules with clean, poisoned and triggered images."""
 
-from lightning_mnp.data.augment import random_crop_flip
+from lightning_mnp.augment import random_crop_flip
 from lightning_mnp.data.cifar10 import CIFAR10DataModule
 from lightning_mnp.data.datamodule import BackdoorDataModule
 from lightning_mnp.data.dataset import (
@@ -12,7 +12,7 @@ from lightning_mnp.data.dataset import (
 )
 from lightning_mnp.data.digits import DigitsDataModule
 from lightning_mnp.data.folder import ImageFolderDataModule
-from lightning_mnp.data.subset import balanced_indices
+from lightning_mnp.subset import balanced_indices
 
 __all__ = [
     "BackdoorDataModule",

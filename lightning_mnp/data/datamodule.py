@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from lightning_mnp.attacks import Attack
-from lightning_mnp.data.augment import random_crop_flip
+from lightning_mnp.augment import random_crop_flip
 from lightning_mnp.data.dataset import (
     ImageDataset,
     MemoryDataset,
     PoisonedDataset,
     TriggeredDataset,
 )
-from lightning_mnp.data.subset import balanced_indices
+from lightning_mnp.subset import balanced_indices
 
 __all__ = ["BackdoorDataModule", "BatchTransform", "Split"]
 

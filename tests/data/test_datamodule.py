@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightning_mnp.attacks import BadNets
+from lightning_mnp.augment import random_crop_flip
 from lightning_mnp.data import BackdoorDataModule, MemoryDataset
-from lightning_mnp.data.augment import random_crop_flip
 from lightning_mnp.data.datamodule import BatchTransform, Split
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    UserModule,
+    images_and_labels,
+    loader,
+    quick_config,
+    same,
+    snapshot,
+    trained_network,
+)
+from torch import nn
+
+import lightning_mnp
+from lightning_mnp import DefenseSet, MNPConfig, MNPDefense
+from lightning_mnp.api import run_defense
+
+
+def test_user_module_without_forward_is_called_by_its_network() -> None:
+    module = UserModule(trained_network())
+    report = lightning_mnp.defend(module, loader(), when="always", config=quick_config())
+    direct = lightning_mnp.defend(trained_network(), loader(), when="always", config=quick_config())
+    assert [(name.removeprefix("net."), i) for name, i in report.pruned] == direct.pruned
+    assert type(report.model) is UserModule
+
+
+def test_forward_and_unpack_can_be_told() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = trained_network()
+
+        def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return {"scores": self.inner(batch["picture"])}
+
+    images, labels = images_and_labels()
+    report = lightning_mnp.audit(
+        Odd(),
+        [{"picture": images, "truth": labels}],
+        config=quick_config(),
+        forward=lambda network, x: network({"picture": x})["scores"],
+        unpack=lambda batch: (batch["picture"], batch["truth"]),
+    )
+    assert len(report.runs) == 2
+
+
+@pytest.mark.parametrize("stop", [1, 4, 10, 13, 19])
+def test_killed_call_goes_on(tmp_path: Path, stop: int) -> None:
+    """The state file is of the last finished phase; the rest is done again, the same."""
+
+    class KilledError(Exception):
+        pass
+
+    reference = lightning_mnp.defend(
+        trained_network(), loader(), when="always", config=quick_config()
+    )
+    steps = 0
+
+    def kill(*args: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == stop:
+            raise KilledError
+
+    state = tmp_path / "state.pt"
+    data = DefenseSet.from_loader(loader())
+    with pytest.raises(KilledError):
+        run_defense(
+            MNPDefense(trained_network(), data, quick_config()), state_file=state, observe=kill
+        )
+    report = lightning_mnp.defend(
+        trained_network(), data, when="always", config=quick_config(), state_file=state
+    )
+    assert report.pruned == reference.pruned
+    assert report.scores == reference.scores
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_state_of_something_else_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state.pt"
+    defense = MNPDefense(trained_network(), DefenseSet.from_loader(loader()), quick_config())
+    torch.save(defense.state_dict(), state)
+    other = quick_config(seed=1)
+    with pytest.raises(ValueError, match="Expected the state to belong to the same options"):
+        lightning_mnp.defend(
+            trained_network(), loader(), when="always", config=other, state_file=state
+        )
+    with pytest.raises(ValueError, match="Expected the state to belong to the same weights"):
+        lightning_mnp.defend(
+            trained_network(steps=2),
+            loader(),
+            when="always",
+            config=quick_config(),
+            state_file=state,
+        )
+    torch.save({"format": 99}, state)
+    with pytest.raises(ValueError, match="in format 1, but got 99"):
+        lightning_mnp.audit(trained_network(), loader(), config=quick_config(), state_file=state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no convolution", "at least one convolution"),
+        ("empty", "yields no batch"),
+        ("single class", "at least two classes"),
+        ("labels", "to be below 4, the model's number of classes, but got 7"),
+        ("negative labels", "to be at least 0, but got -1"),
+        ("shape", "to take images of shape"),
+        ("uint8", "to be floating point"),
+        ("nan data", "images to be finite"),
+        ("nan weights", "weights to be finite"),
+        ("pattern", "matches none of"),
+        ("count", "to be below 300"),
+    ],
+)
+def test_bad_input_is_told_before_any_work(change: str, message: str) -> None:
+    network = trained_network()
+    images, labels = images_and_labels()
+    config = quick_config()
+    if change == "no convolution":
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    elif change == "single class":
+        labels = torch.zeros_like(labels)
+    elif change == "labels":
+        labels[3] = 7
+    elif change == "negative labels":
+        labels[3] = -1
+    elif change == "shape":
+        images = images.expand(-1, 3, -1, -1)
+    elif change == "uint8":
+        images = images.to(torch.uint8)
+    elif change == "nan data":
+        images[0, 0, 0, 0] = float("nan")
+    elif change == "nan weights":
+        next(network.parameters()).data[0] = float("nan")
+    elif change == "pattern":
+        config = quick_config(include=["backbone.*"])
+    elif change == "count":
+        config = quick_config(amount=300)
+    batches = [] if change == "empty" else [(images, labels)]
+    before = snapshot(network)
+    with pytest.raises(ValueError, match=message):
+        lightning_mnp.defend(network, batches, when="always", config=config)
+    if change != "nan weights":
+        assert same(before, snapshot(network))
+
+
+def test_threshold_out_of_range() -> None:
+    with pytest.raises(ValueError, match="from 1 to 3"):
+        MNPConfig(rule="threshold", amount=3.5)

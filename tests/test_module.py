@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import images_and_labels, loader, quick_config, quiet_trainer, trained_network
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_mnp import MNPModule
+
+# The engine draws its own batches, so it does not matter where the Trainer's loader stands.
+mid_epoch = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+
+
+def fitted(**options: Any) -> MNPModule:
+    module = MNPModule(trained_network(), quick_config())
+    quiet_trainer(max_epochs=-1, **options).fit(module, loader())
+    return module
+
+
+def test_network_is_pruned_and_trainer_stops() -> None:
+    module = fitted()
+    assert module.report is not None
+    assert module.report.model is module.network
+    for name, index in module.report.pruned:
+        assert not module.network.get_submodule(name).weight[index].any()
+    images, _ = images_and_labels(4)
+    assert torch.equal(module(images), module.network(images))
+
+
+def test_progress_and_outcome_are_logged(tmp_path: Path) -> None:
+    logger = CSVLogger(str(tmp_path))
+    fitted(logger=logger, log_every_n_steps=1)
+    logger.save()
+    header = Path(logger.log_dir, "metrics.csv").read_text().splitlines()[0]
+    for name in ("mnp/suppression_loss", "mnp/masks_penalty_loss", "mnp/detection_ratio"):
+        assert name in header
+
+
+@mid_epoch
+@pytest.mark.parametrize("stop", [3, 9, 14, 22])
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int) -> None:
+    class StopAt(L.Callback):
+        seen = 0
+
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            self.seen += 1
+            if self.seen == stop:
+                trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+                raise KeyboardInterrupt
+
+    reference = fitted()
+    first = MNPModule(trained_network(), quick_config())
+    with pytest.raises(SystemExit):
+        quiet_trainer(max_epochs=-1, callbacks=[StopAt()]).fit(first, loader())
+    second = MNPModule(trained_network(width=4, steps=1), quick_config())
+    quiet_trainer(max_epochs=-1).fit(
+        second, loader(), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True
+    )
+    assert reference.report is not None
+    assert second.report is not None
+    assert second.report.pruned == reference.report.pruned
+    assert second.report.scores == reference.report.scores
+    for name, tensor in reference.network.state_dict().items():
+        assert torch.equal(tensor, second.network.state_dict()[name])
+
+
+@mid_epoch
+def test_finished_run_resumes_to_its_end(tmp_path: Path) -> None:
+    module = MNPModule(trained_network(), quick_config())
+    trainer = quiet_trainer(max_epochs=-1)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    again = MNPModule(trained_network(), quick_config())
+    quiet_trainer(max_epochs=-1).fit(
+        again, loader(), ckpt_path=tmp_path / "end.ckpt", weights_only=True
+    )
+    for name, tensor in module.network.state_dict().items():
+        assert torch.equal(tensor, again.network.state_dict()[name])
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+def test_model_checkpoint_works(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1)
+    fitted(callbacks=[saver], enable_checkpointing=True)
+    assert len(list(tmp_path.glob("*.ckpt"))) >= 2
+
+
+def test_trainer_that_ends_too_early_warns() -> None:
+    module = MNPModule(trained_network(), quick_config())
+    with pytest.warns(UserWarning, match="The Trainer ended while the defense was in phase"):
+        quiet_trainer(max_epochs=1).fit(module, loader(20))
+    assert module.report is None
+
+
+def test_bf16_autocast_runs() -> None:
+    assert fitted(precision="bf16-mixed").report is not None
+
+
+def test_several_processes_are_refused() -> None:
+    module = MNPModule(trained_network(), quick_config())
+
+    class Fake:
+        strategy = None
+        world_size = 2
+
+    module.trainer = Fake()  # type: ignore[assignment]
+    with pytest.raises(MisconfigurationException, match="Expected one process for MNPModule"):
+        module.setup("fit")
+
+
+def test_datamodule_without_hook_is_refused() -> None:
+    class Plain(L.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return loader()
+
+    module = MNPModule(trained_network(), quick_config())
+    with pytest.raises(MisconfigurationException, match="The training set is not used"):
+        quiet_trainer(max_epochs=-1).fit(module, datamodule=Plain())
