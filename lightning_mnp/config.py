@@ -14,7 +14,7 @@ __all__ = ["Augmentation", "MNPConfig", "PruningRule", "VerdictRule"]
 
 Augmentation = Literal["none", "crop", "crop-flip"]
 PruningRule = Literal["auto", "count", "share", "threshold"]
-VerdictRule = Literal["combined", "ratio"]
+VerdictRule = Literal["reach", "ratio"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,13 @@ class MNPConfig:
         mask_momentum: Momentum of both masks, from 0 to below 1.
         mask_epochs: Passes over the defense set for the masks.
         penalty: Weight of the magnitude term of both masks, lambda in Eq. 5 and 7.
-        rule: How many filters are pruned: ``"auto"`` by clean data, ``"count"``, ``"share"`` of
-            all filters, or ``"threshold"`` on M1 + M2.
-        amount: The count, share or threshold; for ``"auto"`` the most that may be pruned, as a
-            share of all filters.
-        verdict: ``"combined"`` judges by the pile-up of predictions and the detection ratio,
-            ``"ratio"`` by Eq. 8 alone.
+        rule: Which filters are pruned: ``"auto"`` takes them one by one until surrogate triggers
+            fail; ``"count"``, ``"share"`` and ``"threshold"`` take the lowest M1 + M2, as in the
+            paper.
+        amount: The count, the share of all filters, or the threshold on M1 + M2; for ``"auto"``
+            the most that may be pruned, as a share of all filters.
+        verdict: ``"reach"`` judges by how much closer one class is to all images than the
+            others, ``"ratio"`` by Eq. 8.
         delta: Detection threshold of Eq. 8.
 
     Raises:
@@ -64,25 +65,25 @@ class MNPConfig:
     """
 
     seed: int = 0
-    runs: int = 3
+    runs: int = 1
     batch_size: int = 128
     augment: Augmentation = "crop-flip"
     site: Site = "norm"
     statistics: Statistics = "batch"
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
-    suppression_lr: float = 0.1
+    suppression_lr: float = 0.02
     suppression_momentum: float = 0.0
     suppression_epochs: int = 20
     stop_accuracy: float | None = 0.2
     mu: float = 0.001
     mask_lr: float = 0.1
-    mask_momentum: float = 0.9
+    mask_momentum: float = 0.0
     mask_epochs: int = 20
     penalty: float = 0.0005
     rule: PruningRule = "auto"
     amount: float = 0.05
-    verdict: VerdictRule = "combined"
+    verdict: VerdictRule = "reach"
     delta: float = 0.2
 
     def __post_init__(self) -> None:
@@ -136,11 +137,9 @@ class MNPConfig:
             0.01
         """
         options: dict[str, Any] = {
-            "runs": 1,
             "augment": "none",
             "suppression_lr": 0.01,
             "stop_accuracy": None,
-            "mask_momentum": 0.0,
             "rule": "count",
             "amount": 30,
             "verdict": "ratio",

@@ -19,19 +19,29 @@ from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.detection import Judgement, judge
 from lightning_mnp.layers import Forward, find_filter_layers
 from lightning_mnp.network import check_network, network_forward, weights_digest
-from lightning_mnp.pruning import Pruning, PruningSearch, prune, pruning_order
+from lightning_mnp.pruning import Pruning, prune, pruned_count, pruning_order
 from lightning_mnp.recovery import FilterMask
 from lightning_mnp.result import DefenseReport, RunResult
 from lightning_mnp.saliency import batch_clc, filter_magnitudes, saliency_correlation
+from lightning_mnp.search import TriggerSearch
 from lightning_mnp.subject import Subject, Weights
 from lightning_mnp.suppression import CleanSuppression
+from lightning_mnp.surrogate import ReachSearch, image_scale, reach_ratio
 from lightning_mnp.updates import PlainUpdates, Updates
 
 __all__ = ["MNPDefense", "Phase", "When"]
 
 When = Literal["never", "flagged", "always"]
 Phase = Literal[
-    "reference", "suppression", "saliency", "masks", "verdict", "pruning", "check", "finished"
+    "reference",
+    "suppression",
+    "saliency",
+    "masks",
+    "reach",
+    "verdict",
+    "pruning",
+    "check",
+    "finished",
 ]
 
 _FORMAT = 1
@@ -41,9 +51,10 @@ class MNPDefense:
     """Audits a network and finds the filters to prune, one batch a step.
 
     The phases: ``reference`` (saliency and accuracy of the network as it is); for every run
-    ``suppression``, ``saliency`` of the suppressed weights and ``masks``; ``verdict``;
-    ``pruning`` (how many filters); ``check`` (accuracy without them). With ``when="flagged"``
-    masks come after the verdict, on runs that are repeated exactly.
+    ``suppression``, ``saliency`` of the suppressed weights and, if the pruning rule ranks by
+    them, ``masks``; ``reach`` of the classes; ``verdict``; ``pruning``; ``check`` (accuracy
+    without the pruned filters). With ``when="flagged"``, masks come after the verdict, on runs
+    that are repeated exactly.
 
     The model is not changed. Every random choice follows from the seed and the place in this
     order, so the state is tensors and primitives, and a run that was stopped goes on as if it
@@ -109,7 +120,11 @@ class MNPDefense:
         self.suppression = CleanSuppression(self.subject, self.config)
         self.penalty = FilterMask(self.subject, self.suppression.weights, self.config, False)
         self.preserving = FilterMask(self.subject, self.subject.weights(), self.config, True)
-        self.search = PruningSearch(self.config, self.layers.total)
+        if self.config.rule != "auto":
+            pruned_count(torch.ones(self.layers.total), self.config.rule, self.config.amount)
+        self.scale = image_scale(data.images)
+        self.reach = ReachSearch(self.subject, self.scale, [], self.config.seed)
+        self.search: TriggerSearch | None = None
         self.optimizers = (
             self.suppression.optimizer,
             self.penalty.optimizer,
@@ -134,12 +149,19 @@ class MNPDefense:
         plan: list[tuple[Phase, int]] = [("reference", 0)]
         for run in range(self.config.runs):
             plan += [("suppression", run), ("saliency", run)]
-            if self.when == "always":
+            if self.when == "always" and self._ranks_by_masks:
                 plan.append(("masks", run))
+        searches = self.config.rule == "auto" and self.when != "never"
+        if self.config.verdict == "reach" or searches:
+            plan.append(("reach", 0))
         plan.append(("verdict", 0))
         if self.when == "always":
             plan += [("pruning", 0), ("check", 0)]
         return plan
+
+    @property
+    def _ranks_by_masks(self) -> bool:
+        return self.config.rule != "auto"
 
     @property
     def phase(self) -> Phase:
@@ -169,11 +191,17 @@ class MNPDefense:
             "saliency": self.passes,
             "masks": self.passes * self.config.mask_epochs,
             "verdict": 1,
-            "pruning": self.search.most_steps(),
+            "reach": self.reach.most_steps() or ReachSearch.most_steps_of(self.classes),
+            "pruning": 1 if self._ranks_by_masks else self._most_filters,
             "check": 1,
         }
         left = sum(lengths[phase] for phase, _ in self.plan[self.position :])
         return left - self.batches_done
+
+    @property
+    def _most_filters(self) -> int:
+        """The most filters that the automatic rule prunes."""
+        return max(1, int(self.config.amount * self.layers.total))
 
     def step(self, updates: Updates | None = None) -> dict[str, float]:
         """Do the next step.
@@ -267,8 +295,9 @@ class MNPDefense:
         self._begin_accumulating()
         if len(self.runs) < self.config.runs:  # a repeated run is known already
             self.runs.append(result)
-        self.penalty.restart(weights)
-        self.preserving.restart(self.subject.weights())
+        if self._ranks_by_masks:
+            self.penalty.restart(weights)
+            self.preserving.restart(self.subject.weights())
         return {"detection_ratio": result.detection_ratio, "pile_up": result.pile_up}
 
     def _masks(self, updates: Updates) -> dict[str, float]:
@@ -289,18 +318,32 @@ class MNPDefense:
         }
 
     def _verdict(self, updates: Updates) -> dict[str, float]:
-        self.judgement = judge(self.runs, self.correlation, self.config)
+        self.judgement = self._judge()
         self._advance()
         if self.when == "flagged" and self.judgement.verdict == "backdoored":
-            repeated: list[tuple[Phase, int]] = []
-            for run in range(self.config.runs):
-                repeated += [("suppression", run), ("saliency", run), ("masks", run)]
-            self.plan += [*repeated, ("pruning", 0), ("check", 0)]
+            for run in range(self.config.runs if self._ranks_by_masks else 0):
+                self.plan += [("suppression", run), ("saliency", run), ("masks", run)]
+            self.plan += [("pruning", 0), ("check", 0)]
         return {
             "backdoored": float(self.judgement.verdict == "backdoored"),
             "detection_ratio": self.judgement.detection_ratio,
             "pile_up": self.judgement.pile_up,
         }
+
+    def _reach(self, updates: Updates) -> dict[str, float]:
+        if not self.reach.classes:
+            tops = [run.top_class for run in self.runs]
+            self.reach.classes = ReachSearch.choose_classes(tops, self.classes, self.config.seed)
+        size, device = self.config.batch_size, self.subject.device
+        epoch, index = divmod(self.reach.steps_in_class, self.passes)
+        key = (self.config.seed, "reach", self.reach.current, epoch)
+        metrics = self.reach.step(*self.data.batch(index, size, device, key=key))
+        if self.reach.finished:
+            self._advance()
+        return metrics
+
+    def _judge(self) -> Judgement:
+        return judge(self.runs, self.correlation, self.reach.reaches, self.config)
 
     @property
     def scores(self) -> Tensor:
@@ -308,17 +351,43 @@ class MNPDefense:
         return self._masks_sum / max(1, self._masks_count)
 
     def _pruning(self, updates: Updates) -> dict[str, float]:
-        order = pruning_order(self.scores)
-        count = self.search.next_count(self.scores)
-        metrics = {}
-        if count is not None:
-            accuracy = self._accuracy_without(order[:count])
-            self.search.record(count, accuracy)
-            metrics = {"filters": float(count), "accuracy": accuracy}
-        if self.search.next_count(self.scores) is None:
-            self.removed = order[: self.search.chosen(self.scores)]
+        if self._ranks_by_masks:
+            count = pruned_count(self.scores, self.config.rule, self.config.amount)
+            self.removed = pruning_order(self.scores)[:count]
+            self._advance()
+            return {"filters": float(count)}
+        if self.judgement.verdict == "clean" and self.config.verdict == "reach":
+            # No class is easier to reach than the others, so there is nothing to search for.
+            self._advance()
+            return {"filters": 0.0}
+        self.search = self.search or self._new_search()
+        metrics = self.search.step()
+        if self.search.stopped:
+            taken = torch.tensor(self.search.taken, dtype=torch.long)
+            self.removed = taken.to(self.subject.device)
+            left = max(self.search.curve[-1][1:])
+            if left >= self.search.enough:
+                self.warnings.append(
+                    f"the search for filters ended early ({self.search.stopped}) while a "
+                    f"surrogate trigger still succeeds on {left:.0%} of the defense set"
+                )
             self._advance()
         return metrics
+
+    def _new_search(self) -> TriggerSearch:
+        target, _, median = reach_ratio(self.reach.reaches)
+        reach = min(self.reach.reaches[target], median)
+        return TriggerSearch(
+            self.subject,
+            self.data,
+            target,
+            self.reach.perturbations[target],
+            reach * self.scale,
+            median * self.scale,
+            self._most_filters,
+            self.config.batch_size,
+            self.config.seed,
+        )
 
     def _check(self, updates: Updates) -> dict[str, float]:
         self.accuracy_after = self._accuracy_without(self.removed)
@@ -372,7 +441,9 @@ class MNPDefense:
             RuntimeError: If the defense has not finished.
         """
         self._require_finished()
-        scores = self.scores.cpu()
+        scores: list[float] = []
+        if self._masks_count:
+            scores = [float(self.scores[int(position)]) for position in self.removed]
         return DefenseReport(
             verdict=self.judgement.verdict,
             detection_ratio=self.judgement.detection_ratio,
@@ -380,8 +451,10 @@ class MNPDefense:
             target_class=self.judgement.target_class,
             reasons=list(self.judgement.reasons),
             runs=list(self.runs),
+            reaches=dict(sorted(self.reach.reaches.items())),
             pruned=[self.layers.locate(int(position)) for position in self.removed],
-            scores=[float(scores[int(position)]) for position in self.removed],
+            scores=scores,
+            search=[] if self.search is None else [list(point) for point in self.search.curve],
             filters=self.layers.total,
             accuracy_before=self.accuracy_before,
             accuracy_after=self.accuracy_after,
@@ -425,7 +498,8 @@ class MNPDefense:
             "masks_sum": self._masks_sum,
             "masks_count": self._masks_count,
             "removed": self.removed,
-            "search": self.search.state_dict(),
+            "reach": self.reach.state_dict(),
+            "search": None if self.search is None else self.search.state_dict(),
             "suppression": self.suppression.state_dict(),
             "penalty": self.penalty.state_dict(),
             "preserving": self.preserving.state_dict(),
@@ -467,13 +541,17 @@ class MNPDefense:
         self._masks_sum = state["masks_sum"].to(device)
         self._masks_count = int(state["masks_count"])
         self.removed = state["removed"].to(device)
-        self.search.load_state_dict(state["search"])
+        self.reach.load_state_dict(state["reach"])
         self.suppression.load_state_dict(state["suppression"])
         self.penalty.restart(self.suppression.weights)
         self.penalty.load_state_dict(state["penalty"])
         self.preserving.load_state_dict(state["preserving"])
         if ("verdict", 0) in self.plan[: self.position]:
-            self.judgement = judge(self.runs, self.correlation, self.config)
+            self.judgement = self._judge()
+        self.search = None
+        if state["search"] is not None:
+            self.search = self._new_search()
+            self.search.load_state_dict(state["search"])
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -130,9 +131,7 @@ class DefenseSet:
         images: list[Tensor] = []
         labels: list[Tensor] = []
         with torch.random.fork_rng(devices=[]):  # a loader draws from the global generator
-            for number, batch in enumerate(loader):
-                if limit is not None and number >= limit:
-                    break
+            for number, batch in enumerate(islice(loader, limit)):
                 part, classes = unpack(batch)
                 if images and part.shape[1:] != images[0].shape[1:]:
                     raise ValueError(
@@ -183,7 +182,8 @@ class DefenseSet:
         labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
         if labels is None:
             loader: DataLoader[Any] = DataLoader(dataset, batch_size=256)
-            labels = torch.cat([unpack(batch)[1] for batch in loader])
+            with torch.random.fork_rng(devices=[]):
+                labels = torch.cat([unpack(batch)[1] for batch in loader])
         chosen = balanced_indices(torch.as_tensor(labels), size, seed).tolist()
         return cls.from_loader(DataLoader(Subset(dataset, chosen), batch_size=256), unpack)
 

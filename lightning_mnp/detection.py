@@ -1,4 +1,4 @@
-"""The verdict: what the suppression runs say of a network."""
+"""The verdict: what the suppression runs and the reach of the classes say of a network."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from dataclasses import dataclass
 
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.result import RunResult, Verdict
+from lightning_mnp.surrogate import reach_ratio
 
 __all__ = ["Judgement", "judge"]
+
+# Measured on networks that no table reports; see "The default" in the documentation.
+BACKDOORED_BELOW = 0.5
+CLEAN_ABOVE = 0.6
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Judgement:
         verdict: ``"clean"``, ``"backdoored"`` or ``"undecided"``.
         detection_ratio: Mean of Eq. 8 over the runs.
         pile_up: Mean share of the suppressed networks' predictions on their top class.
-        target_class: The class thought to be the backdoor's target, or None.
+        target_class: The class thought to be the backdoor's target; None for a clean network.
         reasons: In words.
     """
 
@@ -32,33 +37,67 @@ class Judgement:
     reasons: tuple[str, ...]
 
 
-def judge(runs: Sequence[RunResult], correlation: float, config: MNPConfig) -> Judgement:
-    """Judge a network by its suppression runs.
+def judge(
+    runs: Sequence[RunResult],
+    correlation: float,
+    reaches: dict[int, float],
+    config: MNPConfig,
+) -> Judgement:
+    """Judge a network.
 
     Args:
-        runs: The runs, at least one.
+        runs: The suppression runs, at least one.
         correlation: Rank correlation of magnitude and saliency of the network as it is.
-        config: Options; ``verdict`` chooses the rule and ``delta`` its threshold (Eq. 8).
+        reaches: The reach of the classes, see :class:`~lightning_mnp.surrogate.ReachSearch`;
+            empty where ``config.verdict`` is ``"ratio"``.
+        config: Options; ``verdict`` chooses the rule.
 
     Returns:
         The judgement.
     """
-    ratio = _mean([run.detection_ratio for run in runs])
-    pile_up = _mean([run.pile_up for run in runs])
-    votes = Counter(run.top_class for run in runs).most_common(1)[0]
-    reasons = []
-    verdict: Verdict
-    if not math.isfinite(ratio) or correlation <= 0:
+    ratio = sum(run.detection_ratio for run in runs) / len(runs)
+    pile_up = sum(run.pile_up for run in runs) / len(runs)
+    top = Counter(run.top_class for run in runs).most_common(1)[0][0]
+    verdict, suspect, reasons = (
+        _by_ratio(ratio, correlation, config.delta, top)
+        if config.verdict == "ratio"
+        else _by_reach(reaches)
+    )
+    if not any(run.steps for run in runs):
         verdict = "undecided"
         reasons.append(
-            f"magnitude and saliency do not correlate in the network as it is ({correlation:.2f})"
+            "clean suppression took no step: the accuracy on the defense set is at "
+            "`stop_accuracy` from the start"
         )
-    else:
-        verdict = "backdoored" if ratio <= config.delta else "clean"
-        relation = "at most" if ratio <= config.delta else "above"
-        reasons.append(f"the detection ratio {ratio:.2f} is {relation} delta = {config.delta:g}")
-    return Judgement(verdict, ratio, pile_up, votes[0], tuple(reasons))
+    reasons.append(
+        f"after clean suppression, {pile_up:.0%} of the predictions fall on class {top}, with a "
+        f"detection ratio of {ratio:.2f}"
+    )
+    target = None if verdict == "clean" else suspect
+    return Judgement(verdict, ratio, pile_up, target, tuple(reasons))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _by_ratio(
+    ratio: float, correlation: float, delta: float, top: int
+) -> tuple[Verdict, int, list[str]]:
+    """Eq. 8, where it means something."""
+    if not math.isfinite(ratio) or correlation <= 0:
+        reason = "magnitude and saliency do not correlate in the network as it is"
+        return "undecided", top, [f"{reason} ({correlation:.2f})"]
+    if ratio <= delta:
+        return "backdoored", top, [f"the detection ratio is at most delta = {delta:g}"]
+    return "clean", top, [f"the detection ratio is above delta = {delta:g}"]
+
+
+def _by_reach(reaches: dict[int, float]) -> tuple[Verdict, int, list[str]]:
+    suspect, ratio, _ = reach_ratio(reaches)
+    reason = (
+        f"a universal perturbation reaches class {suspect} at {ratio:.2f} times the median length "
+        f"for other classes (backdoored up to {BACKDOORED_BELOW}, clean from {CLEAN_ABOVE})"
+    )
+    verdict: Verdict = "undecided"
+    if ratio <= BACKDOORED_BELOW:
+        verdict = "backdoored"
+    elif ratio >= CLEAN_ABOVE:
+        verdict = "clean"
+    return verdict, suspect, [reason]

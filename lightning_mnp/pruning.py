@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mnp.config import MNPConfig
+from lightning_mnp.config import PruningRule
 from lightning_mnp.layers import FilterLayers
 from lightning_mnp.masks import FilterMasks
 
-__all__ = ["Pruning", "PruningSearch", "prune", "pruning_order"]
+__all__ = ["Pruning", "prune", "pruned_count", "pruning_order"]
 
 
 def pruning_order(scores: Tensor) -> Tensor:
@@ -101,65 +99,31 @@ def prune(network: nn.Module, layers: FilterLayers, positions: Tensor) -> Prunin
     return Pruning(pruned, saved)
 
 
-class PruningSearch:
-    """Finds how many filters to prune; looks at clean data only.
-
-    ``"count"``, ``"share"`` and ``"threshold"`` need no search. ``"auto"`` walks down the ranking
-    and stops before the accuracy on the defense set falls by more than the tolerance.
+def pruned_count(scores: Tensor, rule: PruningRule, amount: float) -> int:
+    """Tell how many filters a rule that needs no search prunes.
 
     Args:
-        config: Options.
-        total: Number of filters of the network.
+        scores: M1 + M2 of every filter, shape (total filters,), from 1 to 3.
+        rule: ``"count"``, ``"share"`` or ``"threshold"``.
+        amount: The count, the share of all filters, or the threshold, epsilon in Algorithm 1:
+            filters at or below it are pruned (line 14 keeps those above).
+
+    Raises:
+        ValueError: If the count is not below the number of filters, or the rule is another.
+
+    Example:
+        >>> pruned_count(torch.tensor([1.0, 1.5, 2.0]), "threshold", 1.5)
+        2
     """
-
-    def __init__(self, config: MNPConfig, total: int) -> None:
-        if config.rule == "count" and config.amount >= total:
+    if rule == "count":
+        if amount >= len(scores):
             raise ValueError(
-                f"Expected argument `amount` to be below {total}, the number of filters, but got "
-                f"{config.amount:g}."
+                f"Expected argument `amount` to be below {len(scores)}, the number of filters, "
+                f"but got {amount:g}."
             )
-        self.config = config
-        self.total = total
-        self.curve: list[tuple[int, float]] = []
-
-    def most_steps(self) -> int:
-        """An upper bound on the counts that will be tried."""
-        return max(1, len(self._counts()))
-
-    def _counts(self) -> list[int]:
-        if self.config.rule != "auto":
-            return []
-        most = max(1, math.ceil(self.config.amount * self.total))
-        return list(range(1, most + 1))
-
-    def next_count(self, scores: Tensor) -> int | None:
-        """The next number of filters to try, or None where the search is over."""
-        counts = self._counts()
-        return counts[len(self.curve)] if len(self.curve) < len(counts) else None
-
-    def record(self, count: int, accuracy: float) -> None:
-        """Take in what the clean data say of a number of filters."""
-        self.curve.append((count, accuracy))
-
-    def chosen(self, scores: Tensor) -> int:
-        """The number of filters to prune.
-
-        Args:
-            scores: M1 + M2 of every filter, shape (total filters,).
-        """
-        rule, amount = self.config.rule, self.config.amount
-        if rule == "count":
-            return int(amount)
-        if rule == "share":
-            return round(amount * self.total)
-        if rule == "threshold":  # Algorithm 1, line 14: kept where M1 + M2 > epsilon
-            return int((scores <= amount).sum())
-        return self.curve[-1][0] if self.curve else 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Give the state as primitives."""
-        return {"curve": [list(point) for point in self.curve]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        self.curve = [(int(count), float(accuracy)) for count, accuracy in state["curve"]]
+        return int(amount)
+    if rule == "share":
+        return round(amount * len(scores))
+    if rule == "threshold":
+        return int((scores <= amount).sum())
+    raise ValueError(f"Expected argument `rule` to be one without a search, but got {rule!r}.")

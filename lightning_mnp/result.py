@@ -59,9 +59,14 @@ class DefenseReport:
         pile_up: Mean share of the suppressed network's predictions on its top class.
         target_class: The class that the backdoor is thought to aim at, or None.
         reasons: What the verdict rests on, in words.
+        reaches: Length of a universal perturbation that takes half of the images to a class, for
+            each class tried, as a share of the images' mean distance from their mean.
         runs: The single suppression runs, from which the spread can be seen.
         pruned: Pairs (layer name, filter index) of the removed filters, worst first.
-        scores: M1 + M2 of the removed filters, averaged over the runs, from 1 to 3.
+        scores: M1 + M2 of the removed filters, averaged over the runs, from 1 to 3; empty where
+            the rule does not rank by them.
+        search: The automatic rule's curve, one entry for each number of filters from 0: rise of
+            the clean loss, success of the dense and of the sparse surrogate trigger.
         filters: Number of filters that took part.
         accuracy_before: Accuracy on the defense set, evaluation mode.
         accuracy_after: The same after pruning, or None where nothing was pruned.
@@ -85,9 +90,11 @@ class DefenseReport:
     pile_up: float
     target_class: int | None = None
     reasons: list[str] = field(default_factory=list)
+    reaches: dict[int, float] = field(default_factory=dict)
     runs: list[RunResult] = field(default_factory=list)
     pruned: list[tuple[str, int]] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    search: list[list[float]] = field(default_factory=list)
     filters: int = 0
     accuracy_before: float = float("nan")
     accuracy_after: float | None = None

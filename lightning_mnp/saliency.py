@@ -142,7 +142,8 @@ def exact_clc(
 ) -> Tensor:
     """Measure the clean loss change of every filter's removal, one filter at a time (Eq. 2).
 
-    It takes a pass over the data for every filter; :func:`approximate_clc` takes one in all.
+    It takes a pass over the data for every filter, in evaluation mode; :func:`approximate_clc`
+    takes one in all, normalizing as the subject does.
 
     Args:
         subject: The network.

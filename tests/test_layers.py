@@ -265,6 +265,7 @@ def test_a_norm_fed_by_others_too(other: str) -> None:
         lambda net, y: net.norm(y) + torch.cat([y[:, :2], y[:, 2:]], 1),
         lambda net, y: net.norm(y) * y.mean((2, 3), keepdim=True),
         lambda net, y: net.norm(F.relu_(y)),
+        lambda net, y: net.norm(y) + 0 * y.view(torch.int16).sum(),
     ],
 )
 def test_an_output_that_also_goes_elsewhere(use: Callable[[Any, Tensor], Tensor]) -> None:

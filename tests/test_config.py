@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from lightning_mnp.config import MNPConfig
+
+# Option, values that it takes, values that it refuses, what the message says it expects.
+OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
+    ("augment", ["none", "crop", "crop-flip"], ["flip", "", None], "'none', 'crop', 'crop-flip'"),
+    ("site", ["norm", "filter"], ["weight", None], "'norm', 'filter'"),
+    ("statistics", ["batch", "running"], ["eval", None], "'batch', 'running'"),
+    ("rule", ["auto", "share"], ["best", None], "'auto', 'count', 'share', 'threshold'"),
+    ("verdict", ["combined", "ratio"], ["pile-up", None], "'combined', 'ratio'"),
+    ("runs", [1, 7], [0, -1, 1.0], "at least 1"),
+    ("batch_size", [2, 512], [1, 0, 2.0], "at least 2"),
+    ("suppression_epochs", [1, 20], [0, 0.5], "at least 1"),
+    ("mask_epochs", [1, 20], [0, 0.5], "at least 1"),
+    ("suppression_lr", [1e-6, 1], [0, -0.1, math.nan, math.inf], "above 0"),
+    ("mask_lr", [1e-6, 1], [0, -0.1, math.nan, math.inf], "above 0"),
+    ("mu", [0, 0.1], [-1e-9, math.nan, math.inf], "at least 0"),
+    ("penalty", [0, 0.1], [-1e-9, math.nan, math.inf], "at least 0"),
+    ("suppression_momentum", [0, 0.99], [1, -0.1, math.nan], "from 0 to below 1"),
+    ("mask_momentum", [0, 0.99], [1, -0.1, math.nan], "from 0 to below 1"),
+    ("stop_accuracy", [None, 0.01, 0.99], [0, 1, -1, math.nan], "between 0 and 1, or None"),
+    ("delta", [0, 0.2, 1], [-0.1, 1.1, math.nan], "from 0 to 1"),
+    ("amount", [0, 0.05, 0.99], [1, -0.1, math.nan], "a share from 0 to below 1"),
+    ("include", [["*"], ("a*", "b"), []], ["layer*", "*", [1], (None,)], "a list of name patterns"),
+    ("exclude", [["*"], ("a*", "b"), []], ["layer*", "*", [1], (None,)], "a list of name patterns"),
+]
+AMOUNTS: list[tuple[str, list[Any], list[Any], str]] = [
+    ("auto", [0.0, 0.5], [1.0, 30], "a share from 0 to below 1"),
+    ("share", [0.0, 0.5], [1.0, 30], "a share from 0 to below 1"),
+    ("count", [0, 30, 30.0], [-1, 2.5, math.nan, math.inf], "a whole number of filters"),
+    ("threshold", [1, 1.5, 3], [0.99, 3.01, math.nan], "from 1 to 3, the range of M1"),
+]
+
+
+def test_the_tables_cover_every_option() -> None:
+    assert {name for name, *_ in OPTIONS} | {"seed"} == set(MNPConfig().to_dict())
+
+
+@pytest.mark.parametrize(("name", "good", "bad", "expected"), OPTIONS)
+def test_options(name: str, good: list[Any], bad: list[Any], expected: str) -> None:
+    for value in good:
+        assert getattr(MNPConfig(**{name: value}), name) == value
+    for value in bad:
+        with pytest.raises(ValueError, match=f"`{name}` to be ") as error:
+            MNPConfig(**{name: value})
+        assert expected in str(error.value)
+        assert f"but got {value!r}." in str(error.value)
+
+
+@pytest.mark.parametrize(("rule", "good", "bad", "expected"), AMOUNTS)
+def test_amounts(rule: Any, good: list[Any], bad: list[Any], expected: str) -> None:
+    for value in good:
+        assert MNPConfig(rule=rule, amount=value).amount == value
+    for value in bad:
+        with pytest.raises(ValueError, match=f"`amount` to be {expected}.*, but got {value!r}"):
+            MNPConfig(rule=rule, amount=value)
+
+
+def test_options_cannot_be_changed_unchecked() -> None:
+    with pytest.raises(FrozenInstanceError):
+        MNPConfig().runs = 0  # type: ignore[misc]
+
+
+def test_the_papers_setting() -> None:
+    config = MNPConfig.paper()
+    assert config.suppression_lr == 0.01
+    assert config.suppression_epochs == config.mask_epochs == 20
+    assert config.suppression_momentum == config.mask_momentum == 0.0
+    assert config.stop_accuracy is None
+    assert (config.mu, config.penalty, config.delta) == (0.001, 0.0005, 0.2)
+    assert (config.runs, config.augment, config.verdict) == (1, "none", "ratio")
+    assert (config.rule, config.amount) == ("count", 30)
+
+
+def test_the_papers_setting_with_changes() -> None:
+    config = MNPConfig.paper(seed=3, runs=2, site="filter")
+    assert (config.seed, config.runs, config.site, config.suppression_lr) == (3, 2, "filter", 0.01)
+    with pytest.raises(ValueError, match="`mu` to be at least 0, but got -1"):
+        MNPConfig.paper(mu=-1)
+    with pytest.raises(TypeError, match="unknown"):
+        MNPConfig.paper(unknown=1)
+
+
+@pytest.mark.parametrize("config", [MNPConfig(), MNPConfig.paper(exclude=("a.*",))])
+def test_a_dict_of_primitives(config: MNPConfig) -> None:
+    options = json.loads(json.dumps(config.to_dict(), allow_nan=False))
+    assert options == config.to_dict()
+    again = MNPConfig(**options)
+    assert again.to_dict() == config.to_dict()
+    assert pickle.loads(pickle.dumps(config)) == config

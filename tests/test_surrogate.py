@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import images_and_labels, same, snapshot, trained_network
+from torch import nn
+
+from lightning_mnp.layers import find_filter_layers
+from lightning_mnp.subject import Subject
+from lightning_mnp.surrogate import (
+    ReachSearch,
+    SurrogateTrigger,
+    _crossing,
+    image_scale,
+    reach_ratio,
+    target_margins,
+)
+
+
+def subject_of(network: nn.Module) -> Subject:
+    return Subject(network, find_filter_layers(network, images_and_labels()[0][:2]))
+
+
+def others(target: int) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = images_and_labels()
+    return images[labels != target], labels[labels != target]
+
+
+def test_scale_is_the_mean_distance_from_the_mean() -> None:
+    images = images_and_labels()[0]
+    mean = sum(images) / len(images)
+    expected = sum(float((image - mean).square().sum().sqrt()) for image in images) / len(images)
+    assert image_scale(images) == pytest.approx(expected, rel=1e-5)
+
+
+def test_steps_have_their_length_and_the_limit_holds() -> None:
+    subject = subject_of(trained_network())
+    images, labels = others(2)
+    trigger = SurrogateTrigger(subject, 2, torch.zeros(1, 1, 8, 8), limit=1.0)
+    trigger.ascend(images, labels, 0.4)
+    assert float(trigger.perturbation.norm()) == pytest.approx(0.4, rel=1e-4)
+    for _ in range(5):
+        trigger.ascend(images, labels, 0.4)
+    assert float(trigger.perturbation.norm()) <= 1.0 + 1e-5
+
+
+def test_trigger_learns_the_way_to_its_class() -> None:
+    subject = subject_of(trained_network())
+    images, labels = others(1)
+    trigger = SurrogateTrigger(subject, 1, torch.zeros(1, 1, 8, 8), limit=20.0)
+    before = trigger.margin(images, labels), trigger.success(images)
+    for _ in range(15):
+        trigger.ascend(images, labels, 1.0)
+    assert trigger.margin(images, labels) > before[0]
+    assert trigger.success(images) > max(before[1], 0.9)
+
+
+def test_sparse_trigger_stays_on_its_places() -> None:
+    subject = subject_of(trained_network())
+    images, labels = others(1)
+    dense = SurrogateTrigger(subject, 1, torch.randn(1, 1, 8, 8), limit=2.0)
+    sparse = dense.sparse(limit=3.0)
+    assert float(sparse.perturbation.norm()) == pytest.approx(1.5, rel=1e-4)
+    for _ in range(4):
+        sparse.ascend(images, labels, 1.0)
+    places = sparse.perturbation.ne(0).sum()
+    assert places == 1  # 2% of 64 places
+
+
+def test_margins_are_target_minus_own() -> None:
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 3, 0, 1, 3])
+    expected = [float(row[2] - row[label]) for row, label in zip(logits, labels, strict=True)]
+    assert target_margins(logits, labels, 2).tolist() == pytest.approx(expected)
+
+
+def test_reach_search_visits_every_class_and_touches_nothing() -> None:
+    network = trained_network()
+    before = snapshot(network)
+    images, labels = images_and_labels()
+    search = ReachSearch(subject_of(network), image_scale(images), [2, 0, 1, 3], seed=0)
+    most, steps = search.most_steps(), 0
+    while not search.finished:
+        search.step(images, labels)
+        steps += 1
+    assert steps <= most == 4 * 17
+    assert sorted(search.reaches) == [0, 1, 2, 3]
+    assert all(reach > 0 for reach in search.reaches.values())
+    assert same(before, snapshot(network))
+
+
+def test_reach_search_resumes_to_the_same() -> None:
+    images, labels = images_and_labels()
+
+    def fresh() -> ReachSearch:
+        return ReachSearch(subject_of(trained_network()), image_scale(images), [2, 0, 1], seed=0)
+
+    reference = fresh()
+    while not reference.finished:
+        reference.step(images, labels)
+    search = fresh()
+    for _ in range(4):
+        search.step(images, labels)
+    again = fresh()
+    again.load_state_dict(search.state_dict())
+    while not again.finished:
+        again.step(images, labels)
+    assert again.reaches == reference.reaches
+
+
+@pytest.mark.parametrize(
+    ("trace", "expected"),
+    [
+        ([(0.0, 0.0), (0.02, 0.25), (0.04, 0.75)], 0.03),
+        ([(0.0, 0.6)], 0.0),
+        ([(0.0, 0.1), (0.02, 0.2)], math.inf),
+    ],
+)
+def test_crossing_is_by_a_straight_line(
+    trace: list[tuple[float, float]], expected: float
+) -> None:
+    assert _crossing(trace) == pytest.approx(expected)
+
+
+def test_ratio_is_of_the_soonest_to_the_median_of_the_others() -> None:
+    suspect, ratio, median = reach_ratio({0: 0.2, 1: 0.05, 2: 0.1, 3: 0.3})
+    assert (suspect, ratio, median) == (1, pytest.approx(0.25), 0.2)
+    assert reach_ratio({0: 0.01, 1: math.inf, 2: math.inf})[2] == pytest.approx(0.32)
+
+
+def test_suspected_classes_come_first_and_none_twice() -> None:
+    chosen = ReachSearch.choose_classes([5, 2, 5], 12, seed=3)
+    assert chosen[:2] == [5, 2]
+    assert len(set(chosen)) == 10
+    assert chosen == ReachSearch.choose_classes([5, 2, 5], 12, seed=3)
