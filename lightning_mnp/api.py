@@ -16,7 +16,7 @@ from torch import nn
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
-from lightning_mnp.layers import Forward
+from lightning_mnp.forward import Forward
 from lightning_mnp.result import DefenseReport
 
 __all__ = ["audit", "defend", "run_defense"]
@@ -24,7 +24,7 @@ __all__ = ["audit", "defend", "run_defense"]
 
 def audit(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | DefenseSet,
     *,
     seed: int | None = None,
     config: MNPConfig | None = None,
@@ -72,7 +72,7 @@ def audit(
 
 def defend(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | DefenseSet,
     *,
     when: When = "flagged",
     seed: int | None = None,

@@ -27,7 +27,7 @@ class MNPConfig:
     Args:
         seed: Seed of batch order and augmentation. The same seed gives the same masks.
         runs: Number of suppression runs, whose masks and signals are averaged.
-        batch_size: Most images in a batch; batches of a pass are made equally large.
+        batch_size: Most images in a batch, at least 3; batches of a pass are made equally large.
         augment: Shifts and mirrors images of the defense set in the first two stages:
             ``"none"``, ``"crop"`` (shifts only) or ``"crop-flip"``.
         site: Where a mask acts: ``"norm"``, behind the normalization layer, or ``"filter"``.
@@ -42,7 +42,7 @@ class MNPConfig:
         stop_accuracy: Clean suppression stops when the accuracy on the defense set falls to
             this share; None for all T passes.
         mu: Weight of the squared norm in clean suppression (Eq. 6); as much as a weight decay
-            of 2 mu.
+            of 2 mu. Twice its product with `suppression_lr` is below 1.
         mask_lr: Learning rate of both masks, eta_2 in the paper.
         mask_momentum: Momentum of both masks, from 0 to below 1.
         mask_epochs: Passes over the defense set for the masks.
@@ -101,14 +101,23 @@ class MNPConfig:
             _require(listed, self, name, "a list of name patterns")
         for name in ("runs", "batch_size", "suppression_epochs", "mask_epochs"):
             value = getattr(self, name)
-            least = 2 if name == "batch_size" else 1
-            _require(isinstance(value, int) and value >= least, self, name, f"at least {least}")
+            least, why = 1, ""
+            if name == "batch_size":  # two would leave a batch of one of an odd number of images
+                least, why = 3, ", so that no batch holds a single image"
+            fits = isinstance(value, int) and value >= least
+            _require(fits, self, name, f"at least {least}{why}")
         for name in ("suppression_lr", "mask_lr"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, self, name, "above 0")
         for name in ("mu", "penalty"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, self, name, "at least 0")
+        if 2 * self.mu * self.suppression_lr >= 1:
+            raise ValueError(
+                f"Expected 2 * `mu` * `suppression_lr` to be below 1, or a step of weight decay "
+                f"takes all of the weights, but got `mu` = {self.mu!r} and `suppression_lr` = "
+                f"{self.suppression_lr!r}. Lower one of them."
+            )
         for name in ("suppression_momentum", "mask_momentum"):
             _require(0 <= getattr(self, name) < 1, self, name, "from 0 to below 1")
         stop = self.stop_accuracy

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_set import DefenseSet
-from lightning_mnp.detection import Judgement, judge
-from lightning_mnp.layers import Forward, find_filter_layers
+from lightning_mnp.detection import Judgement, judge, suspected_class
+from lightning_mnp.forward import Forward
+from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.network import check_network, network_forward, weights_digest
 from lightning_mnp.pruning import Pruning, prune, pruned_count, pruning_order
 from lightning_mnp.recovery import FilterMask
@@ -67,7 +68,7 @@ class MNPDefense:
         when: ``"never"`` audits only, ``"flagged"`` prunes if the verdict is ``"backdoored"``,
             ``"always"`` prunes in any case.
         network: Dotted name of the submodule that classifies, where the model has no ``forward``.
-        forward: How that is called, see :func:`~lightning_mnp.layers.call_network`.
+        forward: How that is called, see :func:`~lightning_mnp.forward.call_network`.
         autocast: Makes the context in which the network runs, for lower precision.
 
     Raises:
@@ -375,15 +376,16 @@ class MNPDefense:
         return metrics
 
     def _new_search(self) -> TriggerSearch:
-        target, _, median = reach_ratio(self.reach.reaches)
-        reach = min(self.reach.reaches[target], median)
+        tops = [run.top_class for run in self.runs]
+        target = suspected_class(self.reach.reaches, max(tops, key=tops.count))
+        _, _, median = reach_ratio(self.reach.reaches)
         return TriggerSearch(
             self.subject,
             self.data,
             target,
             self.reach.perturbations[target],
-            reach * self.scale,
-            median * self.scale,
+            min(self.reach.reaches[target], median),
+            self.scale,
             self._most_filters,
             self.config.batch_size,
             self.config.seed,

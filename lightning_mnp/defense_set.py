@@ -111,7 +111,7 @@ class DefenseSet:
     @classmethod
     def from_loader(
         cls,
-        loader: Iterable[Any],
+        loader: Iterable[Any] | DefenseSet,
         unpack: Unpack = unpack_batch,
         limit: int | None = None,
     ) -> DefenseSet:

@@ -11,7 +11,7 @@ from lightning_mnp.config import MNPConfig
 from lightning_mnp.result import RunResult, Verdict
 from lightning_mnp.surrogate import reach_ratio
 
-__all__ = ["Judgement", "judge"]
+__all__ = ["Judgement", "judge", "suspected_class"]
 
 # Measured on networks that no table reports; see "The default" in the documentation.
 BACKDOORED_BELOW = 0.5
@@ -26,15 +26,20 @@ class Judgement:
         verdict: ``"clean"``, ``"backdoored"`` or ``"undecided"``.
         detection_ratio: Mean of Eq. 8 over the runs.
         pile_up: Mean share of the suppressed networks' predictions on their top class.
-        target_class: The class thought to be the backdoor's target; None for a clean network.
+        suspect: The class that a backdoor would aim at, whatever the verdict.
         reasons: In words.
     """
 
     verdict: Verdict
     detection_ratio: float
     pile_up: float
-    target_class: int | None
+    suspect: int
     reasons: tuple[str, ...]
+
+    @property
+    def target_class(self) -> int | None:
+        """The class thought to be the backdoor's target; None for a clean network."""
+        return None if self.verdict == "clean" else self.suspect
 
 
 def judge(
@@ -49,7 +54,7 @@ def judge(
         runs: The suppression runs, at least one.
         correlation: Rank correlation of magnitude and saliency of the network as it is.
         reaches: The reach of the classes, see :class:`~lightning_mnp.surrogate.ReachSearch`;
-            empty where ``config.verdict`` is ``"ratio"``.
+            may be empty where ``config.verdict`` is ``"ratio"``.
         config: Options; ``verdict`` chooses the rule.
 
     Returns:
@@ -61,7 +66,7 @@ def judge(
     verdict, suspect, reasons = (
         _by_ratio(ratio, correlation, config.delta, top)
         if config.verdict == "ratio"
-        else _by_reach(reaches)
+        else _by_reach(reaches, top)
     )
     if not any(run.steps for run in runs):
         verdict = "undecided"
@@ -73,8 +78,27 @@ def judge(
         f"after clean suppression, {pile_up:.0%} of the predictions fall on class {top}, with a "
         f"detection ratio of {ratio:.2f}"
     )
-    target = None if verdict == "clean" else suspect
-    return Judgement(verdict, ratio, pile_up, target, tuple(reasons))
+    return Judgement(verdict, ratio, pile_up, suspect, tuple(reasons))
+
+
+def suspected_class(reaches: dict[int, float], top: int) -> int:
+    """Tell which class a backdoor would aim at.
+
+    Args:
+        reaches: The reach of the classes.
+        top: The class on which the suppressed networks' predictions pile up.
+
+    Returns:
+        That class, if it is reached conspicuously soon, too; else the one reached soonest.
+
+    Example:
+        >>> suspected_class({0: 0.1, 1: 0.2, 2: 0.4, 3: 0.5, 4: 0.4}, top=1)
+        1
+        >>> suspected_class({0: 0.1, 1: 0.3, 2: 0.4, 3: 0.5, 4: 0.4}, top=1)
+        0
+    """
+    soonest, _, median = reach_ratio(reaches)
+    return top if reaches.get(top, math.inf) < CLEAN_ABOVE * median else soonest
 
 
 def _by_ratio(
@@ -89,10 +113,10 @@ def _by_ratio(
     return "clean", top, [f"the detection ratio is above delta = {delta:g}"]
 
 
-def _by_reach(reaches: dict[int, float]) -> tuple[Verdict, int, list[str]]:
-    suspect, ratio, _ = reach_ratio(reaches)
+def _by_reach(reaches: dict[int, float], top: int) -> tuple[Verdict, int, list[str]]:
+    soonest, ratio, _ = reach_ratio(reaches)
     reason = (
-        f"a universal perturbation reaches class {suspect} at {ratio:.2f} times the median length "
+        f"a universal perturbation reaches class {soonest} at {ratio:.2f} times the median length "
         f"for other classes (backdoored up to {BACKDOORED_BELOW}, clean from {CLEAN_ABOVE})"
     )
     verdict: Verdict = "undecided"
@@ -100,4 +124,4 @@ def _by_reach(reaches: dict[int, float]) -> tuple[Verdict, int, list[str]]:
         verdict = "backdoored"
     elif ratio >= CLEAN_ABOVE:
         verdict = "clean"
-    return verdict, suspect, [reason]
+    return verdict, suspected_class(reaches, top), [reason]

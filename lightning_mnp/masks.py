@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mnp.layers import CHANNEL_NORMS, FilterLayer, FilterLayers
+from lightning_mnp.layers import FilterLayer, FilterLayers
+from lightning_mnp.watch import CHANNEL_NORMS
 
 __all__ = ["FilterMasks"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from lightning_mnp.layers import Forward, call_network, find_logits
+from lightning_mnp.forward import Forward, NoLogitsError, call_network, probe_network
 
 __all__ = ["check_network", "network_forward", "weights_digest"]
 
@@ -102,7 +102,7 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
     Raises:
         ValueError: If the model has no parameters, its weights or logits are not finite, or the
             images or labels do not fit it.
-        TypeError: If its output holds no logits.
+        NoLogitsError: If its output holds no logits; it is a TypeError.
     """
     if next(model.parameters(), None) is None:
         raise ValueError(
@@ -122,22 +122,17 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
                 f"Expected the model's weights to be finite, but {name!r} holds NaN or infinity. "
                 "The file may be damaged."
             )
-    modes = [(module, module.training) for module in model.modules()]
-    devices = [images.device] if images.device.type == "cuda" else []
     try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            logits = find_logits(forward(model, images.clone()))
-    except (RuntimeError, IndexError, ValueError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logits = probe_network(model, images, forward)
+    except NoLogitsError:
+        raise
+    except (RuntimeError, IndexError, TypeError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
             f"Expected the model to take images of shape {tuple(images.shape[1:])} and "
-            f"{images.dtype}, as the defense set has them, but it failed: {reason}"
+            f"{images.dtype}, as the defense set has them, but it failed: {reason}. Transform the "
+            "images as in training, or tell how the model is called with the argument `forward`."
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
     classes = logits.shape[1]
     if len(logits) != len(images):
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_mnp.layers import FilterLayers
-from lightning_mnp.subject import Subject, Weights
+from lightning_mnp.subject import Statistics, Subject, Weights
 
 __all__ = [
     "approximate_clc",
@@ -139,16 +139,21 @@ def exact_clc(
     subject: Subject,
     batches: Sequence[tuple[Tensor, Tensor]],
     progress: Callable[[int, int], None] | None = None,
+    statistics: Statistics = "running",
 ) -> Tensor:
     """Measure the clean loss change of every filter's removal, one filter at a time (Eq. 2).
 
-    It takes a pass over the data for every filter, in evaluation mode; :func:`approximate_clc`
-    takes one in all, normalizing as the subject does.
+    It takes a pass over the data for every filter; :func:`approximate_clc` takes one in all. To
+    compare the two, give the subject's own ``statistics``, so that both normalize alike, and
+    mind what is removed: here the map that the mask acts on, there the weights of the
+    convolution alone, without its bias and before any normalization.
 
     Args:
         subject: The network.
         batches: Pairs (images, labels) of clean data on the network's device; read many times.
         progress: Called after every filter with the number done and the number of all.
+        statistics: ``"running"`` for the network as it is used, in evaluation mode; ``"batch"``
+            to normalize by the statistics of each batch.
 
     Returns:
         Loss without the filter's map minus loss with it, shape (total filters,), float64.
@@ -169,11 +174,11 @@ def exact_clc(
         raise ValueError("Expected argument `batches` to hold at least one batch, but it is empty.")
     total = subject.layers.total
     masks = torch.ones(total, device=subject.device)
-    reference = _mean_loss(subject, batches, None)
+    reference = _mean_loss(subject, batches, None, statistics)
     changes = torch.zeros(total, dtype=torch.float64)
     for index in range(total):
         masks[index] = 0.0
-        changes[index] = _mean_loss(subject, batches, masks) - reference
+        changes[index] = _mean_loss(subject, batches, masks, statistics) - reference
         masks[index] = 1.0
         if progress is not None:
             progress(index + 1, total)
@@ -186,6 +191,7 @@ def exact_blc(
     trigger: Callable[[Tensor], Tensor],
     relabel: Callable[[Tensor], Tensor],
     progress: Callable[[int, int], None] | None = None,
+    statistics: Statistics = "running",
 ) -> Tensor:
     """Measure the backdoor loss change of every filter's removal (Eq. 3).
 
@@ -197,6 +203,7 @@ def exact_blc(
         trigger: Puts the trigger on images as the network takes them (normalized, say).
         relabel: Gives the attacker's labels for true labels.
         progress: Called after every filter with the number done and the number of all.
+        statistics: As for :func:`exact_clc`.
 
     Returns:
         As :func:`exact_clc`, for triggered images and the attacker's labels.
@@ -211,16 +218,19 @@ def exact_blc(
         torch.Size([3])
     """
     triggered = [(trigger(images), relabel(labels)) for images, labels in batches]
-    return exact_clc(subject, triggered, progress)
+    return exact_clc(subject, triggered, progress, statistics)
 
 
 @torch.no_grad()
 def _mean_loss(
-    subject: Subject, batches: Sequence[tuple[Tensor, Tensor]], masks: Tensor | None
+    subject: Subject,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    masks: Tensor | None,
+    statistics: Statistics,
 ) -> float:
     total, count = 0.0, 0
     for images, labels in batches:
-        logits = subject(images, masks=masks, statistics="running")
+        logits = subject(images, masks=masks, statistics=statistics)
         total += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         count += len(labels)
     return total / count

@@ -16,19 +16,21 @@ from lightning_mnp.surrogate import SurrogateTrigger, target_margins
 
 __all__ = ["TriggerSearch"]
 
-# Lengths of the two triggers in units of the median reach of the other classes.
-_DENSE_LENGTH = 0.6
-_SPARSE_LENGTH = 1.0
-# The dense trigger need not be longer than this many times the reach of its own class.
+# Lengths of the two triggers and of their steps, as shares of the images' mean distance from
+# their mean.
+_DENSE_LENGTH = 0.10
+_SPARSE_LENGTH = 0.15
+_STEP = 0.02
+# The dense trigger need not be longer than this many times the reach of its class.
 _DENSE_REACHES = 4.0
 # The search ends when both triggers succeed on less than this share of the images.
 _ENOUGH = 0.2
 # The most that the clean loss may rise, in nats.
-_MOST_HARM = 0.08
+_MOST_HARM = 0.10
 # Margins below this no longer count: the images are back in their own class.
 _LOWEST_MARGIN = -1.0
-_CANDIDATES = 5
-_IMAGES = 240
+_CANDIDATES = 4
+_IMAGES = 160
 # Candidates have at least this share of the largest effect.
 _LEAST_EFFECT = 0.25
 # How the slope of a clean margin counts as a rise of the clean loss, roughly.
@@ -50,8 +52,8 @@ class TriggerSearch:
         data: The defense set.
         target: The suspected class.
         perturbation: A perturbation towards it, shape (1, C, ...).
-        reach: The reach of that class, in the images' units.
-        unit: The median reach of the other classes, in the images' units.
+        reach: The reach of that class, as a share of ``scale``.
+        scale: Unit of lengths, from :func:`~lightning_mnp.surrogate.image_scale`.
         most: The most filters to take.
         batch_size: Most images in a batch.
         seed: Seed of everything that is drawn.
@@ -71,7 +73,7 @@ class TriggerSearch:
         target: int,
         perturbation: Tensor,
         reach: float,
-        unit: float,
+        scale: float,
         most: int,
         batch_size: int,
         seed: int,
@@ -79,7 +81,7 @@ class TriggerSearch:
         self.subject = subject
         self.data = data
         self.target = target
-        self.unit = unit
+        self.scale = scale
         self.most = most
         self.batch_size = batch_size
         self.seed = seed
@@ -87,18 +89,16 @@ class TriggerSearch:
         self.taken: list[int] = []
         self.curve: list[tuple[float, float, float]] = []
         self.stopped = ""
-        self._step_length = 0.12 * unit
         others = (data.labels != target).nonzero().flatten()
         drawn = torch.randperm(len(others), generator=seeded_generator(seed, "search"))
         rows = others[drawn[:_IMAGES]]
         self._images, self._labels = data.images[rows], data.labels[rows]
-        length = min(_DENSE_LENGTH * unit, _DENSE_REACHES * max(reach, self._step_length))
-        dense = SurrogateTrigger(subject, target, perturbation, length)
-        self.triggers = [dense]
-        self._adapt(dense, "dense", steps=6)
-        sparse = dense.sparse(_SPARSE_LENGTH * unit)
-        self._adapt(sparse, "sparse", steps=8)
-        self.triggers.append(sparse)
+        length = max(reach, min(_DENSE_LENGTH, _DENSE_REACHES * max(reach, _STEP / 2)))
+        dense = SurrogateTrigger(subject, target, perturbation, length * scale)
+        self._adapt(dense, "dense", 6, _STEP)
+        sparse = dense.sparse(_SPARSE_LENGTH * scale)
+        self._adapt(sparse, "sparse", 8, _SPARSE_LENGTH / 4)
+        self.triggers = [dense, sparse]
         self._base = self._clean_loss(self.masks())
         self._reference = [max(margin - _LOWEST_MARGIN, 1.0) for margin in self._margins()]
         self._note(0.0)
@@ -121,13 +121,14 @@ class TriggerSearch:
         if not self.stopped:
             best = self._best()
             if best is None:
-                self.stopped = "no filter lowers the triggers' margins"
-            elif best[1] > _MOST_HARM:
-                self.stopped = f"one more filter would raise the clean loss by {best[1]:.2f}"
+                self.stopped = (
+                    f"no filter lowers the triggers' margins while the clean loss rises by at "
+                    f"most {_MOST_HARM:.2f} in all"
+                )
             else:
                 self.taken.append(best[0])
                 for name, trigger in zip(("dense", "sparse"), self.triggers, strict=True):
-                    self._adapt(trigger, name, steps=2)
+                    self._adapt(trigger, name, 2, _STEP)
                 self._note(best[1])
         harm, *successes = self.curve[-1]
         return {"filters": float(len(self.taken)), "harm": harm, "success": max(successes)}
@@ -141,14 +142,15 @@ class TriggerSearch:
 
     def _best(self) -> tuple[int, float] | None:
         """The best filter to take next, and the rise of the clean loss with it."""
-        current = self._margins()
-        promise = self._first_order(current)
+        promise, current = self._first_order()
         order = promise.argsort(descending=True, stable=True)[:_CANDIDATES].tolist()
         harm_now = self.curve[-1][0]
         best: tuple[float, int, float] | None = None
         for index in (index for index in order if promise[index] > 0):
             masks = self.masks(without=[index])
             harm = self._clean_loss(masks) - self._base
+            if harm > _MOST_HARM:
+                continue
             gains = [
                 (max(now, _LOWEST_MARGIN) - max(then, _LOWEST_MARGIN)) / reference
                 for now, then, reference in zip(
@@ -160,25 +162,32 @@ class TriggerSearch:
                 best = (value, index, harm)
         return None if best is None else (best[1], best[2])
 
-    def _first_order(self, current: Sequence[float]) -> Tensor:
-        """Expected fall of the margins for the harm, for every filter with enough of an effect."""
+    def _first_order(self) -> tuple[Tensor, list[float]]:
+        """Expected fall of the margins for the harm, for every filter with enough of an effect.
+
+        Beside it, the margins as they are.
+        """
         effect = torch.zeros(self.subject.layers.total, device=self.subject.device)
-        for trigger, margin, reference in zip(self.triggers, current, self._reference, strict=True):
+        margins = []
+        for trigger, reference in zip(self.triggers, self._reference, strict=True):
+            slope, margin = self._slope(self._pairs(), trigger)
+            margins.append(margin)
             if margin > _LOWEST_MARGIN:
-                effect += self._slope(self._pairs(), trigger) / reference
+                effect += slope / reference
         clean = self.data.batches(self.batch_size, self.subject.device)
-        harm = _HARM_WEIGHT * self._slope(clean, None).abs() + _HARM_FLOOR
+        harm = _HARM_WEIGHT * self._slope(clean, None)[0].abs() + _HARM_FLOOR
         effect[self.taken] = 0.0
         enough = effect >= _LEAST_EFFECT * effect.max()
-        return torch.where(enough & (effect > 0), effect / harm, 0.0)
+        return torch.where(enough & (effect > 0), effect / harm, 0.0), margins
 
-    def _slope(self, batches: Any, trigger: SurrogateTrigger | None) -> Tensor:
+    def _slope(self, batches: Any, trigger: SurrogateTrigger | None) -> tuple[Tensor, float]:
         """Gradient, with respect to the masks, of the mean margin of the triggered images.
 
-        Without a trigger: of the margin of each image's own class over the next best.
+        Without a trigger: of the margin of each image's own class over the next best. Beside it,
+        the margin.
         """
         slope = torch.zeros(self.subject.layers.total, device=self.subject.device)
-        count = 0
+        count, margin = 0, 0.0
         for images, labels in batches:
             masks = self.masks().requires_grad_()
             if trigger is not None:
@@ -188,8 +197,9 @@ class TriggerSearch:
                 rivals = logits.scatter(1, labels[:, None], -math.inf).amax(1)
                 total = (logits.gather(1, labels[:, None])[:, 0] - rivals).sum()
             slope += torch.autograd.grad(total, masks)[0]
+            margin += float(total.detach())
             count += len(labels)
-        return slope / count
+        return slope / count, margin / count
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         parts = -(-len(self._images) // self.batch_size)
@@ -213,7 +223,7 @@ class TriggerSearch:
         total = sum(trigger.success(images, masks) * len(images) for images, _ in self._pairs())
         return total / len(self._labels)
 
-    def _adapt(self, trigger: SurrogateTrigger, name: str, steps: int) -> None:
+    def _adapt(self, trigger: SurrogateTrigger, name: str, steps: int, length: float) -> None:
         """Let a trigger follow the network as it is now, on images drawn from the seed."""
         masks, device = self.masks(), self.subject.device
         for step in range(steps):
@@ -221,7 +231,7 @@ class TriggerSearch:
             drawn = torch.randperm(len(self._labels), generator=seeded_generator(*key))
             rows = drawn[: self.batch_size]
             images, labels = self._images[rows].to(device), self._labels[rows].to(device)
-            trigger.ascend(images, labels, self._step_length, masks)
+            trigger.ascend(images, labels, length * self.scale, masks)
 
     @torch.no_grad()
     def _clean_loss(self, masks: Tensor) -> float:

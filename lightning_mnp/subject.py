@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_mnp.layers import FilterLayers, Forward, call_network, find_logits
+from lightning_mnp.forward import Forward, call_apart, call_network, evaluating
+from lightning_mnp.layers import FilterLayers
 from lightning_mnp.masks import FilterMasks
 
 __all__ = ["Statistics", "Subject", "Weights"]
@@ -24,8 +24,8 @@ class Subject:
     """Runs a network with given weights and masks; the network itself stays as it is.
 
     The weights are swapped in for the length of a call (``torch.func.functional_call``), the
-    masks are attached for the length of a call, and normalization statistics are updated in a
-    scratch copy. Between two calls the network is bit for bit what it was.
+    masks are attached for the length of a call, and the network writes to copies of its buffers.
+    Between two calls the network is bit for bit what it was.
 
     Args:
         network: The network.
@@ -64,8 +64,6 @@ class Subject:
         self.forward = forward
         self.statistics = statistics
         self.autocast = autocast
-        self._called = _Called(network, forward)
-        self._scratch = {name: buffer.clone() for name, buffer in self._called.named_buffers()}
 
     @property
     def device(self) -> torch.device:
@@ -101,37 +99,10 @@ class Subject:
         """
         statistics = statistics or self.statistics
         weights = self.weights() if weights is None else weights
-        state = {f"network.{name}": weight for name, weight in weights.items()}
-        if statistics == "batch":
-            state.update(self._scratch)
+        normalizing = (_NormBase,) if statistics == "batch" else ()
         with ExitStack() as stack:
-            stack.enter_context(_normalizing(self.network, statistics == "batch"))
+            stack.enter_context(evaluating(self.network, normalizing))
             stack.enter_context(self.autocast())
             if masks is not None:
                 stack.enter_context(FilterMasks(self.network, self.layers, masks))
-            return find_logits(functional_call(self._called, state, (images,))).float()
-
-
-class _Called(nn.Module):
-    """The network behind a `forward` function, as a module that `functional_call` can take."""
-
-    def __init__(self, network: nn.Module, call: Forward) -> None:
-        super().__init__()
-        self.network = network
-        self.call = call
-
-    def forward(self, images: Tensor) -> Any:
-        return self.call(self.network, images)
-
-
-@contextmanager
-def _normalizing(network: nn.Module, by_batch: bool) -> Iterator[None]:
-    """Evaluation mode, but for normalization by batch statistics where asked for."""
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        for module, _ in modes:
-            module.training = by_batch and isinstance(module, _NormBase)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+            return call_apart(self.network, images, self.forward, weights).float()

@@ -132,10 +132,19 @@ class CleanSuppression:
 
     @torch.no_grad()
     def _relative_step(self) -> float:
-        gradients = [w.grad for w in self.weights.values() if w.grad is not None]
-        weights = [w for w in self.weights.values() if w.grad is not None]
-        norms = [torch.nn.utils.get_total_norm(group) for group in (gradients, weights)]
-        return float(self.config.suppression_lr * norms[0] / norms[1].clamp_min(1e-12))
+        """Length of the step that the optimizer is about to take, in norms of the weights."""
+        steps, weights = [], []
+        for weight in self.optimizer.param_groups[0]["params"]:
+            if weight.grad is None:
+                continue
+            step = torch.add(weight.grad, weight, alpha=2 * self.config.mu)
+            buffer = self.optimizer.state[weight].get("momentum_buffer")
+            if buffer is not None:
+                step.add_(buffer, alpha=self.config.suppression_momentum)
+            steps.append(step.norm())
+            weights.append(weight.norm())
+        length, norm = (torch.stack(norms).norm() for norms in (steps, weights))
+        return float(self.config.suppression_lr * length / norm.clamp_min(1e-12))
 
     @torch.no_grad()
     def _undo(self) -> None:

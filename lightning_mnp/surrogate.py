@@ -26,7 +26,9 @@ __all__ = ["ReachSearch", "SurrogateTrigger", "image_scale", "reach_ratio", "tar
 
 # All lengths are shares of the images' mean distance from their mean.
 _STEP = 0.02
-_MOST_STEPS = 16
+# Steps grow, so that near and far classes are measured with about the same relative precision.
+_GROWTH = 1.1
+_MOST_STEPS = 20
 # Success at which a class counts as reached.
 _LEVEL = 0.5
 _MOST_CLASSES = 10
@@ -88,7 +90,7 @@ class SurrogateTrigger:
         >>> trigger = SurrogateTrigger(subject, 1, torch.zeros(1, 1, 2, 2), limit=3.0)
         >>> before = trigger.margin(images, labels)
         >>> for _ in range(5):
-        ...     trigger.ascend(images, labels, length=0.5)
+        ...     _ = trigger.ascend(images, labels, length=0.5)
         >>> trigger.margin(images, labels) > before
         True
     """
@@ -125,8 +127,13 @@ class SurrogateTrigger:
         return float((self.logits(images, masks).argmax(1) == self.target).float().mean())
 
     def ascend(
-        self, images: Tensor, labels: Tensor, length: float, masks: Tensor | None = None
-    ) -> None:
+        self,
+        images: Tensor,
+        labels: Tensor,
+        length: float,
+        masks: Tensor | None = None,
+        until: float = math.inf,
+    ) -> float:
         """Take one step of a given l2 norm towards the target class, and keep to the limit.
 
         Args:
@@ -134,13 +141,19 @@ class SurrogateTrigger:
             labels: True classes, shape (N,).
             length: Length of the step.
             masks: Filter masks that are in force.
+            until: No step is taken where the success is at least this.
+
+        Returns:
+            The success on these images before the step, from 0 to 1.
         """
         with torch.enable_grad():
             perturbation = self.perturbation.clone().requires_grad_()
             logits = self.subject(images + perturbation, masks=masks, statistics="running")
+            success = float((logits.argmax(1) == self.target).float().mean())
+            if success >= until:
+                return success
             # Where most images have arrived, cross-entropy has no slope left; the margin has.
-            arrived = (logits.argmax(1) == self.target).float().mean() > 0.9
-            if arrived:
+            if success > 0.9:
                 loss = -target_margins(logits, labels, self.target).mean()
             else:
                 loss = F.cross_entropy(logits, torch.full_like(labels, self.target))
@@ -149,6 +162,7 @@ class SurrogateTrigger:
             gradient = gradient * self.support
         moved = self.perturbation - length * gradient / gradient.norm().clamp_min(1e-12)
         self.perturbation = _shorten(moved, self.limit)
+        return success
 
     def sparse(self, limit: float) -> SurrogateTrigger:
         """Make a trigger from the few places where this one is strongest.
@@ -169,7 +183,7 @@ class SurrogateTrigger:
 class ReachSearch:
     """Measures for each class how long a universal perturbation to it has to be.
 
-    Each class is approached by steps of equal length from no perturbation at all, in evaluation
+    Each class is approached by steps of growing length from no perturbation at all, in evaluation
     mode; its *reach* is the length at which half of the images of other classes have arrived.
 
     Args:
@@ -254,14 +268,17 @@ class ReachSearch:
             start = torch.zeros_like(images[:1]) if len(images) else torch.zeros(1)
             self._trigger = SurrogateTrigger(self.subject, target, start, math.inf)
         length = float(self._trigger.perturbation.norm()) / self.scale
-        success = self._trigger.success(images) if len(images) else 0.0
+        last = len(self._trace) >= _MOST_STEPS
+        success = 0.0
+        if len(images):
+            until = 0.0 if last else _LEVEL
+            step = _STEP * _GROWTH ** len(self._trace) * self.scale
+            success = self._trigger.ascend(images, labels, step, until=until)
         self._trace.append((length, success))
         if success >= _LEVEL or len(self._trace) > _MOST_STEPS:
             self.reaches[target] = _crossing(self._trace)
             self.perturbations[target] = self._trigger.perturbation
             self._trigger, self._trace = None, []
-        elif len(images):
-            self._trigger.ascend(images, labels, _STEP * self.scale)
         return {"length": length, "success": success}
 
     def state_dict(self) -> dict[str, Any]:
@@ -313,7 +330,7 @@ def reach_ratio(reaches: dict[int, float]) -> tuple[int, float, float]:
         >>> reach_ratio({0: 0.0625, 1: 0.25, 2: 0.125, 3: math.inf})
         (0, 0.25, 0.25)
     """
-    tried = _STEP * _MOST_STEPS
+    tried = _STEP * (_GROWTH**_MOST_STEPS - 1) / (_GROWTH - 1)
     finite = {index: min(reach, tried) for index, reach in reaches.items()}
     soonest = min(finite, key=finite.__getitem__)
     median = statistics.median(reach for index, reach in finite.items() if index != soonest)

@@ -60,7 +60,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_audit_ends_with_the_exit_code_of_its_verdict(
     verdict: Any, code: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    judgement = Judgement(verdict, 0.5, 0.5, None, ("a test says so",))
+    judgement = Judgement(verdict, 0.5, 0.5, 0, ("a test says so",))
     monkeypatch.setattr("lightning_mnp.defense.judge", lambda *args, **kwargs: judgement)
     report = tmp_path / "report.json"
     args = ["audit", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", f"--report={report}"]

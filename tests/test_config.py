@@ -16,9 +16,9 @@ OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
     ("site", ["norm", "filter"], ["weight", None], "'norm', 'filter'"),
     ("statistics", ["batch", "running"], ["eval", None], "'batch', 'running'"),
     ("rule", ["auto", "share"], ["best", None], "'auto', 'count', 'share', 'threshold'"),
-    ("verdict", ["combined", "ratio"], ["pile-up", None], "'combined', 'ratio'"),
+    ("verdict", ["reach", "ratio"], ["pile-up", None], "'reach', 'ratio'"),
     ("runs", [1, 7], [0, -1, 1.0], "at least 1"),
-    ("batch_size", [2, 512], [1, 0, 2.0], "at least 2"),
+    ("batch_size", [3, 512], [2, 1, 0, 3.0], "at least 3, so that no batch holds a single image"),
     ("suppression_epochs", [1, 20], [0, 0.5], "at least 1"),
     ("mask_epochs", [1, 20], [0, 0.5], "at least 1"),
     ("suppression_lr", [1e-6, 1], [0, -0.1, math.nan, math.inf], "above 0"),
@@ -63,6 +63,14 @@ def test_amounts(rule: Any, good: list[Any], bad: list[Any], expected: str) -> N
     for value in bad:
         with pytest.raises(ValueError, match=f"`amount` to be {expected}.*, but got {value!r}"):
             MNPConfig(rule=rule, amount=value)
+
+
+@pytest.mark.parametrize(("mu", "rate"), [(0.5, 1.0), (0.25, 2.0), (5.0, 0.1)])
+def test_weight_decay_that_takes_all_of_the_weights(mu: float, rate: float) -> None:
+    message = f"2 .* to be below 1, .* but got `mu` = {mu} and `suppression_lr` = {rate}. Lower"
+    with pytest.raises(ValueError, match=message):
+        MNPConfig(mu=mu, suppression_lr=rate)
+    assert MNPConfig(mu=0.99 * mu, suppression_lr=rate).mu == 0.99 * mu
 
 
 def test_options_cannot_be_changed_unchecked() -> None:

@@ -246,6 +246,16 @@ def test_batches_that_cannot_be_taken_apart(batch: Any, found: str) -> None:
         DefenseSet.from_loader([batch])
 
 
+def test_no_batch_of_a_single_image() -> None:
+    """Batch statistics of one image are none; the least batch size of the options sees to it."""
+    for count in range(2, 30):
+        images = torch.arange(float(count)).reshape(-1, 1, 1, 1)
+        data = DefenseSet(images, torch.arange(count) % 2)
+        for size in range(3, 12):
+            batches = data.batches(size, torch.device("cpu"))
+            assert all(2 <= len(labels) <= size for _, labels in batches)
+
+
 # --- drawn from a data set ---------------------------------------------------------------------
 
 

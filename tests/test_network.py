@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
-from lightning_mnp.layers import call_network
+from lightning_mnp.forward import NoLogitsError, call_network
 from lightning_mnp.network import check_network, network_forward, weights_digest
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -187,6 +187,11 @@ class Answering(nn.Module):
         return self.answer(x)
 
 
+class TwoInputs(nn.Linear):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * mask
+
+
 def failing(error: BaseException) -> nn.Module:
     def answer(x: Tensor) -> Tensor:
         torch.rand(1)
@@ -206,8 +211,12 @@ def failing(error: BaseException) -> nn.Module:
         (nn.Linear(7, 2), r"images of shape \(3, 8, 8\) and torch.float32, .* it failed: mat1"),
         (classifier().double(), "torch.float32, as the defense set has them, but it failed: "),
         (nn.BatchNorm1d(3), r"it failed: expected 2D or 3D input \(got 4D input\)"),
-        (failing(IndexError("out of range\nmore")), "it failed: out of range$"),
-        (failing(AssertionError()), "it failed: AssertionError$"),
+        (
+            failing(IndexError("out of range\nmore")),
+            r"it failed: out of range\. Transform .*`forward`",
+        ),
+        (failing(AssertionError()), r"it failed: AssertionError\. Transform the images as in"),
+        (TwoInputs(1, 1), r"it failed: .*missing 1 .* 'mask'\. .* with the argument `forward`\.$"),
         (classifier(1), "at least two classes, but got 1"),
         (Answering(lambda x: torch.zeros(3, 2)), "each of 2 images, but got 3"),
     ],
@@ -233,13 +242,18 @@ def test_labels_that_do_not_fit() -> None:
 
 
 def test_outputs_without_logits() -> None:
-    with pytest.raises(TypeError, match="to return logits"):
+    with pytest.raises(NoLogitsError, match="to return logits"):
         check(Answering(lambda x: {"a": x}))  # type: ignore[arg-type, return-value]
 
 
 def test_nothing_is_changed() -> None:
     class Noisy(Plain):
+        def __init__(self, **modules: nn.Module) -> None:
+            super().__init__(**modules)
+            self.register_buffer("calls", torch.zeros(1))
+
         def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
             x = x.add_(1) * torch.rand(())
             logits: Tensor = self.net(x)
             return logits

@@ -233,15 +233,20 @@ def test_a_layer_without_part_in_the_logits_changes_nothing() -> None:
 # --- exact change ------------------------------------------------------------------------------
 
 
-def brute_force(subject: Subject, images: Tensor, labels: Tensor) -> list[float]:
-    """Bake every single removal into a copy, and measure."""
+def brute_force(
+    subject: Subject, images: Tensor, labels: Tensor, batch_norm: bool = False
+) -> list[float]:
+    """Remove every single filter from a copy, and measure."""
     losses = []
     for index in [None, *range(subject.layers.total)]:
         values = torch.ones(subject.layers.total)
         if index is not None:
             values[index] = 0.0
-        other = copy.deepcopy(subject.network).eval()
-        FilterMasks(other, subject.layers, values).bake()
+        other = copy.deepcopy(subject.network).train(batch_norm)
+        if batch_norm:  # baked masks are for evaluation mode
+            FilterMasks(other, subject.layers, values).attach()
+        else:
+            FilterMasks(other, subject.layers, values).bake()
         with torch.no_grad():
             losses.append(float(F.cross_entropy(other(images).double(), labels)))
     return [loss - losses[0] for loss in losses[1:]]
@@ -249,13 +254,39 @@ def brute_force(subject: Subject, images: Tensor, labels: Tensor) -> list[float]
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 def test_exact_change_against_brute_force(statistics: Any) -> None:
-    subject = make(statistics=statistics)  # always measured in evaluation mode
+    subject = make(statistics=statistics)  # measured in evaluation mode unless told otherwise
     calls: list[tuple[int, int]] = []
     found = exact_clc(subject, BATCHES, lambda done, of: calls.append((done, of)))
     assert found.dtype == torch.float64
     expected = brute_force(subject, IMAGES, LABELS)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
     assert calls == [(done, 14) for done in range(1, 15)]
+
+
+def test_exact_change_with_batch_statistics() -> None:
+    subject = make(statistics="running")
+    found = exact_clc(subject, [(IMAGES, LABELS)], statistics="batch")
+    expected = brute_force(subject, IMAGES, LABELS, batch_norm=True)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(expected, brute_force(subject, IMAGES, LABELS), atol=1e-3)
+    same = exact_blc(subject, [(IMAGES, LABELS)], lambda x: x, lambda y: y, statistics="batch")
+    assert torch.equal(same, found)
+
+
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+def test_exact_and_approximate_change_of_weights_without_weight(statistics: Any) -> None:
+    """A filter so small that the loss is a line: the two agree."""
+    network = nn.Sequential(
+        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 3),
+    )  # fmt: skip
+    with torch.no_grad():
+        network[1].weight.mul_(1e-3)
+        network[0].running_mean.fill_(0.4)
+    subject = Subject(network, find_filter_layers(network, IMAGES), statistics=statistics)
+    exact = exact_clc(subject, BATCHES, statistics=statistics)
+    approximate = approximate_clc(subject, subject.weights(), BATCHES)
+    np.testing.assert_allclose(exact.numpy(), approximate.numpy(), rtol=1e-2, atol=1e-8)
 
 
 def test_exact_backdoor_change() -> None:

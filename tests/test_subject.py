@@ -107,11 +107,6 @@ def test_the_network_stays_bit_for_bit_what_it_was(network: Net, statistics: Any
     masks = torch.ones(subject.layers.total, requires_grad=True)
     for _ in range(3):
         subject(IMAGES, weights=weights, masks=masks).sum().backward()
-    if statistics == "running":
-        # Buffers are the network's own here; only one that it writes itself in evaluation mode
-        # can change.
-        assert network.calls.item() == 3
-        network.calls.zero_()
     assert traces(network) == before
     assert masks.grad is not None
     assert all(weight.grad is not None for weight in weights.values())

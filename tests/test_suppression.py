@@ -247,6 +247,34 @@ def test_a_step_longer_than_the_weights_is_refused(factor: float) -> None:
     assert all(weight.grad is None for weight in stage.weights.values())
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_length_of_a_step_is_that_of_the_optimizers(momentum: float) -> None:
+    rate = 0.05
+    stage = make(suppression_momentum=momentum, suppression_lr=rate, mu=0.2)
+    for _ in range(3):
+        stage.step(IMAGES, LABELS, 8, UPDATES)
+    before = snapshot(stage)
+    loss = F.cross_entropy(stage.subject(IMAGES, weights=stage.weights), LABELS)
+    UPDATES.backward(-loss, stage.optimizer)
+    length = stage._relative_step()
+    UPDATES.step(stage.optimizer)
+    moved = sum(float((w - before[name]).square().sum()) for name, w in snapshot(stage).items())
+    norm = sum(float(w.square().sum()) for w in before.values())
+    assert length == pytest.approx(math.sqrt(moved / norm), rel=1e-4)
+
+
+def test_a_step_that_is_long_by_momentum_alone_is_refused() -> None:
+    stage = make(suppression_momentum=0.9, suppression_lr=1e-3)
+    stage.step(IMAGES, LABELS, 8, UPDATES)
+    for state in stage.optimizer.state.values():
+        state["momentum_buffer"].mul_(1e6)
+    before = snapshot(stage)
+    stage.step(IMAGES, LABELS, 8, UPDATES)
+    assert stage.stopped.startswith("a step of ")
+    assert stage.steps == 1
+    assert same(before, snapshot(stage))
+
+
 def test_a_long_way_up_stays_finite() -> None:
     stage = make(suppression_lr=1.0, suppression_momentum=0.9)
     for _ in range(200):

@@ -1,0 +1,369 @@
+"""Measure what a defense costs beyond its passes through the network, in time and memory.
+
+    python -m benchmarks.overhead
+    python -m benchmarks.overhead --images 500 --epochs 20 --repeats 5
+
+Time: the passes of a defense are recorded one by one (images, normalization, what the backward
+pass differentiates by), and a bare PyTorch loop repeats exactly these, step by step in turns. Memory: every tensor storage
+that an operation makes is followed from its birth to its end. The model, the defense set, and one
+batch with its activations (the peak of a plain training step whose gradients are dropped as they
+arrive) do not count; what remains is given in copies of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.networks import MEAN, STD
+from lightning_mnp.api import run_defense
+from lightning_mnp.config import MNPConfig
+from lightning_mnp.defense import MNPDefense, When
+from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.forward import evaluating
+from lightning_mnp.models import cifar_resnet18
+from lightning_mnp.result import DefenseReport
+from lightning_mnp.subject import Subject
+from lightning_mnp.subset import balanced_indices
+
+TUNING = Path("runs/tuning")
+MOST_TIME, MOST_COPIES = 1.10, 2.0
+
+
+@dataclass
+class Pass:
+    """One pass of a batch through the network.
+
+    Attributes:
+        images: Size of the batch.
+        statistics: ``"batch"`` or ``"running"`` normalization.
+        by: What the backward pass differentiates by: names of parameters, or ``"masks"`` or
+            ``"images"``; empty where there is no backward pass.
+    """
+
+    images: int
+    statistics: str
+    by: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The kind of pass in a word or two."""
+        if not self.by:
+            return "forward"
+        if self.by in (("masks",), ("images",)):
+            return f"forward + backward to {self.by[0]}"
+        every = any(not name.endswith(".weight") for name in self.by)
+        return f"forward + backward to {'all' if every else 'filter'} weights"
+
+
+@contextmanager
+def recorded() -> Iterator[list[Pass]]:
+    """Note every pass of every subject for the length of a context."""
+    passes: list[Pass] = []
+    call = Subject.__call__
+
+    def noted(subject: Subject, images: Tensor, **options: Any) -> Tensor:
+        logits = call(subject, images, **options)
+        entry = Pass(len(images), options.get("statistics") or subject.statistics)
+        passes.append(entry)
+        tensors = {**(options.get("weights") or {}), "masks": options.get("masks")}
+        tensors["images"] = images
+        by = tuple(name for name, x in tensors.items() if x is not None and x.requires_grad)
+        if logits.requires_grad:
+            logits.register_hook(lambda _: setattr(entry, "by", by))  # only once it happens
+        return logits
+
+    with patch.object(Subject, "__call__", noted):
+        yield passes
+
+
+class BareLoop:
+    """Repeats recorded passes with nothing but the network, a loss and autograd.
+
+    For each set of tensors that a pass differentiates by, there is a copy of the network in which
+    only they require gradients. A pass by all weights ends with a step of SGD of length zero.
+    Masks are no part of a bare network: such passes go back to the images instead.
+    """
+
+    def __init__(self, network: nn.Module, data: DefenseSet) -> None:
+        self.network = network
+        self.data = data
+        self.modes: dict[tuple[str, ...], str] = {}
+        self.networks: dict[tuple[str, ...], nn.Module] = {}
+        self.optimizers: dict[tuple[str, ...], torch.optim.Optimizer] = {}
+
+    def prepare(self, by: tuple[str, ...]) -> None:
+        """Make the copy of the network for a kind of pass, where there is none yet."""
+        if by in self.networks:
+            return
+        network = copy.deepcopy(self.network).requires_grad_(False)
+        leaves = [p.requires_grad_() for name, p in network.named_parameters() if name in by]
+        self.networks[by] = network
+        if leaves:
+            self.optimizers[by] = torch.optim.SGD(leaves, lr=0.0)
+
+    def run(self, passes: list[Pass]) -> None:
+        """Make some passes."""
+        for entry in passes:
+            network = self.networks[entry.by]
+            if self.modes.get(entry.by) != entry.statistics:
+                self.modes[entry.by] = entry.statistics
+                for module in network.modules():
+                    by_batch = entry.statistics == "batch"
+                    module.training = by_batch and isinstance(module, _NormBase)
+            self._pass(network, entry)
+
+    def _pass(self, network: nn.Module, entry: Pass) -> None:
+        images, labels = self.data.images[: entry.images], self.data.labels[: entry.images]
+        if not entry.by:
+            with torch.no_grad():
+                network(images)
+            return
+        optimizer = self.optimizers.get(entry.by)
+        if optimizer is None:
+            images = images.detach().requires_grad_()
+        loss = F.cross_entropy(network(images), labels)
+        if optimizer is None:
+            torch.autograd.grad(loss, images)
+            return
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if entry.kind.endswith("all weights"):
+            optimizer.step()
+
+
+class Meter(TorchDispatchMode):
+    """Adds up the storages that operations make while it is on, for as long as each lives.
+
+    Storages of ``known`` tensors, which were there before, do not count.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.now: int = 0
+        self.peak: int = 0
+        self._refs: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known or key in self._refs:
+            return
+
+        def gone(_: Any) -> None:
+            del self._refs[key]
+            self.now -= size
+
+        self._refs[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def batch_memory(network: nn.Module, data: DefenseSet, size: int, by_batch: bool) -> int:
+    """Peak of one batch and its activations through a training step, without the gradients."""
+    network = copy.deepcopy(network).requires_grad_(True)
+    for parameter in network.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    known = [*network.state_dict(keep_vars=True).values(), data.images, data.labels]
+    with Meter(known) as meter, evaluating(network, (_NormBase,) if by_batch else ()):
+        images, labels = data.images[:size].clone(), data.labels[:size].clone()
+        F.cross_entropy(network(images), labels).backward()
+    return meter.peak
+
+
+def defense_memory(
+    network: nn.Module, data: DefenseSet, config: MNPConfig, when: When
+) -> dict[str, int]:
+    """Peak of each phase of a defense, beyond the model and the defense set."""
+    peaks: Counter[str] = Counter()
+    known = [*network.state_dict(keep_vars=True).values(), data.images, data.labels]
+    with Meter(known) as meter:
+
+        def note(phase: str) -> None:
+            peaks[phase] = max(peaks[phase], meter.peak)
+            meter.peak = meter.now
+
+        defense = MNPDefense(network, data, config, when=when)
+        note("setup")
+        run_defense(defense, observe=lambda _, phase, __: note(phase))
+        defense.report().model = defense.purified()
+        note("copy")
+    return dict(peaks)
+
+
+class Stopwatch:
+    """Adds up wall time and the processor time of this program, which others do not count in."""
+
+    def __init__(self) -> None:
+        self.totals = [0.0, 0.0]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let it run for the length of a context."""
+        started = time.perf_counter(), time.process_time()
+        yield
+        self.totals[0] += time.perf_counter() - started[0]
+        self.totals[1] += time.process_time() - started[1]
+
+
+def timed_defense(
+    network: nn.Module, data: DefenseSet, config: MNPConfig, when: When, bare: BareLoop
+) -> tuple[Stopwatch, Stopwatch, list[Pass], DefenseReport]:
+    """Do what `defend` does; after each of its steps, the bare loop makes the same passes.
+
+    In turns as short as these, both are slowed down alike by whatever else the computer does.
+    """
+    whole, loop = Stopwatch(), Stopwatch()
+    made: list[Pass] = []
+    aside = Stopwatch()  # what the measurement itself takes out of the whole
+
+    def follow(*_: Any) -> None:
+        with aside.running():
+            for entry in passes:
+                bare.prepare(entry.by)
+            with loop.running():
+                bare.run(passes)
+            made.extend(passes)
+            passes.clear()
+
+    with whole.running(), recorded() as passes:
+        defense = MNPDefense(network, data, config, when=when)
+        run_defense(defense, observe=follow)
+        report = defense.report()
+        report.model = defense.purified()
+    whole.totals = [a - b for a, b in zip(whole.totals, aside.totals, strict=True)]
+    return whole, loop, made, report
+
+
+def measure_time(
+    network: nn.Module, data: DefenseSet, config: MNPConfig, when: When, repeats: int
+) -> None:
+    """Print how long a defense takes in units of a bare loop of the same passes."""
+    bare = BareLoop(network, data)
+    ratios: list[tuple[float, ...]] = []
+    for repeat in range(repeats):
+        whole, loop, made, report = timed_defense(network, data, config, when, bare)
+        if not repeat:
+            print(f"  {report.verdict}, {len(report.pruned)} filters pruned; passes:")
+            groups: dict[str, list[int]] = defaultdict(list)
+            for entry in made:
+                groups[f"{entry.kind}, {entry.statistics} statistics"].append(entry.images)
+            for kind, sizes in sorted(groups.items()):
+                print(f"    {len(sizes):5d} x {kind}, {sum(sizes)} images")
+        ratios.append(tuple(a / b for a, b in zip(whole.totals, loop.totals, strict=True)))
+        print(
+            f"  repeat {repeat + 1}: defend {whole.totals[1]:.2f} s, bare loop "
+            f"{loop.totals[1]:.2f} s of processor time, ratio {ratios[-1][1]:.3f}",
+            flush=True,
+        )
+    for clock, values in zip(("wall", "processor"), zip(*ratios, strict=True), strict=True):
+        print(
+            f"  {clock} time ratio: {statistics.median(values):.3f} "
+            f"({min(values):.3f} to {max(values):.3f}; at most {MOST_TIME:.2f} is the aim)"
+        )
+
+
+def measure_memory(
+    network: nn.Module, data: DefenseSet, config: MNPConfig, when: When, largest: int
+) -> None:
+    """Print the peak memory of a defense in copies of the weights."""
+    weights = sum(p.untyped_storage().nbytes() for p in network.parameters())
+    batch = batch_memory(network, data, largest, config.statistics == "batch")
+    peaks = defense_memory(network, data, config, when)
+    print(
+        f"  weights {weights / 2**20:.1f} MiB, a batch of {largest} with its activations "
+        f"{batch / 2**20:.1f} MiB, defense set {data.images.nbytes / 2**20:.1f} MiB"
+    )
+    for phase, peak in peaks.items():
+        print(f"    {phase}: peak {peak / 2**20:.1f} MiB")
+    copies = (max(peaks.values()) - batch) / weights
+    print(f"  weights copies: {copies:.2f} (at most {MOST_COPIES:.0f} is the aim)", flush=True)
+
+
+def load(options: argparse.Namespace) -> tuple[nn.Module, DefenseSet, When]:
+    """Load the network and clean images, or make a network that knows nothing and noise."""
+    generator = torch.Generator().manual_seed(options.seed)
+    if options.checkpoint is None:
+        torch.manual_seed(options.seed)
+        images = torch.randn(options.images, 3, 32, 32, generator=generator)
+        data = DefenseSet(images, torch.arange(options.images) % 10)
+        return cifar_resnet18(width=options.width).eval(), data, "always"
+    state = load_file(options.checkpoint)
+    width = next(value for value in state.values() if value.ndim == 4).shape[0]
+    network = cifar_resnet18(width=width).eval()
+    network.load_state_dict(state)
+    stored = torch.load(options.data, weights_only=True)
+    chosen = balanced_indices(stored["labels"], options.images, options.seed)
+    images = (stored["images"][chosen].float() / 255.0 - MEAN) / STD
+    return network, DefenseSet(images, stored["labels"][chosen]), "flagged"
+
+
+def main() -> None:
+    """Measure the default options and those of the paper."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kept = TUNING / "blend-a.safetensors"
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=kept if kept.exists() and (TUNING / "train.pt").exists() else None,
+        help=f"a backdoored network of benchmarks.networks; by default {kept} where it exists, "
+        "else an untrained network is defended in any case",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=TUNING / "train.pt", help="images kept by benchmarks.networks"
+    )
+    parser.add_argument("--width", type=int, default=16, help="of an untrained network")
+    parser.add_argument("--images", type=int, default=200, help="size of the defense set")
+    parser.add_argument("--epochs", type=int, default=5, help="most passes of each stage")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each loop, in turns")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
+    parser.add_argument("--seed", type=int, default=0, help="of data and defense")
+    parser.add_argument("--only", choices=["time", "memory"], help="measure one of them")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    network, data, when = load(options)
+    print(f"{type(network).__name__}, {data}, {options.threads} threads, torch {torch.__version__}")
+    epochs = {"suppression_epochs": options.epochs, "mask_epochs": options.epochs}
+    for name, config, occasion in (
+        ("default", replace(MNPConfig(seed=options.seed), **epochs), when),
+        ("paper", MNPConfig.paper(seed=options.seed, **epochs), "always"),
+    ):
+        largest = -(-len(data) // data.passes(config.batch_size))
+        print(f"{name}:", flush=True)
+        if options.only != "memory":
+            measure_time(network, data, config, occasion, options.repeats)
+        if options.only != "time":
+            measure_memory(network, data, config, occasion, largest)
+
+
+if __name__ == "__main__":
+    main()

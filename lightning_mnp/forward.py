@@ -1,0 +1,168 @@
+"""How a network is called, where its logits are, and how it stays what it was meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+__all__ = [
+    "Forward",
+    "NoLogitsError",
+    "call_apart",
+    "call_network",
+    "evaluating",
+    "find_logits",
+    "probe_network",
+]
+
+Forward = Callable[[nn.Module, Tensor], Any]
+
+
+class NoLogitsError(TypeError):
+    """What a network returned holds no logits."""
+
+
+def call_network(network: nn.Module, images: Tensor) -> Tensor:
+    """Run a network and find the logits in what it returns.
+
+    Args:
+        network: Any classifier that takes the images as its only argument.
+        images: Shape (N, C, ...).
+
+    Returns:
+        Logits, shape (N, K): the output itself, the first of a tuple, or the entry or attribute
+        ``logits`` (or ``out``) of a dict or an object.
+
+    Raises:
+        NoLogitsError: If no logits are found in the output.
+
+    Example:
+        >>> call_network(nn.Linear(2, 3), torch.zeros(5, 2)).shape
+        torch.Size([5, 3])
+    """
+    return find_logits(network(images))
+
+
+def find_logits(output: Any) -> Tensor:
+    """Find the logits in what a network returned, see :func:`call_network`."""
+    found = output
+    if isinstance(found, dict):
+        found = next((found[key] for key in ("logits", "out") if key in found), None)
+    elif not isinstance(found, Tensor) and hasattr(found, "logits"):
+        found = found.logits
+    elif isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        keys = f" with the keys {sorted(map(str, output))}" if isinstance(output, dict) else ""
+        raise NoLogitsError(
+            f"Expected the network to return logits (a tensor, a tuple that starts with one, or "
+            f"something with `logits`), but got {type(output).__name__}{keys}. Tell how it is "
+            "called with the argument `forward`."
+        )
+    if found.ndim != 2:
+        raise NoLogitsError(
+            f"Expected the network's logits to have the shape (N, classes), but got "
+            f"{tuple(found.shape)}. Tell how it is called with the argument `forward`."
+        )
+    logits: Tensor = found
+    return logits
+
+
+@contextmanager
+def evaluating(network: nn.Module, training: tuple[type[nn.Module], ...] = ()) -> Iterator[None]:
+    """Put a network into evaluation mode for the length of a context.
+
+    Args:
+        network: The network; afterwards each of its modules is in the mode that it was in.
+        training: Classes of modules that are in training mode instead.
+
+    Example:
+        >>> network = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+        >>> with evaluating(network, (nn.BatchNorm1d,)):
+        ...     [module.training for module in network.modules()]
+        [False, True, False]
+        >>> network.training
+        True
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        for module, _ in modes:
+            module.training = isinstance(module, training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class _Called(nn.Module):
+    """The network behind a `forward` function, as a module that `functional_call` can take."""
+
+    def __init__(self, network: nn.Module, call: Forward) -> None:
+        super().__init__()
+        self.network = network
+        self.call = call
+
+    def forward(self, images: Tensor) -> Any:
+        return self.call(self.network, images)
+
+
+def call_apart(
+    network: nn.Module,
+    images: Tensor,
+    forward: Forward = call_network,
+    weights: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Run a network on copies of its buffers, so that nothing it counts or updates is kept.
+
+    Args:
+        network: The network.
+        images: Shape (N, C, ...).
+        forward: How it is called.
+        weights: Parameters to run with, by name; its own where None.
+
+    Returns:
+        Logits, shape (N, K).
+
+    Raises:
+        NoLogitsError: If no logits are found in the output.
+
+    Example:
+        >>> network = nn.BatchNorm1d(2).train()
+        >>> _ = call_apart(network, torch.rand(3, 2))
+        >>> int(network.num_batches_tracked)
+        0
+    """
+    called = _Called(network, forward)
+    state = {name: buffer.clone() for name, buffer in called.named_buffers()}
+    state.update({f"network.{name}": weight for name, weight in (weights or {}).items()})
+    return find_logits(functional_call(called, state, (images,)))
+
+
+def probe_network(network: nn.Module, images: Tensor, forward: Forward = call_network) -> Tensor:
+    """Run a network once in evaluation mode, and leave it and all around it as it was.
+
+    Parameters, buffers, modes, the images and the random state stay, also where the call fails.
+
+    Args:
+        network: The network.
+        images: Shape (N, C, ...), on the network's device.
+        forward: How it is called.
+
+    Returns:
+        Logits without a gradient, shape (N, K).
+
+    Raises:
+        NoLogitsError: If no logits are found in the output.
+
+    Example:
+        >>> probe_network(nn.Linear(2, 3), torch.zeros(5, 2)).requires_grad
+        False
+    """
+    devices = [images.device] if images.device.type == "cuda" else []
+    with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices):
+        return call_apart(network, images.clone(), forward)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import QUICK, images_and_labels, loader, quick_config, trained_network
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_mnp import DefenseSet, MNPConfig, MNPDefense
+from lightning_mnp.saliency import approximate_clc, filter_magnitudes, saliency_correlation
+
+
+def new_defense(
+    network: nn.Module | None = None, when: Any = "always", **changes: Any
+) -> MNPDefense:
+    data = DefenseSet.from_loader(loader())
+    return MNPDefense(network or trained_network(), data, quick_config(**changes), when=when)
+
+
+def finished(defense: MNPDefense) -> MNPDefense:
+    while not defense.finished:
+        defense.step()
+    return defense
+
+
+def phases(defense: MNPDefense) -> list[str]:
+    seen: list[str] = []
+    while not defense.finished:
+        if not seen or seen[-1] != defense.phase:
+            seen.append(defense.phase)
+        defense.step()
+    return seen
+
+
+def test_phases_of_the_published_procedure() -> None:
+    assert phases(new_defense(verdict="ratio", runs=1)) == [
+        "reference", "suppression", "saliency", "masks", "verdict", "pruning", "check",
+    ]  # fmt: skip
+
+
+def test_phases_of_an_audit() -> None:
+    assert phases(new_defense(when="never", runs=2)) == [
+        "reference", "suppression", "saliency", "suppression", "saliency", "reach", "verdict",
+    ]  # fmt: skip
+
+
+def test_automatic_rule_needs_no_masks() -> None:
+    changes = {"rule": "auto", "amount": 0.05}
+    assert phases(new_defense(runs=1, **changes)) == [
+        "reference", "suppression", "saliency", "reach", "verdict", "pruning", "check",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, {"rule": "auto", "amount": 0.05}, {"verdict": "ratio"}])
+@pytest.mark.parametrize("when", ["never", "flagged", "always"])
+def test_most_steps_is_an_upper_bound(changes: dict[str, Any], when: Any) -> None:
+    defense = new_defense(when=when, **changes)
+    if when == "flagged":
+        return_plan = len(defense.plan)
+        finished(defense)
+        assert len(defense.plan) >= return_plan
+        return
+    bound, steps = defense.most_steps(), 0
+    while not defense.finished:
+        defense.step()
+        steps += 1
+        assert defense.most_steps() >= 0
+    assert steps <= bound
+
+
+def test_reference_and_ratio_are_those_of_the_formulas() -> None:
+    network = trained_network()
+    defense = finished(new_defense(network, when="never", runs=1))
+    subject, data = defense.subject, defense.data
+    batches = list(data.batches(16, torch.device("cpu")))
+    correlations = []
+    for weights in (subject.weights(), defense.suppression.weights):
+        detached = {name: weight.detach() for name, weight in weights.items()}
+        changes = approximate_clc(subject, detached, batches)
+        magnitudes = filter_magnitudes(subject, detached)
+        correlations.append(saliency_correlation(magnitudes, changes, defense.layers))
+    [run] = defense.runs
+    assert defense.correlation == pytest.approx(correlations[0], abs=1e-6)
+    assert run.detection_ratio == pytest.approx(correlations[1] / correlations[0], abs=1e-6)
+    with torch.no_grad():
+        hits = (network(data.images).argmax(1) == data.labels).float().mean()
+    assert defense.accuracy_before == pytest.approx(float(hits))
+
+
+def test_scores_are_the_mean_of_m1_plus_m2_over_the_runs() -> None:
+    both = new_defense(runs=2, verdict="ratio")
+    sums = []
+    while not both.finished:
+        at_masks = both.phase == "masks"
+        both.step()
+        if at_masks and both.phase != "masks":
+            sums.append(both.penalty.values.detach() + both.preserving.values.detach())
+    torch.testing.assert_close(both.scores, (sums[0] + sums[1]) / 2)
+
+
+def test_accuracy_after_is_that_of_the_pruned_network() -> None:
+    defense = finished(new_defense())
+    purified = defense.purified()
+    images, labels = defense.data.images, defense.data.labels
+    with torch.no_grad():
+        hits = (purified(images).argmax(1) == labels).float().mean()
+    assert defense.accuracy_after == pytest.approx(float(hits))
+
+
+def test_clean_network_is_not_pruned_by_the_automatic_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lightning_mnp.detection import Judgement
+
+    judgement = Judgement("clean", 0.5, 0.2, 0, ("a test says so",))
+    monkeypatch.setattr("lightning_mnp.defense.judge", lambda *args: judgement)
+    defense = finished(new_defense(rule="auto", amount=0.05, runs=1))
+    assert defense.report().pruned == []
+
+
+def test_search_that_ends_early_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_mnp.detection import Judgement
+
+    judgement = Judgement("backdoored", 0.5, 0.2, 0, ("a test says so",))
+    monkeypatch.setattr("lightning_mnp.defense.judge", lambda *args: judgement)
+    # The toy network's classes are far apart, so longer perturbations are needed.
+    monkeypatch.setattr("lightning_mnp.surrogate._STEP", 0.3)
+    monkeypatch.setattr("lightning_mnp.search._DENSE_LENGTH", 4.0)
+    defense = finished(new_defense(rule="auto", amount=0.005, runs=1))
+    report = defense.report()
+    assert len(report.pruned) == 1
+    assert "a surrogate trigger still succeeds on" in report.warnings[0]
+
+
+def test_results_need_a_finished_defense() -> None:
+    defense = new_defense()
+    for result in (defense.report, defense.purified, defense.prune_):
+        with pytest.raises(RuntimeError, match="The defense is in phase 'reference'"):
+            result()
+    finished(defense)
+    with pytest.raises(RuntimeError, match="there is no step left"):
+        defense.step()
+
+
+def test_unknown_occasion() -> None:
+    with pytest.raises(ValueError, match="Expected argument `when` to be one of"):
+        new_defense(when="sometimes")
+
+
+def test_state_is_readable_with_weights_only(tmp_path: Any) -> None:
+    defense = new_defense(rule="auto", amount=0.02, runs=1)
+    number = 0
+    while not defense.finished:
+        defense.step()
+        number += 1
+        if number % 7 == 0:
+            torch.save(defense.state_dict(), tmp_path / "state.pt")
+            torch.load(tmp_path / "state.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rule": "auto", "amount": 0.02, "runs": 1}])
+def test_resumed_at_any_step_ends_the_same(changes: dict[str, Any]) -> None:
+    reference = finished(new_defense(**changes)).report()
+    total = 0
+    defense = new_defense(**changes)
+    while not defense.finished:
+        defense.step()
+        total += 1
+    for stop in range(1, total, max(1, total // 9)):
+        first = new_defense(**changes)
+        for _ in range(stop):
+            first.step()
+        second = new_defense(**changes)
+        second.load_state_dict(first.state_dict())
+        report = finished(second).report()
+        assert report.pruned == reference.pruned, stop
+        assert report.reaches == reference.reaches, stop
+        assert report.runs == reference.runs, stop
+
+
+def test_masks_that_stop_early_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinite loss of one mask ends its optimization and leaves a warning."""
+    defense = new_defense(runs=1, verdict="ratio")
+    original = F.cross_entropy
+
+    def spoiled(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
+        return original(logits, labels, **options) * float("inf")
+
+    while defense.phase != "masks":
+        defense.step()
+    monkeypatch.setattr("lightning_mnp.recovery.F.cross_entropy", spoiled)
+    finished(defense)
+    assert len(defense.report().warnings) == 2
+    assert "M1 of run 1 stopped early: the loss became inf" in defense.report().warnings[0]
+
+
+def test_autocast_is_used_in_every_pass() -> None:
+    images, labels = images_and_labels()
+    entered = 0
+
+    class Counting:
+        def __enter__(self) -> None:
+            nonlocal entered
+            entered += 1
+
+        def __exit__(self, *args: Any) -> None:
+            pass
+
+    config = MNPConfig(**{**QUICK, "runs": 1})
+    defense = MNPDefense(
+        trained_network(), DefenseSet(images, labels), config, when="never", autocast=Counting
+    )
+    steps = 0
+    while not defense.finished:
+        defense.step()
+        steps += 1
+    assert entered >= steps - 1

@@ -1,0 +1,234 @@
+"""Every file in `examples/` runs as a reader would run it, on a smaller scale."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from PIL import Image
+
+from lightning_mnp import MNPConfig, read_state_dict
+from lightning_mnp.cli import main
+from lightning_mnp.data import CIFAR10DataModule
+from lightning_mnp.data.cifar10 import CLASSES
+from lightning_mnp.models import Classifier, cifar_resnet18
+
+EXAMPLES = REPOSITORY / "examples"
+FIT = sorted(path.name for path in EXAMPLES.glob("fit-*.yaml"))
+AUDIT = sorted(path.name for path in EXAMPLES.glob("audit-*.yaml"))
+
+# Configurations that go on top of another one.
+ON_TOP = {"fit-cifar10-2core-blend.yaml": "fit-cifar10-2core.yaml"}
+
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+SHORT_FIT = [
+    *QUIET,
+    "--trainer.enable_model_summary=false",
+    "--trainer.max_epochs=1",
+    "--trainer.check_val_every_n_epoch=1",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.log_every_n_steps=1",
+    "--model.init_args.width=4",
+    "--data.init_args.batch_size=4",
+]
+SHORT_AUDIT = [
+    *QUIET,
+    "--mnp.suppression_epochs=1",
+    "--model.init_args.width=4",
+    "--data.init_args.defense_size=20",
+]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setattr(sys, "argv", ["lightning-mnp"])
+    monkeypatch.setattr("lightning_mnp.surrogate._MOST_STEPS", 2)
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images of noise for each class and split, in CIFAR-10's folders."""
+    root = tmp_path_factory.mktemp("cifar10")
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for index in range(2):
+                pixels = torch.randint(0, 256, (32, 32, 3), generator=generator)
+                image = Image.fromarray(pixels.to(torch.uint8).numpy())
+                image.save(root / split / name / f"{index}.png")
+    return root
+
+
+def data_options(name: str, cifar10: Path) -> list[str]:
+    return [f"--data.init_args.root={cifar10}"] if "cifar10" in name else []
+
+
+def config(name: str) -> list[str]:
+    below = [f"--config={EXAMPLES / ON_TOP[name]}"] if name in ON_TOP else []
+    return [*below, f"--config={EXAMPLES / name}"]
+
+
+def run_script(name: str, options: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_no_example_is_left_out() -> None:
+    scripts = {"callback.py", "module.py", "plain.py", "zoo.py"}
+    others = {"callback.yaml", "mnp-paper.yaml"}
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {
+        *FIT,
+        *AUDIT,
+        *scripts,
+        *others,
+    }
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_fit(name: str, cifar10: Path, tmp_path: Path) -> None:
+    assert main(["fit", *config(name), *SHORT_FIT, *data_options(name, cifar10)]) == 0
+    [trained] = tmp_path.rglob("*.ckpt")
+    loaded = read_state_dict(trained)
+    assert "network.conv1.weight" in loaded
+
+
+@pytest.mark.parametrize("name", AUDIT)
+def test_audit_and_defend(name: str, cifar10: Path, tmp_path: Path) -> None:
+    channels = 1 if "digits" in name else 3
+    suspicious, purified = tmp_path / "suspicious.ckpt", tmp_path / "purified.ckpt"
+    torch.save({"state_dict": Classifier(width=4, in_channels=channels).state_dict()}, suspicious)
+    options = [*config(name), *SHORT_AUDIT, *data_options(name, cifar10)]
+    options += [f"--ckpt_path={suspicious}"]
+    assert main(["audit", *options]) in (0, 3, 4)
+    assert main(["defend", *options, f"--output={purified}"]) in (0, 4)
+    assert read_state_dict(purified).keys() == read_state_dict(suspicious).keys()
+
+
+def test_digits_from_training_to_test(tmp_path: Path) -> None:
+    """The commands in the heads of the two files, one after the other."""
+    size = ["--data.init_args.image_size=8"]
+    assert main(["fit", *config("fit-digits.yaml"), *SHORT_FIT, *size]) == 0
+    trained = tmp_path / "runs/digits/backdoored.ckpt"
+    audit = [*config("audit-digits.yaml"), *SHORT_AUDIT, *size, f"--ckpt_path={trained}"]
+    assert main(["audit", *audit]) in (0, 3, 4)
+    assert main(["defend", *audit, "--output=runs/digits/purified.ckpt"]) in (0, 4)
+    test = [*config("fit-digits.yaml"), *size, *QUIET, "--model.init_args.width=4"]
+    test += ["--trainer.limit_test_batches=1", "--ckpt_path=runs/digits/purified.ckpt"]
+    assert main(["test", *test]) == 0
+
+
+@pytest.mark.parametrize("below", ["fit-digits.yaml", "fit-cifar10-paper.yaml"])
+def test_callback_goes_on_top_of_a_training(
+    below: str, cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*config(below), f"--config={EXAMPLES / 'callback.yaml'}", *SHORT_FIT]
+    options += [*data_options(below, cifar10), "--data.init_args.defense_size=20"]
+    assert main(["fit", *options]) == 0
+    report = json.loads((tmp_path / "runs/mnp/mnp-report.json").read_text())
+    assert report["defense_set"]["images"] == 20
+    # The checkpoint callback below is still there.
+    assert [path for path in tmp_path.rglob("*.ckpt") if path.parent.name != "mnp"]
+
+
+def test_paper_setting_is_that_of_the_class() -> None:
+    options = yaml.safe_load((EXAMPLES / "mnp-paper.yaml").read_text())
+    assert MNPConfig(**options) == MNPConfig.paper()
+
+
+def test_paper_setting_is_taken(cifar10: Path, tmp_path: Path) -> None:
+    suspicious, report = tmp_path / "suspicious.pt", tmp_path / "report.json"
+    torch.save(cifar_resnet18(width=4).state_dict(), suspicious)
+    options = [*config("audit-cifar10.yaml"), f"--mnp={EXAMPLES / 'mnp-paper.yaml'}"]
+    options += [*SHORT_AUDIT, *data_options("cifar10", cifar10)]
+    assert main(["audit", *options, f"--ckpt_path={suspicious}", f"--report={report}"]) in (0, 3, 4)
+    written = json.loads(report.read_text())["config"]
+    expected = {**MNPConfig.paper().to_dict(), "suppression_epochs": 1}
+    assert written == expected
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+@pytest.mark.parametrize("name", ["callback.py", "module.py", "plain.py"])
+def test_script(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script(name, ["--epochs=1", "--output=out"], monkeypatch)
+    printed = capsys.readouterr().out
+    assert "filters pruned" in printed
+    assert any((tmp_path / "out").iterdir())
+    if name == "module.py":
+        options = ["--output=out", "--resume=out/checkpoints/last.ckpt"]
+        run_script(name, options, monkeypatch)
+        assert "filters pruned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_zoo(
+    preset: str,
+    cifar10: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def small_datamodule(root: Path, defense_size: int = 0, defense_seed: int = 0) -> Any:
+        return CIFAR10DataModule(root, defense_size=20, defense_seed=defense_seed)
+
+    zoo = tmp_path / "zoo"
+    zoo.mkdir()
+    (zoo / "load.py").write_text(ZOO)
+    for name in ("badnets", "clean"):
+        torch.save(cifar_resnet18(width=2).state_dict(), zoo / f"{name}.pt")
+    monkeypatch.setattr("lightning_mnp.data.CIFAR10DataModule", small_datamodule)
+    options = [f"--zoo={zoo}", f"--data={cifar10}", "--out=rows", "--seeds=1", "--networks"]
+    options += ["badnets", "clean", f"--preset={preset}"]
+    run_script("zoo.py", options, monkeypatch)
+    first = capsys.readouterr().out
+    assert "clean-0.json: done" in first
+    assert "badnets: CA drop" in first
+    rows = [json.loads(path.read_text()) for path in sorted(tmp_path.glob(f"rows/{preset}/*"))]
+    assert [(row["network"], row["preset"]) for row in rows] == [
+        ("badnets", preset),
+        ("clean", preset),
+    ]
+    assert rows[1]["asr_before"] is None
+    if preset == "paper":
+        assert {row["pruned"] for row in rows} == {30}
+    run_script("zoo.py", options, monkeypatch)
+    assert "done" not in capsys.readouterr().out  # finished runs are kept
+
+
+ZOO = """
+from pathlib import Path
+
+import torch
+
+from lightning_mnp.attacks import BadNets
+from lightning_mnp.models import cifar_resnet18
+
+
+def load(name):
+    network = cifar_resnet18(width=2)
+    network.load_state_dict(torch.load(Path(__file__).parent / name, weights_only=True))
+    return network.eval(), {"atk": name.removesuffix(".pt")}
+
+
+def trigger(info, images):
+    return BadNets().apply(images)
+"""
