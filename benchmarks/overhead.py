@@ -4,10 +4,10 @@
     python -m benchmarks.overhead --images 500 --epochs 20 --repeats 5
 
 Time: the passes of a defense are recorded one by one (images, normalization, what the backward
-pass differentiates by), and a bare PyTorch loop repeats exactly these, step by step in turns. Memory: every tensor storage
-that an operation makes is followed from its birth to its end. The model, the defense set, and one
-batch with its activations (the peak of a plain training step whose gradients are dropped as they
-arrive) do not count; what remains is given in copies of the weights.
+pass differentiates by), and a bare PyTorch loop repeats exactly these, step by step in turns.
+Memory: every tensor storage that an operation makes is followed from its birth to its end. The
+model, the defense set, and one batch with its activations (the peak of a plain training step whose
+gradients are dropped as they arrive) do not count; what remains is given in copies of the weights.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ def batch_memory(network: nn.Module, data: DefenseSet, size: int, by_batch: bool
     with Meter(known) as meter, evaluating(network, (_NormBase,) if by_batch else ()):
         images, labels = data.images[:size].clone(), data.labels[:size].clone()
         F.cross_entropy(network(images), labels).backward()
-    return meter.peak
+        peak: int = meter.peak
+    return peak
 
 
 def defense_memory(
@@ -219,18 +220,29 @@ def defense_memory(
 
 
 class Stopwatch:
-    """Adds up wall time and the processor time of this program, which others do not count in."""
+    """Adds up, by name, wall time and this program's processor time, which no other counts in."""
 
     def __init__(self) -> None:
-        self.totals = [0.0, 0.0]
+        self.times: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        self.restart()
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Let it run for the length of a context."""
-        started = time.perf_counter(), time.process_time()
-        yield
-        self.totals[0] += time.perf_counter() - started[0]
-        self.totals[1] += time.process_time() - started[1]
+    def restart(self) -> None:
+        """Count from now on."""
+        self._started = _clocks()
+
+    def stop(self, name: str) -> None:
+        """Add the time since the last call of a method."""
+        self.times[name] += _clocks() - self._started
+        self.restart()
+
+    @property
+    def total(self) -> Tensor:
+        """Sum over all names: seconds of wall time and of processor time."""
+        return torch.stack(list(self.times.values())).sum(0)
+
+
+def _clocks() -> Tensor:
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
 def timed_defense(
@@ -240,25 +252,28 @@ def timed_defense(
 
     In turns as short as these, both are slowed down alike by whatever else the computer does.
     """
-    whole, loop = Stopwatch(), Stopwatch()
     made: list[Pass] = []
-    aside = Stopwatch()  # what the measurement itself takes out of the whole
+    loop, whole = Stopwatch(), Stopwatch()
 
-    def follow(*_: Any) -> None:
-        with aside.running():
-            for entry in passes:
-                bare.prepare(entry.by)
-            with loop.running():
-                bare.run(passes)
-            made.extend(passes)
-            passes.clear()
+    def follow(_: MNPDefense, phase: str, __: dict[str, float]) -> None:
+        whole.stop(phase)
+        for entry in passes:
+            bare.prepare(entry.by)
+        loop.restart()
+        bare.run(passes)
+        loop.stop(phase)
+        made.extend(passes)
+        passes.clear()
+        whole.restart()
 
-    with whole.running(), recorded() as passes:
+    with recorded() as passes:
+        whole.restart()
         defense = MNPDefense(network, data, config, when=when)
+        whole.stop("setup")
         run_defense(defense, observe=follow)
         report = defense.report()
         report.model = defense.purified()
-    whole.totals = [a - b for a, b in zip(whole.totals, aside.totals, strict=True)]
+        whole.stop("copy")
     return whole, loop, made, report
 
 
@@ -267,9 +282,10 @@ def measure_time(
 ) -> None:
     """Print how long a defense takes in units of a bare loop of the same passes."""
     bare = BareLoop(network, data)
-    ratios: list[tuple[float, ...]] = []
+    runs = []
     for repeat in range(repeats):
         whole, loop, made, report = timed_defense(network, data, config, when, bare)
+        runs.append((whole, loop))
         if not repeat:
             print(f"  {report.verdict}, {len(report.pruned)} filters pruned; passes:")
             groups: dict[str, list[int]] = defaultdict(list)
@@ -277,16 +293,22 @@ def measure_time(
                 groups[f"{entry.kind}, {entry.statistics} statistics"].append(entry.images)
             for kind, sizes in sorted(groups.items()):
                 print(f"    {len(sizes):5d} x {kind}, {sum(sizes)} images")
-        ratios.append(tuple(a / b for a, b in zip(whole.totals, loop.totals, strict=True)))
         print(
-            f"  repeat {repeat + 1}: defend {whole.totals[1]:.2f} s, bare loop "
-            f"{loop.totals[1]:.2f} s of processor time, ratio {ratios[-1][1]:.3f}",
+            f"  repeat {repeat + 1}: defend {whole.total[1]:.2f} s, bare loop {loop.total[1]:.2f} "
+            f"s of processor time, ratio {whole.total[1] / loop.total[1]:.3f}",
             flush=True,
         )
-    for clock, values in zip(("wall", "processor"), zip(*ratios, strict=True), strict=True):
+    print("  seconds beyond the bare loop, median:", end="")
+    for phase in runs[0][0].times:
+        beyond = [float(whole.times[phase][1] - loop.times[phase][1]) for whole, loop in runs]
+        base = statistics.median(float(loop.times[phase][1]) for _, loop in runs)
+        print(f" {phase} {statistics.median(beyond):+.2f} on {base:.2f};", end="")
+    print()
+    for index, clock in enumerate(("wall", "processor")):
+        ratios = [float(whole.total[index] / loop.total[index]) for whole, loop in runs]
         print(
-            f"  {clock} time ratio: {statistics.median(values):.3f} "
-            f"({min(values):.3f} to {max(values):.3f}; at most {MOST_TIME:.2f} is the aim)"
+            f"  {clock} time ratio: {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f}; at most {MOST_TIME:.2f} is the aim)"
         )
 
 

@@ -62,6 +62,8 @@ def main() -> None:
     clean = DigitsDataModule(image_size=16, defense_size=200).defense_dataloader()
     trainer.fit(module, clean, ckpt_path=options.resume, weights_only=True)
     print(module.report)
+    # ModelCheckpoint saves after optimizer steps; the stages that prune take none.
+    trainer.save_checkpoint(options.output / "purified.ckpt")
 
 
 if __name__ == "__main__":

@@ -164,7 +164,15 @@ class MNPCallback(Callback):
         assert self._data is not None
         config = self.config
         if _is_trial(trainer):
-            config = replace(config, runs=1, suppression_epochs=1, mask_epochs=1)
+            config = replace(
+                config,
+                runs=1,
+                suppression_epochs=1,
+                mask_epochs=1,
+                rule="count",
+                amount=1,
+                verdict="ratio",
+            )
         return MNPDefense(
             module,
             self._data,
@@ -187,7 +195,7 @@ class MNPCallback(Callback):
         if trainer.is_global_zero:
             report.save(folder / f"{name}-report.json")
         if report.pruned:
-            trainer.save_checkpoint(folder / f"{name}.ckpt")
+            trainer.save_checkpoint(folder / f"{name}.ckpt", weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the outcome in checkpoints, as primitives."""

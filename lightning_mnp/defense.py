@@ -344,7 +344,8 @@ class MNPDefense:
         return metrics
 
     def _judge(self) -> Judgement:
-        return judge(self.runs, self.correlation, self.reach.reaches, self.config)
+        reaches = self.reach.reaches
+        return judge(self.runs, self.correlation, reaches, self.config, self.accuracy_before)
 
     @property
     def scores(self) -> Tensor:

@@ -47,6 +47,7 @@ def judge(
     correlation: float,
     reaches: dict[int, float],
     config: MNPConfig,
+    accuracy: float,
 ) -> Judgement:
     """Judge a network.
 
@@ -56,9 +57,10 @@ def judge(
         reaches: The reach of the classes, see :class:`~lightning_mnp.surrogate.ReachSearch`;
             may be empty where ``config.verdict`` is ``"ratio"``.
         config: Options; ``verdict`` chooses the rule.
+        accuracy: The network's accuracy on the defense set, from 0 to 1.
 
     Returns:
-        The judgement.
+        The judgement; undecided where the network knows too little for it to mean anything.
     """
     ratio = sum(run.detection_ratio for run in runs) / len(runs)
     pile_up = sum(run.pile_up for run in runs) / len(runs)
@@ -68,11 +70,14 @@ def judge(
         if config.verdict == "ratio"
         else _by_reach(reaches, top)
     )
-    if not any(run.steps for run in runs):
+    classes = len(runs[0].predictions)
+    # Twice the chance level, or halfway to perfect where there are only a few classes.
+    known = max(min(2 / classes, (1 + 1 / classes) / 2), config.stop_accuracy or 0.0)
+    if accuracy <= known or not any(run.steps for run in runs):
         verdict = "undecided"
         reasons.append(
-            "clean suppression took no step: the accuracy on the defense set is at "
-            "`stop_accuracy` from the start"
+            f"the network's accuracy on the defense set is {accuracy:.0%}, which is too low for a "
+            "verdict; check that images are normalized and labeled as in training"
         )
     reasons.append(
         f"after clean suppression, {pile_up:.0%} of the predictions fall on class {top}, with a "

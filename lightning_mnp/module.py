@@ -33,8 +33,9 @@ class MNPModule(LightningModule):
     checkpoint was written.
 
     Args:
-        network: The network. At the end it is pruned in place, so that the last checkpoint holds
-            the purified weights under ``network.``.
+        network: The network. At the end it is pruned in place; save it then, by
+            ``trainer.save_checkpoint`` or :func:`~lightning_mnp.checkpoint.write_state_dict`.
+            ``ModelCheckpoint`` goes by optimizer steps, and the last of these come before pruning.
         config: Options of the method.
         when: ``"never"`` audits only, ``"flagged"`` prunes if the verdict is ``"backdoored"``,
             ``"always"`` prunes in any case.

@@ -213,8 +213,8 @@ class MNPTrainer(Trainer):
     ) -> MNPDefense:
         given = None
         if datamodule is not None:
-            datamodule.prepare_data()
             if not isinstance(datamodule, BackdoorDataModule):  # ours reads what it needs
+                datamodule.prepare_data()
                 datamodule.setup("fit")
             hook = getattr(datamodule, "defense_dataloader", None)
             given = None if hook is None else hook()
@@ -243,7 +243,7 @@ class MNPTrainer(Trainer):
 
 
 def _table(before: _Scores, after: _Scores, outcome: DefenseReport) -> Table:
-    table = Table(title=f"verdict: {outcome.verdict}, {len(outcome.pruned)} filters pruned")
+    table = Table(title=f"verdict: {outcome.verdict}; filters pruned: {len(outcome.pruned)}")
     table.add_column("network")
     table.add_column("clean accuracy (CA)", justify="right")
     table.add_column("attack success rate (ASR)", justify="right")

@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ SHORT_FIT = [
 SHORT_AUDIT = [
     *QUIET,
     "--mnp.suppression_epochs=1",
+    "--mnp.mask_epochs=1",
     "--model.init_args.width=4",
     "--data.init_args.defense_size=20",
 ]
@@ -75,6 +77,14 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 image = Image.fromarray(pixels.to(torch.uint8).numpy())
                 image.save(root / split / name / f"{index}.png")
     return root
+
+
+@pytest.fixture
+def short_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let scripts, which have no options for it, take one pass where they would take twenty."""
+    defaults = {field.name: field.default for field in fields(MNPConfig)}
+    defaults.update(suppression_epochs=1, mask_epochs=1, amount=0.01)
+    monkeypatch.setattr(MNPConfig.__init__, "__defaults__", tuple(defaults.values()))
 
 
 def data_options(name: str, cifar10: Path) -> list[str]:
@@ -160,10 +170,11 @@ def test_paper_setting_is_taken(cifar10: Path, tmp_path: Path) -> None:
     options += [*SHORT_AUDIT, *data_options("cifar10", cifar10)]
     assert main(["audit", *options, f"--ckpt_path={suspicious}", f"--report={report}"]) in (0, 3, 4)
     written = json.loads(report.read_text())["config"]
-    expected = {**MNPConfig.paper().to_dict(), "suppression_epochs": 1}
+    expected = MNPConfig.paper(suppression_epochs=1, mask_epochs=1).to_dict()
     assert written == expected
 
 
+@pytest.mark.usefixtures("short_stages")
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 @pytest.mark.parametrize("name", ["callback.py", "module.py", "plain.py"])
 def test_script(
@@ -179,6 +190,7 @@ def test_script(
         assert "filters pruned" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("short_stages")
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_zoo(
     preset: str,
