@@ -23,11 +23,12 @@ from lightning_mnp.network import check_network, network_forward, weights_digest
 from lightning_mnp.pruning import Pruning, prune, pruned_count, pruning_order
 from lightning_mnp.recovery import FilterMask
 from lightning_mnp.result import DefenseReport, RunResult
-from lightning_mnp.saliency import batch_clc, filter_magnitudes, saliency_correlation
+from lightning_mnp.saliency import batch_clc
 from lightning_mnp.search import TriggerSearch
-from lightning_mnp.subject import Subject, Weights
+from lightning_mnp.subject import Subject
 from lightning_mnp.suppression import CleanSuppression
 from lightning_mnp.surrogate import ReachSearch, image_scale, reach_ratio
+from lightning_mnp.tally import PassTally
 from lightning_mnp.updates import PlainUpdates, Updates
 
 __all__ = ["MNPDefense", "Phase", "When"]
@@ -144,7 +145,7 @@ class MNPDefense:
         self.seconds: dict[str, float] = defaultdict(float)
         self._masks_sum = torch.zeros(self.layers.total, device=device)
         self._masks_count = 0
-        self._begin_accumulating()
+        self.tally = PassTally(self.subject, self.classes)
 
     def _first_plan(self) -> list[tuple[Phase, int]]:
         plan: list[tuple[Phase, int]] = [("reference", 0)]
@@ -246,20 +247,15 @@ class MNPDefense:
         self.position += 1
         self.batches_done = 0
 
-    def _begin_accumulating(self) -> None:
-        self._clc_sum = torch.zeros(self.layers.total, device=self.subject.device)
-        self._hits = 0
-        self._predictions = torch.zeros(self.classes, dtype=torch.long)
-
     def _reference(self, updates: Updates) -> dict[str, float]:
         images, labels = self._batch()
         weights = self.subject.weights()
-        self._clc_sum += batch_clc(self.subject, weights, images, labels)[0] * len(labels)
-        self._hits += self._correct(images, labels, None)
+        changes, _ = batch_clc(self.subject, weights, images, labels)
+        self.tally.add(changes, self._evaluate(images, None), labels)
         if self._count_batch():
-            self.correlation = self._correlate(weights)
-            self.accuracy_before = self._hits / len(self.data)
-            self._begin_accumulating()
+            self.correlation = self.tally.correlation(weights)
+            self.accuracy_before = self.tally.accuracy
+            self.tally.reset()
             return {"correlation": self.correlation, "accuracy": self.accuracy_before}
         return {}
 
@@ -279,21 +275,19 @@ class MNPDefense:
     def _saliency(self, updates: Updates) -> dict[str, float]:
         images, labels = self._batch()
         weights = {name: weight.detach() for name, weight in self.suppression.weights.items()}
-        changes, logits = batch_clc(self.subject, weights, images, labels)
-        self._clc_sum += changes * len(labels)
-        self._predictions += logits.argmax(1).cpu().bincount(minlength=self.classes)
+        self.tally.add(*batch_clc(self.subject, weights, images, labels), labels)
         if not self._count_batch():
             return {}
-        correlation = self._correlate(weights)
+        correlation = self.tally.correlation(weights)
         result = RunResult(
             detection_ratio=correlation / self.correlation if self.correlation else float("nan"),
             correlation=correlation,
-            predictions=tuple(self._predictions.tolist()),
+            predictions=tuple(self.tally.predictions.tolist()),
             steps=self.suppression.steps,
             accuracy=self.suppression.accuracy,
             stopped=self.suppression.stopped,
         )
-        self._begin_accumulating()
+        self.tally.reset()
         if len(self.runs) < self.config.runs:  # a repeated run is known already
             self.runs.append(result)
         if self._ranks_by_masks:
@@ -402,17 +396,15 @@ class MNPDefense:
         masks = torch.ones(self.layers.total, device=self.subject.device)
         masks[positions] = 0.0
         batches = self.data.batches(self.config.batch_size, self.subject.device)
-        hits = sum(self._correct(images, labels, masks) for images, labels in batches)
+        hits = sum(
+            int((self._evaluate(images, masks).argmax(1) == labels).sum())
+            for images, labels in batches
+        )
         return hits / len(self.data)
 
     @torch.no_grad()
-    def _correct(self, images: Tensor, labels: Tensor, masks: Tensor | None) -> int:
-        logits = self.subject(images, masks=masks, statistics="running")
-        return int((logits.argmax(1) == labels).sum())
-
-    def _correlate(self, weights: Weights) -> float:
-        magnitudes = filter_magnitudes(self.subject, weights)
-        return saliency_correlation(magnitudes, self._clc_sum / len(self.data), self.layers)
+    def _evaluate(self, images: Tensor, masks: Tensor | None) -> Tensor:
+        return self.subject(images, masks=masks, statistics="running")
 
     def prune_(self) -> Pruning:
         """Prune the model itself.
@@ -495,9 +487,7 @@ class MNPDefense:
             "accuracy_after": self.accuracy_after,
             "seconds": dict(self.seconds),
             "warnings": list(self.warnings),
-            "clc_sum": self._clc_sum,
-            "hits": self._hits,
-            "predictions": self._predictions,
+            "tally": self.tally.state_dict(),
             "masks_sum": self._masks_sum,
             "masks_count": self._masks_count,
             "removed": self.removed,
@@ -538,9 +528,7 @@ class MNPDefense:
         self.accuracy_after = state["accuracy_after"]
         self.seconds = defaultdict(float, state["seconds"])
         self.warnings = list(state["warnings"])
-        self._clc_sum = state["clc_sum"].to(device)
-        self._hits = int(state["hits"])
-        self._predictions = state["predictions"].cpu()
+        self.tally.load_state_dict(state["tally"])
         self._masks_sum = state["masks_sum"].to(device)
         self._masks_count = int(state["masks_count"])
         self.removed = state["removed"].to(device)

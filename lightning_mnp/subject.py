@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_mnp.forward import Forward, call_apart, call_network, evaluating
-from lightning_mnp.layers import FilterLayers
+from lightning_mnp.layers import FilterLayer, FilterLayers
 from lightning_mnp.masks import FilterMasks
 
 __all__ = ["Statistics", "Subject", "Weights"]
@@ -104,5 +104,30 @@ class Subject:
             stack.enter_context(evaluating(self.network, normalizing))
             stack.enter_context(self.autocast())
             if masks is not None:
-                stack.enter_context(FilterMasks(self.network, self.layers, masks))
+                weights, layers, left = self._folded(weights, masks)
+                if layers:
+                    stack.enter_context(FilterMasks(self.network, layers, left))
             return call_apart(self.network, images, self.forward, weights).float()
+
+    def _folded(self, weights: Weights, masks: Tensor) -> tuple[Weights, FilterLayers, Tensor]:
+        """Multiply masks into the scale and shift of the normalization layers they act behind.
+
+        ``m * (scale * x + shift)`` is ``(m * scale) * x + m * shift``: no map is multiplied, and
+        none has to be kept for the backward pass.
+
+        Returns:
+            The weights, and the layers without scale and shift with their masks.
+        """
+        folded = dict(weights)
+        left: list[FilterLayer] = []
+        values: list[Tensor] = []
+        for layer, part in zip(self.layers, masks.split(self.layers.sizes), strict=True):
+            scale = weights.get(f"{layer.site}.weight")
+            if layer.site == layer.name or scale is None:
+                left.append(layer)
+                values.append(part)
+                continue
+            for name in (f"{layer.site}.weight", f"{layer.site}.bias"):
+                if name in weights:
+                    folded[name] = weights[name] * part.to(weights[name].dtype)
+        return folded, FilterLayers(tuple(left)), torch.cat(values) if values else masks[:0]

@@ -205,3 +205,37 @@ def test_tied_parameters_are_swapped_together() -> None:
 def test_wrong_statistics(network: Net) -> None:
     with pytest.raises(ValueError, match="`statistics` to be 'batch' or 'running', but got 'x'"):
         make(network, statistics="x")
+
+
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4),
+        nn.BatchNorm2d(4, affine=False),
+        nn.GroupNorm(2, 4),
+        nn.RMSNorm([6, 6]),
+        FrozenBatchNorm2d(4),
+        nn.Identity(),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_masks_in_scale_and_shift_equal_masks_on_maps(norm: nn.Module, statistics: Any) -> None:
+    """The gradient with respect to the masks included."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+    ).double()
+    images = torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    layers = find_filter_layers(network, images[:2])
+    subject = Subject(network, layers, statistics=statistics)
+    results = []
+    for folded in (True, False):
+        masks = torch.tensor([0.0, 0.3, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        if folded:
+            logits = subject(images, masks=masks)
+        else:
+            with FilterMasks(network, layers, masks):
+                logits = subject(images)
+        results.append((logits, *torch.autograd.grad(logits.square().sum(), masks)))
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
