@@ -236,7 +236,7 @@ class MNPTrainer(Trainer):
         for logger in self.loggers:
             logger.log_metrics(outcome.metrics(), step=self.global_step)
         if self.is_global_zero:
-            Console().print(str(outcome), highlight=False, markup=False)
+            Console().print(str(outcome), highlight=False, markup=False, soft_wrap=True)
             if report is not None:
                 outcome.save(report)
         return outcome

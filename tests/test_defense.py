@@ -168,7 +168,7 @@ def test_resumed_at_any_step_ends_the_same(changes: dict[str, Any]) -> None:
     while not defense.finished:
         defense.step()
         total += 1
-    for stop in range(1, total, max(1, total // 9)):
+    for stop in range(1, total, max(1, total // 4)):
         first = new_defense(**changes)
         for _ in range(stop):
             first.step()
