@@ -34,14 +34,15 @@ def random_crop_flip(
         >>> random_crop_flip(images, padding=0, flip=False).equal(images)
         True
     """
-    count, _, height, width = images.shape
+    count, channels, height, width = images.shape
     shifts = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
     mirrored = torch.rand(count, generator=generator) < 0.5 if flip else torch.zeros(count).bool()
     rows = shifts[0][:, None] + torch.arange(height)
     columns = shifts[1][:, None] + torch.arange(width)
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     padded = F.pad(images, (padding, padding, padding, padding))
-    index = torch.arange(count)[:, None, None]
-    rows, columns, index = (part.to(images.device) for part in (rows, columns, index))
-    # The advanced indices around a slice move to the front: (N, H, W, C), then channels go back.
-    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    # Two gathers rather than one advanced index: with several threads and bytes, the latter
+    # corrupts memory in PyTorch 2.14.1 on the CPU.
+    shifted = padded.gather(2, rows[:, None, :, None].expand(-1, channels, -1, padded.shape[3]))
+    return shifted.gather(3, columns[:, None, None, :].expand(-1, channels, height, -1))
