@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
@@ -167,6 +168,8 @@ class MNPTrainer(Trainer):
         for path in (*files.values(), folder / "report.json"):
             self._refuse_existing(path, "output_dir")
         console = Console()
+        # Sums depend on the number of threads, and what is shown should not depend on the machine.
+        torch.set_num_threads(1)
         console.print(f"Training a network under attack: {datamodule.attack}", highlight=False)
         self.fit(model, datamodule=datamodule)
         before = self._scores(model, datamodule)
@@ -176,6 +179,7 @@ class MNPTrainer(Trainer):
             files["backdoored.ckpt"],
             files["purified.ckpt"],
             datamodule,
+            when="always",
             mnp=mnp,
             report=folder / "report.json",
         )
