@@ -149,8 +149,8 @@ class MNPTrainer(Trainer):
     ) -> DefenseReport:
         """Train a backdoored network on scikit-learn's digits, audit it and defend it.
 
-        All of it is an ordinary configuration; every option can be changed. The network before
-        and after, and the report, are written to a folder.
+        All of it is an ordinary configuration; every option can be changed. The network is pruned
+        whatever the verdict. The network before and after, and the report, are written to a folder.
 
         Args:
             model: The model to train.
