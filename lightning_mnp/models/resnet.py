@@ -45,6 +45,7 @@ class CifarResNet(nn.Module):
         ValueError: If a number is out of range.
 
     Example:
+        >>> import torch
         >>> network = CifarResNet([1, 1, 1, 1], num_classes=10, width=4)
         >>> network(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
