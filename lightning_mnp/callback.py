@@ -18,7 +18,7 @@ from lightning_mnp.api import run_defense
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
-from lightning_mnp.layers import Forward
+from lightning_mnp.forward import Forward
 from lightning_mnp.result import DefenseReport
 
 __all__ = ["MNPCallback", "find_defense_set", "refuse_sharded_models"]

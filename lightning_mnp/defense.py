@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_set import DefenseSet
-from lightning_mnp.detection import Judgement, judge, suspected_class
+from lightning_mnp.detection import Judgement, judge, suspected_class, top_class
 from lightning_mnp.forward import Forward
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.network import check_network, network_forward, weights_digest
@@ -371,8 +371,7 @@ class MNPDefense:
         return metrics
 
     def _new_search(self) -> TriggerSearch:
-        tops = [run.top_class for run in self.runs]
-        target = suspected_class(self.reach.reaches, max(tops, key=tops.count))
+        target = suspected_class(self.reach.reaches, top_class(self.runs))
         _, _, median = reach_ratio(self.reach.reaches)
         return TriggerSearch(
             self.subject,

@@ -11,7 +11,7 @@ from lightning_mnp.config import MNPConfig
 from lightning_mnp.result import RunResult, Verdict
 from lightning_mnp.surrogate import reach_ratio
 
-__all__ = ["Judgement", "judge", "suspected_class"]
+__all__ = ["Judgement", "judge", "suspected_class", "top_class"]
 
 # Measured on networks that no table reports; see "The default" in the documentation.
 BACKDOORED_BELOW = 0.5
@@ -64,7 +64,7 @@ def judge(
     """
     ratio = sum(run.detection_ratio for run in runs) / len(runs)
     pile_up = sum(run.pile_up for run in runs) / len(runs)
-    top = Counter(run.top_class for run in runs).most_common(1)[0][0]
+    top = top_class(runs)
     verdict, suspect, reasons = (
         _by_ratio(ratio, correlation, config.delta, top)
         if config.verdict == "ratio"
@@ -84,6 +84,11 @@ def judge(
         f"detection ratio of {ratio:.2f}"
     )
     return Judgement(verdict, ratio, pile_up, suspect, tuple(reasons))
+
+
+def top_class(runs: Sequence[RunResult]) -> int:
+    """Tell the class on which the predictions of most suppression runs pile up."""
+    return Counter(run.top_class for run in runs).most_common(1)[0][0]
 
 
 def suspected_class(reaches: dict[int, float], top: int) -> int:

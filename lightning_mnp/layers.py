@@ -25,7 +25,6 @@ from lightning_mnp.watch import SHARED_NORMS, Watch, watch_run
 __all__ = [
     "FilterLayer",
     "FilterLayers",
-    "Forward",
     "Site",
     "filter_rows",
     "find_filter_layers",

@@ -15,7 +15,7 @@ from lightning_mnp.callback import find_defense_set, refuse_sharded_models
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
-from lightning_mnp.layers import Forward
+from lightning_mnp.forward import Forward
 from lightning_mnp.network import network_forward
 from lightning_mnp.result import DefenseReport
 
