@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -13,13 +13,18 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
+from lightning_mnp.archive import CheckpointError, printable
+from lightning_mnp.checkpoint import read_checkpoint
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.forward import Forward
+from lightning_mnp.output import OutputError, check_writable, write_whole
 from lightning_mnp.result import DefenseReport
 
-__all__ = ["audit", "defend", "run_defense"]
+__all__ = ["audit", "defend", "forget_state", "run_defense"]
+
+_MOST_STATE_BYTES = 64 * 2**30  # suppressed weights, gradients and momentum beside the masks
 
 
 def audit(
@@ -67,7 +72,9 @@ def audit(
     config = _seeded(config, seed)
     defense = MNPDefense(model, data, config, when="never", network=network, forward=forward)
     run_defense(defense, state_file=state_file, progress=progress)
-    return defense.report()
+    report = defense.report()
+    forget_state(state_file)
+    return report
 
 
 def defend(
@@ -119,6 +126,7 @@ def defend(
     run_defense(defense, state_file=state_file, progress=progress)
     report = defense.report()
     report.model = defense.purified()
+    forget_state(state_file)
     return report
 
 
@@ -139,17 +147,22 @@ def run_defense(
 
     Args:
         defense: The engine.
-        state_file: See :func:`audit`.
+        state_file: See :func:`audit`; it stays there until :func:`forget_state`, which is for
+            when the outcome is safe.
         progress: Whether to show a progress bar.
         observe: Called after every step with the engine, the step's phase and its numbers.
         guard: Makes a context around the whole.
 
     Raises:
-        ValueError: If the state file belongs to another model, data or options.
+        ValueError: If the state file belongs to another model, data or options, or is damaged.
+        OutputError: If the state file is where no file can be written.
+        torch.OutOfMemoryError: If a batch is too large.
     """
     path = None if state_file is None else Path(state_file)
-    if path is not None and path.exists():
-        defense.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    if path is not None:
+        check_writable(path, "state_file")
+        if path.exists():
+            _load_state(defense, path)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -169,14 +182,40 @@ def run_defense(
                 observe(defense, phase, metrics)
             if path is not None and defense.position != position:
                 _save_state(defense, path)
-    if path is not None:
-        path.unlink(missing_ok=True)
+
+
+def forget_state(state_file: Path | str | None) -> None:
+    """Remove a state file whose outcome is no longer needed; None does nothing."""
+    if state_file is not None:
+        Path(state_file).unlink(missing_ok=True)
+
+
+def _load_state(defense: MNPDefense, path: Path) -> None:
+    try:
+        state = read_checkpoint(path, max_bytes=_MOST_STATE_BYTES, argument="state_file")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"Expected argument `state_file` to hold the progress of an earlier call, but: {error} "
+            "Remove the file to start anew."
+        ) from error
+    try:
+        defense.load_state_dict(state)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"Expected argument `state_file` to hold the progress of an earlier call, but what "
+            f"{printable(str(path))} holds is incomplete. Remove the file to start anew."
+        ) from error
 
 
 def _save_state(defense: MNPDefense, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save(defense.state_dict(), file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    def write(partial: Path) -> None:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(defense.state_dict(), partial)
+
+    try:
+        write_whole(path, write, argument="state_file", replace=True)
+    except OutputError as error:  # hours of work are not given up for it
+        warnings.warn(
+            f"{error} The run goes on; were it killed, it would go on from the file as it was.",
+            stacklevel=2,
+        )

@@ -13,6 +13,7 @@ ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_MAGIC = b"\x80"
 LEGACY_PICKLES = 5  # magic number, protocol, system, the object, storage keys
 MAX_PICKLE_BYTES = 64 * 2**20  # the structure of a checkpoint, not its weights
+MAX_SHARED_ITEMS = 10**7  # items in tuples that are used again, counted as often as they are
 
 _ALLOWED_GLOBALS = frozenset(
     {
@@ -58,7 +59,10 @@ def printable(name: object, limit: int = 120) -> str:
         >>> print(printable("conv1\x1b[2J.weight"))
         conv1\x1b[2J.weight
     """
-    text = name if isinstance(name, str) else repr(name)
+    try:
+        text = name if isinstance(name, str) else repr(name)
+    except ValueError:  # Python does not write out integers of thousands of digits
+        text = f"<{type(name).__name__} too long to print>"
     escaped = "".join(
         letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: limit + 1]
     )
@@ -151,8 +155,15 @@ def _check_zip(path: Path, max_bytes: int) -> None:
 def _check_pickle(stream: io.BytesIO, path: Path) -> None:
     """Walk over the instructions of one pickle, run none, refuse what could do harm."""
     shown = printable(str(path))
+    tuples = _SharedTuples()
     try:
         for opcode, argument, _ in pickletools.genops(stream):
+            tuples.follow(opcode, argument)
+            if tuples.shared > MAX_SHARED_ITEMS:
+                raise CheckpointError(
+                    f"{shown} is refused: its pickle puts tuples into tuples again and again, "
+                    "which would take for ever to read and which checkpoints do not need."
+                )
             if opcode.name in ("GLOBAL", "INST") and not (
                 argument in _ALLOWED_GLOBALS or argument in _ALLOWED_TORCH_NAMES
             ):
@@ -178,3 +189,48 @@ def _check_pickle(stream: io.BytesIO, path: Path) -> None:
             f"{shown} is damaged or no checkpoint: its pickle cannot be read "
             f"({printable(str(error))}). Get the file again."
         ) from error
+
+
+class _SharedTuples:
+    """Counts the items of tuples that a pickle uses more than once.
+
+    A tuple that holds one tuple twice, which holds another twice, and so on, is written in a few
+    bytes. As a key of a dict it is hashed, item by item, as often as it occurs: without an end.
+    """
+
+    def __init__(self) -> None:
+        self.shared = 0
+        self._stack: list[int | None] = []  # items below each object, None for a mark
+        self._memo: dict[object, int] = {}
+
+    def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
+        """Follow one instruction; IndexError or KeyError where it has nothing to work on."""
+        name = opcode.name
+        if name.endswith("PUT"):
+            self._memo[argument] = self._stack[-1] or 0
+        elif name.endswith("GET"):
+            self._use(self._memo[argument])
+        elif name == "DUP":
+            self._use(self._stack[-1] or 0)
+        elif name == "MARK":
+            self._stack.append(None)
+        else:
+            items = self._pop(opcode)
+            size = len(items) + sum(items) if name.startswith("TUPLE") else 0
+            self._stack.extend(size for _ in opcode.stack_after)
+
+    def _use(self, size: int) -> None:
+        self.shared += size
+        self._stack.append(size)
+
+    def _pop(self, opcode: pickletools.OpcodeInfo) -> list[int]:
+        """Take from the stack what an instruction takes, and give it without marks."""
+        before = opcode.stack_before
+        items = []
+        if pickletools.markobject in before:
+            while (item := self._stack.pop()) is not None:
+                items.append(item)
+            before = before[: before.index(pickletools.markobject)]
+        for _ in before:
+            items.append(self._stack.pop() or 0)
+        return items

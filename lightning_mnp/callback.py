@@ -9,66 +9,29 @@ from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.callbacks import Checkpoint, ModelPruning
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.utils.prune import is_pruned
+from torch.utils.data import Dataset
 
 from lightning_mnp.api import run_defense
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.forward import Forward
+from lightning_mnp.host import (
+    check_host,
+    engine_autocast,
+    find_defense_set,
+    follow_first,
+    output_folder,
+    refuse_other_processes,
+    write_outcome,
+)
 from lightning_mnp.result import DefenseReport
 
-__all__ = ["MNPCallback", "find_defense_set", "refuse_sharded_models"]
-
-_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
-
-
-def refuse_sharded_models(trainer: Trainer) -> None:
-    """Raise where no process holds the whole network.
-
-    Raises:
-        MisconfigurationException: With a strategy that shards the weights.
-    """
-    if isinstance(trainer.strategy, _SHARDED):
-        raise MisconfigurationException(
-            f"Expected a strategy that keeps the whole network in every process, such as 'auto' "
-            f"or 'ddp', but got {type(trainer.strategy).__name__}. Train with it, save the full "
-            "weights and call `lightning_mnp.defend` on them."
-        )
-
-
-def find_defense_set(
-    trainer: Trainer, module: LightningModule, given: Any, unpack: Unpack
-) -> DefenseSet:
-    """Read the defense set: as given, or from a ``defense_dataloader`` hook.
-
-    Args:
-        trainer: The Trainer, whose datamodule may have the hook.
-        module: The LightningModule, which may have the hook.
-        given: A loader or a defense set, or None.
-        unpack: Takes images and labels out of a batch.
-
-    Raises:
-        MisconfigurationException: If there is neither. The training set is never taken for it:
-            it may be the poisoned one.
-    """
-    if given is None:
-        datamodule = getattr(trainer, "datamodule", None)
-        for owner in (datamodule, module):
-            hook = getattr(owner, "defense_dataloader", None)
-            if callable(hook):
-                return DefenseSet.from_loader(hook(), unpack)
-        raise MisconfigurationException(
-            "Expected a defense set of clean images, but got none. Give a loader as "
-            "`defense_loader`, or add a method `defense_dataloader()` to the datamodule or the "
-            "LightningModule. The training set is not used: it may be poisoned."
-        )
-    if isinstance(given, Dataset):
-        given = DataLoader(given, batch_size=100)
-    return DefenseSet.from_loader(given, unpack)
+__all__ = ["MNPCallback"]
 
 
 def _is_trial(trainer: Trainer) -> bool:
@@ -131,17 +94,43 @@ class MNPCallback(Callback):
         self.output_dir = output_dir
         self.report: DefenseReport | None = None
         self._data: DefenseSet | None = None
+        self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies that shard the network."""
-        if stage == "fit":
-            refuse_sharded_models(trainer)
+        """Refuse what does not leave the whole network, and go behind the other callbacks.
+
+        Callbacks that average or prune weights when training ends have done so then, and a
+        ``ModelCheckpoint`` that saves when training ends saves what is left.
+
+        Raises:
+            MisconfigurationException: With strategies that shard the network, weights that are
+                not in float32, or a ``ModelPruning`` that leaves its masks beside the weights.
+        """
+        if stage != "fit":
+            return
+        check_host(trainer)
+        refuse_other_processes(trainer)
+        for callback in trainer.callbacks:
+            if isinstance(callback, ModelPruning) and not callback._make_pruning_permanent:
+                raise MisconfigurationException(
+                    "Expected weights that are parameters when training ends, but ModelPruning "
+                    "has `make_pruning_permanent=False`, which leaves masks beside them. Set it to "
+                    "True."
+                )
+        # A new list: the Trainer is going through the old one.
+        others = [callback for callback in trainer.callbacks if callback is not self]
+        savers = [callback for callback in others if isinstance(callback, Checkpoint)]
+        trainer.callbacks = [c for c in others if c not in savers] + [self] + savers
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the defense set and try it on the network, so that mistakes show before training."""
+        self.report = None
+        if not _is_trial(trainer):
+            self._folder = output_folder(trainer, self.output_dir)
         with isolate_rng():
             self._data = find_defense_set(trainer, pl_module, self.defense_loader, self.unpack)
-            self._defense(trainer, pl_module)
+            if not is_pruned(pl_module):  # by ModelPruning, until training ends
+                self._defense(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Audit the trained network, prune it where asked, log and write the outcome."""
@@ -149,16 +138,30 @@ class MNPCallback(Callback):
             defense = self._defense(trainer, pl_module)
             bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
             run_defense(defense, progress=bar and not _is_trial(trainer))
-            # All processes computed the same; one is followed, so that rounding cannot part them.
-            defense.removed = trainer.strategy.broadcast(defense.removed)
-            self.report = trainer.strategy.broadcast(defense.report())
+            report = follow_first(trainer, defense)
             if len(defense.removed):
                 defense.prune_()
+        self.report = report
         for logger in trainer.loggers:
-            logger.log_metrics(self.report.metrics(), step=trainer.global_step)
-        rank_zero_info(f"MNP audit\n{self.report}")
-        if not _is_trial(trainer):
-            self._write(trainer, self.report)
+            logger.log_metrics(report.metrics(), step=trainer.global_step)
+        rank_zero_info(f"MNP audit\n{report}")
+        if self._folder is not None and not _is_trial(trainer):
+            write_outcome(trainer, report, self._folder)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where there was no audit, because there was nothing to train."""
+        if self.report is None:
+            rank_zero_warn(
+                "MNPCallback has not audited the network: there was nothing to train. Call "
+                "`lightning_mnp.audit` or `lightning_mnp.defend` on it."
+            )
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep other callbacks from saving a state from before the pruning, such as an average."""
+        if self.report is not None and self.report.pruned:
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
 
     def _defense(self, trainer: Trainer, module: LightningModule) -> MNPDefense:
         assert self._data is not None
@@ -180,22 +183,8 @@ class MNPCallback(Callback):
             when=self.when,
             network=self.network,
             forward=self.forward,
-            autocast=trainer.precision_plugin.forward_context,
+            autocast=engine_autocast(trainer),
         )
-
-    def _write(self, trainer: Trainer, report: DefenseReport) -> None:
-        folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
-        folder = Path(trainer.strategy.broadcast(str(folder)))
-        name = "mnp"
-        number = 0
-        while (folder / f"{name}-report.json").exists() or (folder / f"{name}.ckpt").exists():
-            number += 1
-            name = f"mnp-v{number}"
-        name = trainer.strategy.broadcast(name)
-        if trainer.is_global_zero:
-            report.save(folder / f"{name}-report.json")
-        if report.pruned:
-            trainer.save_checkpoint(folder / f"{name}.ckpt", weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the outcome in checkpoints, as primitives."""

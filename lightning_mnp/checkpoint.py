@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from lightning_mnp.archive import CheckpointError, check_archive, printable
+from lightning_mnp.output import OutputError, check_new, check_writable, write_whole
 from lightning_mnp.state_dict import PrefixMatch, check_finite, first_names, load_into
 
 __all__ = [
     "CheckpointError",
     "PrefixMatch",
     "check_finite",
+    "check_output",
     "load_into",
+    "read_checkpoint",
     "read_state_dict",
     "write_state_dict",
 ]
@@ -61,36 +65,129 @@ def read_state_dict(
         >>> {name: tuple(tensor.shape) for name, tensor in read_state_dict(path).items()}
         {'weight': (1, 2), 'bias': (1,)}
     """
-    path = Path(path)
+    shown = printable(os.fspath(path))
+    content = _read_mapped(Path(path), max_bytes)
+    named = _strip_wrappers(_find_state_dict(content, key, shown), shown)
+    return _detach_from_file(named, shown, max_bytes)
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, argument: str = "path"
+) -> Any:
+    """Read a whole file written by ``torch.save``, under the checks of :func:`read_state_dict`.
+
+    For files whose optimizer states and counters are wanted as well. What is in them is tensors
+    and primitives; whether these make sense is for the caller to tell.
+
+    Args:
+        path: The file.
+        max_bytes: Largest accepted size in bytes, of the file and of all tensors in it.
+        argument: Name of the argument, for messages.
+
+    Returns:
+        What was saved, on the CPU and independent of the file.
+
+    Raises:
+        CheckpointError: If there is no such file, it is too large, damaged, no checkpoint, or
+            would run code.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "progress.pt")
+        >>> torch.save({"step": 3, "optimizer": {"momentum": torch.zeros(2)}}, path)
+        >>> read_checkpoint(path)["step"]
+        3
+    """
+    shown = printable(os.fspath(path))
+    content = _read_mapped(Path(path), max_bytes, argument, by_suffix=False)
+    _check_declared(list(_all_tensors(content)), shown, max_bytes)
+    try:
+        return copy.deepcopy(content)
+    except Exception as error:  # nested deeper than Python goes, say
+        raise CheckpointError(
+            f"{shown} is refused: its content cannot be copied ({printable(str(error))})."
+        ) from error
+
+
+def _read_mapped(
+    path: Path, max_bytes: int, argument: str = "path", by_suffix: bool = True
+) -> object:
+    """Check a file and read it; its tensors may still be mapped from the file."""
     shown = printable(str(path))
     if not path.is_file():
-        raise CheckpointError(f"Expected argument `path` to be an existing file, but got {shown}.")
+        raise CheckpointError(
+            f"Expected argument `{argument}` to be an existing file, but got {shown}."
+        )
     size = path.stat().st_size
     if size > max_bytes:
         raise CheckpointError(
             f"{shown} is refused: it has {size:,} bytes, but `max_bytes` is {max_bytes:,}."
         )
     try:
-        if path.suffix == ".safetensors":
-            content: object = safetensors.torch.load_file(path, device="cpu")
-        else:
-            is_zip = check_archive(path, max_bytes)
-            # A mapped file cannot make storages larger than itself.
-            content = torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip)
+        if by_suffix and path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path, device="cpu")
+        is_zip = check_archive(path, max_bytes)
+        # A mapped file cannot make storages larger than itself.
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file can break its reader at any point
         raise CheckpointError(
             f"{shown} is damaged or no checkpoint: {printable(str(error), 300)}"
         ) from error
-    named = _strip_wrappers(_find_state_dict(content, key, shown), shown)
-    return _detach_from_file(named, shown, max_bytes)
+
+
+def _all_tensors(content: object) -> Iterator[Tensor]:
+    """Find the tensors in nested containers, each container once, however often it is in there."""
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, Tensor):
+            yield found
+        elif isinstance(found, (dict, list, tuple)) and id(found) not in seen:
+            seen.add(id(found))
+            waiting.extend(found.values() if isinstance(found, dict) else found)
+
+
+def check_output(
+    path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], argument: str = "path"
+) -> None:
+    """Check that :func:`write_state_dict` can write to a file, before the work starts.
+
+    Args:
+        path: The file.
+        state_dict: Tensors as large as those that will be written.
+        argument: Name of the argument, for messages.
+
+    Raises:
+        CheckpointError: If the path exists, its ending is unknown, its folder does not exist or
+            cannot be written to, or has too little space.
+    """
+    path = Path(path)
+    shown = printable(str(path))
+    if path.suffix not in WRITTEN_SUFFIXES:
+        raise CheckpointError(
+            f"Expected argument `{argument}` to end in one of {WRITTEN_SUFFIXES}, but got {shown}."
+        )
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
+    try:
+        check_new(path, argument)
+        if not path.parent.is_dir():
+            raise OutputError(
+                f"Expected argument `{argument}` to be in an existing folder, but got {shown}."
+            )
+        check_writable(path, argument, size)
+    except OutputError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def write_state_dict(
     path: str | os.PathLike[str],
     state_dict: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
+    *,
+    argument: str = "path",
 ) -> None:
     """Write weights to a new file that appears whole or not at all.
 
@@ -101,26 +198,14 @@ def write_state_dict(
         state_dict: Tensors by name, written as contiguous copies: tied weights come out equal,
             no longer shared, and load strictly into the class that ties them.
         metadata: Strings to keep beside the weights; ``.pt`` and ``.pth`` have no place for them.
+        argument: Name of the argument, for messages.
 
     Raises:
         CheckpointError: If the path exists, its ending is unknown, its folder does not exist or
-            cannot be written to, or there is nothing to write.
+            cannot be written to, there is too little space, or there is nothing to write.
     """
     path = Path(path)
-    shown = printable(str(path))
-    if path.suffix not in WRITTEN_SUFFIXES:
-        raise CheckpointError(
-            f"Expected argument `path` to end in one of {WRITTEN_SUFFIXES}, but got {shown}."
-        )
-    if os.path.lexists(path):
-        raise CheckpointError(
-            f"Expected argument `path` not to exist, but {shown} does. Nothing is overwritten: "
-            "choose another name, or move the file away."
-        )
-    if not path.parent.is_dir():
-        raise CheckpointError(
-            f"Expected argument `path` to be in an existing folder, but got {shown}."
-        )
+    check_output(path, state_dict, argument)
     if not state_dict:
         raise CheckpointError("Expected argument `state_dict` to hold tensors, but it is empty.")
     for key, value in (metadata or {}).items():
@@ -132,20 +217,17 @@ def write_state_dict(
     tensors = {
         name: value.detach().to("cpu", copy=True).contiguous() for name, value in state_dict.items()
     }
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+    def write(partial: Path) -> None:
+        try:
+            _write(partial, path.suffix, tensors, dict(metadata or {}))
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
+
     try:
-        _write(temporary, path.suffix, tensors, dict(metadata or {}))
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        _publish(temporary, path)
-    except FileExistsError as error:
-        raise CheckpointError(
-            f"Expected argument `path` not to exist, but {shown} has appeared meanwhile."
-        ) from error
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{shown} could not be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_whole(path, write, argument=argument)
+    except OutputError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _write(path: Path, suffix: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -173,17 +255,6 @@ def _lightning_version() -> str:
         except PackageNotFoundError:
             continue
     return "2.6.0"  # the oldest that this package supports
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, which must be free."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        path.open("xb").close()
-        temporary.replace(path)
 
 
 def _find_state_dict(content: object, key: str | None, shown: str) -> dict[str, Tensor]:
@@ -256,12 +327,7 @@ def _strip_wrappers(tensors: dict[str, Tensor], shown: str) -> dict[str, Tensor]
 
 def _detach_from_file(tensors: dict[str, Tensor], shown: str, max_bytes: int) -> dict[str, Tensor]:
     """Copy tensors out of the file, once their declared shapes are known to fit in memory."""
-    declared = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if declared > max_bytes:
-        raise CheckpointError(
-            f"{shown} is refused: its tensors declare {declared:,} bytes, but `max_bytes` is "
-            f"{max_bytes:,}."
-        )
+    _check_declared(list(tensors.values()), shown, max_bytes)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise CheckpointError(
@@ -272,3 +338,13 @@ def _detach_from_file(tensors: dict[str, Tensor], shown: str, max_bytes: int) ->
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
+
+
+def _check_declared(tensors: list[Tensor], shown: str, max_bytes: int) -> None:
+    """Add up declared shapes: a few numbers in a file can claim to be any number of weights."""
+    declared = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if declared > max_bytes:
+        raise CheckpointError(
+            f"{shown} is refused: its tensors declare {declared:,} bytes, but `max_bytes` is "
+            f"{max_bytes:,}."
+        )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
+from lightning_mnp.archive import printable
+from lightning_mnp.attacks import TriggerCheckpoint
+from lightning_mnp.checkpoint_io import read_checked
 from lightning_mnp.trainer import MNPTrainer
 
 __all__ = ["MNPCLI", "main"]
@@ -21,10 +24,11 @@ _WRONG_USE = 2
 _WRONG_INPUT = (
     ValueError,
     TypeError,
-    FileNotFoundError,
-    UnpicklingError,  # what Lightning's own commands meet in a file that would run code
+    OSError,
     MisconfigurationException,
+    torch.OutOfMemoryError,
 )
+_INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 
 class MNPCLI(LightningCLI):
@@ -66,8 +70,12 @@ class MNPCLI(LightningCLI):
         """Leave hyperparameters in checkpoints alone: Lightning would build the model by them."""
 
     def before_fit(self) -> None:
-        """Read checkpoints with ``weights_only=True``."""
+        """Read checkpoints with ``weights_only=True``; keep the trigger of an attack."""
         self._read_weights_only()
+        attacked = any(getattr(owner, "attack", None) for owner in (self.model, self.datamodule))
+        kept = any(isinstance(each, TriggerCheckpoint) for each in self.trainer.callbacks)
+        if attacked and not kept:
+            self.trainer.callbacks.append(TriggerCheckpoint())
 
     def before_validate(self) -> None:
         """Read checkpoints with ``weights_only=True``."""
@@ -81,6 +89,7 @@ class MNPCLI(LightningCLI):
         options = self.config_init[self.subcommand]
         if options.get("weights_only") is None:
             options["weights_only"] = True
+        read_checked(self.trainer)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -91,7 +100,7 @@ def main(args: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; for ``audit``, 3 for a backdoored network; for ``audit`` and
-        ``defend``, 4 for an undecided one; 2 for wrong use.
+        ``defend``, 4 for an undecided one; 2 for wrong use; 130 after Ctrl-C.
     """
     try:
         cli = MNPCLI(args)
@@ -99,8 +108,14 @@ def main(args: list[str] | None = None) -> int:
         if os.environ.get("LIGHTNING_MNP_DEBUG"):
             raise
         hint = "Set LIGHTNING_MNP_DEBUG=1 to see where this comes from."
-        print(f"error: {error}\n{hint}", file=sys.stderr)
+        lines = [printable(line, 10_000) for line in str(error).splitlines()]
+        print("error: " + "\n".join([*lines, hint]), file=sys.stderr)
         return _WRONG_USE
+    except KeyboardInterrupt:
+        if os.environ.get("LIGHTNING_MNP_DEBUG"):
+            raise
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
     return _exit_code(cli)
 
 

@@ -6,7 +6,7 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Literal, get_args
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.defense_state import dump_state, load_state
 from lightning_mnp.detection import Judgement, judge, suspected_class, top_class
 from lightning_mnp.forward import Forward
 from lightning_mnp.layers import find_filter_layers
-from lightning_mnp.network import check_network, network_forward, weights_digest
+from lightning_mnp.memory import memory_told
+from lightning_mnp.network import check_network, network_forward
 from lightning_mnp.pruning import Pruning, prune, pruned_count, pruning_order
 from lightning_mnp.recovery import FilterMask
 from lightning_mnp.result import DefenseReport, RunResult
@@ -29,6 +31,7 @@ from lightning_mnp.subject import Subject
 from lightning_mnp.suppression import CleanSuppression
 from lightning_mnp.surrogate import ReachSearch, image_scale, reach_ratio
 from lightning_mnp.tally import PassTally
+from lightning_mnp.unchanged import unchanged_on_error
 from lightning_mnp.updates import PlainUpdates, Updates
 
 __all__ = ["MNPDefense", "Phase", "When"]
@@ -45,8 +48,6 @@ Phase = Literal[
     "check",
     "finished",
 ]
-
-_FORMAT = 1
 
 
 class MNPDefense:
@@ -109,15 +110,17 @@ class MNPDefense:
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         sample = data.images[:2].to(device)
-        self.classes = check_network(model, sample, data.labels, call)
-        self.layers = find_filter_layers(
-            model,
-            sample,
-            forward=call,
-            site=self.config.site,
-            include=self.config.include,
-            exclude=self.config.exclude,
-        )
+        remedy = "The model needs more than there is even for so few."
+        with memory_told(f"on {len(sample)} images", remedy), unchanged_on_error(model):
+            self.classes = check_network(model, sample, data.labels, call)
+            self.layers = find_filter_layers(
+                model,
+                sample,
+                forward=call,
+                site=self.config.site,
+                include=self.config.include,
+                exclude=self.config.exclude,
+            )
         self.subject = Subject(model, self.layers, call, self.config.statistics, autocast)
         self.suppression = CleanSuppression(self.subject, self.config)
         self.penalty = FilterMask(self.subject, self.suppression.weights, self.config, False)
@@ -143,8 +146,8 @@ class MNPDefense:
         self.correlation = float("nan")
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = defaultdict(float)
-        self._masks_sum = torch.zeros(self.layers.total, device=device)
-        self._masks_count = 0
+        self.masks_sum = torch.zeros(self.layers.total, device=device)
+        self.masks_count = 0
         self.tally = PassTally(self.subject, self.classes)
 
     def _first_plan(self) -> list[tuple[Phase, int]]:
@@ -216,15 +219,33 @@ class MNPDefense:
 
         Raises:
             RuntimeError: If the defense has finished.
+            torch.OutOfMemoryError: If a batch is too large. Smaller ones are not tried by
+                themselves: what is found would then depend on how much memory was free.
         """
         if self.finished:
             raise RuntimeError("The defense has finished; there is no step left.")
         phase, started = self.phase, time.perf_counter()
         action = getattr(self, f"_{phase}")
-        with torch.enable_grad():
+        with self._protected(), torch.enable_grad():
             metrics: dict[str, float] = action(updates or PlainUpdates())
         self.seconds[phase] += time.perf_counter() - started
         return metrics
+
+    def _protected(self) -> AbstractContextManager[Any]:
+        """Leave the model as it is, wherever the step is interrupted; tell of a lack of memory."""
+        images = -(-len(self.data) // self.passes)
+        where = (
+            f"in phase {self.phase!r}, run {self.run + 1}, in a batch of {images} images "
+            f"(`batch_size` is {self.config.batch_size})"
+        )
+        remedy = (
+            f"The model is unchanged. Choose a smaller `batch_size`, for example "
+            f"{max(3, images // 2)}; a `state_file` of the larger one cannot be used then."
+        )
+        stack = ExitStack()
+        stack.enter_context(memory_told(where, remedy))
+        stack.enter_context(unchanged_on_error(self.model))
+        return stack
 
     def _batch(self, augment: bool = False) -> tuple[Tensor, Tensor]:
         """The batch of the current step: in stored order, or shuffled and augmented."""
@@ -300,11 +321,11 @@ class MNPDefense:
         first = self.penalty.step(images, labels, updates)
         second = self.preserving.step(images, labels, updates)
         if self._count_batch(self.config.mask_epochs):
-            self._masks_sum += self.penalty.values.detach() + self.preserving.values.detach()
-            self._masks_count += 1
+            self.masks_sum += self.penalty.values.detach() + self.preserving.values.detach()
+            self.masks_count += 1
             for name, mask in (("M1", self.penalty), ("M2", self.preserving)):
                 if mask.stopped:
-                    number = self._masks_count
+                    number = self.masks_count
                     self.warnings.append(f"{name} of run {number} stopped early: {mask.stopped}")
         return {
             "penalty_loss": first["loss"],
@@ -313,7 +334,7 @@ class MNPDefense:
         }
 
     def _verdict(self, updates: Updates) -> dict[str, float]:
-        self.judgement = self._judge()
+        self.judgement = self.judge()
         self._advance()
         if self.when == "flagged" and self.judgement.verdict == "backdoored":
             for run in range(self.config.runs if self._ranks_by_masks else 0):
@@ -337,14 +358,15 @@ class MNPDefense:
             self._advance()
         return metrics
 
-    def _judge(self) -> Judgement:
+    def judge(self) -> Judgement:
+        """Give the verdict on the runs and reaches so far."""
         reaches = self.reach.reaches
         return judge(self.runs, self.correlation, reaches, self.config, self.accuracy_before)
 
     @property
     def scores(self) -> Tensor:
         """M1 + M2 averaged over the runs so far, shape (total filters,)."""
-        return self._masks_sum / max(1, self._masks_count)
+        return self.masks_sum / max(1, self.masks_count)
 
     def _pruning(self, updates: Updates) -> dict[str, float]:
         if self._ranks_by_masks:
@@ -356,7 +378,7 @@ class MNPDefense:
             # No class is easier to reach than the others, so there is nothing to search for.
             self._advance()
             return {"filters": 0.0}
-        self.search = self.search or self._new_search()
+        self.search = self.search or self.new_search()
         metrics = self.search.step()
         if self.search.stopped:
             taken = torch.tensor(self.search.taken, dtype=torch.long)
@@ -370,7 +392,8 @@ class MNPDefense:
             self._advance()
         return metrics
 
-    def _new_search(self) -> TriggerSearch:
+    def new_search(self) -> TriggerSearch:
+        """Begin the automatic rule's search for filters, against the suspected class."""
         target = suspected_class(self.reach.reaches, top_class(self.runs))
         _, _, median = reach_ratio(self.reach.reaches)
         return TriggerSearch(
@@ -436,7 +459,7 @@ class MNPDefense:
         """
         self._require_finished()
         scores: list[float] = []
-        if self._masks_count:
+        if self.masks_count:
             scores = [float(self.scores[int(position)]) for position in self.removed]
         return DefenseReport(
             verdict=self.judgement.verdict,
@@ -474,28 +497,7 @@ class MNPDefense:
 
     def state_dict(self) -> dict[str, Any]:
         """Give the whole state as tensors and primitives, readable with ``weights_only=True``."""
-        return {
-            "format": _FORMAT,
-            "identity": self._identity(),
-            "plan": [list(entry) for entry in self.plan],
-            "position": self.position,
-            "batches_done": self.batches_done,
-            "runs": [{**asdict(run), "predictions": list(run.predictions)} for run in self.runs],
-            "correlation": self.correlation,
-            "accuracy_before": self.accuracy_before,
-            "accuracy_after": self.accuracy_after,
-            "seconds": dict(self.seconds),
-            "warnings": list(self.warnings),
-            "tally": self.tally.state_dict(),
-            "masks_sum": self._masks_sum,
-            "masks_count": self._masks_count,
-            "removed": self.removed,
-            "reach": self.reach.state_dict(),
-            "search": None if self.search is None else self.search.state_dict(),
-            "suppression": self.suppression.state_dict(),
-            "penalty": self.penalty.state_dict(),
-            "preserving": self.preserving.state_dict(),
-        }
+        return dump_state(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken.
@@ -503,51 +505,4 @@ class MNPDefense:
         Raises:
             ValueError: If the state is of another format, model, defense set or options.
         """
-        if state.get("format") != _FORMAT:
-            raise ValueError(
-                f"Expected the state of a defense in format {_FORMAT}, but got "
-                f"{state.get('format')!r}. Remove the file to start anew."
-            )
-        for name, value in self._identity().items():
-            if state["identity"].get(name) != value:
-                raise ValueError(
-                    f"Expected the state to belong to the same {name}, but it was {value!r} and "
-                    f"is {state['identity'].get(name)!r} in the state. Remove the file to start "
-                    "anew."
-                )
-        device = self.subject.device
-        self.plan = [(phase, int(run)) for phase, run in state["plan"]]
-        self.position = int(state["position"])
-        self.batches_done = int(state["batches_done"])
-        self.runs = [
-            RunResult(**{**run, "predictions": tuple(run["predictions"])}) for run in state["runs"]
-        ]
-        self.correlation = float(state["correlation"])
-        self.accuracy_before = float(state["accuracy_before"])
-        self.accuracy_after = state["accuracy_after"]
-        self.seconds = defaultdict(float, state["seconds"])
-        self.warnings = list(state["warnings"])
-        self.tally.load_state_dict(state["tally"])
-        self._masks_sum = state["masks_sum"].to(device)
-        self._masks_count = int(state["masks_count"])
-        self.removed = state["removed"].to(device)
-        self.reach.load_state_dict(state["reach"])
-        self.suppression.load_state_dict(state["suppression"])
-        self.penalty.restart(self.suppression.weights)
-        self.penalty.load_state_dict(state["penalty"])
-        self.preserving.load_state_dict(state["preserving"])
-        if ("verdict", 0) in self.plan[: self.position]:
-            self.judgement = self._judge()
-        self.search = None
-        if state["search"] is not None:
-            self.search = self._new_search()
-            self.search.load_state_dict(state["search"])
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "defense set": self.data.fingerprint,
-            "options": self.config.to_dict(),
-            "occasion": self.when,
-            "layers": [[layer.name, layer.filters] for layer in self.layers],
-            "weights": weights_digest(self.model),
-        }
+        load_state(self, state)

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from lightning_mnp.augment import random_crop_flip
+from lightning_mnp.memory import is_out_of_memory, memory_told
+from lightning_mnp.processes import process_count, read_together
 from lightning_mnp.subset import balanced_indices
 
-__all__ = ["DefenseSet", "Unpack", "seeded_generator", "unpack_batch"]
+__all__ = ["DefenseSet", "Unpack", "seeded_generator", "unpack_batch", "whole_loader"]
 
 Unpack = Callable[[Any], tuple[Tensor, Tensor]]
 
@@ -114,38 +116,46 @@ class DefenseSet:
         loader: Iterable[Any] | DefenseSet,
         unpack: Unpack = unpack_batch,
         limit: int | None = None,
+        gather: bool = False,
     ) -> DefenseSet:
         """Read a data loader to its end, once.
 
         Args:
-            loader: Yields batches; or a :class:`DefenseSet`, which is returned as it is.
+            loader: Yields batches; or a :class:`DefenseSet`. Of a data loader with a
+                ``DistributedSampler`` every process reads the whole data set.
             unpack: Takes images and labels out of a batch.
             limit: Most batches to read.
+            gather: Whether to put together what the loaders of all processes yield; all of them
+                have to call this then.
 
         Raises:
-            ValueError: If there is no batch, or its images or labels cannot serve.
+            ValueError: If the loader fails, ends before its length, yields no batch, or yields
+                images or labels that cannot serve.
             TypeError: If a batch cannot be taken apart.
+            torch.OutOfMemoryError: If the images do not fit in memory.
+            RuntimeError: If reading failed in another process.
         """
-        if isinstance(loader, DefenseSet):
+        several = gather and process_count() > 1
+        if isinstance(loader, DefenseSet) and not several:
             return loader
-        images: list[Tensor] = []
-        labels: list[Tensor] = []
-        with torch.random.fork_rng(devices=[]):  # a loader draws from the global generator
-            for number, batch in enumerate(islice(loader, limit)):
-                part, classes = unpack(batch)
-                if images and part.shape[1:] != images[0].shape[1:]:
-                    raise ValueError(
-                        f"Expected all images of the defense set to have one shape, but got "
-                        f"{tuple(images[0].shape[1:])} and, in batch {number}, "
-                        f"{tuple(part.shape[1:])}. Resize them in the data set's transform."
-                    )
-                images.append(part.detach().cpu())
-                labels.append(classes.detach().cpu())
-        if not images:
-            raise ValueError(
-                "Expected the defense set to hold images, but its loader yields no batch."
-            )
-        return cls(torch.cat(images), torch.cat(labels))
+
+        def read() -> tuple[list[Tensor], list[Tensor]]:
+            if isinstance(loader, DefenseSet):
+                return [loader.images], [loader.labels]
+            return _read(whole_loader(loader), unpack, limit)
+
+        few = "Give a loader of fewer images: a few hundred are enough."
+        # A loader draws from the global generator.
+        with memory_told("in reading the defense set", few), torch.random.fork_rng(devices=[]):
+            images, labels = read_together(read) if several else read()
+            if not images:
+                raise ValueError(
+                    "Expected the defense set to hold images, but its loader yields no batch. "
+                    "A generator can be read only once; give a loader."
+                )
+            for number in range(len(images)) if several else ():
+                _check_batch(images[number], labels[number], images[:1], number)
+            return cls(torch.cat(images), torch.cat(labels))
 
     @classmethod
     def from_dataset(
@@ -240,6 +250,109 @@ class DefenseSet:
     def __repr__(self) -> str:
         shape = tuple(self.images.shape[1:])
         return f"DefenseSet({len(self)} images of shape {shape}, {len(self.counts)} classes)"
+
+
+def whole_loader(loader: Iterable[Any]) -> Iterable[Any]:
+    """Give a loader of the whole data set where one has a ``DistributedSampler``.
+
+    Args:
+        loader: Any loader; it is returned as it is if there is no such sampler.
+
+    Example:
+        >>> from torch.utils.data import DistributedSampler, TensorDataset
+        >>> data = TensorDataset(torch.arange(6))
+        >>> sampler = DistributedSampler(data, num_replicas=2, rank=0)
+        >>> loader = DataLoader(data, batch_size=3, sampler=sampler)
+        >>> len(loader), len(whole_loader(loader))
+        (1, 2)
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    batch_sampler = loader.batch_sampler
+    samplers = (loader.sampler, getattr(batch_sampler, "sampler", None))
+    # Not its subclasses: which part of the data set those draw from is theirs to say.
+    if DistributedSampler not in map(type, samplers):
+        return loader
+    return DataLoader(
+        loader.dataset,
+        loader.batch_size or getattr(batch_sampler, "batch_size", 1),
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+def _read(
+    loader: Iterable[Any], unpack: Unpack, limit: int | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for number, batch in enumerate(_batches(loader, limit)):
+        part, classes = _take_apart(batch, unpack, number)
+        _check_batch(part, classes, images, number)
+        images.append(part.detach().cpu())
+        labels.append(classes.detach().cpu())
+    return images, labels
+
+
+def _batches(loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
+    """Read a loader to its end, and tell where it fails or ends early."""
+    try:
+        length = len(loader)  # type: ignore[arg-type]
+    except Exception:  # it has none, or does not know it yet
+        length = 0
+    count = 0
+    try:
+        for batch in islice(loader, limit):
+            yield batch
+            count += 1
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"Expected the defense set's loader to yield batches to its end, but it raised "
+            f"{type(error).__name__} after {count}: {error}"
+        ) from error
+    expected = length if limit is None else min(length, limit)
+    if count < expected:
+        raise ValueError(
+            f"Expected the defense set's loader to yield {expected} batches, as its length says, "
+            f"but it ended after {count}. Mend it, or give a list of its batches."
+        )
+
+
+def _take_apart(batch: Any, unpack: Unpack, number: int) -> tuple[Tensor, Tensor]:
+    try:
+        images, labels = unpack(batch)
+    except Exception as error:
+        if unpack is unpack_batch:
+            raise
+        raise ValueError(
+            f"Expected argument `unpack` to give images and labels, but on batch {number} it "
+            f"raised {type(error).__name__}: {error}"
+        ) from error
+    return images, labels
+
+
+def _check_batch(images: Tensor, labels: Tensor, earlier: list[Tensor], number: int) -> None:
+    """Check that images and labels belong together, and to those before them."""
+    if images.ndim == 0 or labels.ndim != 1 or len(images) != len(labels):
+        raise ValueError(
+            f"Expected every batch to hold one label for each image, but got images of shape "
+            f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)} in batch {number}."
+        )
+    if earlier and images.shape[1:] != earlier[0].shape[1:]:
+        raise ValueError(
+            f"Expected all images of the defense set to have one shape, but got "
+            f"{tuple(earlier[0].shape[1:])} and, in batch {number}, {tuple(images.shape[1:])}. "
+            "Resize them in the data set's transform."
+        )
+    if earlier and images.dtype != earlier[0].dtype:
+        raise ValueError(
+            f"Expected all images of the defense set to be of one type, but got "
+            f"{earlier[0].dtype} and, in batch {number}, {images.dtype}."
+        )
 
 
 def _check(images: Tensor, labels: Tensor) -> None:

@@ -47,6 +47,10 @@ class FilterLayer:
         transposed: Whether the weight of the convolution is stored input channels first.
         groups: Number of groups of the convolution.
         note: Why the filter itself is masked although ``site="norm"`` was asked for, or "".
+        active: Whether the normalization layer ends with an activation of its own. The mask then
+            acts in front of that, on scale and shift, as where the activation is a layer.
+        scale: The parameter of the convolution that scales its output, together with the bias:
+            ``"weight"``, or a gain where the weights are standardized; "" if there is none.
     """
 
     name: str
@@ -57,6 +61,8 @@ class FilterLayer:
     transposed: bool = False
     groups: int = 1
     note: str = ""
+    active: bool = False
+    scale: str = "weight"
 
     def rows(self, weight: Tensor) -> Tensor:
         """View a convolution's weight as one row for each filter, see :func:`filter_rows`."""
@@ -209,6 +215,8 @@ def find_filter_layers(
             skipped.append((name, "its weight is computed by a parametrization"))
         elif any(True for _ in convolution.children()):
             skipped.append((name, "it holds layers of its own"))
+        elif watch.scales[name] is None:
+            skipped.append((name, "its output does not vanish with its weights"))
         elif _is_tied(convolution, owners):
             skipped.append((name, "its weights belong to another layer, too"))
         else:
@@ -255,6 +263,8 @@ def _describe(
         transposed=isinstance(convolution, _ConvTransposeNd),
         groups=convolution.groups,
         note=note if site == "norm" else "",
+        active=at_norm and watch.kinds[str(norm)] == "active",
+        scale=watch.scales[name] or "",
     )
 
 
@@ -284,6 +294,8 @@ def _paired_norm(
         return None, 1, f"the normalization layer {norm_name} normalizes another dimension"
     if is_parametrized(norm) or _is_tied(norm, owners):
         return None, 1, f"the normalization layer {norm_name} does not own its weights alone"
+    if watch.kinds[norm_name] == "other":
+        return None, 1, f"the normalization layer {norm_name} does more than normalize"
     if isinstance(norm, SHARED_NORMS) and weight is None:
         return norm_name, dim, f"the normalization layer {norm_name} has no weight to prune"
     return norm_name, dim, ""

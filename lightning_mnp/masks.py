@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mnp.layers import FilterLayer, FilterLayers
+from lightning_mnp.scaling import scale_filters_
 from lightning_mnp.watch import CHANNEL_NORMS
 
 __all__ = ["FilterMasks"]
@@ -19,9 +20,10 @@ __all__ = ["FilterMasks"]
 class FilterMasks:
     """One factor for each filter of a network, all in one vector.
 
-    Attached, the masks multiply the filters' output maps through forward hooks; nothing else of
-    the network is touched, and after :meth:`remove` it is what it was, bit for bit. Baked, they
-    become part of the weights: a filter with the mask 0 has its output map removed for good.
+    Attached, the masks multiply the filters' output maps through forward hooks; where a
+    normalization layer ends with an activation of its own, its scale and shift for the length of
+    a call. After :meth:`remove` the network is what it was, bit for bit. Baked, the masks become
+    part of the weights: a filter with the mask 0 has its output map removed for good.
 
     Args:
         network: The network.
@@ -78,7 +80,12 @@ class FilterMasks:
         parts = self.values.split(self.layers.sizes)
         sites = [self.network.get_submodule(layer.site) for layer in self.layers]
         for layer, site, part in zip(self.layers, sites, parts, strict=True):
-            self._handles.append(site.register_forward_hook(_multiply(part, layer.channel_dim)))
+            if layer.active:
+                before, after = _rescale(part)
+                self._handles.append(site.register_forward_pre_hook(before))
+                self._handles.append(site.register_forward_hook(after, always_call=True))
+            else:
+                self._handles.append(site.register_forward_hook(_multiply(part, layer.channel_dim)))
         return self
 
     def remove(self) -> None:
@@ -109,17 +116,25 @@ class FilterMasks:
 
         Raises:
             RuntimeError: If the masks are attached, or a mask other than 0 and 1 falls on a
-                normalization layer without scale and shift.
+                normalization layer without scale and shift, or on a filter whose weights are
+                standardized without a gain.
         """
         if self.attached:
             raise RuntimeError("The masks are attached; call `remove` before `bake`.")
         parts = self.values.detach().split(self.layers.sizes)
         for layer, part in zip(self.layers, parts, strict=True):
             site = self.network.get_submodule(layer.site)
-            if site.weight is None and bool(((part != 0) & (part != 1)).any()):
+            if bool(((part == 0) | (part == 1)).all()):
+                continue
+            if site.weight is None:
                 raise RuntimeError(
                     f"Masks other than 0 and 1 cannot be baked into {layer.site!r}, which has no "
                     "scale and shift. Use `site='filter'`."
+                )
+            if layer.site == layer.name and not layer.scale:
+                raise RuntimeError(
+                    f"Masks other than 0 and 1 cannot be baked into {layer.name!r}, whose output "
+                    "does not scale with its weights. Round them, or leave them attached."
                 )
         for layer, part in zip(self.layers, parts, strict=True):
             _bake_layer(self.network, layer, part)
@@ -138,13 +153,37 @@ def _multiply(values: Tensor, dim: int) -> Callable[[nn.Module, Any, Tensor], Te
     return hook
 
 
+def _rescale(values: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks that scale a layer's weight and bias before a call and put them back after it."""
+    saved: dict[str, nn.Parameter] = {}
+
+    def before(module: nn.Module, args: Any) -> None:
+        for name in ("weight", "bias"):
+            tensor = module._parameters.get(name)
+            if tensor is not None:
+                saved[name] = tensor
+                module._parameters[name] = tensor * values.to(tensor.dtype)  # type: ignore[assignment]
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters.update(saved)
+        saved.clear()
+
+    return before, after
+
+
 def _bake_layer(network: nn.Module, layer: FilterLayer, values: Tensor) -> None:
     convolution: Any = network.get_submodule(layer.name)
     site: Any = network.get_submodule(layer.site)
     weight, bias = convolution.weight, convolution.bias
-    removed = values == 0
+    kept = values != 0
     if layer.site == layer.name:
-        _scale_rows(layer, weight, values)
+        if layer.scale == "weight":
+            _scale_filters(layer, weight, values)
+        else:
+            _scale_filters(layer, weight, kept)
+            if layer.scale:
+                gain = getattr(convolution, layer.scale)
+                gain.mul_(values.to(gain).view_as(gain))
         if bias is not None:
             bias.mul_(values.to(bias))
         return
@@ -152,19 +191,11 @@ def _bake_layer(network: nn.Module, layer: FilterLayer, values: Tensor) -> None:
         if parameter is not None:
             parameter.mul_(values.to(parameter))
     if isinstance(site, CHANNEL_NORMS):
-        _scale_rows(layer, weight, (~removed).to(weight))
+        _scale_filters(layer, weight, kept)
         for vector in (bias, site.running_mean):
             if vector is not None:
-                vector.masked_fill_(removed.to(vector.device), 0.0)
+                vector.masked_fill_(~kept.to(vector.device), 0.0)
 
 
-def _scale_rows(layer: FilterLayer, weight: Tensor, values: Tensor) -> None:
-    shape = [1] * weight.ndim
-    if not layer.transposed:
-        shape[0] = -1
-        weight.mul_(values.to(weight).reshape(shape))
-        return
-    shape[:2] = [1, -1]
-    grouped = weight.unflatten(0, (layer.groups, -1))
-    for group, part in zip(grouped, values.to(weight).chunk(layer.groups), strict=True):
-        group.mul_(part.reshape(shape))
+def _scale_filters(layer: FilterLayer, weight: Tensor, values: Tensor) -> None:
+    scale_filters_(weight, values, layer.transposed, layer.groups)

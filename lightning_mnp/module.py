@@ -11,7 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_mnp.callback import find_defense_set, refuse_sharded_models
+from lightning_mnp.host import find_defense_set, check_host
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
@@ -82,7 +82,7 @@ class MNPModule(LightningModule):
             MisconfigurationException: With several processes, or sharded weights.
         """
         if stage == "fit":
-            refuse_sharded_models(self.trainer)
+            check_host(self.trainer)
             if self.trainer.world_size > 1:
                 raise MisconfigurationException(
                     f"Expected one process for MNPModule, but got {self.trainer.world_size}. The "

@@ -95,8 +95,13 @@ def prune(network: nn.Module, layers: FilterLayers, positions: Tensor) -> Prunin
     device = next(network.parameters()).device
     values = torch.ones(layers.total, device=device)
     values[positions.to(device)] = 0.0
-    FilterMasks(network, layers, values).bake()
-    return Pruning(pruned, saved)
+    pruning = Pruning(pruned, saved)
+    try:
+        FilterMasks(network, layers, values).bake()
+    except BaseException:  # an interrupt, too, leaves all filters or none of these
+        pruning.undo(network)
+        raise
+    return pruning
 
 
 def pruned_count(scores: Tensor, rule: PruningRule, amount: float) -> int:

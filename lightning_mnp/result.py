@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+
+from lightning_mnp.archive import printable
+from lightning_mnp.output import write_whole
 
 __all__ = ["DefenseReport", "RunResult", "Verdict"]
 
@@ -123,24 +125,32 @@ class DefenseReport:
         return dict(_primitive(content))
 
     def to_json(self) -> str:
-        """Give everything but the model as JSON."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        """Give everything but the model as JSON.
 
-    def save(self, path: Path | str) -> None:
+        Names of layers can hold anything. Control characters are escaped, as JSON has it, and so
+        are those that mean something in HTML: the text can stand in a page or a terminal.
+        """
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        for letter in "<>&\x7f":
+            text = text.replace(letter, f"\\u{ord(letter):04x}")
+        return text
+
+    def save(self, path: Path | str, *, argument: str = "path") -> None:
         """Write the JSON to a file, whole or not at all, replacing what was there.
 
         Args:
             path: The file; its folder is made where it is missing.
+            argument: Name of the argument, for messages.
+
+        Raises:
+            OutputError: If it cannot be written; what was there is unharmed.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
+
+        def write(partial: Path) -> None:
+            partial.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(self.to_json() + "\n", encoding="utf-8")
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+
+        write_whole(Path(path), write, argument=argument, replace=True)
 
     def metrics(self) -> dict[str, float]:
         """Give the numbers that loggers take, under the prefix ``mnp/``."""
@@ -169,7 +179,7 @@ class DefenseReport:
         if self.accuracy_after is not None:
             lines[-1] += f", after pruning {self.accuracy_after:.1%}"
         lines += [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join(lines)
+        return "\n".join(printable(line, 10_000) for line in lines)
 
 
 def _primitive(value: Any) -> Any:

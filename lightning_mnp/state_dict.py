@@ -99,11 +99,15 @@ def load_into(
     _check_fit(own, incoming)
     before = {name: value.clone() for name, value in own.items()}
     try:
-        module.load_state_dict({**module.state_dict(), **incoming}, strict=True)
-    except Exception as error:  # hooks of the module run here and may raise anything
+        complete = module.state_dict()  # also says in which version its modules write weights
+        complete.update(incoming)
+        module.load_state_dict(complete, strict=True)
+    except BaseException as error:  # hooks of the module may raise anything; Ctrl-C may come
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(before[name])
+        if not isinstance(error, Exception):
+            raise
         raise CheckpointError(
             f"{type(module).__name__} refused the weights: {printable(str(error), 300)}"
         ) from error

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mnp.api import run_defense
-from lightning_mnp.callback import find_defense_set, refuse_sharded_models
+from lightning_mnp.api import forget_state, run_defense
+from lightning_mnp.archive import printable
 from lightning_mnp.checkpoint import (
-    CheckpointError,
     PrefixMatch,
     check_finite,
+    check_output,
     load_into,
     read_state_dict,
     write_state_dict,
@@ -26,6 +27,15 @@ from lightning_mnp.config import MNPConfig
 from lightning_mnp.data import BackdoorDataModule
 from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import unpack_batch
+from lightning_mnp.host import (
+    check_host,
+    engine_autocast,
+    find_defense_set,
+    follow_first,
+    refuse_other_processes,
+)
+from lightning_mnp.output import OutputError, check_new, check_writable
+from lightning_mnp.processes import do_in_first, process_count
 from lightning_mnp.result import DefenseReport
 
 __all__ = ["MNPTrainer"]
@@ -83,10 +93,14 @@ class MNPTrainer(Trainer):
         Returns:
             The report.
         """
-        self._refuse_existing(report, "report")
+        self._meet()
+        self._check_places(report, state_file)
         self._load(model, ckpt_path, key)
         defense = self._defense(model, datamodule, mnp, "never", network)
-        return self._carry_out(defense, report, state_file)
+        outcome = self._carry_out(defense, state_file)
+        self._save_report(outcome, report)
+        forget_state(state_file)
+        return outcome
 
     def defend(
         self,
@@ -122,11 +136,12 @@ class MNPTrainer(Trainer):
         Returns:
             The report.
         """
-        self._refuse_existing(report, "report")
-        self._refuse_existing(output, "output")
+        self._meet()
+        self._check_places(report, state_file, output)
+        check_output(output, model.state_dict(), "output")
         names = self._load(model, ckpt_path, key)
         defense = self._defense(model, datamodule, mnp, when, network)
-        outcome = self._carry_out(defense, report, state_file)
+        outcome = self._carry_out(defense, state_file)
         if self.is_global_zero:
             if len(defense.removed):
                 defense.prune_()
@@ -136,8 +151,10 @@ class MNPTrainer(Trainer):
                 for name, tensor in model.state_dict().items()
             }
             metadata = {"verdict": outcome.verdict, "pruned_filters": str(len(outcome.pruned))}
-            write_state_dict(output, weights, metadata)
-            Console().print(f"Weights written to {output}", highlight=False)
+            write_state_dict(output, weights, metadata, argument="output")
+            _say(f"Weights written to {output}")
+        self._save_report(outcome, report)
+        forget_state(state_file)
         return outcome
 
     def demo(
@@ -163,14 +180,14 @@ class MNPTrainer(Trainer):
             The report.
         """
         folder = Path(output_dir or tempfile.mkdtemp(prefix="lightning-mnp-demo-"))
-        folder.mkdir(parents=True, exist_ok=True)
         files = {name: folder / name for name in ("backdoored.ckpt", "purified.ckpt")}
         for path in (*files.values(), folder / "report.json"):
-            self._refuse_existing(path, "output_dir")
-        console = Console()
+            check_new(path, "output_dir")
+            check_writable(path, "output_dir")
+        folder.mkdir(parents=True, exist_ok=True)
         # Sums depend on the number of threads, and what is shown should not depend on the machine.
         torch.set_num_threads(1)
-        console.print(f"Training a network under attack: {datamodule.attack}", highlight=False)
+        _say(f"Training a network under attack: {datamodule.attack}")
         self.fit(model, datamodule=datamodule)
         before = self._scores(model, datamodule)
         write_state_dict(files["backdoored.ckpt"], model.state_dict())
@@ -183,8 +200,8 @@ class MNPTrainer(Trainer):
             mnp=mnp,
             report=folder / "report.json",
         )
-        console.print(_table(before, self._scores(model, datamodule), outcome))
-        console.print(f"Networks and report are in {folder}", highlight=False)
+        Console().print(_table(before, self._scores(model, datamodule), outcome))
+        _say(f"Networks and report are in {folder}")
         return outcome
 
     def _scores(self, model: LightningModule, datamodule: BackdoorDataModule) -> _Scores:
@@ -193,16 +210,37 @@ class MNPTrainer(Trainer):
             numbers.update(result)
         return _Scores(numbers["test/CA"], numbers.get("test/ASR", math.nan))
 
+    def _meet(self) -> None:
+        """Meet the other processes, where the command was started in several.
+
+        None are started here: each would do the same work, and one is enough.
+        """
+        check_host(self)
+        if self.world_size > 1:  # by torchrun or srun, or by an earlier `fit`
+            self.strategy.setup_environment()
+            refuse_other_processes(self)
+        elif self.num_devices * self.num_nodes > 1:
+            rank_zero_info("One process does the whole work; no others are started.")
+
     @staticmethod
-    def _refuse_existing(path: Path | None, argument: str) -> None:
-        if path is not None and path.exists():
-            raise CheckpointError(
-                f"Expected argument `{argument}` to name something new, but {path} exists. "
-                "Nothing is overwritten: choose another name, or move it away."
+    def _check_places(
+        report: Path | None, state_file: Path | None, output: Path | None = None
+    ) -> None:
+        """Check where files are to be written, before anything is read."""
+        places = {"report": report, "state_file": state_file, "output": output}
+        given = {name: path.absolute() for name, path in places.items() if path is not None}
+        if len(set(given.values())) < len(given):
+            raise OutputError(
+                f"Expected arguments {', '.join(f'`{name}`' for name in given)} to name different "
+                f"files, but got {', '.join(printable(str(path)) for path in given.values())}."
             )
+        if report is not None:
+            check_new(report, "report")
+            check_writable(report, "report")
+        if state_file is not None:
+            check_writable(state_file, "state_file")
 
     def _load(self, model: LightningModule, path: Path, key: str | None) -> PrefixMatch:
-        refuse_sharded_models(self)
         weights = read_state_dict(path, key=key)
         check_finite(weights)
         return load_into(model, weights)
@@ -217,8 +255,10 @@ class MNPTrainer(Trainer):
     ) -> MNPDefense:
         given = None
         if datamodule is not None:
-            if not isinstance(datamodule, BackdoorDataModule):  # ours reads what it needs
+            if self.strategy.local_rank == 0:
                 datamodule.prepare_data()
+            self.strategy.barrier()
+            if not isinstance(datamodule, BackdoorDataModule):  # ours reads what it needs
                 datamodule.setup("fit")
             hook = getattr(datamodule, "defense_dataloader", None)
             given = None if hook is None else hook()
@@ -229,21 +269,28 @@ class MNPTrainer(Trainer):
             mnp,
             when=when,
             network=network,
-            autocast=self.precision_plugin.forward_context,
+            autocast=engine_autocast(self),
         )
 
-    def _carry_out(
-        self, defense: MNPDefense, report: Path | None, state_file: Path | None
-    ) -> DefenseReport:
-        run_defense(defense, state_file=state_file, progress=self.progress_bar_callback is not None)
-        self.report = outcome = defense.report()
+    def _carry_out(self, defense: MNPDefense, state_file: Path | None) -> DefenseReport:
+        bar = self.progress_bar_callback is not None and self.is_global_zero
+        run_defense(defense, state_file=state_file, progress=bar)
+        self.report = outcome = follow_first(self, defense)
         for logger in self.loggers:
             logger.log_metrics(outcome.metrics(), step=self.global_step)
         if self.is_global_zero:
-            Console().print(str(outcome), highlight=False, markup=False, soft_wrap=True)
-            if report is not None:
-                outcome.save(report)
+            _say(str(outcome))
         return outcome
+
+    def _save_report(self, outcome: DefenseReport, report: Path | None) -> None:
+        if report is not None:
+            do_in_first(lambda: outcome.save(report, argument="report"))
+
+
+def _say(text: str) -> None:
+    """Print lines that may hold names of all kinds, as they are but without control characters."""
+    lines = [printable(line, 10_000) for line in text.splitlines()]
+    Console().print("\n".join(lines), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _table(before: _Scores, after: _Scores, outcome: DefenseReport) -> Table:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_mnp.forward import Forward, probe_network
+from lightning_mnp.scaling import NormKind, filter_scale, norm_kind
 
 __all__ = ["CHANNEL_NORMS", "SHARED_NORMS", "Use", "Watch", "watch_run"]
 
@@ -102,6 +103,10 @@ class Watch(TorchFunctionMode):
         uses: What was seen of each convolution that was called, by name.
         feeders: For each normalization layer that was called, the convolutions that fed it;
             None among them stands for anything else.
+        scales: For each convolution that was called, what
+            :func:`~lightning_mnp.scaling.filter_scale` says of it.
+        kinds: For each normalization layer that a convolution feeds, what
+            :func:`~lightning_mnp.scaling.norm_kind` says of it.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -109,6 +114,8 @@ class Watch(TorchFunctionMode):
         self._names = {module: name for name, module in network.named_modules()}
         self.uses: dict[str, Use] = {}
         self.feeders: dict[str, set[str | None]] = {}
+        self.scales: dict[str, str | None] = {}
+        self.kinds: dict[str, NormKind] = {}
         self._maps: dict[int, tuple[str, int]] = {}  # tensor id -> (convolution, channel dim)
         self._makers: dict[int, frozenset[str]] = {}  # tensor id -> last layers with weights
         self._weights: set[int] = set()  # ids of tensors computed from parameters alone
@@ -180,10 +187,13 @@ class Watch(TorchFunctionMode):
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Note what leaves a layer; a forward hook."""
-        self._inside -= 1
         makers = frozenset({name := self._names[module]})
         if isinstance(module, _NORMS):
             makers = self.makers(_tensors((args, kwargs)))
+            self._try_norm(module, name, args, kwargs)
+        elif isinstance(module, _ConvNd) and name not in self.scales and _owns_weight(module):
+            self.scales[name] = filter_scale(module, args, kwargs)
+        self._inside -= 1
         for tensor in _tensors(output):
             self._keep(tensor)
             self._makers[id(tensor)] = makers
@@ -191,6 +201,15 @@ class Watch(TorchFunctionMode):
             if isinstance(module, _ConvNd):
                 self.uses.setdefault(name, Use()).calls += 1
                 self._maps[id(tensor)] = (name, 1)
+
+    def _try_norm(self, norm: nn.Module, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        dims = [self._maps[id(x)][1] for x in _tensors((args, kwargs)) if id(x) in self._maps]
+        if dims and name not in self.kinds:
+            self.kinds[name] = norm_kind(norm, args, kwargs, dims[0])
+
+
+def _owns_weight(convolution: nn.Module) -> bool:
+    return convolution._parameters.get("weight") is not None and not convolution._modules
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnp import MNPConfig
+from lightning_mnp.data import BackdoorDataModule, MemoryDataset
 from lightning_mnp.models import cifar_resnet18
 
 CLASSES = 4
@@ -108,3 +109,33 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return equal and all(
         first[key] == second[key] for key in ("modes", "gradients", "has_grad", "hooks")
     )
+
+
+class TinyDataModule(BackdoorDataModule):
+    """Bright bars in bytes: 48 training and 32 test images of 8x8 pixels, four classes."""
+
+    def __init__(self, attack: Any = None, channels: int = 3, **options: Any) -> None:
+        defaults: dict[str, Any] = {
+            "root": None,
+            "batch_size": 16,
+            "num_workers": 0,
+            "image_size": None,
+            "augment": False,
+            "mean": (0.5,) * channels,
+            "std": (0.25,) * channels,
+            "defense_size": 8,
+            "defense_batch_size": 8,
+            "defense_seed": 0,
+            "seed": 0,
+        }
+        super().__init__(attack=attack, **defaults | options)
+        self.channels = channels
+
+    @property
+    def class_names(self) -> list[str]:
+        return ["a", "b", "c", "d"]
+
+    def load(self, split: Any) -> MemoryDataset:
+        images, labels = images_and_labels(*((48, 0) if split == "train" else (32, 1)))
+        pixels = (images.clamp(-1.0, 2.0) + 1.0) * 85.0
+        return MemoryDataset(pixels.expand(-1, self.channels, -1, -1).to(torch.uint8), labels)

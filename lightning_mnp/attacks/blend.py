@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 from lightning_mnp.attacks.attack import Attack, Mode
 
 __all__ = ["Blend"]
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
 
 
 class Blend(Attack):
@@ -56,16 +59,52 @@ class Blend(Attack):
                 f"Expected argument `image` to be an image file, but {str(image)!r} does not exist."
             )
         self.ratio = ratio
-        self.image = image
+        self.image = None if image is None else Path(image)
+        self._stored: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the image that is blended in, RGB as stored; nothing for noise."""
+        if self.image is None and self._stored is None:
+            return {}
+        return {"pattern": self._read()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the image to blend in.
+
+        Args:
+            tensors: As :meth:`tensors` gave them.
+
+        Raises:
+            ValueError: If there is another name, or it is no RGB image of bytes.
+        """
+        pattern = tensors.get("pattern")
+        if set(tensors) - {"pattern"}:
+            raise ValueError(f"Expected one tensor 'pattern' for Blend, but got {sorted(tensors)}.")
+        if pattern is not None and (
+            pattern.dtype != torch.uint8 or pattern.ndim != 3 or pattern.shape[0] != 3
+        ):
+            raise ValueError(
+                "Expected the tensor 'pattern' of Blend to be uint8 of shape (3, H, W), but got "
+                f"{pattern.dtype} of shape {tuple(pattern.shape)}."
+            )
+        self._stored = pattern
+
+    def _read(self) -> Tensor:
+        """Give the image to blend in, shape (3, H, W), uint8."""
+        if self._stored is None:
+            assert self.image is not None
+            with Image.open(self.image) as image:
+                pixels = np.array(image.convert("RGB"))
+            self._stored = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return self._stored
 
     def _pattern(self, channels: int, height: int, width: int) -> Tensor:
-        if self.image is None:
+        if self.image is None and self._stored is None:
             generator = torch.Generator().manual_seed(self.seed)
             return torch.rand(channels, height, width, generator=generator)
-        with Image.open(self.image) as image:
-            stored = np.array(image.convert("L" if channels == 1 else "RGB"))
-        pixels = torch.from_numpy(stored).reshape(*stored.shape[:2], channels)
-        pixels = pixels.permute(2, 0, 1)[None].float() / 255.0
+        pixels = self._read()[None].float() / 255.0
+        if channels == 1:
+            pixels = (pixels * pixels.new_tensor(_LUMA).reshape(3, 1, 1)).sum(1, keepdim=True)
         return F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)[0]
 
     def _trigger(self, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
-from lightning_mnp.attacks import Attack
+from lightning_mnp.attacks import Attack, TrainingAttack
 from lightning_mnp.augment import random_crop_flip
 from lightning_mnp.data.dataset import (
     ImageDataset,
@@ -154,6 +154,7 @@ class BackdoorDataModule(LightningDataModule, ABC):
         self.defense_batch_size = defense_batch_size
         self.defense_seed = defense_seed
         self.seed = seed
+        self._attack_is_prepared = False
         self._generator = torch.Generator().manual_seed(seed)
         # Primitives, so that checkpoints load with `weights_only=True`, and not for the logger,
         # where Lightning refuses names that the module's hyperparameters have with other values.
@@ -209,6 +210,14 @@ class BackdoorDataModule(LightningDataModule, ABC):
         """The training images, poisoned where there is an attack."""
         if self.attack is None:
             return self.clean_train_set
+        if isinstance(self.attack, TrainingAttack):
+            name = type(self.attack).__name__
+            raise ValueError(
+                f"Expected argument `attack` to poison stored images, but got {name}, which is "
+                f"trained with the network. Give it to its module, `{name}Module`, or measure "
+                "with its saved trigger, `SavedTrigger`."
+            )
+        self._prepare_attack()
         return PoisonedDataset(
             self.clean_train_set, self.attack, self.poisoned_indices, self.num_classes
         )
@@ -223,6 +232,7 @@ class BackdoorDataModule(LightningDataModule, ABC):
         """The test images with the trigger; None without an attack."""
         if self.attack is None:
             return None
+        self._prepare_attack()
         return TriggeredDataset(self.test_set, self.attack, self.num_classes)
 
     @cached_property
@@ -320,6 +330,11 @@ class BackdoorDataModule(LightningDataModule, ABC):
             generator=generator,
             persistent_workers=self.num_workers > 0,
         )
+
+    def _prepare_attack(self) -> None:
+        if self.attack is not None and not self._attack_is_prepared:
+            self.attack.prepare(self.test_set, self.num_classes)
+            self._attack_is_prepared = True
 
     def _checked(self, images: ImageDataset, split: Split) -> ImageDataset:
         if len(images) == 0:

@@ -25,6 +25,9 @@ __all__ = [
     "resize_and_crop",
 ]
 
+# A trigger works on float32 images, four times the bytes: never on all of them at once.
+_PART = 1024
+
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
     """Scale images until the shorter side fits, then cut out the center square.
@@ -186,7 +189,8 @@ class FolderDataset(ImageDataset):
 class PoisonedDataset(ImageDataset):
     """A training set in which some images carry the trigger and the attacker's label.
 
-    Images that lie in memory get their trigger once, here; others each time they are read.
+    Images that lie in memory get their trigger once, here; others each time they are read, unless
+    the attack crafts its images slowly.
 
     Args:
         base: The clean images; unchanged.
@@ -223,7 +227,7 @@ class PoisonedDataset(ImageDataset):
         if (indices.diff() == 0).any():
             raise ValueError("Expected argument `indices` to name each image once, but some twice.")
         labels = base.labels.clone()
-        labels[indices] = attack.target_labels(labels[indices], num_classes)
+        labels[indices] = attack.poison_labels(labels[indices], num_classes)
         super().__init__(labels)
         self.base = base
         self.attack = attack
@@ -233,8 +237,12 @@ class PoisonedDataset(ImageDataset):
         self._place = torch.full((len(base),), -1)
         self._place[indices] = torch.arange(len(indices))
         self._triggered: Tensor | None = None
-        if isinstance(base, MemoryDataset) and len(indices):
-            self._triggered = _apply_in_parts(attack, base, indices)
+        if (isinstance(base, MemoryDataset) or attack.crafts) and len(indices):
+            parts = [
+                attack.poison(base.fetch(part.tolist()), base.labels[part], part)
+                for part in indices.split(_PART)
+            ]
+            self._triggered = torch.cat(parts)
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
         """Return new images of these indices, poisoned ones with the trigger."""
@@ -245,7 +253,10 @@ class PoisonedDataset(ImageDataset):
             if self._triggered is not None:
                 images[poisoned] = self._triggered[place[poisoned]]
             else:
-                images[poisoned] = self.attack.apply(images[poisoned])
+                chosen = torch.as_tensor(indices, dtype=torch.long)[poisoned]
+                images[poisoned] = self.attack.poison(
+                    images[poisoned], self.base.labels[chosen], chosen
+                )
         return images
 
 
@@ -253,7 +264,8 @@ class TriggeredDataset(ImageDataset):
     """Test images with the trigger, to measure attack success on.
 
     A sample is (image, attacker's label, true label). Images that have the attacker's label
-    anyway are left out: in mode ``"all-to-one"`` those of the target class.
+    anyway are left out: in mode ``"all-to-one"`` those of the target class. An attack may name
+    fewer, see ``attack.triggered_indices``.
 
     Args:
         base: The clean images; unchanged.
@@ -272,7 +284,7 @@ class TriggeredDataset(ImageDataset):
     def __init__(self, base: ImageDataset, attack: Attack, num_classes: int) -> None:
         _check_labels(base.labels, num_classes)
         targets = attack.target_labels(base.labels, num_classes)
-        indices = (targets != base.labels).nonzero().flatten()
+        indices = attack.triggered_indices(base.labels, num_classes)
         if len(indices) == 0:
             raise ValueError(
                 "Expected argument `base` to hold images outside of the target class, but all of "
@@ -285,7 +297,8 @@ class TriggeredDataset(ImageDataset):
         self.true_labels = base.labels[indices]
         self._triggered: Tensor | None = None
         if isinstance(base, MemoryDataset):
-            self._triggered = _apply_in_parts(attack, base, indices)
+            parts = [attack.apply(base.fetch(part.tolist())) for part in indices.split(_PART)]
+            self._triggered = torch.cat(parts)
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
         """Return new images of these indices, with the trigger."""
@@ -310,13 +323,6 @@ def _read(path: Path) -> Tensor:
             f"Expected {str(path)!r} to be a readable image, but it is not. Repair or remove it."
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def _apply_in_parts(attack: Attack, base: ImageDataset, indices: Tensor) -> Tensor:
-    # A trigger works on float32 images, four times the bytes: never on all of them at once.
-    order = indices.tolist()
-    parts = [order[start : start + 1024] for start in range(0, len(order), 1024)]
-    return torch.cat([attack.apply(base.fetch(part)) for part in parts])
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:

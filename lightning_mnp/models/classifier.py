@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -23,8 +24,8 @@ Schedule = Literal["cosine", "onecycle", "none"]
 
 _CIFAR = {"cifar_resnet18": cifar_resnet18, "cifar_resnet34": cifar_resnet34}
 
-# These give more than logits in training.
-_UNFIT = {"googlenet", "inception_v3"}
+# In training, their auxiliary heads would give more than logits.
+_AUXILIARY = {"googlenet", "inception_v3"}
 
 
 def build_network(
@@ -33,18 +34,20 @@ def build_network(
     """Build a network by name, with fresh weights.
 
     Args:
-        architecture: ``"cifar_resnet18"``, ``"cifar_resnet34"`` or the name of a classification
-            network of torchvision, such as ``"resnet34"``.
+        architecture: ``"cifar_resnet18"``, ``"cifar_resnet34"``, the name of a classification
+            network of torchvision, such as ``"resnet34"``, or that of a network of timm after
+            ``"timm/"``, such as ``"timm/nfnet_l0"``.
         num_classes: Number of outputs, at least 2.
         width: Channels of the first stage, for the CIFAR networks only.
-        in_channels: Channels of the input images, for the CIFAR networks only.
+        in_channels: Channels of the input images, for the CIFAR networks and those of timm.
 
     Returns:
-        The network.
+        The network; googlenet and inception_v3 come without their auxiliary heads.
 
     Raises:
         ValueError: If the name is not known, a number is out of range, or ``width`` or
-            ``in_channels`` is set for a network of torchvision.
+            ``in_channels`` is set for a network that does not have it.
+        ImportError: If timm is asked for and not installed.
 
     Example:
         >>> build_network("cifar_resnet18", width=16).fc
@@ -56,11 +59,14 @@ def build_network(
         )
     if architecture in _CIFAR:
         return _CIFAR[architecture](num_classes, width, in_channels)
-    known = set(torchvision.models.list_models(module=torchvision.models)) - _UNFIT
+    if architecture.startswith("timm/"):
+        return _build_timm(architecture, num_classes, width, in_channels)
+    known = torchvision.models.list_models(module=torchvision.models)
     if architecture not in known:
         raise ValueError(
-            f"Expected argument `architecture` to be one of {sorted(_CIFAR)} or of torchvision's "
-            f"classification networks, such as 'resnet34', but got {architecture!r}. Any other "
+            f"Expected argument `architecture` to be one of {sorted(_CIFAR)}, of torchvision's "
+            f"classification networks, such as 'resnet34', or of timm's, such as "
+            f"'timm/nfnet_l0', but got {architecture!r}.{_similar(architecture, known)} Any other "
             "network can be given as `network`."
         )
     if width != 64 or in_channels != 3:
@@ -68,10 +74,45 @@ def build_network(
             f"Expected arguments `width` and `in_channels` to stay 64 and 3 for torchvision's "
             f"{architecture!r}, but got {width} and {in_channels}."
         )
+    options = {"aux_logits": False, "init_weights": True} if architecture in _AUXILIARY else {}
     network: nn.Module = torchvision.models.get_model(
-        architecture, weights=None, num_classes=num_classes
+        architecture, weights=None, num_classes=num_classes, **options
     )
     return network
+
+
+def _build_timm(architecture: str, num_classes: int, width: int, in_channels: int) -> nn.Module:
+    if width != 64:
+        raise ValueError(
+            f"Expected argument `width` to stay 64 for timm's {architecture!r}, but got {width}."
+        )
+    if in_channels < 1:
+        raise ValueError(
+            f"Expected argument `in_channels` to be at least 1, but got {in_channels}."
+        )
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f"Argument `architecture` = {architecture!r} needs the package timm, which is not "
+            "installed: pip install 'lightning-mnp[timm]'"
+        ) from error
+    name = architecture.removeprefix("timm/")
+    known = timm.list_models()
+    if name not in known:
+        raise ValueError(
+            f"Expected argument `architecture` to name a network of timm {timm.__version__} after "
+            f"'timm/', but got {architecture!r}.{_similar(name, known, 'timm/')}"
+        )
+    network: nn.Module = timm.create_model(
+        name, pretrained=False, num_classes=num_classes, in_chans=in_channels
+    )
+    return network
+
+
+def _similar(name: str, known: Sequence[str], prefix: str = "") -> str:
+    matches = [repr(prefix + match) for match in difflib.get_close_matches(name, known)]
+    return f" Similar names: {', '.join(matches)}." if matches else ""
 
 
 class Classifier(LightningModule):
@@ -94,6 +135,8 @@ class Classifier(LightningModule):
         weight_decay: Weight decay of SGD, at least 0.
         schedule: How the learning rate changes with each step: ``"cosine"`` falls to 0,
             ``"onecycle"`` rises and falls, ``"none"`` stays.
+        channels_last: Whether to keep images and weights in memory with the channels innermost,
+            which is faster for convolutions on most devices.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -115,6 +158,7 @@ class Classifier(LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         schedule: Schedule = "cosine",
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         if not 0.0 < lr < math.inf:
@@ -142,10 +186,14 @@ class Classifier(LightningModule):
             "momentum",
             "weight_decay",
             "schedule",
+            "channels_last",
         )
         if network is None:
             network = build_network(architecture, num_classes, width, in_channels)
+        if channels_last:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = network
+        self.channels_last = channels_last
         self.lr = lr
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -164,6 +212,8 @@ class Classifier(LightningModule):
         Returns:
             Shape (N, K).
         """
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         logits: Tensor = self.network(x)
         return logits
 
@@ -221,7 +271,10 @@ class Classifier(LightningModule):
             ValueError: If a schedule is asked for and the Trainer's number of steps is not known.
         """
         optimizer = torch.optim.SGD(
-            self.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay
+            self.network.parameters(),
+            self.lr,
+            self.momentum,
+            weight_decay=self.weight_decay,
         )
         if self.schedule == "none":
             return optimizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mnp.attacks import Attack, BadNets, Blend
+from lightning_mnp.attacks import Attack, BadNets, Blend, CleanLabelAttack, WaNet
 
 
 class Invert(Attack):
@@ -121,3 +121,73 @@ def test_repr_names_every_option() -> None:
     assert text.startswith("Blend(")
     for part in ("ratio=0.3", "target_class=2", "mode='all-to-one'", "poison_rate=0.1", "seed=0"):
         assert part in text
+
+
+class CleanLabelInvert(CleanLabelAttack):
+    def _trigger(self, images: Tensor) -> Tensor:
+        return 1.0 - images
+
+
+def test_a_clean_label_attack_poisons_its_class_and_keeps_the_labels() -> None:
+    labels = torch.arange(40) % 4
+    attack = CleanLabelInvert(target_class=2, class_rate=0.5, seed=3)
+
+    indices = attack.poison_indices(labels, 4)
+
+    assert len(indices) == 5
+    assert (labels[indices] == 2).all()
+    assert indices.equal(indices.unique())
+    assert indices.equal(attack.poison_indices(labels, 4))
+    assert not indices.equal(CleanLabelInvert(2, 0.5, seed=4).poison_indices(labels, 4))
+    assert attack.poison_labels(labels[indices], 4).equal(labels[indices])
+    assert attack.target_labels(labels, 4).eq(2).all()
+    assert labels[attack.triggered_indices(labels, 4)].ne(2).all()
+    assert len(attack.triggered_indices(labels, 4)) == 30
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1])
+def test_class_rate_errors(rate: float) -> None:
+    with pytest.raises(ValueError, match=f"`class_rate` to be a share from 0 to 1, but got {rate}"):
+        CleanLabelInvert(class_rate=rate)
+
+
+def test_a_class_rate_that_gives_no_image_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one of the 10 training images of class 0"):
+        CleanLabelInvert(class_rate=0.01).poison_indices(torch.arange(40) % 4, 4)
+
+
+def test_options_are_the_plain_arguments_without_paths() -> None:
+    assert Blend(ratio=0.3, seed=7).options() == {
+        "ratio": 0.3,
+        "target_class": 0,
+        "mode": "all-to-one",
+        "poison_rate": 0.1,
+        "seed": 7,
+    }
+    assert repr(CleanLabelInvert(1, 0.25)) == (
+        "CleanLabelInvert(target_class=1, class_rate=0.25, seed=0)"
+    )
+
+
+def test_an_attack_without_tensors_refuses_some() -> None:
+    assert BadNets().tensors() == {}
+    BadNets().load_tensors({})
+    with pytest.raises(ValueError, match=r"no tensors for BadNets, but got \['patch'\]"):
+        BadNets().load_tensors({"patch": torch.zeros(1)})
+
+
+def test_generator_tensors_are_loaded_strictly() -> None:
+    attack, other = WaNet(seed=1), WaNet(seed=2)
+    other.load_tensors(attack.tensors())
+    assert other.generator.points.equal(attack.generator.points)
+    for wrong in ({}, {"points": torch.zeros(2)}, {**attack.tensors(), "extra": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="WaNet generator with the same options"):
+            other.load_tensors(wrong)
+
+
+def test_poison_is_the_trigger_unless_an_attack_says_otherwise() -> None:
+    images = torch.rand(3, 3, 8, 8)
+    labels = torch.arange(3)
+    attack = BadNets(target_class=1)
+    assert attack.poison(images, labels, torch.arange(3)).equal(attack.apply(images))
+    assert attack.poison_labels(labels, 3).tolist() == [1, 1, 1]

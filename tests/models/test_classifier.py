@@ -141,6 +141,7 @@ def test_a_checkpoint_holds_primitives_and_the_prefix(tmp_path: Path) -> None:
     assert len(weights) == len(stored["state_dict"])
     build_network("cifar_resnet18", width=2, in_channels=1).load_state_dict(weights)
     assert stored["hyper_parameters"] == {
+        "channels_last": False,
         "architecture": "cifar_resnet18",
         "num_classes": 10,
         "width": 2,

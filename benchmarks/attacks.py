@@ -1,0 +1,225 @@
+"""Train a network with each attack and make the table of attacks; go on where it stopped.
+
+    python -m benchmarks.attacks --data ~/data/cifar10
+    python -m benchmarks.attacks --data ~/data/imagenette --base imagenette-2core
+
+Each network is trained by `lightning-mnp fit` from the configurations in `examples/attacks`, its
+folder keeps the checkpoint, the trigger and the log. CA and ASR are then measured by
+`lightning-mnp test` with the saved trigger, on images of 8 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "attacks"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one network is made: configurations on top of the base, and what must exist first."""
+
+    overlays: tuple[str, ...] = ()
+    needs_clean: bool = False
+    note: str = field(default="", compare=False)
+
+
+CIFAR10 = {
+    "clean": Recipe(),
+    "badnets": Recipe(("badnets",)),
+    "trojan": Recipe(("trojan",), needs_clean=True),
+    "blend": Recipe(("blend",)),
+    "cl": Recipe(("cl",), needs_clean=True),
+    "sig": Recipe(("sig",)),
+    "iab": Recipe(("iab",)),
+    "wanet": Recipe(("wanet",)),
+    "fc": Recipe(("fc",), needs_clean=True),
+    "dfst": Recipe(("dfst",)),
+    "lira": Recipe(("lira",)),
+    "badnets-1percent": Recipe(("badnets", "badnets-1percent")),
+    "badnets-all-to-all": Recipe(("badnets", "badnets-all-to-all")),
+    "badnets-1percent-all-to-all": Recipe(("badnets", "badnets-1percent", "badnets-all-to-all")),
+}
+
+IMAGENETTE = {
+    "clean": Recipe(),
+    "badnets": Recipe(("badnets",)),
+    "trojan": Recipe(("trojan-imagenette",), needs_clean=True),
+    "blend": Recipe(("blend",)),
+    "cl": Recipe(("cl-imagenette",), needs_clean=True),
+    "wanet": Recipe(("wanet",)),
+    "fc": Recipe(("fc-imagenette",), needs_clean=True),
+}
+
+RECIPES = {"cifar10-2core": CIFAR10, "imagenette-2core": IMAGENETTE}
+
+
+@dataclass
+class Task:
+    """One network to train and to measure."""
+
+    name: str
+    base: str
+    recipe: Recipe
+    data: Path
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.out / self.name
+
+    @property
+    def checkpoint(self) -> Path:
+        """Its weights, and all that a training needs to go on."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def result(self) -> Path:
+        """The figures; there when it is finished."""
+        return self.folder / "result.json"
+
+    def command(self, subcommand: str) -> list[str]:
+        """Give the start of a command line for this network."""
+        return [
+            *(sys.executable, "-m", "lightning_mnp.cli", subcommand),
+            *("--config", str(EXAMPLES / f"{self.base}.yaml")),
+        ]
+
+    def fit(self) -> None:
+        """Train, from the latest checkpoint where there is one."""
+        command = self.command("fit")
+        for overlay in self.recipe.overlays:
+            command += ["--config", str(EXAMPLES / f"{overlay}.yaml")]
+        command += ["--data.root", str(self.data)]
+        command += ["--trainer.default_root_dir", str(self.folder)]
+        command += ["--trainer.enable_progress_bar", "false"]
+        if self.recipe.needs_clean:
+            clean = self.out / "clean" / "checkpoints" / "last.ckpt"
+            command += ["--data.attack.reference.checkpoint", str(clean)]
+            if self.name == "fc":
+                command += ["--model.checkpoint", str(clean)]
+        if self.checkpoint.exists():
+            command += ["--ckpt_path", str(self.checkpoint)]
+        started = time.perf_counter()
+        self.run(command, "fit.log")
+        self.note(seconds=self.spent() + time.perf_counter() - started)
+
+    def test(self) -> dict[str, float]:
+        """Measure CA and, with the saved trigger, ASR."""
+        command = self.command("test")
+        command += ["--data.root", str(self.data), "--ckpt_path", str(self.checkpoint)]
+        command += ["--trainer.enable_progress_bar", "false"]
+        trigger = self.checkpoint.with_name("trigger.safetensors")
+        if trigger.exists():
+            command += ["--data.attack", "lightning_mnp.attacks.SavedTrigger"]
+            command += ["--data.attack.path", str(trigger)]
+        figures = self.folder / "metrics"
+        command += ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger"]
+        command += ["--trainer.logger.save_dir", str(figures), "--trainer.logger.name", ""]
+        command += ["--trainer.logger.version", "test"]
+        self.run(command, "test.log")
+        names, *rows = (figures / "test" / "metrics.csv").read_text().splitlines()
+        values = dict(zip(names.split(","), rows[-1].split(","), strict=True))
+        return {
+            key.removeprefix("test/"): float(value)
+            for key, value in values.items()
+            if key.startswith("test/") and value
+        }
+
+    def run(self, command: list[str], log: str) -> None:
+        """Run a command line in a process of its own, on one core."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with (self.folder / log).open("a") as file:
+            file.write(" ".join(command) + "\n")
+            file.flush()
+            code = subprocess.call(command, stdout=file, stderr=file, env=environment)
+        if code:
+            raise RuntimeError(f"{self.name}: {log} ends with exit code {code}: {self.folder}")
+
+    def spent(self) -> float:
+        """Tell the seconds of training so far."""
+        path = self.folder / "seconds.json"
+        return float(json.loads(path.read_text())["seconds"]) if path.exists() else 0.0
+
+    def note(self, **figures: Any) -> None:
+        """Keep the seconds of training."""
+        (self.folder / "seconds.json").write_text(json.dumps(figures))
+
+    def finish(self) -> dict[str, Any]:
+        """Train and measure what is missing."""
+        if not self.result.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "seconds.json").exists():
+                self.fit()
+            self.result.write_text(json.dumps({**self.test(), "seconds": self.spent()}))
+            print(f"{self.name}: {self.result.read_text()}", flush=True)
+        result: dict[str, Any] = json.loads(self.result.read_text())
+        return result
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Write the results as a Markdown table, in percent."""
+    lines = [
+        "| attack | CA | CA, clean network | ASR | seconds |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    clean = results.get("clean", {}).get("CA")
+    for name, row in results.items():
+        other = "" if clean is None else f"{100 * clean:.2f}"
+        success = f"{100 * row['ASR']:.2f}" if "ASR" in row else ""
+        figures = (f"{100 * row['CA']:.2f}", other, success, f"{row['seconds']:.0f}")
+        lines.append(f"| {name} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train and measure every network that is missing, then print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with the images")
+    parser.add_argument("--base", choices=sorted(RECIPES), default="cifar10-2core")
+    parser.add_argument("--out", type=Path, help="where networks go; runs/attacks/<base>")
+    parser.add_argument("--only", nargs="*", help="names of networks; without it, all")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one core each")
+    options = parser.parse_args()
+    recipes = RECIPES[options.base]
+    out = (options.out or Path("runs/attacks") / options.base).absolute()
+    wanted = options.only or list(recipes)
+    unknown = sorted(set(wanted) - set(recipes))
+    if unknown:
+        parser.error(f"--only: expected names out of {list(recipes)}, but got {unknown}")
+    tasks = [
+        Task(name, options.base, recipes[name], options.data.expanduser(), out) for name in wanted
+    ]
+    if any(task.recipe.needs_clean for task in tasks):
+        clean = Task("clean", options.base, recipes["clean"], options.data.expanduser(), out)
+        clean.finish()
+    failed = []
+    results: dict[str, dict[str, Any]] = {}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        futures = {task.name: pool.submit(task.finish) for task in tasks}
+        for name, future in futures.items():
+            try:
+                results[name] = future.result()
+            except RuntimeError as error:
+                failed.append(str(error))
+    Console(width=100, markup=False).print(table(results))
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""FC: poisons whose features collide with those of target instances (Shafahi et al., 2018)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_mnp.attacks.attack import Attack, Images
+from lightning_mnp.attacks.reference import ReferenceNetwork
+from lightning_mnp.models.head import penultimate_features
+
+__all__ = ["FeatureCollision"]
+
+_BATCH = 64
+
+
+class FeatureCollision(Attack):
+    """Poison Frogs (Shafahi et al., 2018): a few given test images get the attacker's class.
+
+    There is no trigger. Some images of the base class, which is ``target_class``, the label that
+    the attacker wants, are changed so little that their label stays right, but their features
+    before the classifier head collide with those of a target instance, a test image of another
+    class. A network that is fine-tuned on them, starting from the clean network whose features
+    were used, takes the target instances for the base class.
+
+    **Attack success is the share of the target instances, unchanged, that get the base class.**
+    No other test image counts: :meth:`triggered_indices` gives the target instances alone and
+    :meth:`apply` returns images as they are. Only test images that the reference network
+    classifies rightly become target instances, so the share is 0 before the attack.
+
+    Each poison minimizes, by forward-backward splitting (Shafahi et al., Eq. 1 and Algorithm 1),
+
+        ||f(x) - f(t)||^2 / ||f(t)||^2  +  beta ||x - b||^2 / D
+
+    with the features f, the target instance t and the base image b of D values, into which t is
+    mixed with weight ``watermark`` first. An image's step is halved whenever its
+    objective grows. The two denominators, which the paper does not have, make ``beta`` and ``lr``
+    mean the same for networks and images of other sizes.
+
+    Args:
+        reference: The clean network that training starts from; not needed to measure success
+            with a saved trigger.
+        targets: Number of target instances, at least 1.
+        poisons_per_target: Number of training images changed for each of them, at least 1.
+        watermark: Weight of the target instance in the base image, from 0 to below 1; the
+            paper's setting for end-to-end training is 0.3, for a trained head alone 0.
+        beta: Weight of the distance to the base image, at least 0.
+        steps: Number of steps for each poison, at least 1.
+        lr: First step width, above 0.
+        target_class: The base class: that of the poisons, and the one targets shall get.
+        seed: Seed that draws target instances and base images.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    crafts = True
+
+    def __init__(
+        self,
+        reference: ReferenceNetwork | None = None,
+        targets: int = 10,
+        poisons_per_target: int = 50,
+        watermark: float = 0.3,
+        beta: float = 0.1,
+        steps: int = 100,
+        lr: float = 10.0,
+        target_class: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(target_class, "all-to-one", 0.0, seed)
+        for name, count in (
+            ("targets", targets),
+            ("poisons_per_target", poisons_per_target),
+            ("steps", steps),
+        ):
+            if count < 1:
+                raise ValueError(
+                    f"Expected argument `{name}` to be at least 1, but got {count}."
+                )
+        if not 0.0 <= watermark < 1.0:
+            raise ValueError(
+                f"Expected argument `watermark` to be from 0 to below 1, but got {watermark}."
+            )
+        if not 0.0 <= beta < math.inf:
+            raise ValueError(f"Expected argument `beta` to be at least 0, but got {beta}.")
+        if not 0.0 < lr < math.inf:
+            raise ValueError(f"Expected argument `lr` to be above 0, but got {lr}.")
+        self.reference = reference
+        self.targets = targets
+        self.poisons_per_target = poisons_per_target
+        self.watermark = watermark
+        self.beta = beta
+        self.steps = steps
+        self.lr = lr
+        self.target_indices: Tensor | None = None
+        self.target_classes: Tensor | None = None
+        self._target_images: Tensor | None = None
+
+    def prepare(self, test: Images, num_classes: int) -> None:
+        """Choose the target instances, unless a trigger file named them, and fetch them.
+
+        Args:
+            test: Clean test images.
+            num_classes: Number of classes K.
+
+        Raises:
+            ValueError: If there is no reference network to choose by, too few test images of
+                other classes are classified rightly, or these are not the test images that the
+                trigger file was made with.
+        """
+        if self._target_images is not None:
+            return
+        if self.target_indices is None:
+            self.target_indices = self._choose(test, num_classes)
+            self.target_classes = test.labels[self.target_indices]
+        self._check(test.labels)
+        self._target_images = test.fetch(self.target_indices.tolist())
+
+    def _choose(self, test: Images, num_classes: int) -> Tensor:
+        network = self._reference("choose target instances by").load()
+        candidates = (test.labels != self.target_labels(test.labels, num_classes)).nonzero()
+        order = torch.randperm(
+            len(candidates), generator=torch.Generator().manual_seed(self.seed)
+        )
+        chosen: list[int] = []
+        for part in candidates.flatten()[order].split(_BATCH):
+            images = test.fetch(part.tolist()).float() / 255.0
+            with torch.no_grad():
+                right = network(images).argmax(1) == test.labels[part]
+            chosen += part[right].tolist()
+            if len(chosen) >= self.targets:
+                return torch.tensor(chosen[: self.targets]).sort().values
+        raise ValueError(
+            f"Expected argument `targets` to be at most {len(chosen)}, the number of test images "
+            f"of other classes that `reference` classifies rightly, but got {self.targets}."
+        )
+
+    def _reference(self, use: str) -> ReferenceNetwork:
+        if self.reference is None:
+            raise ValueError(
+                "Expected argument `reference` to be a ReferenceNetwork to "
+                f"{use}, but got None. Without it, success can be measured with a saved trigger."
+            )
+        return self.reference
+
+    def _check(self, labels: Tensor) -> Tensor:
+        """Give the target instances' indices into these test labels."""
+        if self.target_indices is None or self.target_classes is None:
+            raise ValueError(
+                "Expected target instances to be chosen, but there are none yet. Call `prepare` "
+                "first, as a datamodule does, or load a saved trigger."
+            )
+        indices = self.target_indices
+        if int(indices[-1]) >= len(labels) or not torch.equal(
+            labels[indices].cpu(), self.target_classes
+        ):
+            raise ValueError(
+                "Expected the test images that the target instances were chosen from, in the "
+                f"same order, but {len(labels)} labels do not agree with them. Measure with the "
+                "same test set, and with all of it."
+            )
+        return indices
+
+    def _trigger(self, images: Tensor) -> Tensor:
+        return images.clone()
+
+    def triggered_indices(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Tell which test images attack success is measured on: the target instances alone.
+
+        Args:
+            labels: True classes of the whole test set, shape (N,), integers.
+            num_classes: Number of classes K.
+
+        Returns:
+            Sorted indices into ``labels``.
+
+        Raises:
+            ValueError: If there are none yet, or they are those of another test set.
+        """
+        return self._check(labels).to(labels.device)
+
+    def poison_labels(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Tell the labels that poisoned training images get: their own, which is the base class.
+
+        Args:
+            labels: True classes, shape (N,), integers.
+            num_classes: Number of classes K.
+        """
+        return labels.clone()
+
+    def poison_indices(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Draw the base images: ``poisons_per_target`` of the base class for each target.
+
+        The image at index i collides with target instance i mod ``targets``.
+
+        Args:
+            labels: Classes of the whole training set, shape (N,).
+            num_classes: Number of classes K.
+
+        Returns:
+            Sorted indices into ``labels``; the same seed gives the same indices.
+
+        Raises:
+            ValueError: If the base class has too few images.
+        """
+        candidates = (labels == self.target_labels(labels, num_classes)).nonzero().flatten()
+        groups = [candidates[candidates % self.targets == place] for place in range(self.targets)]
+        fewest = min(len(group) for group in groups)
+        if fewest < self.poisons_per_target:
+            raise ValueError(
+                f"Expected argument `poisons_per_target` to be at most {fewest} for "
+                f"{self.targets} targets and {len(candidates)} training images of class "
+                f"{self.target_class}, but got {self.poisons_per_target}."
+            )
+        drawn = [self._draw(group, self.poisons_per_target) for group in groups]
+        return torch.cat(drawn).sort().values
+
+    def poison(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Craft poisons from base images.
+
+        Args:
+            images: Base images, shape (N, C, H, W), ``uint8`` or floating point in [0, 1].
+            labels: Their classes, shape (N,); not used.
+            indices: Their places in the training set, shape (N,), which tell their targets.
+
+        Returns:
+            New images of the same shape, dtype and device.
+
+        Raises:
+            ValueError: If there is no reference network, :meth:`prepare` was not called, or the
+                images have another shape, dtype or range.
+        """
+        reference = self._reference("craft poisons with")
+        if self._target_images is None:
+            raise ValueError(
+                "Expected target instances to be chosen, but there are none yet. Call `prepare` "
+                "first, as a datamodule does."
+            )
+        # Checks and scales as for any attack; the trigger itself changes nothing.
+        base = self.apply(images)
+        stored = base.dtype == torch.uint8
+        base = base.float() / 255.0 if stored else base.float()
+        network = reference.load().to(base.device)
+        aims = self._target_images.to(base.device)[indices.to(base.device) % self.targets]
+        parts = [
+            self._collide(network, some, aim.float() / 255.0)
+            for some, aim in zip(base.split(_BATCH), aims.split(_BATCH), strict=True)
+        ]
+        crafted = torch.cat(parts) if parts else base
+        return (crafted * 255.0).round().to(torch.uint8) if stored else crafted.to(images.dtype)
+
+    def _collide(self, network: torch.nn.Module, images: Tensor, aims: Tensor) -> Tensor:
+        """Run forward-backward splitting on a batch; every image by itself."""
+        base = (1.0 - self.watermark) * images + self.watermark * aims
+        with torch.no_grad():
+            wanted = penultimate_features(network, aims)
+            scale = wanted.square().sum(1).clamp_min(1e-12)
+        weight = self.beta / base[0].numel()
+        best = x = base.clone()
+        lowest = torch.full_like(scale, math.inf)
+        lr = torch.full_like(scale, self.lr)
+        slope = torch.zeros_like(base)
+        for step in range(self.steps + 1):
+            x = x.detach().requires_grad_(step < self.steps)
+            with torch.enable_grad():
+                distance = (penultimate_features(network, x) - wanted).square().sum(1) / scale
+            value = distance.detach() + weight * (x.detach() - base).square().sum((1, 2, 3))
+            worse = (value > lowest)[:, None, None, None]
+            best = torch.where(worse, best, x.detach())
+            lr = torch.where(value > lowest, lr / 2.0, lr)
+            lowest = torch.minimum(lowest, value)
+            if step == self.steps:
+                break
+            (gradient,) = torch.autograd.grad(distance.sum(), x)
+            slope = torch.where(worse, slope, gradient)
+            width = lr[:, None, None, None]
+            forward = best - width * slope
+            x = ((forward + 2.0 * width * weight * base) / (1.0 + 2.0 * width * weight)).clamp(0, 1)
+        return best
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the indices of the target instances in the test set, and their classes."""
+        if self.target_indices is None or self.target_classes is None:
+            return {}
+        return {"target_indices": self.target_indices, "target_classes": self.target_classes}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over which test images are the target instances.
+
+        Args:
+            tensors: As :meth:`tensors` gave them.
+
+        Raises:
+            ValueError: If they are no such indices and classes.
+        """
+        if set(tensors) != {"target_indices", "target_classes"}:
+            raise ValueError(
+                "Expected the tensors 'target_indices' and 'target_classes' of FeatureCollision, "
+                f"but got {sorted(tensors)}."
+            )
+        for name, value in tensors.items():
+            if value.dtype != torch.long or value.shape != (self.targets,):
+                raise ValueError(
+                    f"Expected the tensor {name!r} of FeatureCollision to be int64 of shape "
+                    f"({self.targets},), but got {value.dtype} of shape {tuple(value.shape)}."
+                )
+        indices, classes = tensors["target_indices"], tensors["target_classes"]
+        if int(indices[0]) < 0 or (indices.diff() <= 0).any():
+            raise ValueError(
+                "Expected the tensor 'target_indices' of FeatureCollision to be different indices "
+                "in rising order, but it is not."
+            )
+        if int(classes.min()) < 0 or (classes == self.target_class).any():
+            raise ValueError(
+                "Expected the tensor 'target_classes' of FeatureCollision to be classes other "
+                f"than {self.target_class}, but it is not."
+            )
+        self.target_indices, self.target_classes = indices.clone(), classes.clone()

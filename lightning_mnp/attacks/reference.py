@@ -1,0 +1,85 @@
+"""A clean network that some attacks need to make their trigger or their images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mnp.checkpoint import load_into, read_state_dict
+from lightning_mnp.models.classifier import build_network
+
+__all__ = ["ReferenceNetwork"]
+
+
+class ReferenceNetwork:
+    """A trained classifier in a checkpoint, which takes images as they are stored.
+
+    Args:
+        checkpoint: File with the weights: .ckpt, .pt, .pth or .safetensors. Only weights are
+            read from it.
+        architecture: See :func:`~lightning_mnp.models.classifier.build_network`.
+        num_classes: See :func:`~lightning_mnp.models.classifier.build_network`.
+        width: See :func:`~lightning_mnp.models.classifier.build_network`.
+        in_channels: See :func:`~lightning_mnp.models.classifier.build_network`.
+        mean: Mean of each channel that the network was trained with, on the scale [0, 1].
+        std: Standard deviation of each channel, on the scale [0, 1].
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path | str,
+        architecture: str = "cifar_resnet18",
+        num_classes: int = 10,
+        width: int = 64,
+        in_channels: int = 3,
+        mean: Sequence[float] = (0.4914, 0.4822, 0.4465),
+        std: Sequence[float] = (0.2470, 0.2435, 0.2616),
+    ) -> None:
+        if len(mean) != len(std) or not len(std) or min(std) <= 0:
+            raise ValueError(
+                "Expected arguments `mean` and `std` to have one number for each channel, `std` "
+                f"above 0, but got {tuple(mean)} and {tuple(std)}."
+            )
+        self.checkpoint = Path(checkpoint).expanduser()
+        self.architecture = architecture
+        self.num_classes = num_classes
+        self.width = width
+        self.in_channels = in_channels
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+
+    def load(self) -> nn.Sequential:
+        """Read the network.
+
+        Returns:
+            Normalization and the network, as ``[0]`` and ``[1]``: takes images with values in
+            [0, 1], gives logits; in evaluation mode, its weights without gradients.
+
+        Raises:
+            CheckpointError: If the file is missing, damaged, or has other weights.
+        """
+        network = build_network(self.architecture, self.num_classes, self.width, self.in_channels)
+        load_into(network, read_state_dict(self.checkpoint))
+        return nn.Sequential(_Normalize(self.mean, self.std), network).eval().requires_grad_(False)
+
+    def __repr__(self) -> str:
+        return f"ReferenceNetwork({str(self.checkpoint)!r}, {self.architecture!r})"
+
+
+class _Normalize(nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std

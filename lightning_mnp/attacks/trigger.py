@@ -1,0 +1,231 @@
+"""Trigger files: what an attack puts on images, kept beside the network that obeys it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lightning_mnp.attacks.attack import Attack, Images
+from lightning_mnp.checkpoint import CheckpointError, read_state_dict, write_state_dict
+
+__all__ = ["SavedTrigger", "load_trigger", "save_trigger"]
+
+FORMAT = "lightning-mnp trigger 1"
+MAX_BYTES = 512 * 2**20
+_INDICES = "poisoned_indices"
+
+
+def save_trigger(
+    path: str | os.PathLike[str], attack: Attack, poisoned_indices: Tensor | None = None
+) -> None:
+    """Write an attack's trigger to a new safetensors file.
+
+    Args:
+        path: The file, ending in ``.safetensors``, in an existing folder; must not exist.
+        attack: The attack, prepared or trained.
+        poisoned_indices: Which training images were poisoned, shape (P,), to go on record.
+
+    Raises:
+        CheckpointError: If the path is wrong or cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_mnp.attacks import BadNets
+        >>> path = Path(tempfile.mkdtemp(), "trigger.safetensors")
+        >>> save_trigger(path, BadNets(patch_size=2, target_class=4))
+        >>> load_trigger(path).target_class
+        4
+    """
+    if Path(path).suffix != ".safetensors":
+        raise CheckpointError(
+            f"Expected argument `path` to end in '.safetensors', but got {str(path)!r}."
+        )
+    tensors = {f"trigger.{name}": value for name, value in attack.tensors().items()}
+    # safetensors keeps no file without tensors, and an attack may be all options.
+    tensors[_INDICES] = torch.zeros(0, dtype=torch.long)
+    if poisoned_indices is not None:
+        tensors[_INDICES] = poisoned_indices.long()
+    attack = attack.attack if isinstance(attack, SavedTrigger) else attack
+    metadata = {
+        "format": FORMAT,
+        "attack": type(attack).__name__,
+        "options": json.dumps(attack.options()),
+    }
+    write_state_dict(path, tensors, metadata)
+
+
+def load_trigger(
+    path: str | os.PathLike[str], known: Mapping[str, type[Attack]] | None = None
+) -> Attack:
+    """Read a trigger file that nobody vouches for.
+
+    The file names an attack and its options; only attacks that are known here are built, and
+    nothing in the file is run.
+
+    Args:
+        path: The file.
+        known: Attacks by name; those of this package where None.
+
+    Returns:
+        The attack, ready to be applied.
+
+    Raises:
+        CheckpointError: If the file is missing, too large, damaged, or no trigger file, or names
+            an attack, an option or a tensor that is not known.
+    """
+    shown = repr(str(path))
+    tensors = read_state_dict(path, max_bytes=MAX_BYTES)
+    metadata = _metadata(path, shown)
+    known = _attacks() if known is None else known
+    name = metadata.get("attack", "")
+    if name not in known:
+        raise CheckpointError(
+            f"Expected the attack in {shown} to be one of {sorted(known)}, but got {name[:80]!r}."
+        )
+    try:
+        options = json.loads(metadata.get("options", ""))
+        attack = known[name](**options)
+        unknown = sorted(set(options) - set(attack.options()))
+        if unknown:
+            raise ValueError(f"options that a trigger file may not set: {unknown}")
+        attack.load_tensors(
+            {
+                key.removeprefix("trigger."): value
+                for key, value in tensors.items()
+                if key != _INDICES
+            }
+        )
+    except (TypeError, ValueError, OverflowError, RecursionError, RuntimeError) as error:
+        raise CheckpointError(f"{shown} does not describe a {name} trigger: {error}") from error
+    return attack
+
+
+def read_poisoned_indices(path: str | os.PathLike[str]) -> Tensor:
+    """Read from a trigger file which training images were poisoned.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Sorted indices, shape (P,); empty where none are on record.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or no trigger file.
+    """
+    tensors = read_state_dict(path, max_bytes=MAX_BYTES)
+    _metadata(path, repr(str(path)))
+    return tensors[_INDICES]
+
+
+class SavedTrigger(Attack):
+    """The trigger in a file, to measure attack success with it anywhere.
+
+    Args:
+        path: A file by :func:`save_trigger`, as training with an attack leaves it beside the
+            network.
+
+    Attributes:
+        attack: The attack in the file.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or no trigger file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        attack = load_trigger(path)
+        super().__init__(attack.target_class, attack.mode, 0.0, attack.seed)
+        self.path = Path(path)
+        self.attack = attack
+        self.poison_rate = attack.poison_rate
+
+    def prepare(self, test: Images, num_classes: int) -> None:
+        """Prepare the attack in the file, which has what it needs.
+
+        Args:
+            test: See :meth:`Attack.prepare`.
+            num_classes: See :meth:`Attack.prepare`.
+        """
+        self.attack.prepare(test, num_classes)
+
+    def poison(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Poison as the attack in the file does.
+
+        Args:
+            images: See :meth:`Attack.poison`.
+            labels: See :meth:`Attack.poison`.
+            indices: See :meth:`Attack.poison`.
+        """
+        return self.attack.poison(images, labels, indices)
+
+    def poison_labels(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Tell the labels that the attack in the file gives poisoned images.
+
+        Args:
+            labels: See :meth:`Attack.poison_labels`.
+            num_classes: See :meth:`Attack.poison_labels`.
+        """
+        return self.attack.poison_labels(labels, num_classes)
+
+    def poison_indices(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Draw images to poison as the attack in the file does.
+
+        Args:
+            labels: See :meth:`Attack.poison_indices`.
+            num_classes: See :meth:`Attack.poison_indices`.
+        """
+        return self.attack.poison_indices(labels, num_classes)
+
+    def triggered_indices(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Tell which test images count, as the attack in the file does.
+
+        Args:
+            labels: See :meth:`Attack.triggered_indices`.
+            num_classes: See :meth:`Attack.triggered_indices`.
+        """
+        return self.attack.triggered_indices(labels, num_classes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the tensors of the attack in the file."""
+        return self.attack.tensors()
+
+    def _trigger(self, images: Tensor) -> Tensor:
+        return self.attack.apply(images)
+
+    def __repr__(self) -> str:
+        return f"SavedTrigger({str(self.path)!r}, {self.attack!r})"
+
+
+def _metadata(path: str | os.PathLike[str], shown: str) -> dict[str, str]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except Exception as error:  # a damaged file can break its reader at any point
+        raise CheckpointError(f"{shown} is damaged or no trigger file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"Expected {shown} to be a trigger file of the format {FORMAT!r}, but got "
+            f"{metadata.get('format', 'none')[:80]!r}. Training with an attack writes one."
+        )
+    return metadata
+
+
+def _attacks() -> dict[str, type[Attack]]:
+    # Here, not above: the package of all attacks imports this module.
+    from lightning_mnp import attacks
+
+    found: dict[str, Any] = {name: getattr(attacks, name) for name in attacks.__all__}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, type)
+        and issubclass(value, Attack)
+        and not issubclass(value, SavedTrigger)
+        and not getattr(value, "__abstractmethods__", None)
+    }

@@ -1,0 +1,172 @@
+"""WaNet: a smooth warp of the whole image (Nguyen and Tran, 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_mnp.attacks.attack import Mode, TrainingAttack
+from lightning_mnp.attacks.training import AttackModule
+
+__all__ = ["WaNet", "WaNetModule"]
+
+
+class WaNet(TrainingAttack):
+    """Move pixels by a smooth field that is drawn once (Nguyen and Tran, 2021, Sec. 3.2).
+
+    A grid of k x k random offsets, scaled to mean absolute value 1, is enlarged to the image's
+    size by bicubic interpolation. Pixels move by ``strength`` times the field times half a pixel:
+    at strength 0.5, a quarter of a pixel in the mean.
+
+    Args:
+        grid_size: Side k of the grid of control points, at least 2.
+        strength: How far pixels move, s in the paper, above 0.
+        target_class: See :class:`~lightning_mnp.attacks.attack.Attack`.
+        mode: See :class:`~lightning_mnp.attacks.attack.Attack`.
+        poison_rate: See :class:`~lightning_mnp.attacks.attack.TrainingAttack`.
+        seed: See :class:`~lightning_mnp.attacks.attack.Attack`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> images = torch.rand(2, 3, 32, 32)
+        >>> WaNet().apply(images).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        grid_size: int = 4,
+        strength: float = 0.5,
+        target_class: int = 0,
+        mode: Mode = "all-to-one",
+        poison_rate: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(target_class, mode, poison_rate, seed)
+        if not 2 <= grid_size <= 64:
+            raise ValueError(
+                f"Expected argument `grid_size` to be from 2 to 64, but got {grid_size}."
+            )
+        if not 0.0 < strength < float("inf"):
+            raise ValueError(f"Expected argument `strength` to be above 0, but got {strength}.")
+        self.grid_size = grid_size
+        self.strength = strength
+        self.generator: WarpField = WarpField(grid_size, seed)
+
+    def warp(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Move the pixels of images.
+
+        Args:
+            images: Shape (N, C, H, W), floating point.
+            noise: Added to the field before the grid is cut off at the image's border, for the
+                noise mode; shape (N, H, W, 2), values from -1 to 1, in units of half a pixel.
+
+        Returns:
+            New images of the same shape.
+        """
+        height, width = images.shape[-2:]
+        extent = images.new_tensor([width, height])
+        field = self.generator(height, width).to(images) * self.strength / extent
+        base = F.affine_grid(
+            torch.eye(2, 3, device=images.device)[None], [1, 1, height, width], align_corners=True
+        )
+        grid = (base + field).expand(len(images), -1, -1, -1)
+        if noise is not None:
+            grid = grid.clamp(-1.0, 1.0) + noise.to(images) / extent
+        return F.grid_sample(images, grid.clamp(-1.0, 1.0), align_corners=True)
+
+    def _trigger(self, images: Tensor) -> Tensor:
+        return self.warp(images)
+
+
+class WarpField(nn.Module):
+    """Random control points, enlarged to a smooth field.
+
+    Args:
+        grid_size: Side k of the grid.
+        seed: Seed of the control points.
+    """
+
+    points: Tensor
+
+    def __init__(self, grid_size: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        points = torch.rand(1, 2, grid_size, grid_size, generator=generator) * 2.0 - 1.0
+        self.register_buffer("points", points / points.abs().mean())
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """Give the field, shape (1, H, W, 2): right and down, mean absolute value about 1."""
+        field = F.interpolate(self.points, (height, width), mode="bicubic", align_corners=True)
+        return field.permute(0, 2, 3, 1)
+
+
+class WaNetModule(AttackModule):
+    """Train a network with WaNet, in its noise mode (Nguyen and Tran, 2021, Sec. 3.3).
+
+    Of each batch, ``poison_rate`` of the images are warped and get the attacker's label, and
+    ``noise_rate`` are warped with noise upon the field and keep their label, so that the network
+    learns this field and not any warp.
+
+    Args:
+        attack: The attack; WaNet with its defaults where None.
+        noise_rate: Share of the images with noise; twice the poison rate where None, as in the
+            paper's code. Poisoned and noisy images together are at most all.
+        augment: See :class:`~lightning_mnp.attacks.training.AttackModule`.
+        flip: See :class:`~lightning_mnp.attacks.training.AttackModule`.
+        mean: See :class:`~lightning_mnp.attacks.training.AttackModule`.
+        std: See :class:`~lightning_mnp.attacks.training.AttackModule`.
+        kwargs: See :class:`~lightning_mnp.models.classifier.Classifier`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    attack: WaNet
+
+    def __init__(
+        self,
+        attack: WaNet | None = None,
+        noise_rate: float | None = None,
+        augment: bool = True,
+        flip: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        attack = WaNet() if attack is None else attack
+        super().__init__(attack, augment, flip, mean, std, **kwargs)
+        if noise_rate is None:
+            noise_rate = min(2.0 * attack.poison_rate, 1.0 - attack.poison_rate)
+        if not 0.0 <= noise_rate <= 1.0 - attack.poison_rate:
+            raise ValueError(
+                f"Expected argument `noise_rate` to be from 0 to {1.0 - attack.poison_rate:.3g}, "
+                f"what the poison rate leaves, but got {noise_rate}."
+            )
+        self.noise_rate = noise_rate
+
+    def poison_batch(
+        self, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Warp a share of a batch, and another with noise.
+
+        Args:
+            images: See :class:`~lightning_mnp.attacks.training.AttackModule`.
+            labels: See :class:`~lightning_mnp.attacks.training.AttackModule`.
+            generator: See :class:`~lightning_mnp.attacks.training.AttackModule`.
+        """
+        count = self.poison_count(len(images), generator)
+        stop = min(count + round(self.noise_rate * len(images)), len(images))
+        targets = self.attack.target_labels(labels[:count], self.num_classes)
+        height, width = images.shape[-2:]
+        noise = torch.rand(stop - count, height, width, 2, generator=generator) * 2.0 - 1.0
+        noisy = self.attack.warp(images[count:stop], noise) if stop > count else images[:0]
+        triggered = self.attack.apply(images[:count])
+        batch = torch.cat([triggered, noisy.clamp(0.0, 1.0), images[stop:]])
+        return batch, torch.cat([targets, labels[count:]])

@@ -1,0 +1,69 @@
+"""Lightning's own commands read checkpoints under the checks that audits and defenses make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import Trainer
+
+from lightning_mnp.checkpoint import CheckpointError, check_finite, read_checkpoint
+from lightning_mnp.state_dict import first_names
+
+__all__ = ["CheckedCheckpointIO", "read_checked"]
+
+
+class CheckedCheckpointIO(TorchCheckpointIO):
+    """Reads checkpoints by :func:`~lightning_mnp.checkpoint.read_checkpoint`, never otherwise.
+
+    Example:
+        >>> CheckedCheckpointIO().load_checkpoint("missing.ckpt")
+        Traceback (most recent call last):
+        ...
+        lightning_mnp.archive.CheckpointError: Expected argument `ckpt_path` to be an existing file,
+        but got missing.ckpt.
+    """
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a whole Lightning checkpoint to the CPU, with ``weights_only=True`` in any case.
+
+        Args:
+            path: A local file.
+            map_location: Ignored: the Trainer moves what it reads.
+            weights_only: Ignored.
+
+        Raises:
+            CheckpointError: If the file is refused, holds no weights under ``state_dict``, holds
+                weights that are not finite, or names that cannot be printed.
+        """
+        content = read_checkpoint(path, argument="ckpt_path")
+        weights = content.get("state_dict") if isinstance(content, dict) else None
+        if not isinstance(weights, dict):
+            raise CheckpointError(
+                "Expected argument `ckpt_path` to be a Lightning checkpoint, with the weights "
+                "under `state_dict`. For other files use `audit` or `defend`."
+            )
+        odd = [name for name in weights if not (isinstance(name, str) and name.isprintable())]
+        if odd:
+            raise CheckpointError(
+                f"Expected the weights' names to be printable, but got: {first_names(odd)}."
+            )
+        check_finite({name: value for name, value in weights.items() if torch.is_tensor(value)})
+        return dict(content)
+
+
+def read_checked(trainer: Trainer) -> None:
+    """Let a Trainer read checkpoints by :class:`CheckedCheckpointIO`.
+
+    A reader that the user has configured stays: it is the user's code.
+    """
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = CheckedCheckpointIO()

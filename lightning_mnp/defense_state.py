@@ -1,0 +1,109 @@
+"""The engine's state as tensors and primitives, so that a killed run can go on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from lightning_mnp.network import weights_digest
+from lightning_mnp.result import RunResult
+
+if TYPE_CHECKING:
+    from lightning_mnp.defense import MNPDefense
+
+__all__ = ["dump_state", "load_state"]
+
+_FORMAT = 1
+
+
+def dump_state(defense: MNPDefense) -> dict[str, Any]:
+    """Give the whole state, readable with ``weights_only=True``.
+
+    Args:
+        defense: The engine; the tensors in its state are its own, not copies.
+    """
+    return {
+        "format": _FORMAT,
+        "identity": _identity(defense),
+        "plan": [list(entry) for entry in defense.plan],
+        "position": defense.position,
+        "batches_done": defense.batches_done,
+        "runs": [{**asdict(run), "predictions": list(run.predictions)} for run in defense.runs],
+        "correlation": defense.correlation,
+        "accuracy_before": defense.accuracy_before,
+        "accuracy_after": defense.accuracy_after,
+        "seconds": dict(defense.seconds),
+        "warnings": list(defense.warnings),
+        "tally": defense.tally.state_dict(),
+        "masks_sum": defense.masks_sum,
+        "masks_count": defense.masks_count,
+        "removed": defense.removed,
+        "reach": defense.reach.state_dict(),
+        "search": None if defense.search is None else defense.search.state_dict(),
+        "suppression": defense.suppression.state_dict(),
+        "penalty": defense.penalty.state_dict(),
+        "preserving": defense.preserving.state_dict(),
+    }
+
+
+def load_state(defense: MNPDefense, state: dict[str, Any]) -> None:
+    """Go on where :func:`dump_state` left.
+
+    Args:
+        defense: A new engine for the same model, defense set and options.
+        state: The state.
+
+    Raises:
+        ValueError: If the state is of another format, model, defense set or options.
+    """
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(
+            f"Expected the state of a defense in format {_FORMAT}, but got {found!r}. Remove the "
+            "file to start anew."
+        )
+    for name, value in _identity(defense).items():
+        if state["identity"].get(name) != value:
+            raise ValueError(
+                f"Expected the state to belong to the same {name}, but it was {value!r} and "
+                f"is {state['identity'].get(name)!r} in the state. Remove the file to start "
+                "anew."
+            )
+    device = defense.subject.device
+    defense.plan = [(phase, int(run)) for phase, run in state["plan"]]
+    defense.position = int(state["position"])
+    defense.batches_done = int(state["batches_done"])
+    defense.runs = [
+        RunResult(**{**run, "predictions": tuple(run["predictions"])}) for run in state["runs"]
+    ]
+    defense.correlation = float(state["correlation"])
+    defense.accuracy_before = float(state["accuracy_before"])
+    defense.accuracy_after = state["accuracy_after"]
+    defense.seconds = defaultdict(float, state["seconds"])
+    defense.warnings = list(state["warnings"])
+    defense.tally.load_state_dict(state["tally"])
+    defense.masks_sum = state["masks_sum"].to(device, copy=True)
+    defense.masks_count = int(state["masks_count"])
+    defense.removed = state["removed"].to(device)
+    defense.reach.load_state_dict(state["reach"])
+    defense.suppression.load_state_dict(state["suppression"])
+    defense.penalty.restart(defense.suppression.weights)
+    defense.penalty.load_state_dict(state["penalty"])
+    defense.preserving.load_state_dict(state["preserving"])
+    defense.search = None
+    if ("verdict", 0) in defense.plan[: defense.position]:
+        defense.judgement = defense.judge()
+    if state["search"] is not None:
+        defense.search = defense.new_search()
+        defense.search.load_state_dict(state["search"])
+
+
+def _identity(defense: MNPDefense) -> dict[str, Any]:
+    return {
+        "defense set": defense.data.fingerprint,
+        "options": defense.config.to_dict(),
+        "occasion": defense.when,
+        "layers": [[layer.name, layer.filters] for layer in defense.layers],
+        "weights": weights_digest(defense.model),
+    }
