@@ -70,7 +70,7 @@ class Line:
         skipped: Number of convolutions left alone.
         filters: Number of filters.
         pruned: Number of filters that were pruned.
-        seconds: Time of the defense.
+        seconds: Processor time of the defense.
         peak_mib: Peak memory of the process until the end of the defense.
         import_mib: Peak memory of the process before the network was built.
         difference: Largest difference of a logit between the network with masks attached and the
@@ -161,13 +161,13 @@ def examine(
     data = defense_set(entry, images, small)
     network = settled(build(), data.images)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    started = time.perf_counter()
+    started = time.process_time()
     defense = MNPDefense(network, data, config, when="always")
     while not defense.finished:
         defense.step()
     purified = defense.purified()
     report = defense.report()
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     peak = peak_mib()
     after = network.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -20,6 +20,7 @@ from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.forward import Forward
 from lightning_mnp.output import OutputError, check_writable, write_whole
+from lightning_mnp.processes import process_rank
 from lightning_mnp.result import DefenseReport
 
 __all__ = ["audit", "defend", "forget_state", "run_defense"]
@@ -180,13 +181,13 @@ def run_defense(
             bar.update(task, completed=done, total=done + defense.most_steps())
             if observe is not None:
                 observe(defense, phase, metrics)
-            if path is not None and defense.position != position:
+            if path is not None and defense.position != position and process_rank() == 0:
                 _save_state(defense, path)
 
 
 def forget_state(state_file: Path | str | None) -> None:
     """Remove a state file whose outcome is no longer needed; None does nothing."""
-    if state_file is not None:
+    if state_file is not None and process_rank() == 0:
         Path(state_file).unlink(missing_ok=True)
 
 

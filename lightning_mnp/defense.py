@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_mnp.alone import refuse_wrappers, running_alone
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.defense_state import dump_state, load_state
@@ -111,7 +112,9 @@ class MNPDefense:
         device = torch.device("cpu") if parameter is None else parameter.device
         sample = data.images[:2].to(device)
         remedy = "The model needs more than there is even for so few."
-        with memory_told(f"on {len(sample)} images", remedy), unchanged_on_error(model):
+        refuse_wrappers(model)
+        told = memory_told(f"on {len(sample)} images", remedy)
+        with told, unchanged_on_error(model), running_alone(model):
             self.classes = check_network(model, sample, data.labels, call)
             self.layers = find_filter_layers(
                 model,
@@ -245,6 +248,7 @@ class MNPDefense:
         stack = ExitStack()
         stack.enter_context(memory_told(where, remedy))
         stack.enter_context(unchanged_on_error(self.model))
+        stack.enter_context(running_alone(self.model))
         return stack
 
     def _batch(self, augment: bool = False) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_mnp.augment import random_crop_flip
 from lightning_mnp.memory import is_out_of_memory, memory_told
-from lightning_mnp.processes import process_count, read_together
+from lightning_mnp.processes import process_count, read_together, whole_loader
 from lightning_mnp.subset import balanced_indices
 
-__all__ = ["DefenseSet", "Unpack", "seeded_generator", "unpack_batch", "whole_loader"]
+__all__ = ["DefenseSet", "Unpack", "seeded_generator", "unpack_batch"]
 
 Unpack = Callable[[Any], tuple[Tensor, Tensor]]
 
@@ -250,37 +250,6 @@ class DefenseSet:
     def __repr__(self) -> str:
         shape = tuple(self.images.shape[1:])
         return f"DefenseSet({len(self)} images of shape {shape}, {len(self.counts)} classes)"
-
-
-def whole_loader(loader: Iterable[Any]) -> Iterable[Any]:
-    """Give a loader of the whole data set where one has a ``DistributedSampler``.
-
-    Args:
-        loader: Any loader; it is returned as it is if there is no such sampler.
-
-    Example:
-        >>> from torch.utils.data import DistributedSampler, TensorDataset
-        >>> data = TensorDataset(torch.arange(6))
-        >>> sampler = DistributedSampler(data, num_replicas=2, rank=0)
-        >>> loader = DataLoader(data, batch_size=3, sampler=sampler)
-        >>> len(loader), len(whole_loader(loader))
-        (1, 2)
-    """
-    if not isinstance(loader, DataLoader):
-        return loader
-    batch_sampler = loader.batch_sampler
-    samplers = (loader.sampler, getattr(batch_sampler, "sampler", None))
-    # Not its subclasses: which part of the data set those draw from is theirs to say.
-    if DistributedSampler not in map(type, samplers):
-        return loader
-    return DataLoader(
-        loader.dataset,
-        loader.batch_size or getattr(batch_sampler, "batch_size", 1),
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-    )
 
 
 def _read(

@@ -61,21 +61,20 @@ def check_host(trainer: Trainer) -> None:
 
 
 def refuse_other_processes(trainer: Trainer) -> None:
-    """Raise where the processes of a Trainer cannot be asked whether they agree.
+    """Raise where a Trainer's processes are not those that can be asked whether they agree.
 
     Args:
         trainer: The Trainer, set up.
 
     Raises:
-        MisconfigurationException: If there are several and PyTorch's process group does not have
-            them all, as with strategies for TPUs.
+        MisconfigurationException: If PyTorch's process group has others or does not have them
+            all, as with strategies for TPUs, or one device each in a group of several processes.
     """
     if trainer.world_size != process_count():
         raise MisconfigurationException(
-            f"Expected a strategy of one process, or 'ddp', but got "
-            f"{type(trainer.strategy).__name__} with {trainer.world_size} processes, of which "
-            f"PyTorch's process group has {process_count()}. Train with it, save the weights and "
-            "call `lightning_mnp.defend` on them."
+            f"Expected the Trainer's processes to be those of PyTorch's process group, as with "
+            f"`strategy='ddp'`, but {type(trainer.strategy).__name__} has {trainer.world_size} "
+            f"and the group has {process_count()}. Call `lightning_mnp.defend` on the network."
         )
 
 
@@ -179,13 +178,18 @@ def write_outcome(trainer: Trainer, report: DefenseReport, folder: Path) -> None
     trainer.strategy.checkpoint_io = TorchCheckpointIO()
     try:
         trainer.save_checkpoint(partial, weights_only=False)
-        do_in_first(
-            lambda: write_whole(folder / f"{name}.ckpt", partial.replace, argument="output_dir")
-        )
+        do_in_first(lambda: _publish(partial, folder / f"{name}.ckpt"))
     finally:
         trainer.strategy.checkpoint_io = users
         if trainer.is_global_zero:
             partial.unlink(missing_ok=True)
+
+
+def _publish(finished: Path, path: Path) -> None:
+    def write(partial: Path) -> None:
+        finished.replace(partial)
+
+    write_whole(path, write, argument="output_dir")
 
 
 def follow_first(trainer: Trainer, defense: MNPDefense) -> DefenseReport:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sized
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, cast, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_mnp.host import find_defense_set, check_host
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.forward import Forward
+from lightning_mnp.host import (
+    check_host,
+    find_defense_set,
+    follow_first,
+    output_folder,
+    refuse_other_processes,
+    write_outcome,
+)
 from lightning_mnp.network import network_forward
+from lightning_mnp.processes import gather_objects, process_count, whole_loader
 from lightning_mnp.result import DefenseReport
 
 __all__ = ["MNPModule"]
@@ -30,17 +42,20 @@ class MNPModule(LightningModule):
     progress bar, loggers and checkpoints, and stops the Trainer when the defense has finished.
     What the loader yields after the first reading is not used: the engine draws its own batches,
     the same as through every other door. A run resumed with ``ckpt_path`` goes on where the
-    checkpoint was written.
+    checkpoint was written. Of several processes, each takes the same steps on the images of all.
 
     Args:
-        network: The network. At the end it is pruned in place; save it then, by
-            ``trainer.save_checkpoint`` or :func:`~lightning_mnp.checkpoint.write_state_dict`.
-            ``ModelCheckpoint`` goes by optimizer steps, and the last of these come before pruning.
+        network: The network. At the end it is pruned in place. ``ModelCheckpoint`` does not save
+            it then: it goes by optimizer steps, and the last of these come before pruning.
         config: Options of the method.
         when: ``"never"`` audits only, ``"flagged"`` prunes if the verdict is ``"backdoored"``,
             ``"always"`` prunes in any case.
         forward: A function (network, images) that calls it and returns the logits.
         unpack: A function (batch) that gives images and labels.
+        output_dir: Folder for the report and, where filters are pruned, a checkpoint of the
+            purified network: ``mnp-report.json`` and ``mnp.ckpt``, as
+            :class:`~lightning_mnp.callback.MNPCallback` writes them. Where None, nothing is
+            written.
 
     Attributes:
         report: The outcome, after the fit; None before.
@@ -58,7 +73,12 @@ class MNPModule(LightningModule):
         when: When = "always",
         forward: Forward | None = None,
         unpack: Unpack = unpack_batch,
+        output_dir: Path | str | None = None,
     ) -> None:
+        if when not in get_args(When):
+            raise ValueError(
+                f"Expected argument `when` to be one of {get_args(When)}, but got {when!r}."
+            )
         super().__init__()
         self.automatic_optimization = False
         # Lightning warns of layers in evaluation mode; the engine sets the modes it needs itself.
@@ -66,6 +86,8 @@ class MNPModule(LightningModule):
         self.config = config or MNPConfig()
         self.when = when
         self.unpack = unpack
+        self.output_dir = output_dir
+        self._folder: Path | None = None
         self._call = forward
         self._resumed: dict[str, Any] | None = None
         self.defense: MNPDefense | None = None
@@ -79,15 +101,20 @@ class MNPModule(LightningModule):
         """Refuse what this door does not do.
 
         Raises:
-            MisconfigurationException: With several processes, or sharded weights.
+            MisconfigurationException: With sharded weights, or a precision other than
+                ``"32-true"`` and ``"bf16-mixed"``.
         """
-        if stage == "fit":
-            check_host(self.trainer)
-            if self.trainer.world_size > 1:
-                raise MisconfigurationException(
-                    f"Expected one process for MNPModule, but got {self.trainer.world_size}. The "
-                    "defense set is small: use `devices=1`, or MNPCallback in the training itself."
-                )
+        if stage != "fit":
+            return
+        check_host(self.trainer)
+        refuse_other_processes(self.trainer)
+        if self.trainer.precision_plugin.precision == "16-mixed":
+            raise MisconfigurationException(
+                "Expected the precision 32-true or bf16-mixed for MNPModule, but got 16-mixed: "
+                "gradients of masks and images are too small for it."
+            )
+        if self.output_dir is not None and not getattr(self.trainer, "fast_dev_run", False):
+            self._folder = output_folder(self.trainer, self.output_dir)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Read the defense set, build the engine and hand its optimizers to the Trainer."""
@@ -96,6 +123,7 @@ class MNPModule(LightningModule):
             return [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)]
         # The Trainer makes its loaders after this hook, unless asked; it does so only once.
         self.trainer.fit_loop.setup_data()
+        self._refuse_uneven_epochs()
         autocast = self.trainer.precision_plugin.forward_context
         self.defense = MNPDefense(
             self.network,
@@ -113,11 +141,23 @@ class MNPModule(LightningModule):
     def _read_defense_set(self) -> DefenseSet:
         if getattr(self.trainer, "datamodule", None) is not None:
             return find_defense_set(self.trainer, self, None, self.unpack)
-        batches = self.trainer.num_training_batches
-        limit = int(batches) if batches != float("inf") else None
-        loader = self.trainer.train_dataloader
-        assert loader is not None, "set up just before"
-        return DefenseSet.from_loader(loader, self.unpack, limit)
+        assert self.trainer.train_dataloader is not None, "set up just before"
+        # The Trainer has put a DistributedSampler in it, where there are several processes.
+        loader = whole_loader(self.trainer.train_dataloader)
+        share = self.trainer.limit_train_batches
+        limit = share if isinstance(share, int) else None
+        if limit is None and isinstance(loader, Sized):
+            limit = int(len(loader) * share)
+        return DefenseSet.from_loader(loader, self.unpack, limit, gather=True)
+
+    def _refuse_uneven_epochs(self) -> None:
+        """Raise where processes would end their epochs at different steps, and wait in vain."""
+        numbers = gather_objects(self.trainer.num_training_batches)
+        if len(numbers) > 1 and (len(set(numbers)) > 1 or numbers[0] == float("inf")):
+            raise MisconfigurationException(
+                f"Expected the loader to have the same number of batches in every process, but "
+                f"got {numbers}. Give one with a length, and let the Trainer shard it."
+            )
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Take one step of the engine, whatever the batch."""
@@ -125,7 +165,9 @@ class MNPModule(LightningModule):
             self.trainer.should_stop = True
             return
         phase = self.defense.phase
-        metrics = self.defense.step(_TrainerUpdates(self))
+        with self._without_synchronization():
+            metrics = self.defense.step(_TrainerUpdates(self))
+        self._check_agreement(self.defense)
         if phase in ("suppression", "masks"):
             metrics = {f"mnp/{phase}_{name}": value for name, value in metrics.items()}
             self.log_dict(metrics, prog_bar=True, batch_size=1)
@@ -133,15 +175,36 @@ class MNPModule(LightningModule):
             self._finish(self.defense)
             self.trainer.should_stop = True
 
+    def _without_synchronization(self) -> AbstractContextManager[Any]:
+        """Keep DDP from waiting for gradients of the network's own weights: there are none."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ParallelStrategy):
+            return cast("AbstractContextManager[Any]", strategy.block_backward_sync())
+        return nullcontext()
+
+    @staticmethod
+    def _check_agreement(defense: MNPDefense) -> None:
+        """Raise where processes have come to different places, before one waits for another."""
+        if process_count() == 1:
+            return
+        places = gather_objects((defense.phase, defense.run, defense.batches_done))
+        if len(set(places)) > 1:
+            raise RuntimeError(
+                f"Expected all processes to compute the same, but they have come to different "
+                f"places: {places}. Use processors of one kind, or one process."
+            )
+
     def _finish(self, defense: MNPDefense) -> None:
-        self.report = defense.report()
+        self.report = follow_first(self.trainer, defense)
         if len(defense.removed):
             defense.prune_()
         self.report.model = self.network
         self.log_dict(self.report.metrics(), batch_size=1)
 
     def on_train_end(self) -> None:
-        """Warn where the Trainer ended before the defense did."""
+        """Write the outcome; warn where the Trainer ended before the defense did."""
+        if self.report is not None and self._folder is not None:
+            write_outcome(self.trainer, self.report, self._folder)
         if self.defense is not None and not self.defense.finished:
             rank_zero_warn(
                 f"The Trainer ended while the defense was in phase {self.defense.phase!r}, about "

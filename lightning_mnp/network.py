@@ -74,7 +74,9 @@ def _find_path(model: nn.Module) -> str:
     # PyTorch's and Lightning's base classes have a forward that only raises.
     lightning = owner.__name__ == "LightningModule" and "lightning" in package
     own = owner is not nn.Module and not lightning
-    if own or "forward" in vars(model):
+    # Under DDP, Lightning leaves the class's method on the object.
+    replaced = getattr(vars(model).get("forward"), "__func__", None) is not vars(owner)["forward"]
+    if own or ("forward" in vars(model) and replaced):
         return ""
     candidates = [
         name for name, child in model.named_children() if any(True for _ in child.parameters())

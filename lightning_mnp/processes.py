@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
-__all__ = ["do_in_first", "gather_objects", "process_count", "process_rank", "read_together"]
+__all__ = [
+    "do_in_first",
+    "gather_objects",
+    "process_count",
+    "process_rank",
+    "read_together",
+    "whole_loader",
+]
 
 Parts = tuple[list[Tensor], list[Tensor]]
 
@@ -120,6 +128,37 @@ def read_together(read: Callable[[], Parts]) -> Parts:
         images += part[0]
         labels += part[1]
     return images, labels
+
+
+def whole_loader(loader: Iterable[Any]) -> Iterable[Any]:
+    """Give a loader of the whole data set where one has a ``DistributedSampler``.
+
+    Args:
+        loader: Any loader; it is returned as it is if there is no such sampler.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> data = TensorDataset(torch.arange(6))
+        >>> sampler = DistributedSampler(data, num_replicas=2, rank=0)
+        >>> loader = DataLoader(data, batch_size=3, sampler=sampler)
+        >>> len(loader), len(whole_loader(loader))
+        (1, 2)
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    batch_sampler = loader.batch_sampler
+    samplers = (loader.sampler, getattr(batch_sampler, "sampler", None))
+    # Not its subclasses: which part of the data set those draw from is theirs to say.
+    if DistributedSampler not in map(type, samplers):
+        return loader
+    return DataLoader(
+        loader.dataset,
+        loader.batch_size or getattr(batch_sampler, "batch_size", 1),
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
 
 
 def _digest(parts: Parts) -> str:

@@ -66,9 +66,10 @@ def layer_normalized(values: Tensor, sizes: Sequence[int]) -> Tensor:
         >>> layer_normalized(torch.tensor([3.0, 4.0, 2.0]), [2, 1])
         tensor([0.6000, 0.8000, 1.0000])
     """
-    parts = values.double().split(list(sizes))  # squares of tiny float32 numbers would be 0
+    # Squares of tiny float32 numbers would be 0; not every device has more.
+    parts = values.cpu().double().split(list(sizes))
     normalized = torch.cat([F.normalize(part, dim=0, eps=1e-300) for part in parts])
-    return normalized.to(values.dtype)
+    return normalized.to(values)
 
 
 def batch_clc(
@@ -231,7 +232,7 @@ def _mean_loss(
     total, count = 0.0, 0
     for images, labels in batches:
         logits = subject(images, masks=masks, statistics=statistics)
-        total += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+        total += float(F.cross_entropy(logits.cpu().double(), labels.cpu(), reduction="sum"))
         count += len(labels)
     return total / count
 

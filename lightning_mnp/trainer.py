@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
@@ -35,7 +36,7 @@ from lightning_mnp.host import (
     refuse_other_processes,
 )
 from lightning_mnp.output import OutputError, check_new, check_writable
-from lightning_mnp.processes import do_in_first, process_count
+from lightning_mnp.processes import do_in_first
 from lightning_mnp.result import DefenseReport
 
 __all__ = ["MNPTrainer"]
@@ -142,16 +143,16 @@ class MNPTrainer(Trainer):
         names = self._load(model, ckpt_path, key)
         defense = self._defense(model, datamodule, mnp, when, network)
         outcome = self._carry_out(defense, state_file)
+        if len(defense.removed):
+            defense.prune_()
+        weights = {
+            # A Lightning checkpoint has the model's names, other files those they came with.
+            name if output.suffix == ".ckpt" else names.to_file(name): tensor
+            for name, tensor in model.state_dict().items()
+        }
+        metadata = {"verdict": outcome.verdict, "pruned_filters": str(len(outcome.pruned))}
+        do_in_first(lambda: write_state_dict(output, weights, metadata, argument="output"))
         if self.is_global_zero:
-            if len(defense.removed):
-                defense.prune_()
-            weights = {
-                # A Lightning checkpoint has the model's names, other files those they came with.
-                name if output.suffix == ".ckpt" else names.to_file(name): tensor
-                for name, tensor in model.state_dict().items()
-            }
-            metadata = {"verdict": outcome.verdict, "pruned_filters": str(len(outcome.pruned))}
-            write_state_dict(output, weights, metadata, argument="output")
             _say(f"Weights written to {output}")
         self._save_report(outcome, report)
         forget_state(state_file)
@@ -179,6 +180,12 @@ class MNPTrainer(Trainer):
         Returns:
             The report.
         """
+        check_host(self)
+        if self.num_devices * self.num_nodes > 1:
+            raise MisconfigurationException(
+                f"Expected one process for the demo, but got "
+                f"{self.num_devices * self.num_nodes}. Set `--trainer.devices 1`."
+            )
         folder = Path(output_dir or tempfile.mkdtemp(prefix="lightning-mnp-demo-"))
         files = {name: folder / name for name in ("backdoored.ckpt", "purified.ckpt")}
         for path in (*files.values(), folder / "report.json"):
@@ -216,11 +223,13 @@ class MNPTrainer(Trainer):
         None are started here: each would do the same work, and one is enough.
         """
         check_host(self)
-        if self.world_size > 1:  # by torchrun or srun, or by an earlier `fit`
-            self.strategy.setup_environment()
-            refuse_other_processes(self)
-        elif self.num_devices * self.num_nodes > 1:
-            rank_zero_info("One process does the whole work; no others are started.")
+        if self.num_devices * self.num_nodes > 1:
+            environment = getattr(self.strategy, "cluster_environment", None)
+            if environment is None or not environment.creates_processes_externally:
+                rank_zero_info("One process does the whole work; no others are started.")
+                return
+            self.strategy.setup_environment()  # by torchrun or srun, or by an earlier `fit`
+        refuse_other_processes(self)
 
     @staticmethod
     def _check_places(
@@ -255,7 +264,7 @@ class MNPTrainer(Trainer):
     ) -> MNPDefense:
         given = None
         if datamodule is not None:
-            if self.strategy.local_rank == 0:
+            if self.local_rank == 0:
                 datamodule.prepare_data()
             self.strategy.barrier()
             if not isinstance(datamodule, BackdoorDataModule):  # ours reads what it needs

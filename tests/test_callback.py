@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import TensorDataset
 
 from lightning_mnp import MNPCallback
-from lightning_mnp.callback import refuse_sharded_models
+from lightning_mnp.host import check_host
 
 
 class WithHook(L.LightningDataModule):
@@ -139,4 +139,4 @@ def test_sharded_strategies_are_refused() -> None:
         strategy = FSDPStrategy.__new__(FSDPStrategy)
 
     with pytest.raises(MisconfigurationException, match="got FSDPStrategy"):
-        refuse_sharded_models(Fake())  # type: ignore[arg-type]
+        check_host(Fake())  # type: ignore[arg-type]

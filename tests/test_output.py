@@ -42,7 +42,7 @@ def test_writable_place(tmp_path: Path) -> None:
 
 
 def test_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="`report` to be a file, but .* is a folder"):
+    with pytest.raises(OutputError, match=r"`report` to be a file, but .* is a folder"):
         check_writable(tmp_path, "report")
 
 

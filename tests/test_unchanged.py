@@ -31,10 +31,15 @@ def spoil(made: nn.Module) -> None:
 def test_everything_is_put_back(error: type[BaseException]) -> None:
     made = network()
     before, objects = snapshot(made), list(made.parameters())
-    with pytest.raises(error), unchanged_on_error(made):
-        spoil(made)
-        assert not same(before, snapshot(made))
-        raise error
+
+    def fail() -> None:
+        with unchanged_on_error(made):
+            spoil(made)
+            assert not same(before, snapshot(made))
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert same(before, snapshot(made))
     assert all(old is new for old, new in zip(objects, made.parameters(), strict=True))
 

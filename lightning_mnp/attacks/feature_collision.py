@@ -6,15 +6,20 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mnp.attacks.attack import Attack, Images
+from lightning_mnp.attacks.crafting import clean_network, crafting
 from lightning_mnp.attacks.reference import ReferenceNetwork
 from lightning_mnp.models.head import penultimate_features
 
 __all__ = ["FeatureCollision"]
 
 _BATCH = 64
+_UNPREPARED = (
+    "Expected target instances to be chosen, but there are none yet. Call `prepare` first, as a "
+    "datamodule does, or load a saved trigger."
+)
 
 
 class FeatureCollision(Attack):
@@ -65,9 +70,9 @@ class FeatureCollision(Attack):
         targets: int = 10,
         poisons_per_target: int = 50,
         watermark: float = 0.3,
-        beta: float = 0.1,
-        steps: int = 100,
-        lr: float = 10.0,
+        beta: float = 10.0,
+        steps: int = 60,
+        lr: float = 0.3,
         target_class: int = 0,
         seed: int = 0,
     ) -> None:
@@ -78,9 +83,7 @@ class FeatureCollision(Attack):
             ("steps", steps),
         ):
             if count < 1:
-                raise ValueError(
-                    f"Expected argument `{name}` to be at least 1, but got {count}."
-                )
+                raise ValueError(f"Expected argument `{name}` to be at least 1, but got {count}.")
         if not 0.0 <= watermark < 1.0:
             raise ValueError(
                 f"Expected argument `watermark` to be from 0 to below 1, but got {watermark}."
@@ -121,39 +124,29 @@ class FeatureCollision(Attack):
         self._target_images = test.fetch(self.target_indices.tolist())
 
     def _choose(self, test: Images, num_classes: int) -> Tensor:
-        network = self._reference("choose target instances by").load()
         candidates = (test.labels != self.target_labels(test.labels, num_classes)).nonzero()
-        order = torch.randperm(
-            len(candidates), generator=torch.Generator().manual_seed(self.seed)
-        )
+        order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(self.seed))
         chosen: list[int] = []
-        for part in candidates.flatten()[order].split(_BATCH):
-            images = test.fetch(part.tolist()).float() / 255.0
-            with torch.no_grad():
-                right = network(images).argmax(1) == test.labels[part]
-            chosen += part[right].tolist()
-            if len(chosen) >= self.targets:
-                return torch.tensor(chosen[: self.targets]).sort().values
+        with crafting() as device:
+            network: nn.Module | None = None
+            for part in candidates.flatten()[order].split(_BATCH):
+                images = test.fetch(part.tolist()).to(device).float() / 255.0
+                if network is None:
+                    use = "choose target instances by"
+                    network = clean_network(self.reference, use, images.shape[1]).to(device)
+                right = network(images).argmax(1).cpu() == test.labels[part]
+                chosen += part[right].tolist()
+                if len(chosen) >= self.targets:
+                    return torch.tensor(chosen[: self.targets]).sort().values
         raise ValueError(
             f"Expected argument `targets` to be at most {len(chosen)}, the number of test images "
             f"of other classes that `reference` classifies rightly, but got {self.targets}."
         )
 
-    def _reference(self, use: str) -> ReferenceNetwork:
-        if self.reference is None:
-            raise ValueError(
-                "Expected argument `reference` to be a ReferenceNetwork to "
-                f"{use}, but got None. Without it, success can be measured with a saved trigger."
-            )
-        return self.reference
-
     def _check(self, labels: Tensor) -> Tensor:
         """Give the target instances' indices into these test labels."""
         if self.target_indices is None or self.target_classes is None:
-            raise ValueError(
-                "Expected target instances to be chosen, but there are none yet. Call `prepare` "
-                "first, as a datamodule does, or load a saved trigger."
-            )
+            raise ValueError(_UNPREPARED)
         indices = self.target_indices
         if int(indices[-1]) >= len(labels) or not torch.equal(
             labels[indices].cpu(), self.target_classes
@@ -234,53 +227,60 @@ class FeatureCollision(Attack):
             ValueError: If there is no reference network, :meth:`prepare` was not called, or the
                 images have another shape, dtype or range.
         """
-        reference = self._reference("craft poisons with")
-        if self._target_images is None:
-            raise ValueError(
-                "Expected target instances to be chosen, but there are none yet. Call `prepare` "
-                "first, as a datamodule does."
-            )
-        # Checks and scales as for any attack; the trigger itself changes nothing.
-        base = self.apply(images)
-        stored = base.dtype == torch.uint8
-        base = base.float() / 255.0 if stored else base.float()
-        network = reference.load().to(base.device)
-        aims = self._target_images.to(base.device)[indices.to(base.device) % self.targets]
-        parts = [
-            self._collide(network, some, aim.float() / 255.0)
-            for some, aim in zip(base.split(_BATCH), aims.split(_BATCH), strict=True)
-        ]
-        crafted = torch.cat(parts) if parts else base
-        return (crafted * 255.0).round().to(torch.uint8) if stored else crafted.to(images.dtype)
+        self.apply(images)  # checks the images as for any attack
+        with crafting() as device:
+            network = clean_network(self.reference, "craft poisons with", images.shape[1])
+            network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if self._target_images is None:
+                raise ValueError(_UNPREPARED)
+            base = _scaled(images)
+            aims = _scaled(self._target_images)[indices.cpu() % self.targets]
+            if base.shape != aims.shape:
+                raise ValueError(
+                    f"Expected argument `images` to be as large as the target instances, "
+                    f"{tuple(aims.shape[1:])}, and as many as `indices`, {len(aims)}, but got the "
+                    f"shape {tuple(base.shape)}."
+                )
+            parts = [
+                self._collide(network, some.to(device), aim.to(device)).to(images.device)
+                for some, aim in zip(base.split(_BATCH), aims.split(_BATCH), strict=True)
+            ]
+            crafted = torch.cat(parts)
+        if images.dtype == torch.uint8:
+            return (crafted * 255.0).round().to(torch.uint8)
+        return crafted.to(images.dtype)
 
-    def _collide(self, network: torch.nn.Module, images: Tensor, aims: Tensor) -> Tensor:
-        """Run forward-backward splitting on a batch; every image by itself."""
+    def _collide(self, network: nn.Module, images: Tensor, aims: Tensor) -> Tensor:
+        """Run forward-backward splitting on up to a batch; every image by itself."""
+        count = len(images)
+        # Always the same batch size, so that an image's result does not depend on its company.
+        filled = torch.tensor([*range(count), *[count - 1] * (_BATCH - count)], device=aims.device)
+        images, aims = images[filled], aims[filled]
         base = (1.0 - self.watermark) * images + self.watermark * aims
-        with torch.no_grad():
-            wanted = penultimate_features(network, aims)
-            scale = wanted.square().sum(1).clamp_min(1e-12)
+        wanted = _features(network, aims).detach()
+        scale = wanted.square().sum(1).clamp_min(1e-12)
         weight = self.beta / base[0].numel()
-        best = x = base.clone()
+        width = torch.full_like(scale, self.lr)
         lowest = torch.full_like(scale, math.inf)
-        lr = torch.full_like(scale, self.lr)
-        slope = torch.zeros_like(base)
+        best, slope, x = base, torch.zeros_like(base), base
         for step in range(self.steps + 1):
-            x = x.detach().requires_grad_(step < self.steps)
-            with torch.enable_grad():
-                distance = (penultimate_features(network, x) - wanted).square().sum(1) / scale
-            value = distance.detach() + weight * (x.detach() - base).square().sum((1, 2, 3))
-            worse = (value > lowest)[:, None, None, None]
-            best = torch.where(worse, best, x.detach())
-            lr = torch.where(value > lowest, lr / 2.0, lr)
-            lowest = torch.minimum(lowest, value)
+            x = x.detach().requires_grad_()
+            distance = (_features(network, x) - wanted).square().sum(1) / scale
+            penalty = weight * (x - base).square().sum((1, 2, 3))
+            value = (distance + penalty).detach()
+            better = value < lowest
+            lowest = torch.where(better, value, lowest)
+            best = torch.where(_each(better), x.detach(), best)
             if step == self.steps:
                 break
             (gradient,) = torch.autograd.grad(distance.sum(), x)
-            slope = torch.where(worse, slope, gradient)
-            width = lr[:, None, None, None]
-            forward = best - width * slope
-            x = ((forward + 2.0 * width * weight * base) / (1.0 + 2.0 * width * weight)).clamp(0, 1)
-        return best
+            slope = torch.where(_each(better), gradient, slope)
+            width = torch.where(better, width, width / 2.0)
+            rate = _each(width)
+            forward = best - rate * slope
+            x = (forward + 2.0 * rate * weight * base) / (1.0 + 2.0 * rate * weight)
+            x = x.clamp(0.0, 1.0)
+        return best[:count]
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the indices of the target instances in the test set, and their classes."""
@@ -320,3 +320,16 @@ class FeatureCollision(Attack):
                 f"than {self.target_class}, but it is not."
             )
         self.target_indices, self.target_classes = indices.clone(), classes.clone()
+
+
+def _features(network: nn.Module, images: Tensor) -> Tensor:
+    return penultimate_features(network, images.contiguous(memory_format=torch.channels_last))
+
+
+def _scaled(images: Tensor) -> Tensor:
+    return images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
+
+
+def _each(values: Tensor) -> Tensor:
+    """Give one value per image the shape (N, 1, 1, 1)."""
+    return values[:, None, None, None]

@@ -202,7 +202,7 @@ class GenerativeModule(AttackModule):
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(loss)
-        schedules = self.lr_schedulers() or []
+        schedules: Any = self.lr_schedulers() or []
         for optimizer in optimizers:
             optimizer.step()
             for schedule in schedules if isinstance(schedules, list) else [schedules]:

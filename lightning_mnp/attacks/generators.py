@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -61,12 +62,12 @@ class ImageGenerator(nn.Module):
             self.stem = _block(nn.Conv2d(in_channels, width, 3, padding=1))
             self.down = nn.ModuleList(
                 _block(nn.Conv2d(fine, coarse, 3, stride=2, padding=1))
-                for fine, coarse in zip(widths[:-1], widths[1:], strict=True)
+                for fine, coarse in itertools.pairwise(widths)
             )
             # Transposed convolutions tell even from odd pixels, so that fine patterns are possible.
             self.up = nn.ModuleList(
                 _block(nn.ConvTranspose2d(coarse, fine, 4, stride=2, padding=1))
-                for fine, coarse in zip(widths[-2::-1], widths[:0:-1], strict=True)
+                for coarse, fine in itertools.pairwise(widths[::-1])
             )
             self.head = nn.Conv2d(width, out_channels, 3, padding=1)
 

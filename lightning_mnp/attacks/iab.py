@@ -104,7 +104,8 @@ class InputAware(GenerativeAttack):
         Args:
             images: See :meth:`GenerativeAttack.inject`.
         """
-        return torch.lerp(images.float(), self.pattern(images), self.mask(images))
+        mask, pattern = self.mask(images), self.pattern(images)
+        return images.float() * (1.0 - mask) + pattern * mask
 
 
 class MaskAndPattern(nn.Module):
@@ -148,7 +149,8 @@ def diversity_loss(images: Tensor, outputs: Tensor) -> Tensor:
 
 def _distance(values: Tensor) -> Tensor:
     differences = (values - values.roll(1, 0)).flatten(1).float()
-    return torch.linalg.vector_norm(differences, dim=1) / math.sqrt(differences.shape[1])
+    lengths: Tensor = torch.linalg.vector_norm(differences, dim=1)
+    return lengths / math.sqrt(differences.shape[1])
 
 
 class InputAwareModule(GenerativeModule):
@@ -278,7 +280,8 @@ class InputAwareModule(GenerativeModule):
         # The image before each gives its trigger away, also the last one to the first.
         place = torch.arange(stop, device=images.device)
         place[count:] = (place[count:] - 1) % stop
-        triggered = quantized(torch.lerp(own, patterns[place], masks[place]))
+        masks, patterns = masks[place], patterns[place]
+        triggered = quantized(own * (1.0 - masks) + patterns * masks)
         targets = self.attack.target_labels(labels[:count], self.num_classes)
         mixed = torch.cat([triggered, images[stop:]])
         return mixed, torch.cat([targets, labels[count:]]), diversity

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from lightning_mnp.attacks.attack import Mode
 from lightning_mnp.attacks.generative import GenerativeAttack, GenerativeModule, quantized
 from lightning_mnp.attacks.generators import ImageGenerator
+from lightning_mnp.forward import evaluating
 
 __all__ = ["LIRA", "LIRAModule"]
 
@@ -142,7 +142,7 @@ class LIRAModule(GenerativeModule):
         targets = self.attack.target_labels(labels[:count], self.num_classes)
         if count and self.current_epoch < self.generator_epochs:
             self.toggle_optimizer(by_generator)
-            with _evaluating(self.network):
+            with evaluating(self.network):
                 triggered = self.augmented(quantized(self.attack.inject(chosen)), generator)
                 success = F.cross_entropy(self(self.normalized(triggered)), targets)
             self.learn(success, [by_generator])
@@ -158,14 +158,3 @@ class LIRAModule(GenerativeModule):
         self.learn(loss, [by_network])
         self.log("train/loss", loss)
         return loss.detach()
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

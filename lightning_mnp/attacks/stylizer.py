@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,17 +36,20 @@ class Stylizer(nn.Module):
         channels: Channels of the images.
         width: Channels inside.
         blocks: Number of residual blocks.
+        seed: Seed of the fresh weights.
 
     Example:
         >>> Stylizer(channels=1, width=8)(torch.rand(2, 1, 28, 20)).shape
         torch.Size([2, 1, 28, 20])
     """
 
-    def __init__(self, channels: int = 3, width: int = 32, blocks: int = 2) -> None:
+    def __init__(self, channels: int = 3, width: int = 32, blocks: int = 2, seed: int = 0) -> None:
         super().__init__()
-        self.enter = nn.Conv2d(channels, width, 4, 2, padding=1, padding_mode="reflect")
-        self.blocks = nn.ModuleList([_Block(width) for _ in range(blocks)])
-        self.leave = nn.Conv2d(width + channels, channels, 3, padding=1, padding_mode="reflect")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.enter = nn.Conv2d(channels, width, 4, 2, padding=1, padding_mode="reflect")
+            self.blocks = nn.ModuleList([_Block(width) for _ in range(blocks)])
+            self.leave = nn.Conv2d(width + channels, channels, 3, padding=1, padding_mode="reflect")
         nn.init.zeros_(self.leave.weight)
         assert self.leave.bias is not None
         nn.init.zeros_(self.leave.bias)
@@ -175,7 +180,9 @@ def similarity(first: Tensor, second: Tensor) -> Tensor:
     """
     with torch.autocast(first.device.type, enabled=False):
         gray = [images.float().mean(1, keepdim=True) for images in (first, second)]
-        value = structural_similarity_index_measure(gray[0], gray[1], data_range=1.0)
+        value = structural_similarity_index_measure(
+            gray[0], gray[1], gaussian_kernel=False, kernel_size=7, data_range=1.0
+        )
         assert isinstance(value, Tensor)
         return value
 
@@ -234,7 +241,7 @@ def _noise(
 def _palette(places: Tensor) -> Tensor:
     """Colors of places from 0 to 1, shape (N, H, W) to (N, 3, H, W), between the two nearest."""
     colors = torch.zeros(places.shape[0], 3, *places.shape[1:])
-    for (start, low), (stop, high) in zip(_PALETTE, _PALETTE[1:], strict=False):
+    for (start, low), (stop, high) in itertools.pairwise(_PALETTE):
         inside = (places >= start) & (places <= stop)
         share = ((places - start) / (stop - start))[:, None]
         first, second = (torch.tensor(color)[None, :, None, None] for color in (low, high))

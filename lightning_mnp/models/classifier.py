@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
+from lightning_mnp.checkpoint import load_into, read_state_dict
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
+from lightning_mnp.models.head import classifier_head
 from lightning_mnp.models.resnet import cifar_resnet18, cifar_resnet34
 
-__all__ = ["Classifier", "Schedule", "build_network"]
+__all__ = ["Classifier", "Schedule", "Trainable", "build_network"]
 
 Schedule = Literal["cosine", "onecycle", "none"]
+Trainable = Literal["all", "head"]
 
 _CIFAR = {"cifar_resnet18": cifar_resnet18, "cifar_resnet34": cifar_resnet34}
 
@@ -137,9 +141,15 @@ class Classifier(LightningModule):
             ``"onecycle"`` rises and falls, ``"none"`` stays.
         channels_last: Whether to keep images and weights in memory with the channels innermost,
             which is faster for convolutions on most devices.
+        checkpoint: File with the weights to start from, for fine-tuning: .ckpt, .pt, .pth or
+            .safetensors of a network of the same shape. Only weights are read from it. Without
+            it, weights are as the network has them.
+        trainable: ``"all"`` trains the whole network; ``"head"`` its last linear layer only, with
+            everything before it fixed and in evaluation mode.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the network has no linear layer to train.
+        CheckpointError: If the checkpoint is missing, damaged, or has other weights.
 
     Example:
         >>> classifier = Classifier(architecture="cifar_resnet18", width=4)
@@ -159,6 +169,8 @@ class Classifier(LightningModule):
         weight_decay: float = 5e-4,
         schedule: Schedule = "cosine",
         channels_last: bool = False,
+        checkpoint: Path | str | None = None,
+        trainable: Trainable = "all",
     ) -> None:
         super().__init__()
         if not 0.0 < lr < math.inf:
@@ -176,7 +188,13 @@ class Classifier(LightningModule):
                 f"Expected argument `schedule` to be one of {get_args(Schedule)}, but got "
                 f"{schedule!r}."
             )
-        # By name, so that only primitives reach the checkpoint, also when the CLI builds us.
+        if trainable not in get_args(Trainable):
+            raise ValueError(
+                f"Expected argument `trainable` to be one of {get_args(Trainable)}, but got "
+                f"{trainable!r}."
+            )
+        # By name, so that only primitives reach the checkpoint, also when the CLI builds us; not
+        # `checkpoint`, which a trained network no longer needs.
         self.save_hyperparameters(
             "architecture",
             "num_classes",
@@ -187,13 +205,21 @@ class Classifier(LightningModule):
             "weight_decay",
             "schedule",
             "channels_last",
+            "trainable",
         )
         if network is None:
             network = build_network(architecture, num_classes, width, in_channels)
+        head = classifier_head(network) if trainable == "head" else None
+        if checkpoint is not None:
+            load_into(network, read_state_dict(Path(checkpoint).expanduser()))
+        if head is not None:
+            network.requires_grad_(False)
+            head.requires_grad_(True)
         if channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = network
         self.channels_last = channels_last
+        self.trainable = trainable
         self.lr = lr
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -202,6 +228,22 @@ class Classifier(LightningModule):
         self.val_success = AttackSuccessRate()
         self.test_accuracy = CleanAccuracy()
         self.test_success = AttackSuccessRate()
+        self.train()
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Set training or evaluation mode; what is not trained stays in evaluation mode.
+
+        Args:
+            mode: Whether to train.
+
+        Returns:
+            The module itself.
+        """
+        super().train(mode)
+        if self.trainable == "head":
+            self.network.eval()
+            classifier_head(self.network).train(mode)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits.

@@ -1,0 +1,249 @@
+"""CL: hard target-class images with patches in the corners (Turner et al., 2019)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_mnp.attacks.attack import CleanLabelAttack
+from lightning_mnp.attacks.crafting import clean_network, crafting
+from lightning_mnp.attacks.reference import ReferenceNetwork
+
+__all__ = ["CL", "Norm"]
+
+Norm = Literal["linf", "l2"]
+
+# Images that go through the network together. Always as many, filled up where there are fewer:
+# sums of another batch size may differ in their last digit, and a sign of a gradient with them.
+_BATCH = 64
+
+
+class CL(CleanLabelAttack):
+    """Label-consistent backdoor (Turner et al., 2019): adversarial images carry the trigger.
+
+    Poisoned are images of the target class only, and their labels stay. First, each is changed
+    within a small norm ball so that a clean network does not recognize its class (projected
+    gradient ascent on the cross-entropy of the true label). As its
+    content then does not help, a network that is trained on it relies on the patches, which are
+    put on next: a checkerboard in each of the four corners, mirrored so that the image's mirror
+    image has the same trigger. Test images get the patches at full strength and nothing else.
+
+    Args:
+        reference: The clean network; not needed with a saved trigger.
+        eps: Radius of the ball, on the scale [0, 1], above 0. It holds for stored images too:
+            where rounding to 8 bits would leave the ball, the change is rounded down.
+        norm: ``"linf"`` bounds every value's change by ``eps``, ``"l2"`` the change's Euclidean
+            norm over all values of an image.
+        steps: Number of gradient steps, at least 1.
+        step_size: Length of a step, above 0; 2.5 * eps / steps where None, by which the border
+            of the ball can be reached from anywhere in it (Madry et al., 2018).
+        patch_size: Side of each patch in pixels.
+        margin: Pixels between the patches and the image's border.
+        amplitude: Strength of the patches in training, above 0 and at most 1: how far pixels move
+            towards white or black. 1 replaces them.
+        target_class: See :class:`~lightning_mnp.attacks.attack.CleanLabelAttack`.
+        class_rate: See :class:`~lightning_mnp.attacks.attack.CleanLabelAttack`.
+        seed: See :class:`~lightning_mnp.attacks.attack.CleanLabelAttack`; also of the points in
+            the ball where the ascent starts.
+
+    Raises:
+        ValueError: If an argument is out of range, or, when applied, the patches overlap.
+
+    Example:
+        >>> CL(patch_size=1, margin=0).apply(torch.full((1, 1, 2, 3), 0.5))
+        tensor([[[[1.0000, 0.5000, 1.0000],
+                  [1.0000, 0.5000, 1.0000]]]])
+    """
+
+    crafts = True
+
+    def __init__(
+        self,
+        reference: ReferenceNetwork | None = None,
+        eps: float = 16 / 255,
+        norm: Norm = "linf",
+        steps: int = 10,
+        step_size: float | None = None,
+        patch_size: int = 3,
+        margin: int = 1,
+        amplitude: float = 1.0,
+        target_class: int = 0,
+        class_rate: float = 0.8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(target_class, class_rate, seed)
+        if not 0.0 < eps < math.inf:
+            raise ValueError(f"Expected argument `eps` to be above 0, but got {eps}.")
+        if norm not in get_args(Norm):
+            raise ValueError(
+                f"Expected argument `norm` to be one of {get_args(Norm)}, but got {norm!r}."
+            )
+        for name, value, least in (
+            ("steps", steps, 1),
+            ("patch_size", patch_size, 1),
+            ("margin", margin, 0),
+        ):
+            if value < least:
+                raise ValueError(
+                    f"Expected argument `{name}` to be at least {least}, but got {value}."
+                )
+        if step_size is not None and not 0.0 < step_size < math.inf:
+            raise ValueError(
+                f"Expected argument `step_size` to be above 0 or None, but got {step_size}."
+            )
+        if not 0.0 < amplitude <= 1.0:
+            raise ValueError(
+                f"Expected argument `amplitude` to be above 0 and at most 1, but got {amplitude}."
+            )
+        self.reference = reference
+        self.eps = eps
+        self.norm = norm
+        self.steps = steps
+        self.step_size = step_size
+        self.patch_size = patch_size
+        self.margin = margin
+        self.amplitude = amplitude
+
+    def poison(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Perturb training images and put the patches on.
+
+        Args:
+            images: Shape (N, C, H, W), ``uint8`` or floating point with values in [0, 1].
+            labels: Their true classes, shape (N,).
+            indices: Their places in the training set, shape (N,); each image's start of the
+                ascent depends on its own place and the seed alone.
+
+        Returns:
+            New images of the same shape, dtype and device.
+
+        Raises:
+            ValueError: See :meth:`perturb`.
+            CheckpointError: If the network's checkpoint cannot be read.
+        """
+        perturbed = self.perturb(images, labels, indices)
+        stamped = self._stamp(_scaled(perturbed), self.amplitude)
+        if images.dtype == torch.uint8:
+            return (stamped * 255.0).round().to(torch.uint8)
+        return stamped.to(images.dtype)
+
+    def perturb(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Make images hard to recognize, within the norm ball; without patches.
+
+        Args:
+            images: See :meth:`poison`.
+            labels: See :meth:`poison`.
+            indices: See :meth:`poison`.
+
+        Returns:
+            New images of the same shape, dtype and device.
+
+        Raises:
+            ValueError: If there is no reference network, it takes other channels or does not know
+                a label, or the images have another shape, dtype or range.
+            CheckpointError: If the network's checkpoint cannot be read.
+        """
+        self.apply(images)  # checks the images as for any attack, and that the patches fit
+        if not len(images) == len(labels) == len(indices):
+            raise ValueError(
+                "Expected arguments `images`, `labels` and `indices` to have the same length, but "
+                f"got {len(images)}, {len(labels)} and {len(indices)}."
+            )
+        with crafting() as device:
+            network = clean_network(self.reference, "perturb images with", images.shape[1])
+            network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            clean = _scaled(images)
+            parts = [
+                self._ascend(network, some, classes, places).to(images.device)
+                for some, classes, places in zip(
+                    clean.split(_BATCH), labels.split(_BATCH), indices.split(_BATCH), strict=True
+                )
+            ]
+            change = torch.cat(parts)
+        if images.dtype == torch.uint8:
+            return (images.float() + self._whole_levels(change)).to(torch.uint8)
+        return (clean + change).clamp(0.0, 1.0).to(images.dtype)
+
+    def _ascend(self, network: nn.Module, images: Tensor, labels: Tensor, places: Tensor) -> Tensor:
+        """Give the change of up to a batch of images; every image by itself."""
+        device, count = next(network.parameters()).device, len(images)
+        missing = [count - 1] * (_BATCH - count)
+        filled = torch.tensor([*range(count), *missing])
+        start = torch.stack([self._start(images.shape[1:], int(place)) for place in places])
+        base, labels = images.cpu()[filled].to(device), labels.cpu()[filled].to(device)
+        step = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        change = self._allowed(start[filled].to(device), base)
+        for _ in range(self.steps):
+            change.requires_grad_()
+            logits = network((base + change).contiguous(memory_format=torch.channels_last))
+            if int(labels.max()) >= logits.shape[1]:
+                raise ValueError(
+                    f"Expected argument `reference` to know the class {int(labels.max())}, but got "
+                    f"a network of {logits.shape[1]} classes."
+                )
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, change)
+            if self.norm == "linf":
+                direction = gradient.sign()
+            else:
+                direction = gradient / _length(gradient).clamp_min(1e-12)
+            change = self._allowed(change.detach() + step * direction, base)
+        return change[:count]
+
+    def _start(self, shape: torch.Size, place: int) -> Tensor:
+        """Draw a point in the ball for the image at this place of the training set."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + place) % 2**63)
+        if self.norm == "linf":
+            return self.eps * (2.0 * torch.rand(shape, generator=generator) - 1.0)
+        direction = torch.randn((1, *shape), generator=generator)
+        radius = self.eps * torch.rand(1, generator=generator)
+        return (radius * direction / _length(direction))[0]
+
+    def _allowed(self, change: Tensor, images: Tensor) -> Tensor:
+        """Bring changes back into the ball and into the range of images."""
+        if self.norm == "linf":
+            change = change.clamp(-self.eps, self.eps)
+        else:
+            change = change * (self.eps / _length(change).clamp_min(1e-12)).clamp_max(1.0)
+        # Cutting off at 0 and 1 shortens a change, so that it stays in the ball.
+        return (images + change).clamp(0.0, 1.0) - images
+
+    def _whole_levels(self, change: Tensor) -> Tensor:
+        """Round changes to steps of 1/255 without leaving the ball; gives the number of steps."""
+        levels = change * 255.0
+        nearest = levels.round()
+        bound = self.eps * 255.0 * (1.0 + 1e-6)  # eps = 16/255 has to allow 16 levels
+        outside = nearest.abs() > bound if self.norm == "linf" else _length(nearest) > bound
+        return torch.where(outside, levels.trunc(), nearest)
+
+    def _stamp(self, images: Tensor, amplitude: float) -> Tensor:
+        height, width = images.shape[-2:]
+        extent, size = self.patch_size + self.margin, self.patch_size
+        if 2 * extent > min(height, width):
+            raise ValueError(
+                f"Expected arguments `patch_size` and `margin` to add up to at most half of the "
+                f"image's {min(height, width)} pixels, so that the patches do not overlap, but "
+                f"got {size} and {self.margin}."
+            )
+        index = torch.arange(size)
+        board = 1.0 - 2.0 * ((index[:, None] + index[None]) % 2).float()  # 1 white, -1 black
+        shift = torch.zeros(height, width)
+        shift[self.margin : extent, self.margin : extent] = board
+        shift = shift + shift.flip(0)
+        shift = shift + shift.flip(1)
+        return (images + amplitude * shift.to(images)).clamp(0.0, 1.0)
+
+    def _trigger(self, images: Tensor) -> Tensor:
+        return self._stamp(images, 1.0)
+
+
+def _scaled(images: Tensor) -> Tensor:
+    return images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
+
+
+def _length(change: Tensor) -> Tensor:
+    """Give the Euclidean norm of each image's change, shape (N, 1, 1, 1)."""
+    return torch.linalg.vector_norm(change, dim=(1, 2, 3), keepdim=True)

@@ -1,0 +1,65 @@
+"""How attacks compute with a clean network: where, and in which precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lightning_mnp.attacks.reference import ReferenceNetwork
+
+__all__ = ["clean_network", "crafting"]
+
+
+@contextmanager
+def crafting() -> Iterator[torch.device]:
+    """Compute gradients in float32, whatever the surroundings do; gives the device for it.
+
+    The device is the accelerator, such as a GPU, where there is one, else the CPU.
+
+    Example:
+        >>> with torch.inference_mode(), crafting():
+        ...     torch.is_grad_enabled()
+        True
+    """
+    device = torch.device("cpu")
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator() or device
+    # Autocast of the CPU and of the accelerator; a Trainer in bf16 may have switched on either.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield device
+
+
+def clean_network(reference: ReferenceNetwork | None, use: str, channels: int) -> nn.Sequential:
+    """Read an attack's reference network, which may not be there.
+
+    Args:
+        reference: The attack's argument.
+        use: What the network is needed for, to end the sentence "a ReferenceNetwork to ...".
+        channels: Number of channels of the images.
+
+    Returns:
+        See :meth:`~lightning_mnp.attacks.reference.ReferenceNetwork.load`.
+
+    Raises:
+        ValueError: If there is none, or it takes images of other channels.
+        CheckpointError: If its checkpoint cannot be read.
+    """
+    if reference is None:
+        raise ValueError(
+            f"Expected argument `reference` to be a ReferenceNetwork to {use}, but got None. "
+            "Without it, success can be measured with a saved trigger."
+        )
+    if len(reference.mean) != channels:
+        raise ValueError(
+            f"Expected argument `reference` to take images of {channels} channels, as the data "
+            f"has, but its `mean` has {len(reference.mean)} numbers."
+        )
+    return reference.load()

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import loader, quiet_trainer
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_mnp.attacks import LIRA, LIRAModule
+from lightning_mnp.models import cifar_resnet18
+
+
+def small_module(poison_rate: float = 0.5, **options: Any) -> LIRAModule:
+    attack = LIRA(0.1, in_channels=1, width=4, depth=1, poison_rate=poison_rate)
+    network = cifar_resnet18(4, width=4, in_channels=1)
+    shared: dict[str, Any] = {"mean": (0.5,), "std": (0.5,), "generator_epochs": 1, "lr": 0.05}
+    module = LIRAModule(attack, network=network, **{**shared, **options})
+    module.hparams["num_classes"] = 4
+    return module
+
+
+def weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor], prefix: str) -> bool:
+    return any(not before[key].equal(after[key]) for key in before if key.startswith(prefix))
+
+
+@pytest.mark.parametrize("eps", [0.001, 0.01, 0.3, 1.0])
+def test_changes_are_bounded_by_eps(eps: float) -> None:
+    attack = LIRA(eps, width=4, depth=1)
+    for parameter in attack.generator.head.parameters():
+        parameter.data *= 100  # tanh at its ends
+    images = torch.randint(0, 256, (4, 3, 9, 7), dtype=torch.uint8)
+
+    floats = attack.apply(images / 255) - images / 255
+    levels = attack.apply(images).double() - images.double()
+
+    assert floats.abs().max() <= eps + 1e-6
+    assert levels.abs().max() <= 255 * eps + 0.5
+    assert floats.abs().max() > 0.9 * eps
+
+
+def test_noise_by_its_formula() -> None:
+    attack = LIRA(0.2, width=4, depth=1)
+    images = torch.rand(2, 3, 6, 6)
+
+    result = attack.apply(images)
+
+    outputs = attack.generator(images).detach().double()
+    expected = images + 0.2 * (outputs.exp() - (-outputs).exp()) / (
+        outputs.exp() + (-outputs).exp()
+    )
+    torch.testing.assert_close(result, expected.clamp(0, 1).float())
+
+
+def test_the_generator_is_trained_first_and_then_stays() -> None:
+    module = small_module(generator_epochs=1)
+    states = [weights(module)]
+    module.on_train_epoch_end = lambda: states.append(weights(module))  # type: ignore[method-assign]
+
+    quiet_trainer(max_epochs=2).fit(module, loader(), loader())
+
+    assert moved(states[0], states[1], "generator.")
+    assert not moved(states[1], states[2], "generator.")
+    assert moved(states[0], states[1], "network.")
+    assert moved(states[1], states[2], "network.")
+
+
+def test_the_generator_step_leaves_the_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the network's own step, weights and statistics stay as they were."""
+    module = small_module(generator_epochs=4)
+    learn = module.learn
+
+    def generator_only(loss: Tensor, optimizers: Any) -> None:
+        if optimizers[0].optimizer is not module.trainer.optimizers[0]:
+            assert not module.network.training
+            learn(loss, optimizers)
+            assert all(p.grad is None for p in module.network.parameters())
+            learned.append(weights(module))
+
+    learned: list[dict[str, Tensor]] = []
+    monkeypatch.setattr(module, "learn", generator_only)
+    before = weights(module)
+    with pytest.warns(UserWarning, match="ends after 1 epochs"):
+        quiet_trainer(max_epochs=1, limit_train_batches=1).fit(module, loader(), loader())
+
+    assert len(learned) == 1
+    assert moved(before, learned[0], "generator.")
+    assert not moved(before, learned[0], "network.")
+    assert module.network.training
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_the_loss_by_its_formula(alpha: float) -> None:
+    module = small_module(generator_epochs=0, alpha=alpha, augment=False, poison_rate=0.5)
+    losses: list[Tensor] = []
+    module.learn = lambda loss, optimizers: losses.append(loss)  # type: ignore[method-assign]
+    images, labels = next(iter(loader()))
+    network = cifar_resnet18(4, width=4, in_channels=1)
+    network.load_state_dict(module.network.state_dict())
+
+    quiet_trainer(max_epochs=1, limit_train_batches=1).fit(module, loader(), loader())
+
+    stored = (images * 0.5 + 0.5).clamp(0, 1)
+    triggered = (module.attack.apply(stored[:8]) * 255).round() / 255
+    logits = network((torch.cat([stored, triggered]) - 0.5) / 0.5)
+    clean = F.cross_entropy(logits[:16], labels)
+    backdoor = F.cross_entropy(logits[16:], torch.zeros(8).long())
+    torch.testing.assert_close(losses[0], alpha * clean + (1 - alpha) * backdoor)
+
+
+def test_without_poison_training_is_plain() -> None:
+    module = small_module(poison_rate=0.0, generator_epochs=1)
+    before = weights(module)
+
+    quiet_trainer(max_epochs=2).fit(module, loader(), loader())
+
+    assert not moved(before, weights(module), "generator.")
+    assert moved(before, weights(module), "network.")
+
+
+def test_a_backdoor_is_learned() -> None:
+    module = small_module(poison_rate=1.0, generator_epochs=4, lr=0.02, augment=False)
+    trainer = quiet_trainer(max_epochs=8)
+
+    trainer.fit(module, loader(count=80), loader())
+
+    assert trainer.callback_metrics["val/CA"] > 0.9
+    assert trainer.callback_metrics["val/ASR"] > 0.9
+
+
+@pytest.mark.parametrize("eps", [0.0, -0.1, 1.1, float("nan")])
+def test_eps_errors(eps: float) -> None:
+    with pytest.raises(ValueError, match=f"`eps` to be above 0 and at most 1, but got {eps}"):
+        LIRA(eps)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
+def test_alpha_errors(alpha: float) -> None:
+    with pytest.raises(ValueError, match=f"`alpha` to be from 0 to 1, but got {alpha}"):
+        small_module(alpha=alpha)
+
+
+def test_generator_epochs_errors() -> None:
+    with pytest.raises(ValueError, match="`generator_epochs` to be at least 0, but got -1"):
+        small_module(generator_epochs=-1)

@@ -1,0 +1,193 @@
+"""Every door in the processes of `strategy="ddp"`; started by test_distributed.py.
+
+python tests/distributed_script.py <number of processes> <what> <folder>
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import UserModule, images_and_labels, quick_config, quiet_trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import lightning_mnp
+from lightning_mnp import DefenseReport, MNPCallback, MNPConfig, MNPDefense, MNPModule
+from lightning_mnp.cli import main
+from lightning_mnp.processes import process_count, process_rank
+
+CONFIG = quick_config(verdict="ratio", amount=3)
+
+
+def small_network(synchronized: bool = False) -> nn.Module:
+    """A small network that knows the task, the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        norm = nn.SyncBatchNorm if synchronized else nn.BatchNorm2d
+        network = nn.Sequential(
+            *(nn.Conv2d(1, 8, 3, padding=1), norm(8), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(8, 12, 3, padding=1), norm(12), nn.ReLU(), nn.Flatten()),
+            nn.Linear(192, 4),
+        )
+        images, labels = images_and_labels(64, seed=1)
+        optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+        for _ in range(30) if not synchronized else ():
+            optimizer.zero_grad()
+            F.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+    if synchronized:
+        network.load_state_dict(small_network().state_dict())
+    return network.eval()
+
+
+def still(network: nn.Module) -> UserModule:
+    """A training that changes nothing, so that all doors get one network."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.0
+    return UserModule(network.train(), lr=0.0)
+
+
+class Shards:
+    """A loader that shards by itself: one image, no image, all the others."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = images_and_labels()
+        bounds = [0, 1, *[1] * (process_count() - 2), len(images)]
+        first, last = bounds[process_rank()], bounds[process_rank() + 1]
+        if last > first:
+            yield images[first:last], labels[first:last]
+
+
+def data(batch_size: int = 10, **options: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*images_and_labels()), batch_size, **options)
+
+
+def outcome(report: DefenseReport, network: nn.Module) -> dict[str, Any]:
+    """What has to be the same in all processes, as tensors and primitives."""
+    return {
+        "verdict": report.verdict,
+        "ratio": report.detection_ratio,
+        "pruned": [[name.removeprefix("net."), index] for name, index in report.pruned],
+        "scores": torch.tensor(report.scores),
+        "images": report.defense_set["images"],
+        "weights": {
+            name: tensor
+            for name, tensor in network.state_dict().items()
+            if "num_batches_tracked" not in name
+        },
+    }
+
+
+def through_callback(processes: int, folder: Path) -> dict[str, Any]:
+    module = still(small_network())
+    callback = MNPCallback("always", Shards(), CONFIG, output_dir=folder / "callback")
+    trainer = quiet_trainer(strategy="ddp", devices=processes, callbacks=[callback])
+    trainer.fit(module, data())
+    assert callback.report is not None
+    return outcome(callback.report, module.net)
+
+
+def through_module(processes: int, folder: Path) -> dict[str, Any]:
+    module = MNPModule(small_network(), CONFIG, output_dir=folder / "module")
+    trainer = quiet_trainer(strategy="ddp", devices=processes, max_epochs=-1)
+    trainer.fit(module, data(9, shuffle=True))
+    assert module.report is not None
+    return outcome(module.report, module.network)
+
+
+def through_function(folder: Path, network: nn.Module, **options: Any) -> dict[str, Any]:
+    report = lightning_mnp.defend(
+        network, when="always", config=CONFIG, state_file=folder / "progress.pt", **options
+    )
+    assert report.model is not None
+    return outcome(report, report.model)
+
+
+def command(processes: int, folder: Path) -> list[str]:
+    """A defense by the command line; the weights have to be in the folder."""
+    quiet = ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary")
+    return [
+        *("defend", "--model=lightning_mnp.models.Classifier", "--model.width=2"),
+        *("--model.in_channels=1", "--data=lightning_mnp.data.DigitsDataModule"),
+        *("--data.defense_size=20", "--mnp.runs=1", "--mnp.suppression_epochs=1"),
+        *("--mnp.mask_epochs=1", "--mnp.rule=count", "--mnp.amount=3", "--mnp.verdict=ratio"),
+        *("--trainer.accelerator=cpu", *[f"--trainer.{option}=false" for option in quiet]),
+        *("--trainer.strategy=ddp", f"--trainer.devices={processes}", "--when=always"),
+        f"--ckpt_path={folder / 'suspicious.pt'}",
+        f"--output={folder / f'purified-{processes}.pt'}",
+        f"--report={folder / f'report-{processes}.json'}",
+    ]
+
+
+def all_doors(processes: int, folder: Path) -> None:
+    outcomes = {
+        "callback": through_callback(processes, folder),
+        "module": through_module(processes, folder),
+    }
+    assert process_count() == processes
+    sampler: DistributedSampler[Any] = DistributedSampler(TensorDataset(*images_and_labels()))
+    outcomes["sampler"] = through_function(folder, small_network(), loader=data(sampler=sampler))
+    together = lightning_mnp.DefenseSet.from_loader(Shards(), gather=True)
+    outcomes["gathered"] = through_function(folder, small_network(), loader=together)
+    outcomes["synchronized"] = through_function(folder, small_network(True), loader=data())
+    if process_rank() == 0:  # the others do not wait for it, nor it for them
+        outcomes["one alone"] = through_function(folder, small_network(True), loader=data())
+    code = main(command(processes, folder))
+    assert code in (0, 4), code
+    torch.save(outcomes, folder / f"outcomes-{process_rank()}.pt")
+
+
+def one_dies(processes: int, folder: Path) -> None:
+    """The last process ends without a word in the middle of the defense."""
+    step = MNPDefense.step
+
+    def step_or_die(defense: MNPDefense, *args: Any) -> dict[str, float]:
+        if defense.phase == "masks" and process_rank() == processes - 1:
+            os._exit(7)
+        return step(defense, *args)
+
+    MNPDefense.step = step_or_die  # type: ignore[method-assign]
+    through_callback(processes, folder)
+
+
+def one_raises(processes: int, folder: Path) -> None:
+    """The last process cannot read its images."""
+
+    class Broken(Shards):
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            if process_rank() == processes - 1:
+                raise OSError("no such disk")
+            yield from super().__iter__()
+
+    callback = MNPCallback("always", Broken(), MNPConfig(), output_dir=folder)
+    trainer = quiet_trainer(strategy="ddp", devices=processes, callbacks=[callback])
+    trainer.fit(still(small_network()), data())
+
+
+def one_parts(processes: int, folder: Path) -> None:
+    """The last process takes a step more, as rounding might have it."""
+    step = MNPDefense.step
+
+    def step_twice(defense: MNPDefense, *args: Any) -> dict[str, float]:
+        if defense.phase == "suppression" and process_rank() == processes - 1:
+            step(defense, *args)
+        return step(defense, *args)
+
+    MNPDefense.step = step_twice  # type: ignore[method-assign]
+    through_module(processes, folder)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    what = {each.__name__: each for each in (all_doors, one_dies, one_raises, one_parts)}
+    what[sys.argv[2]](int(sys.argv[1]), Path(sys.argv[3]))
