@@ -138,7 +138,7 @@ class MNPCallback(Callback):
             defense = self._defense(trainer, pl_module)
             bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
             run_defense(defense, progress=bar and not _is_trial(trainer))
-            report = follow_first(trainer, defense)
+            report = follow_first(defense)
             if len(defense.removed):
                 defense.prune_()
         self.report = report

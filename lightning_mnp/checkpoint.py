@@ -132,9 +132,16 @@ def _read_mapped(
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file can break its reader at any point
-        raise CheckpointError(
-            f"{shown} is damaged or no checkpoint: {printable(str(error), 300)}"
-        ) from error
+        raise CheckpointError(f"{shown} is damaged or no checkpoint: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Say what a reader met, without PyTorch's advice to read the file with less care."""
+    text = str(error)
+    if "weights_only" in text:
+        _, found, text = text.partition("WeightsUnpickler error: ")
+        text = text.splitlines()[0] if found else "PyTorch refused it"
+    return printable(text, 300)
 
 
 def _all_tensors(content: object) -> Iterator[Tensor]:

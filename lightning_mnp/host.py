@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_mnp.defense import MNPDefense
 from lightning_mnp.defense_set import DefenseSet, Unpack
 from lightning_mnp.output import check_writable, write_whole
-from lightning_mnp.processes import do_in_first, process_count
+from lightning_mnp.processes import do_in_first, gather_objects, process_count
 from lightning_mnp.result import DefenseReport
 
 __all__ = [
@@ -192,16 +192,16 @@ def _publish(finished: Path, path: Path) -> None:
     write_whole(path, write, argument="output_dir")
 
 
-def follow_first(trainer: Trainer, defense: MNPDefense) -> DefenseReport:
+def follow_first(defense: MNPDefense) -> DefenseReport:
     """Take the first process's outcome, so that rounding cannot part the processes.
 
     Args:
-        trainer: The Trainer.
         defense: The engine, finished; it is told which filters to remove.
 
     Returns:
         The first process's report.
     """
-    removed: list[int] = trainer.strategy.broadcast(defense.removed.tolist())
+    # Not a broadcast, which would not tell that another process has died.
+    removed, report = gather_objects((defense.removed.tolist(), defense.report()))[0]
     defense.removed = torch.tensor(removed, dtype=torch.long, device=defense.removed.device)
-    return trainer.strategy.broadcast(defense.report())
+    return cast(DefenseReport, report)

@@ -216,7 +216,7 @@ def find_filter_layers(
         elif any(True for _ in convolution.children()):
             skipped.append((name, "it holds layers of its own"))
         elif watch.scales[name] is None:
-            skipped.append((name, "its output does not vanish with its weights"))
+            skipped.append((name, "its maps do not vanish one by one with its weights"))
         elif _is_tied(convolution, owners):
             skipped.append((name, "its weights belong to another layer, too"))
         else:

@@ -195,7 +195,7 @@ class MNPModule(LightningModule):
             )
 
     def _finish(self, defense: MNPDefense) -> None:
-        self.report = follow_first(self.trainer, defense)
+        self.report = follow_first(defense)
         if len(defense.removed):
             defense.prune_()
         self.report.model = self.network

@@ -78,7 +78,7 @@ def filter_scale(convolution: _ConvNd, args: Any, kwargs: dict[str, Any]) -> str
 
     Returns:
         ``"weight"``, the name of another parameter with one number for each filter, ``""`` where
-        none scales the maps, or None where a map does not even vanish with weight and bias.
+        none scales the maps, or None where a map does not vanish with its weights and bias alone.
 
     Example:
         >>> filter_scale(nn.Conv1d(1, 2, 1), (torch.rand(1, 1, 3),), {})

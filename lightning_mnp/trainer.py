@@ -284,7 +284,7 @@ class MNPTrainer(Trainer):
     def _carry_out(self, defense: MNPDefense, state_file: Path | None) -> DefenseReport:
         bar = self.progress_bar_callback is not None and self.is_global_zero
         run_defense(defense, state_file=state_file, progress=bar)
-        self.report = outcome = follow_first(self, defense)
+        self.report = outcome = follow_first(defense)
         for logger in self.loggers:
             logger.log_metrics(outcome.metrics(), step=self.global_step)
         if self.is_global_zero:

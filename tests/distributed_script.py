@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_mnp
-from lightning_mnp import DefenseReport, MNPCallback, MNPConfig, MNPDefense, MNPModule
+from lightning_mnp import DefenseReport, MNPCallback, MNPDefense, MNPModule
 from lightning_mnp.cli import main
 from lightning_mnp.processes import process_count, process_rank
 
@@ -142,7 +142,8 @@ def all_doors(processes: int, folder: Path) -> None:
         outcomes["one alone"] = through_function(folder, small_network(True), loader=data())
     code = main(command(processes, folder))
     assert code in (0, 4), code
-    torch.save(outcomes, folder / f"outcomes-{process_rank()}.pt")
+    errors = {"broken": broken(), "parted": parted(processes, folder)}
+    torch.save((outcomes, errors), folder / f"outcomes-{process_rank()}.pt")
 
 
 def one_dies(processes: int, folder: Path) -> None:
@@ -158,22 +159,24 @@ def one_dies(processes: int, folder: Path) -> None:
     through_callback(processes, folder)
 
 
-def one_raises(processes: int, folder: Path) -> None:
-    """The last process cannot read its images."""
+def broken() -> str:
+    """The last process cannot read its images: what all of them say."""
 
     class Broken(Shards):
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-            if process_rank() == processes - 1:
+            if process_rank() == process_count() - 1:
                 raise OSError("no such disk")
             yield from super().__iter__()
 
-    callback = MNPCallback("always", Broken(), MNPConfig(), output_dir=folder)
-    trainer = quiet_trainer(strategy="ddp", devices=processes, callbacks=[callback])
-    trainer.fit(still(small_network()), data())
+    try:
+        lightning_mnp.DefenseSet.from_loader(Broken(), gather=True)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
-def one_parts(processes: int, folder: Path) -> None:
-    """The last process takes a step more, as rounding might have it."""
+def parted(processes: int, folder: Path) -> str:
+    """The last process takes a step more, as rounding might have it: what all of them say."""
     step = MNPDefense.step
 
     def step_twice(defense: MNPDefense, *args: Any) -> dict[str, float]:
@@ -182,12 +185,18 @@ def one_parts(processes: int, folder: Path) -> None:
         return step(defense, *args)
 
     MNPDefense.step = step_twice  # type: ignore[method-assign]
-    through_module(processes, folder)
+    try:
+        through_module(processes, folder / "parted")
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        MNPDefense.step = step  # type: ignore[method-assign]
+    return ""
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    what = {each.__name__: each for each in (all_doors, one_dies, one_raises, one_parts)}
+    what = {each.__name__: each for each in (all_doors, one_dies)}
     what[sys.argv[2]](int(sys.argv[1]), Path(sys.argv[3]))

@@ -489,6 +489,16 @@ def test_no_checkpoint(tmp_path: Path, data: bytes, message: str) -> None:
         read_state_dict(path)
 
 
+def test_no_advice_to_read_with_less_care(tmp_path: Path) -> None:
+    for name, number in (("long.pt", 10**999), ("other.pt", 0)):
+        torch.save({"number": number}, tmp_path / name)
+    rewrite_member(tmp_path / "other.pt", "data.pkl", lambda _: b"\x80\x02}0.")
+    for name in ("long.pt", "other.pt"):
+        with pytest.raises(CheckpointError, match="damaged or no checkpoint: ") as caught:
+            read_state_dict(tmp_path / name)
+        assert "weights_only" not in str(caught.value)
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(CheckpointError, match="`path` to be an existing file"):
@@ -513,7 +523,7 @@ def test_path_like_names_are_only_names(tmp_path: Path) -> None:
 
 
 def mutations(original: bytes) -> st.SearchStrategy[bytes]:
-    """Cut a file, overwrite bytes of it, insert bytes into it."""
+    """Cut a file, flip bits of it, overwrite bytes of it, insert bytes into it."""
 
     def mutate(edits: list[tuple[str, int, bytes]]) -> bytes:
         data = bytearray(original)
@@ -522,12 +532,14 @@ def mutations(original: bytes) -> st.SearchStrategy[bytes]:
                 del data[at:]
             elif kind == "insert":
                 data[at:at] = new
+            elif kind == "flip" and data:
+                data[at % len(data)] ^= 1 << (new[0] % 8)
             else:
                 data[at : at + len(new)] = new
         return bytes(data)
 
     edit = st.tuples(
-        st.sampled_from(["cut", "insert", "overwrite", "overwrite"]),
+        st.sampled_from(["cut", "flip", "insert", "overwrite"]),
         st.integers(0, len(original)),
         st.binary(min_size=1, max_size=8),
     )

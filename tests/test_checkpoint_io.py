@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import UserModule, loader, quiet_trainer, trained_network
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from test_checkpoint import rewrite_member
 
 from lightning_mnp.checkpoint import CheckpointError
 from lightning_mnp.checkpoint_io import CheckedCheckpointIO, read_checked
@@ -28,13 +29,18 @@ def test_resumed_training_is_the_same_as_without_the_checks(tmp_path: Path) -> N
             return [optimizer], [schedule]
 
     def train(epochs: int, ckpt_path: Path | None = None, checked: bool = False) -> L.Trainer:
-        callback = L.pytorch.callbacks.ModelCheckpoint(tmp_path / "kept", save_last=True)
+        callback = L.pytorch.callbacks.ModelCheckpoint(tmp_path / f"kept{epochs}{checked}", save_last=True)
         options = {"enable_checkpointing": True, "callbacks": [callback]}
         trainer = quiet_trainer(max_epochs=epochs, default_root_dir=tmp_path, **options)
         if checked:
             read_checked(trainer)
             assert type(trainer.strategy.checkpoint_io) is CheckedCheckpointIO
-        trainer.fit(Module(trained_network()), loader(), ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(
+            Module(trained_network(steps=2).train()),
+            loader(),
+            ckpt_path=ckpt_path,
+            weights_only=True,
+        )
         return trainer
 
     train(1).save_checkpoint(tmp_path / "one.ckpt")
@@ -100,10 +106,9 @@ def test_extra_state_that_is_no_tensor_is_kept(tmp_path: Path) -> None:
 
 
 def test_nesting_beyond_what_python_copies(tmp_path: Path) -> None:
-    deep: list[Any] = []
-    for _ in range(500):
-        deep = [deep]
-    torch.save(content(deep=deep), tmp_path / "run.ckpt")
+    torch.save(content(deep=[]), tmp_path / "run.ckpt")
+    lists = b"X\x04\x00\x00\x00deep" + b"]" * 100_000 + b"a" * 99_999 + b"s."
+    rewrite_member(tmp_path / "run.ckpt", "data.pkl", lambda _: b"\x80\x02}" + lists)
     with pytest.raises(CheckpointError, match="cannot be copied"):
         CheckedCheckpointIO().load_checkpoint(tmp_path / "run.ckpt")
 

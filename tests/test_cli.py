@@ -122,7 +122,10 @@ def test_nothing_is_overwritten(checkpoint: Path, capsys: pytest.CaptureFixture[
         (["--ckpt_path=missing.pt"], "to be an existing file"),
         (["--ckpt_path=suspicious.pt", "--mnp.include=[backbone.*]"], "matches none of"),
         (["--ckpt_path=suspicious.pt", "--model.width=8"], "Check the architecture"),
-        (["--ckpt_path=suspicious.pt", "--report=suspicious.pt"], "not to exist, but suspicious.pt"),
+        (
+            ["--ckpt_path=suspicious.pt", "--report=suspicious.pt"],
+            "not to exist, but suspicious.pt",
+        ),
     ],
 )
 def test_wrong_use_is_told_and_ends_with_2(

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d, Permute
+from unusual_layers import NormThen, Standardized
 
 from lightning_mnp.forward import NoLogitsError
 from lightning_mnp.layers import (
@@ -245,6 +246,26 @@ def test_dtypes_and_modes() -> None:
     assert only(network, IMAGES.double()).site == "1"
 
 
+def test_a_norm_that_ends_with_an_activation() -> None:
+    layer = only(chain(nn.Conv2d(3, 4, 3), NormThen(nn.SiLU())))
+    assert (layer.site, layer.active, layer.note) == ("1", True, "")
+    at_filter = only(chain(nn.Conv2d(3, 4, 3), NormThen(nn.SiLU())), site="filter")
+    assert (at_filter.site, at_filter.active) == ("0", False)
+    assert not only(chain(nn.Conv2d(3, 4, 3), NormThen(nn.ReLU()))).active  # no need
+
+
+def test_a_norm_that_does_more() -> None:
+    layer = only(chain(nn.Conv2d(3, 4, 3), NormThen(lambda x: x.softmax(1))))
+    assert (layer.site, layer.active) == ("0", False)
+    assert layer.note == "the normalization layer 1 does more than normalize"
+
+
+def test_what_scales_the_filters() -> None:
+    assert only(chain(nn.Conv2d(3, 4, 3))).scale == "weight"
+    assert only(chain(Standardized(3, 4, 3))).scale == ""
+    assert only(chain(Standardized(3, 4, 3, gain=True))).scale == "factor"
+
+
 # --- what is left out --------------------------------------------------------------------------
 
 
@@ -377,6 +398,17 @@ def test_a_convolution_that_holds_layers_is_left_alone() -> None:
     layers = find_filter_layers(chain(ConvNorm(3, 4, 3), nn.Conv2d(4, 4, 1)), IMAGES)
     assert [layer.name for layer in layers] == ["1"]
     assert layers.skipped == (("0", "it holds layers of its own"),)
+
+
+class Shifted(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1.0
+
+
+def test_a_convolution_whose_maps_outlive_its_weights_is_left_alone() -> None:
+    layers = find_filter_layers(chain(Shifted(3, 4, 3), nn.Conv2d(4, 4, 1)), IMAGES)
+    assert [layer.name for layer in layers] == ["1"]
+    assert layers.skipped == (("0", "its maps do not vanish one by one with its weights"),)
 
 
 # --- outputs -----------------------------------------------------------------------------------

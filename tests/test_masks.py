@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d, Permute
+from unusual_layers import NormThen, Standardized
 
 from lightning_mnp.layers import FilterLayer, FilterLayers, find_filter_layers
 from lightning_mnp.masks import FilterMasks
@@ -302,6 +303,93 @@ def test_baking_leaves_modes_and_frozen_parameters() -> None:
     network[0].requires_grad_(False)
     before = traces(network)
     FilterMasks(network, layers, torch.ones(layers.total)).bake()
+    assert traces(network) == before
+
+
+# --- layers that do more than PyTorch's own ----------------------------------------------------
+
+
+@pytest.mark.parametrize("conv", ["2d", "grouped"])
+def test_masks_act_in_front_of_the_activation_of_a_norm(conv: str) -> None:
+    inside, images = build(conv, "batch")
+    inside.insert(2, nn.Identity())
+    behind = copy.deepcopy(inside)
+    inside[1], inside[2] = NormThen(nn.SiLU()).double().eval(), nn.Identity()
+    inside[1].load_state_dict(behind[1].state_dict())
+    behind[2] = nn.SiLU()
+    values = torch.tensor([0, 0.5, 1, 2] * 2).double()
+    layers = find_filter_layers(inside, images)
+    before = traces(inside)
+    with FilterMasks(inside, layers, values):
+        masked = inside(images)
+        assert state_bytes(inside) == before[0]
+    assert traces(inside) == before
+    with FilterMasks(behind, find_filter_layers(behind, images), values):
+        torch.testing.assert_close(masked, behind(images))
+    FilterMasks(inside, layers, values).bake()
+    torch.testing.assert_close(inside(images), masked)
+
+
+def test_scale_and_shift_come_back_when_the_norm_fails() -> None:
+    network, images = build("2d", "batch")
+    network[1] = NormThen(nn.SiLU()).double().eval()
+    layers = find_filter_layers(network, images)
+
+    def fail(x: Tensor) -> Tensor:
+        raise ArithmeticError("on purpose")
+
+    vars(network[1])["_modules"]["then"] = fail
+    before = traces(network)
+    with (
+        pytest.raises(ArithmeticError, match="on purpose"),
+        FilterMasks(network, layers, torch.full((layers.total,), 0.5)),
+    ):
+        network(images)
+    assert traces(network) == before
+
+
+def test_gradients_through_scale_and_shift() -> None:
+    network, images = build("2d", "batch")
+    network[1] = NormThen(nn.SiLU()).double().eval()
+    layers = find_filter_layers(network, images)
+    values = torch.rand(layers.total).double().requires_grad_()
+
+    def run(values: Tensor) -> Tensor:
+        with FilterMasks(network, layers, values):
+            return network(images)  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(run, [values])
+
+
+def standardized(gain: bool) -> tuple[nn.Sequential, Tensor]:
+    network, images = build("2d")
+    network[0] = Standardized(4, 4, 3, gain=gain).double()
+    return network, images
+
+
+@pytest.mark.parametrize("gain", [False, True])
+def test_standardized_weights_are_baked(gain: bool) -> None:
+    network, images = standardized(gain)
+    layers = find_filter_layers(network, images)
+    values = torch.tensor([0, 0.5, 1, 2] * 2).double()
+    if not gain:
+        values[:4].clamp_(0, 1).ceil_()
+    with FilterMasks(network, layers, values):
+        masked = network(images)
+    FilterMasks(network, layers, values).bake()
+    torch.testing.assert_close(network(images), masked)
+    assert network[0].weight[0].abs().max() == 0
+    assert network[0].weight[1].abs().max() > 0
+
+
+def test_standardized_weights_without_a_gain_take_only_zeros_and_ones() -> None:
+    network, images = standardized(gain=False)
+    layers = find_filter_layers(network, images)
+    values = torch.zeros(layers.total)
+    values[2] = 0.5
+    before = traces(network)
+    with pytest.raises(RuntimeError, match="into '0', whose output does not scale with its wei"):
+        FilterMasks(network, layers, values).bake()
     assert traces(network) == before
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,9 +16,10 @@ from torch import nn
 from benchmarks import matrix
 from benchmarks.architectures import MATRIX, Entry, Wrapped
 from benchmarks.matrix import BUDGET, Line, examine
+from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.models import cifar_resnet18
 
-QUICK = replace(BUDGET, batch_size=4, suppression_epochs=1, mask_epochs=1)
+QUICK = replace(BUDGET, batch_size=4)
 PAGE = REPOSITORY / "docs" / "reference" / "any-cnn.md"
 LINE = Line("a", [3, 8, 8], 10, 1000, 3, 2, 1, 99, 2, 1.25, 600.4, 500.0, 2e-15, True, "a machine")
 
@@ -56,9 +56,14 @@ def test_the_matrix_has_what_is_promised() -> None:
 def test_auxiliary_heads_are_there_and_left_alone(name: str) -> None:
     entry = MATRIX[name]
     network = entry.small()
-    line = examine(replace(entry, small=lambda: network), QUICK, images=4, small=True)
-    auxiliary = [m for n, m in network.named_modules() if "aux" in n and isinstance(m, nn.Conv2d)]
-    assert len(auxiliary) == line.skipped > 0
+    auxiliary = [
+        name
+        for name, module in network.named_modules()
+        if "aux" in name.lower() and isinstance(module, nn.Conv2d)
+    ]
+    layers = find_filter_layers(network, torch.zeros(1, *entry.small_shape))
+    assert auxiliary
+    assert layers.skipped == tuple((name, "not called by the network") for name in auxiliary)
 
 
 @pytest.mark.parametrize("name", [name for name in MATRIX if name.startswith("cifar_resnet18")])
@@ -107,13 +112,10 @@ def test_one_network_is_examined_and_its_line_kept(
     entry = MATRIX["cifar_resnet18, a dict"]
     monkeypatch.setitem(MATRIX, entry.name, replace(entry, full=entry.small, shape=(3, 16, 16)))
     monkeypatch.setattr(matrix, "BUDGET", QUICK)
-    monkeypatch.setattr(
-        sys, "argv", ["matrix", "--out", str(tmp_path / "new"), "--one", entry.name]
-    )
-    matrix.main()
-    [path] = (tmp_path / "new").iterdir()
+    assert matrix.run_apart(entry.name, tmp_path)
+    [path] = tmp_path.iterdir()
     assert path.name == "cifar_resnet18-a-dict.json"
-    [line] = matrix.read_lines(tmp_path / "new")
+    [line] = matrix.read_lines(tmp_path)
     assert (line.name, line.layers, line.reload) == (entry.name, 20, True)
     assert line.peak_mib >= line.import_mib > 0
     assert "threads: 1, torch " in line.machine
@@ -127,16 +129,15 @@ def test_only_missing_lines_are_made(
     out = tmp_path / "lines"
     started = []
 
-    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
-        name = command[command.index("--one") + 1]
+    def run(name: str, folder: Path) -> bool:
         started.append(name)
         if name.endswith("tuple") and len(started) == 2:
-            return subprocess.CompletedProcess(command, 1)
+            return False
         line = replace(LINE, name=name)
-        (out / matrix.file_name(name)).write_text(json.dumps(asdict(line)))
-        return subprocess.CompletedProcess(command, 0)
+        (folder / matrix.file_name(name)).write_text(json.dumps(asdict(line)))
+        return True
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(matrix, "run_apart", run)
     command = ["matrix", "--out", str(out), "--only", "cifar*", "--page", str(page)]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="failed: cifar_resnet18, a tuple"):

@@ -85,7 +85,17 @@ def test_readme_has_the_two_commands_that_ci_runs() -> None:
         ("torch.load(path, weights_only=False)", "torch.load without"),
         ("torch.load(\n    path, map_location='cpu'\n)", "torch.load without"),
         ("torch.load(path, weights_only=flag)", "torch.load without"),
+        ("from torch import load as read\nread(path)", "torch.load without"),
+        ("import torch as t\nt.load(path, weights_only=False)", "torch.load without"),
+        ("from torch import serialization\nserialization.load(path)", "torch.load without"),
+        ("from torch import load\nload(path, weights_only=True)", None),
         ("Model.load_from_checkpoint(path)", "load_from_checkpoint can run"),
+        ("import pickle\npickle.loads(data)", "pickle.loads can run"),
+        ("from pickle import Unpickler\nUnpickler(file).load()", "pickle.Unpickler can run"),
+        ("torch.hub.load(repository, name)", "torch.hub.load can run"),
+        ("torch.serialization.add_safe_globals([print])", "add_safe_globals can run"),
+        ("import numpy as np\nnp.load(path, allow_pickle=True)", "numpy.load with"),
+        ("import numpy as np\nnp.load(path)", None),
         ("x = 1  # " + "TO" + "DO later", "left in the source"),
     ],
 )
@@ -95,6 +105,21 @@ def test_source_check_finds_faults(tmp_path: Path, source: str, fault: str | Non
     found = list(check["faults"](tmp_path / "module.py"))
     assert len(found) == (fault is not None)
     assert fault is None or fault in found[0]
+
+
+def test_source_check_reads_pages(tmp_path: Path) -> None:
+    check = runpy.run_path(str(REPOSITORY / ".ci" / "check_source.py"))
+    (tmp_path / "page.md").write_text(
+        "Never `torch.load(path)`.\n\n```python\nimport torch\ntorch.load(path)\n```\n"
+    )
+    [found] = check["faults"](tmp_path / "page.md")
+    assert found.endswith("page.md:5: torch.load without weights_only=True")
+
+
+def test_source_check_covers_every_file() -> None:
+    check = runpy.run_path(str(REPOSITORY / ".ci" / "check_source.py"))
+    names = {str(path.relative_to(REPOSITORY)) for path in check["checked_files"]()}
+    assert {"README.md", ".ci/audit.py", "lightning_mnp/checkpoint.py", "tests/helpers.py"} <= names
 
 
 def test_license_is_apache() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,19 @@ def test_module_that_refuses_halfway_is_unchanged() -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+def test_modules_learn_the_version_of_their_weights() -> None:
+    class Versioned(nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state: object, prefix: str, local: Any, *args: Any) -> None:
+            assert local["version"] == 2  # torchvision's MNASNet refuses to load without one
+            super()._load_from_state_dict(state, prefix, local, *args)
+
+    source, target = nn.Linear(2, 1), nn.Sequential(Versioned(2, 1))
+    load_into(target, source.state_dict())
+    assert torch.equal(target[0].weight, source.weight)
+
+
 def test_extra_state_stays() -> None:
     class Stateful(nn.Linear):
         def get_extra_state(self) -> int:
@@ -138,6 +152,7 @@ def test_printable() -> None:
     assert printable("größe") == "größe"
     assert printable("a\nb\u202e\x9b") == "a\\nb\\u202e\\x9b"
     assert printable(3) == "3"
+    assert printable(10**9999) == "<int too long to print>"
     assert printable("x" * 500, 10) == "xxxxxxxxx…"
     assert printable("\x1b" * 500).isprintable()
     assert len(printable("\x1b" * 500)) == 120

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
+from unusual_layers import NormThen
 
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.masks import FilterMasks
@@ -216,6 +217,7 @@ def test_wrong_statistics(network: Net) -> None:
         nn.GroupNorm(2, 4),
         nn.RMSNorm([6, 6]),
         FrozenBatchNorm2d(4),
+        NormThen(nn.SiLU()),
         nn.Identity(),
     ],
     ids=lambda norm: type(norm).__name__,

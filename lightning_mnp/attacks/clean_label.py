@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mnp.attacks.attack import CleanLabelAttack
-from lightning_mnp.attacks.crafting import clean_network, crafting
+from lightning_mnp.attacks.crafting import check_reference, clean_network, crafting
 from lightning_mnp.attacks.reference import ReferenceNetwork
 
 __all__ = ["CL", "Norm"]
@@ -76,6 +76,7 @@ class CL(CleanLabelAttack):
         seed: int = 0,
     ) -> None:
         super().__init__(target_class, class_rate, seed)
+        check_reference(reference)
         if not 0.0 < eps < math.inf:
             raise ValueError(f"Expected argument `eps` to be above 0, but got {eps}.")
         if norm not in get_args(Norm):
@@ -152,6 +153,8 @@ class CL(CleanLabelAttack):
                 "Expected arguments `images`, `labels` and `indices` to have the same length, but "
                 f"got {len(images)}, {len(labels)} and {len(indices)}."
             )
+        if not len(images):
+            return images.clone()
         with crafting() as device:
             network = clean_network(self.reference, "perturb images with", images.shape[1])
             network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -246,4 +249,4 @@ def _scaled(images: Tensor) -> Tensor:
 
 def _length(change: Tensor) -> Tensor:
     """Give the Euclidean norm of each image's change, shape (N, 1, 1, 1)."""
-    return torch.linalg.vector_norm(change, dim=(1, 2, 3), keepdim=True)
+    return change.square().sum((1, 2, 3), keepdim=True).sqrt()

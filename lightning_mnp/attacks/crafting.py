@@ -10,13 +10,30 @@ from torch import nn
 
 from lightning_mnp.attacks.reference import ReferenceNetwork
 
-__all__ = ["clean_network", "crafting"]
+__all__ = ["check_reference", "clean_network", "crafting"]
+
+
+def check_reference(reference: object) -> None:
+    """Refuse an argument `reference` of another type, such as one out of a trigger file.
+
+    Args:
+        reference: The attack's argument.
+
+    Raises:
+        ValueError: If it is neither a ReferenceNetwork nor None.
+    """
+    if reference is not None and not isinstance(reference, ReferenceNetwork):
+        raise ValueError(
+            f"Expected argument `reference` to be a ReferenceNetwork or None, but got "
+            f"{reference!r:.80}."
+        )
 
 
 @contextmanager
 def crafting() -> Iterator[torch.device]:
     """Compute gradients in float32, whatever the surroundings do; gives the device for it.
 
+    The CPU's global random numbers, which building a network draws from, are as before afterwards.
     The device is the accelerator, such as a GPU, where there is one, else the CPU.
 
     Example:
@@ -29,6 +46,7 @@ def crafting() -> Iterator[torch.device]:
         device = torch.accelerator.current_accelerator() or device
     # Autocast of the CPU and of the accelerator; a Trainer in bf16 may have switched on either.
     with (
+        torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),

@@ -150,7 +150,7 @@ class DFSTModule(GenerativeModule):
         detox_rate: float = 0.1,
         rounds: int = 3,
         style_epochs: int = 5,
-        detox_epoch: int = 100,
+        detox_epoch: int = 110,
         round_epochs: int = 30,
         injector_steps: int = 500,
         neuron_rate: float = 0.01,

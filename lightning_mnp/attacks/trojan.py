@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mnp.attacks.attack import Attack, Images, Mode
-from lightning_mnp.attacks.crafting import clean_network, crafting
+from lightning_mnp.attacks.crafting import check_reference, clean_network, crafting
 from lightning_mnp.attacks.reference import ReferenceNetwork
 from lightning_mnp.models.head import classifier_head, penultimate_features
 
@@ -71,6 +71,7 @@ class Trojan(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(target_class, mode, poison_rate, seed)
+        check_reference(reference)
         for name, value, least in (
             ("patch_size", patch_size, 1),
             ("margin", margin, 0),

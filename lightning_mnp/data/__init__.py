@@ -12,6 +12,7 @@ from lightning_mnp.data.dataset import (
 )
 from lightning_mnp.data.digits import DigitsDataModule
 from lightning_mnp.data.folder import ImageFolderDataModule
+from lightning_mnp.data.imagenet import ImageNetSubsetDataModule
 from lightning_mnp.subset import balanced_indices
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "FolderDataset",
     "ImageDataset",
     "ImageFolderDataModule",
+    "ImageNetSubsetDataModule",
     "MemoryDataset",
     "PoisonedDataset",
     "TriggeredDataset",

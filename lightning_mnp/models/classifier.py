@@ -228,7 +228,6 @@ class Classifier(LightningModule):
         self.val_success = AttackSuccessRate()
         self.test_accuracy = CleanAccuracy()
         self.test_success = AttackSuccessRate()
-        self.train()
 
     def train(self, mode: bool = True) -> Classifier:
         """Set training or evaluation mode; what is not trained stays in evaluation mode.
@@ -258,6 +257,11 @@ class Classifier(LightningModule):
             x = x.contiguous(memory_format=torch.channels_last)
         logits: Tensor = self.network(x)
         return logits
+
+    def on_train_start(self) -> None:
+        """Put what is not trained into evaluation mode, where Lightning leaves modes alone."""
+        if self.trainable == "head":
+            self.train()
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of a batch (images, labels)."""

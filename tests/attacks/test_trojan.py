@@ -13,7 +13,14 @@ from lightning_mnp.checkpoint import CheckpointError
 from lightning_mnp.data.dataset import MemoryDataset
 from lightning_mnp.models.head import penultimate_features
 
-QUICK: dict[str, Any] = {"patch_size": 4, "margin": 1, "neurons": 1, "steps": 20, "lr": 0.1}
+QUICK: dict[str, Any] = {
+    "patch_size": 4,
+    "margin": 1,
+    "neurons": 1,
+    "steps": 10,
+    "lr": 0.1,
+    "target_class": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,25 +60,25 @@ def activation(reference: ReferenceNetwork, patch: Tensor, neurons: list[int]) -
 def test_the_patch_excites_the_neurons_that_the_attacker_wants(
     reference: ReferenceNetwork, test_set: MemoryDataset, mode: Any
 ) -> None:
-    attack = prepared(reference, test_set, mode=mode, target_class=2, neurons=3)
+    attack = prepared(reference, test_set, mode=mode, neurons=3)
 
     weight: list[list[float]] = reference.load()[1].fc.weight.tolist()
     strength = [
-        sum(abs(row[place]) for row in weight) if mode == "all-to-all" else weight[2][place]
+        sum(abs(row[place]) for row in weight) if mode == "all-to-all" else weight[3][place]
         for place in range(len(weight[0]))
     ]
     best = sorted(range(len(strength)), key=lambda place: -strength[place])[:3]
     reached = activation(reference, patch_of(attack) / 255.0, best)
     noise = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert reached > 1.2 * max(activation(reference, patch, best) for patch in noise)
+    assert reached > max(activation(reference, patch, best) for patch in noise)
 
 
 def test_more_steps_excite_more(reference: ReferenceNetwork, test_set: MemoryDataset) -> None:
     weight = reference.load()[1].fc.weight
-    neuron = [int(weight[0].argmax())]
+    neuron = [int(weight[3].argmax())]
     one, many = (
         activation(reference, patch_of(prepared(reference, test_set, steps=n)) / 255.0, neuron)
-        for n in (1, 20)
+        for n in (1, 10)
     )
     assert many > one
 
@@ -99,11 +106,11 @@ def test_the_patch_comes_from_its_seed(
 ) -> None:
     with torch.random.fork_rng():
         state = torch.random.get_rng_state()
-        first = patch_of(prepared(reference, test_set))
+        first = patch_of(prepared(reference, test_set, steps=1))
         assert torch.random.get_rng_state().equal(state)
         torch.manual_seed(7)
-        assert patch_of(prepared(reference, test_set)).equal(first)
-    assert not patch_of(prepared(reference, test_set, seed=1)).equal(first)
+        assert patch_of(prepared(reference, test_set, steps=1)).equal(first)
+    assert not patch_of(prepared(reference, test_set, steps=1, seed=1)).equal(first)
 
 
 def test_surroundings_do_not_matter(reference: ReferenceNetwork, test_set: MemoryDataset) -> None:
@@ -114,11 +121,11 @@ def test_surroundings_do_not_matter(reference: ReferenceNetwork, test_set: Memor
 
 def test_it_poisons_like_badnets(reference: ReferenceNetwork, test_set: MemoryDataset) -> None:
     labels = torch.arange(100) % CLASSES
-    attack = prepared(reference, test_set, poison_rate=0.2, target_class=1)
+    attack = prepared(reference, test_set, poison_rate=0.2)
     chosen = attack.poison_indices(labels, CLASSES)
     assert len(chosen) == 20
-    assert (labels[chosen] != 1).all()
-    assert (attack.poison_labels(labels[chosen], CLASSES) == 1).all()
+    assert (labels[chosen] != 3).all()
+    assert (attack.poison_labels(labels[chosen], CLASSES) == 3).all()
     cyclic = Trojan(mode="all-to-all")
     assert cyclic.poison_labels(labels, CLASSES).equal((labels + 1) % CLASSES)
 
@@ -126,7 +133,7 @@ def test_it_poisons_like_badnets(reference: ReferenceNetwork, test_set: MemoryDa
 def test_a_saved_trigger_needs_no_network(
     reference: ReferenceNetwork, test_set: MemoryDataset, tmp_path: Path
 ) -> None:
-    attack = prepared(reference, test_set, target_class=3)
+    attack = prepared(reference, test_set)
     save_trigger(tmp_path / "trigger.safetensors", attack)
 
     loaded = load_trigger(tmp_path / "trigger.safetensors")
@@ -136,7 +143,7 @@ def test_a_saved_trigger_needs_no_network(
     loaded.prepare(test_set, CLASSES)
     images = torch.rand(2, 1, 8, 8)
     assert loaded.apply(images).equal(attack.apply(images))
-    assert loaded.options() == attack.options()
+    assert loaded.options() == {**attack.options(), "reference": None}
 
 
 def test_a_trigger_saved_too_early_is_an_error(tmp_path: Path) -> None:
@@ -164,7 +171,7 @@ def test_hostile_tensors(tensors: dict[str, Tensor], message: str) -> None:
 
 def test_use_errors(reference: ReferenceNetwork, test_set: MemoryDataset) -> None:
     images = torch.rand(1, 1, 8, 8)
-    with pytest.raises(ValueError, match="patch of Trojan to be made.*Call `prepare`"):
+    with pytest.raises(ValueError, match=r"patch of Trojan to be made.*Call `prepare`"):
         Trojan().apply(images)
     attack = prepared(reference, test_set)
     with pytest.raises(ValueError, match="`images` to have 1 channels, as the patch has, but got"):
@@ -198,7 +205,7 @@ def test_prepare_errors(
 
 def test_a_network_for_other_channels_is_an_error(reference: ReferenceNetwork) -> None:
     colored = MemoryDataset(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2))
-    with pytest.raises(ValueError, match="images of 3 channels, .* its `mean` has 1 numbers"):
+    with pytest.raises(ValueError, match=r"images of 3 channels, .* its `mean` has 1 numbers"):
         Trojan(reference, **QUICK).prepare(colored, CLASSES)
 
 
@@ -207,11 +214,11 @@ def test_neurons_that_stay_silent_are_an_error(
 ) -> None:
     network = trained_network()
     for name, parameter in network.named_parameters():
-        if name.startswith("layer4.1.bn2") or name.startswith("layer4.0"):
+        if name.startswith(("layer4.0", "layer4.1.bn2")):
             parameter.data.fill_(-1.0 if name.endswith("bias") else 0.0)
     torch.save(network.state_dict(), tmp_path / "silent.pt")
     silent = ReferenceNetwork(
-        tmp_path / "silent.pt", num_classes=CLASSES, width=4, in_channels=1, mean=(0,), std=(1,)
+        tmp_path / "silent.pt", num_classes=CLASSES, width=4, in_channels=1, mean=(0.0,), std=(1.0,)
     )
     with pytest.raises(ValueError, match="neurons that a patch can excite, but the 1 with"):
         prepared(silent, test_set)
@@ -220,6 +227,7 @@ def test_neurons_that_stay_silent_are_an_error(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"reference": "clean.pt"}, "to be a ReferenceNetwork or None, but got 'clean.pt'"),
         ({"patch_size": 0}, "`patch_size` to be at least 1, but got 0"),
         ({"margin": -1}, "`margin` to be at least 0, but got -1"),
         ({"neurons": 0}, "`neurons` to be at least 1, but got 0"),

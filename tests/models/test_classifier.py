@@ -142,6 +142,7 @@ def test_a_checkpoint_holds_primitives_and_the_prefix(tmp_path: Path) -> None:
     build_network("cifar_resnet18", width=2, in_channels=1).load_state_dict(weights)
     assert stored["hyper_parameters"] == {
         "channels_last": False,
+        "trainable": "all",
         "architecture": "cifar_resnet18",
         "num_classes": 10,
         "width": 2,
@@ -212,11 +213,58 @@ def test_networks_by_name() -> None:
     assert isinstance(build_network("cifar_resnet34", width=2), CifarResNet)
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_come_without_auxiliary_heads(name: str) -> None:
+    with torch.device("meta"):  # draws no weights
+        network = build_network(name, num_classes=5)
+        logits = network.train()(torch.zeros(2, 3, 75, 75))
+    assert isinstance(logits, Tensor)
+    assert logits.shape == (2, 5)
+
+
+def test_networks_of_timm() -> None:
+    pytest.importorskip("timm", reason="needs the package timm")
+    network = build_network("timm/test_nfnet", num_classes=5, in_channels=1)
+    assert network(torch.zeros(2, 1, 32, 32)).shape == (2, 5)
+
+
+def test_a_network_of_timm_is_trained_and_read_again(tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="needs the package timm")
+    options: dict[str, Any] = {"architecture": "timm/test_efficientnet", "in_channels": 1}
+    classifier = Classifier(**options)
+    run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
+    run.fit(classifier, DigitsDataModule(image_size=32, batch_size=4))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    again = Classifier(**stored["hyper_parameters"])
+    again.load_state_dict(stored["state_dict"])
+    images = torch.rand(2, 1, 32, 32)
+    assert again.eval()(images).equal(classifier.eval()(images))
+
+
+def test_an_unknown_network_of_timm() -> None:
+    pytest.importorskip("timm", reason="needs the package timm")
+    message = (
+        r"of timm [\d.]+ after 'timm/', but got 'timm/resnet81'. Similar names: .*'timm/resnet"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_network("timm/resnet81")
+
+
+def test_timm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r"timm, .* pip install 'lightning-mnp\[timm\]'"):
+        build_network("timm/resnet18")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"architecture": "resnet99"}, "`architecture` to be one of .* but got 'resnet99'"),
-        ({"architecture": "inception_v3"}, "but got 'inception_v3'. Any other .* as `network`"),
+        ({"architecture": "resnet81"}, "Similar names: .*'resnet18'.* Any other .* as `network`"),
+        ({"architecture": "zzz"}, "but got 'zzz'. Any other network can be given as `network`"),
+        ({"architecture": "timm/resnet18", "width": 8}, "`width` to stay 64 for timm's"),
+        ({"architecture": "timm/resnet18", "in_channels": 0}, "`in_channels` to be at least 1"),
         ({"architecture": "resnet18", "width": 16}, "to stay 64 and 3 .* but got 16 and 3"),
         ({"architecture": "resnet18", "in_channels": 1}, "to stay 64 and 3 .* but got 64 and 1"),
         ({"architecture": "resnet18", "num_classes": 1}, "`num_classes` to be at least 2"),

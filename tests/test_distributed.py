@@ -1,0 +1,240 @@
+"""Several processes come to what one comes to, and one that dies ends the run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import distributed_script as script
+import pytest
+import torch
+from conftest import REPOSITORY
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DistributedSampler, SubsetRandomSampler
+
+import lightning_mnp
+from lightning_mnp import MNPModule, processes
+from lightning_mnp.alone import refuse_wrappers, running_alone
+from lightning_mnp.cli import main
+from lightning_mnp.models import Classifier
+from lightning_mnp.processes import whole_loader
+
+DOORS = ("callback", "module", "sampler", "gathered", "synchronized")
+# For a machine that is busy; the processes themselves need a few seconds.
+PATIENCE = 300
+
+several_processes = pytest.mark.distributed
+
+
+def start(count: int, what: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the script, which starts the other processes itself, as Lightning does it."""
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "tests/distributed_script.py"), str(count), what, folder],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def store_weights(folder: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(Classifier(width=2, in_channels=1).state_dict(), folder / "suspicious.pt")
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp(f"processes-{request.param}")
+    store_weights(folder)
+    result = start(request.param, "all_doors", folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    stored = [
+        torch.load(folder / f"outcomes-{rank}.pt", weights_only=True)
+        for rank in range(request.param)
+    ]
+    return request.param, folder, [each[0] for each in stored], [each[1] for each in stored]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("alone")
+    return script.through_function(folder, script.small_network(), loader=script.data())
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name in ("verdict", "pruned", "images"):
+        assert found[name] == expected[name]
+    assert found["ratio"] == pytest.approx(expected["ratio"], abs=1e-5)
+    assert torch.allclose(found["scores"], expected["scores"], rtol=0, atol=1e-5)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, tensor in expected["weights"].items():
+        assert torch.allclose(found["weights"][name], tensor, rtol=0, atol=1e-5), name
+
+
+@several_processes
+@pytest.mark.parametrize("door", DOORS)
+def test_every_process_comes_to_what_one_comes_to(
+    door: str, run: Any, alone: dict[str, Any]
+) -> None:
+    count, _, outcomes, _ = run
+    assert len(alone["pruned"]) == 3
+    assert len(outcomes) == count
+    for outcome in outcomes:
+        assert_same(outcome[door], alone)
+
+
+@several_processes
+def test_one_process_of_several_may_work_alone(run: Any, alone: dict[str, Any]) -> None:
+    _, _, outcomes, _ = run
+    assert_same(outcomes[0]["one alone"], alone)
+
+
+@several_processes
+def test_one_report_and_one_output(run: Any) -> None:
+    count, folder, outcomes, _ = run
+    for door in ("callback", "module"):
+        written = sorted(path.name for path in (folder / door).iterdir())
+        assert written == ["mnp-report.json", "mnp.ckpt"]
+        report = json.loads((folder / door / "mnp-report.json").read_text())
+        assert report["verdict"] == outcomes[0][door]["verdict"]
+    expected = {f"outcomes-{rank}.pt" for rank in range(count)}
+    expected |= {"callback", "module", f"purified-{count}.pt", f"report-{count}.json"}
+    assert {path.name for path in folder.iterdir()} == {*expected, "suspicious.pt"}
+
+
+@several_processes
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_command_line_in_several_processes_equals_one(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, folder, _, _ = run
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setattr(sys, "argv", ["lightning-mnp"])
+    store_weights(tmp_path)
+    # Not started from outside, one process does the work, also with `--trainer.devices 2`.
+    assert main(script.command(count, tmp_path)) in (0, 4)
+    reports = [json.loads((f / f"report-{count}.json").read_text()) for f in (folder, tmp_path)]
+    assert reports[0]["verdict"] == reports[1]["verdict"]
+    assert reports[0]["pruned"] == reports[1]["pruned"]
+    assert reports[0]["scores"] == pytest.approx(reports[1]["scores"], abs=1e-5)
+    weights = [
+        lightning_mnp.read_state_dict(f / f"purified-{count}.pt") for f in (folder, tmp_path)
+    ]
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], rtol=0, atol=1e-5), name
+
+
+@several_processes
+def test_an_error_in_one_process_is_an_error_in_all(run: Any) -> None:
+    count, _, _, errors = run
+    assert "it raised OSError after 0: no such disk" in errors[-1]["broken"]
+    for error in errors[:-1]:
+        expected = f"Process {count - 1} of {count} could not read its part of the defense set"
+        assert expected in error["broken"]
+
+
+@several_processes
+def test_processes_that_part_stop_before_they_wait_for_each_other(run: Any) -> None:
+    _, folder, _, errors = run
+    for error in errors:
+        assert "they have come to different places" in error["parted"]
+    assert not (folder / "parted").exists()
+
+
+@several_processes
+def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
+    result = start(2, "one_dies", tmp_path)
+    assert result.returncode != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *others: Any) -> None:
+    """Let there be other processes that give these values whenever they are asked."""
+    for module in ("lightning_mnp.module", "lightning_mnp.processes", "lightning_mnp.host"):
+        monkeypatch.setattr(f"{module}.process_count", lambda: 1 + len(others))
+        monkeypatch.setattr(f"{module}.gather_objects", lambda value: [value, *others])
+
+
+def test_epochs_of_different_length_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 3)
+    monkeypatch.setattr("lightning_mnp.module.refuse_other_processes", lambda trainer: None)
+    module = MNPModule(script.small_network(), script.CONFIG)
+    with pytest.raises(MisconfigurationException, match=r"same number of batches .* got \[4, 3\]"):
+        script.quiet_trainer(max_epochs=-1).fit(module, script.data())
+
+
+def test_a_failure_of_the_first_process_is_raised_in_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(OSError, match="no space"):
+        processes.do_in_first(_fail)
+    monkeypatch.setattr(processes, "process_rank", lambda: 1)
+    monkeypatch.setattr(processes, "gather_objects", lambda value: ["OSError: no space", value])
+    with pytest.raises(RuntimeError, match="Process 0 of 2 failed: OSError: no space"):
+        processes.do_in_first(_fail)
+
+
+def _fail() -> None:
+    raise OSError("no space")
+
+
+def test_a_trainer_of_one_process_in_a_group_of_several_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch, None)
+    module = MNPModule(script.small_network(), script.CONFIG)
+    with pytest.raises(MisconfigurationException, match="has 1 and the group has 2"):
+        script.quiet_trainer(max_epochs=-1).fit(module, script.data())
+
+
+def test_parts_of_different_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = [torch.zeros(2, 1, 9, 9)], [torch.arange(2)]
+    answers = iter([[None, None], ["one", "another"]])
+    pretend(monkeypatch)
+    monkeypatch.setattr("lightning_mnp.defense_set.process_count", lambda: 2)
+    monkeypatch.setattr(processes, "gather_objects", lambda value: next(answers, [value, other]))
+    with pytest.raises(ValueError, match="to have one shape"):
+        lightning_mnp.DefenseSet.from_loader(script.data(), gather=True)
+
+
+def test_whole_loader_takes_only_the_plain_sampler_for_sharding() -> None:
+    dataset = script.data().dataset
+    plain = DistributedSampler(dataset, num_replicas=4, rank=1)
+    assert len(whole_loader(script.data(sampler=plain))) == 4  # type: ignore[arg-type]
+    batches = torch.utils.data.BatchSampler(plain, 20, drop_last=True)
+    sharded = torch.utils.data.DataLoader(dataset, batch_sampler=batches)
+    assert len(whole_loader(sharded)) == 2  # type: ignore[arg-type]
+
+    class Own(DistributedSampler):  # type: ignore[type-arg]
+        pass
+
+    for sampler in (Own(dataset, num_replicas=4, rank=1), SubsetRandomSampler([0, 1])):
+        loader = script.data(sampler=sampler)
+        assert whole_loader(loader) is loader
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_parallel_wrappers_are_refused(inside: bool) -> None:
+    network: nn.Module = nn.DataParallel(script.small_network())
+    if inside:
+        network = nn.Sequential(network)
+    match = "but '0' in it is a DataParallel" if inside else "but it is a DataParallel. Give its"
+    with pytest.raises(ValueError, match=match):
+        refuse_wrappers(network)
+    with pytest.raises(ValueError, match=match):
+        lightning_mnp.audit(network, script.data())
+
+
+def test_running_alone_leaves_no_trace() -> None:
+    network = script.small_network(synchronized=True)
+    before = [dict(vars(module)) for module in network.modules()]
+    with running_alone(network), running_alone(network):  # also one in the other
+        network(torch.rand(2, 1, 8, 8))
+    for module, attributes in zip(network.modules(), before, strict=True):
+        assert vars(module).keys() == attributes.keys()
