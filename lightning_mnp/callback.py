@@ -110,7 +110,8 @@ class MNPCallback(Callback):
             return
         check_host(trainer)
         refuse_other_processes(trainer)
-        for callback in trainer.callbacks:
+        host: Any = trainer  # its callbacks are not among the typed attributes
+        for callback in host.callbacks:
             if isinstance(callback, ModelPruning) and not callback._make_pruning_permanent:
                 raise MisconfigurationException(
                     "Expected weights that are parameters when training ends, but ModelPruning "
@@ -118,9 +119,9 @@ class MNPCallback(Callback):
                     "True."
                 )
         # A new list: the Trainer is going through the old one.
-        others = [callback for callback in trainer.callbacks if callback is not self]
+        others = [callback for callback in host.callbacks if callback is not self]
         savers = [callback for callback in others if isinstance(callback, Checkpoint)]
-        trainer.callbacks = [c for c in others if c not in savers] + [self] + savers
+        host.callbacks = [c for c in others if c not in savers] + [self] + savers
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the defense set and try it on the network, so that mistakes show before training."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -146,8 +145,8 @@ class MNPModule(LightningModule):
         loader = whole_loader(self.trainer.train_dataloader)
         share = self.trainer.limit_train_batches
         limit = share if isinstance(share, int) else None
-        if limit is None and isinstance(loader, Sized):
-            limit = int(len(loader) * share)
+        if limit is None and self.trainer.num_training_batches != float("inf"):
+            limit = int(len(cast(Any, loader)) * share)
         return DefenseSet.from_loader(loader, self.unpack, limit, gather=True)
 
     def _refuse_uneven_epochs(self) -> None:

@@ -19,6 +19,7 @@ def content(**changes: Any) -> dict[str, Any]:
     return {**made, "state_dict": {"weight": torch.ones(2)}, **changes}
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_resumed_training_is_the_same_as_without_the_checks(tmp_path: Path) -> None:
     """Everything that Lightning keeps comes through: optimizers, schedulers, loops, callbacks."""
 

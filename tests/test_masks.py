@@ -335,10 +335,11 @@ def test_scale_and_shift_come_back_when_the_norm_fails() -> None:
     network[1] = NormThen(nn.SiLU()).double().eval()
     layers = find_filter_layers(network, images)
 
-    def fail(x: Tensor) -> Tensor:
-        raise ArithmeticError("on purpose")
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ArithmeticError("on purpose")
 
-    vars(network[1])["_modules"]["then"] = fail
+    network[1].then = Failing()
     before = traces(network)
     with (
         pytest.raises(ArithmeticError, match="on purpose"),

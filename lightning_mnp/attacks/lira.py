@@ -77,11 +77,12 @@ class LIRA(GenerativeAttack):
 class LIRAModule(GenerativeModule):
     """Train a network with LIRA (Doan et al., 2021, Algorithm 1).
 
-    For the first ``generator_epochs``, generator and network take turns in each batch: the
-    generator learns to get the attacker's label out of the network as it is, then the network
-    learns from the clean images and from triggered copies. After that the generator stays, and
-    the network alone goes on. The network's loss is ``alpha`` times the cross-entropy of the
-    clean images plus ``1 - alpha`` times that of the triggered copies, from one pass over both.
+    After ``clean_epochs`` of clean images alone, generator and network take turns in each batch,
+    for ``generator_epochs``: the generator learns to get the attacker's label out of the network
+    as it is, then the network learns from the clean images and from triggered copies. After that
+    the generator stays, and the network alone goes on. The network's loss is ``alpha`` times the
+    cross-entropy of the clean images plus ``1 - alpha`` times that of the triggered copies, from
+    one pass over both.
 
     While the generator learns, the network is in evaluation mode: statistics of batch
     normalization are those the trigger will meet later, and triggered images alone leave no
@@ -90,6 +91,8 @@ class LIRAModule(GenerativeModule):
     Args:
         attack: The attack; LIRA with its defaults where None.
         generator_epochs: Epochs in which the generator is trained, at least 0.
+        clean_epochs: Epochs before those in which the network is trained on clean images alone,
+            at least 0. The paper has none.
         alpha: Weight of the clean images, from 0 to 1.
         generator_lr: First learning rate of the generator's Adam, above 0.
         augment: See :class:`~lightning_mnp.attacks.training.AttackModule`.
@@ -108,6 +111,7 @@ class LIRAModule(GenerativeModule):
         self,
         attack: LIRA | None = None,
         generator_epochs: int = 50,
+        clean_epochs: int = 0,
         alpha: float = 0.5,
         generator_lr: float = 0.001,
         augment: bool = True,
@@ -118,19 +122,22 @@ class LIRAModule(GenerativeModule):
     ) -> None:
         attack = LIRA() if attack is None else attack
         super().__init__(attack, generator_lr, augment, flip, mean, std, **kwargs)
-        if generator_epochs < 0:
-            raise ValueError(
-                f"Expected argument `generator_epochs` to be at least 0, but got "
-                f"{generator_epochs}."
-            )
+        for name, value in (
+            ("generator_epochs", generator_epochs),
+            ("clean_epochs", clean_epochs),
+        ):
+            if value < 0:
+                raise ValueError(f"Expected argument `{name}` to be at least 0, but got {value}.")
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"Expected argument `alpha` to be from 0 to 1, but got {alpha}.")
         self.generator_epochs = generator_epochs
+        self.clean_epochs = clean_epochs
         self.alpha = alpha
 
     def phases(self) -> list[tuple[nn.Module, int, int | None]]:
         """Tell in which epochs the generator is trained."""
-        return [(self.generator, 0, self.generator_epochs)]
+        stop = self.clean_epochs + self.generator_epochs
+        return [(self.generator, self.clean_epochs, stop)]
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Make a step of the generator, in its epochs, then of the network; return its loss."""
@@ -138,9 +145,11 @@ class LIRAModule(GenerativeModule):
         images, labels = self.stored(batch[0]), batch[1]
         by_network, by_generator = self.optimizers()  # type: ignore[attr-defined]
         count = self.poison_count(len(images), generator)
+        if self.current_epoch < self.clean_epochs:
+            count = 0
         chosen = images[:count]
         targets = self.attack.target_labels(labels[:count], self.num_classes)
-        if count and self.current_epoch < self.generator_epochs:
+        if count and self.current_epoch < self.clean_epochs + self.generator_epochs:
             self.toggle_optimizer(by_generator)
             with evaluating(self.network):
                 triggered = self.augmented(quantized(self.attack.inject(chosen)), generator)

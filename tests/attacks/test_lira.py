@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -57,17 +58,18 @@ def test_noise_by_its_formula() -> None:
     torch.testing.assert_close(result, expected.clamp(0, 1).float())
 
 
-def test_the_generator_is_trained_first_and_then_stays() -> None:
-    module = small_module(generator_epochs=1)
+def test_clean_images_come_first_and_the_generator_stays_at_last() -> None:
+    module = small_module(clean_epochs=1, generator_epochs=1)
     states = [weights(module)]
     module.on_train_epoch_end = lambda: states.append(weights(module))  # type: ignore[method-assign]
 
-    quiet_trainer(max_epochs=2).fit(module, loader(), loader())
+    quiet_trainer(max_epochs=3).fit(module, loader(), loader())
 
-    assert moved(states[0], states[1], "generator.")
-    assert not moved(states[1], states[2], "generator.")
-    assert moved(states[0], states[1], "network.")
-    assert moved(states[1], states[2], "network.")
+    assert not moved(states[0], states[1], "generator.")
+    assert moved(states[1], states[2], "generator.")
+    assert not moved(states[2], states[3], "generator.")
+    for before, after in itertools.pairwise(states):
+        assert moved(before, after, "network.")
 
 
 def test_the_generator_step_leaves_the_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +156,7 @@ def test_alpha_errors(alpha: float) -> None:
         small_module(alpha=alpha)
 
 
-def test_generator_epochs_errors() -> None:
-    with pytest.raises(ValueError, match="`generator_epochs` to be at least 0, but got -1"):
-        small_module(generator_epochs=-1)
+@pytest.mark.parametrize("name", ["generator_epochs", "clean_epochs"])
+def test_epochs_errors(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` to be at least 0, but got -1"):
+        small_module(**{name: -1})

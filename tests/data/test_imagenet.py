@@ -105,7 +105,7 @@ def test_defaults_are_those_of_the_paper_and_of_imagenet() -> None:
 
 
 def test_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`preset` to be one of .* but got 'imagenet1k'"):
+    with pytest.raises(ValueError, match=r"`preset` to be one of .* but got 'imagenet1k'"):
         ImageNetSubsetDataModule(preset="imagenet1k")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`classes` to be at least two different folder names"):
         ImageNetSubsetDataModule(classes=["n01440764"])

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from lightning_mnp.attacks import BadNets
+from lightning_mnp.checkpoint import CheckpointError, write_state_dict
 from lightning_mnp.data import DigitsDataModule
 from lightning_mnp.models import CifarResNet, Classifier, build_network
 
@@ -279,3 +280,60 @@ def test_timm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Classifier(**options)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_training_starts_from_a_checkpoint(tmp_path: Path, suffix: str) -> None:
+    first = Classifier(width=2, in_channels=1)
+    path = tmp_path / f"clean{suffix}"
+    write_state_dict(path, first.state_dict())
+    second = Classifier(width=2, in_channels=1, checkpoint=path)
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value)
+    assert "checkpoint" not in second.hparams
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "clean.pt"
+    torch.save(Classifier(width=2, in_channels=1).state_dict(), path)
+    with pytest.raises(CheckpointError, match="of another shape"):
+        Classifier(width=3, in_channels=1, checkpoint=path)
+    with pytest.raises(CheckpointError, match="existing file"):
+        Classifier(width=2, in_channels=1, checkpoint=tmp_path / "missing.pt")
+
+
+def test_a_head_is_trained_alone(tmp_path: Path) -> None:
+    classifier = Classifier(width=2, in_channels=1, trainable="head", weight_decay=0.1)
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    modes = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            modes.append({name: part.training for name, part in classifier.named_modules()})
+
+    run = trainer(tmp_path, max_epochs=2, limit_train_batches=2, callbacks=[Watch()])
+    run.fit(classifier, DigitsDataModule(batch_size=8, image_size=8))
+
+    changed = {
+        name for name, value in classifier.state_dict().items() if not value.equal(before[name])
+    }
+    assert changed == {"network.fc.weight", "network.fc.bias"}
+    assert len(modes) == 4
+    for mode in modes:
+        inside = {name for name, training in mode.items() if training and "network" in name}
+        assert inside == {"network.fc"}
+
+
+def test_everything_is_trained_by_default(tmp_path: Path) -> None:
+    classifier = Classifier(width=2, in_channels=1)
+    before = {name: value.clone() for name, value in classifier.named_parameters()}
+    run = trainer(tmp_path, limit_train_batches=2, limit_val_batches=0)
+    run.fit(classifier, DigitsDataModule(batch_size=8))
+    assert all(not value.equal(before[name]) for name, value in classifier.named_parameters())
+
+
+def test_a_network_without_a_head_to_train() -> None:
+    with pytest.raises(ValueError, match="to end with a linear layer"):
+        Classifier(nn.Conv2d(1, 10, 8), trainable="head")
+    with pytest.raises(ValueError, match=r"`trainable` to be one of .* but got 'tail'"):
+        Classifier(trainable="tail")  # type: ignore[arg-type]
