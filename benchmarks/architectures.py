@@ -101,23 +101,28 @@ def _thin_vgg(batch_norm: bool, classes: int) -> nn.Module:
 
 def _thin_efficientnet() -> nn.Module:
     blocks = [MBConvConfig(4, 3, 2, 8, 16, 1, 1.0, 1.0), MBConvConfig(4, 5, 2, 16, 16, 2, 1.0, 1.0)]
-    return EfficientNet(blocks, dropout=0.2, num_classes=10)
+    network: nn.Module = EfficientNet(blocks, dropout=0.2, num_classes=10)
+    return network
 
 
 def _thin_regnet() -> nn.Module:
     blocks = BlockParams.from_init_params(
         depth=4, w_0=8, w_a=8.0, w_m=2.0, group_width=8, se_ratio=0.25
     )
-    return RegNet(blocks, num_classes=10)
+    network: nn.Module = RegNet(blocks, num_classes=10)
+    return network
 
 
 def _thin_convnext() -> nn.Module:
     stages = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, 16, 2), CNBlockConfig(16, None, 1)]
-    return models.ConvNeXt(stages, num_classes=10)
+    network: nn.Module = models.ConvNeXt(stages, num_classes=10)
+    return network
 
 
 def _thin_shufflenet() -> nn.Module:
-    return models.ShuffleNetV2([2, 2, 2], [8, 16, 32, 64, 64], num_classes=10)
+    channels = [8, 16, 32, 64, 64]
+    network: nn.Module = models.ShuffleNetV2([2, 2, 2], channels, num_classes=10)
+    return network
 
 
 _TORCHVISION = [

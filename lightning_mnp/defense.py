@@ -7,8 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from lightning_mnp.alone import refuse_wrappers, running_alone
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_set import DefenseSet
-from lightning_mnp.defense_state import dump_state, load_state
+from lightning_mnp.defense_state import dump_state, load_state, make_report
 from lightning_mnp.detection import Judgement, judge, suspected_class, top_class
 from lightning_mnp.forward import Forward
 from lightning_mnp.layers import find_filter_layers
@@ -462,36 +460,7 @@ class MNPDefense:
             RuntimeError: If the defense has not finished.
         """
         self._require_finished()
-        scores: list[float] = []
-        if self.masks_count:
-            scores = [float(self.scores[int(position)]) for position in self.removed]
-        return DefenseReport(
-            verdict=self.judgement.verdict,
-            detection_ratio=self.judgement.detection_ratio,
-            pile_up=self.judgement.pile_up,
-            target_class=self.judgement.target_class,
-            reasons=list(self.judgement.reasons),
-            runs=list(self.runs),
-            reaches=dict(sorted(self.reach.reaches.items())),
-            pruned=[self.layers.locate(int(position)) for position in self.removed],
-            scores=scores,
-            search=[] if self.search is None else [list(point) for point in self.search.curve],
-            filters=self.layers.total,
-            accuracy_before=self.accuracy_before,
-            accuracy_after=self.accuracy_after,
-            layers=[asdict(layer) for layer in self.layers],
-            skipped=list(self.layers.skipped),
-            defense_set={
-                "images": len(self.data),
-                "shape": list(self.data.images.shape[1:]),
-                "classes": self.data.counts,
-                "sha256": self.data.fingerprint,
-            },
-            config=self.config.to_dict(),
-            seconds=dict(self.seconds),
-            versions={name: version(name) for name in ("lightning-mnp", "torch", "torchvision")},
-            warnings=list(self.warnings),
-        )
+        return make_report(self)
 
     def _require_finished(self) -> None:
         if not self.finished:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,16 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_mnp.augment import random_crop_flip
-from lightning_mnp.memory import is_out_of_memory, memory_told
+from lightning_mnp.batches import Unpack, check_batch, read_batches, unpack_batch
+from lightning_mnp.memory import memory_told
 from lightning_mnp.processes import process_count, read_together, whole_loader
 from lightning_mnp.subset import balanced_indices
 
 __all__ = ["DefenseSet", "Unpack", "seeded_generator", "unpack_batch"]
-
-Unpack = Callable[[Any], tuple[Tensor, Tensor]]
-
-_IMAGE_KEYS = ("image", "images", "pixel_values", "x", "input", "inputs", "img")
-_LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
 
 
 def seeded_generator(*key: str | int) -> torch.Generator:
@@ -38,40 +33,6 @@ def seeded_generator(*key: str | int) -> torch.Generator:
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def unpack_batch(batch: Any) -> tuple[Tensor, Tensor]:
-    """Take images and labels out of a batch.
-
-    Args:
-        batch: A tuple or list that starts with images and labels, or a dict that names them
-            (``image``, ``pixel_values``, ``x``, ...; ``label``, ``labels``, ``y``, ...).
-
-    Returns:
-        Images (N, C, ...) and labels (N,).
-
-    Raises:
-        TypeError: If they are not found.
-
-    Example:
-        >>> unpack_batch({"image": torch.zeros(1, 3, 8, 8), "label": torch.tensor([4])})[1]
-        tensor([4])
-    """
-    pair: tuple[Any, ...] = ()
-    if isinstance(batch, (tuple, list)):
-        pair = tuple(batch[:2])
-    elif hasattr(batch, "keys"):
-        found = [next((k for k in keys if k in batch), None) for keys in (_IMAGE_KEYS, _LABEL_KEYS)]
-        pair = tuple(batch[key] for key in found if key is not None)
-    if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-        what = type(batch).__name__
-        if hasattr(batch, "keys"):
-            what += f" with the keys {sorted(map(str, batch.keys()))}"
-        raise TypeError(
-            f"Expected every batch to be a pair (images, labels) of tensors, or a dict that names "
-            f"them, but got {what}. Tell how it is taken apart with the argument `unpack`."
-        )
-    return pair[0], pair[1]
 
 
 class DefenseSet:
@@ -142,7 +103,7 @@ class DefenseSet:
         def read() -> tuple[list[Tensor], list[Tensor]]:
             if isinstance(loader, DefenseSet):
                 return [loader.images], [loader.labels]
-            return _read(whole_loader(loader), unpack, limit)
+            return read_batches(whole_loader(loader), unpack, limit)
 
         few = "Give a loader of fewer images: a few hundred are enough."
         # A loader draws from the global generator.
@@ -154,7 +115,7 @@ class DefenseSet:
                     "A generator can be read only once; give a loader."
                 )
             for number in range(len(images)) if several else ():
-                _check_batch(images[number], labels[number], images[:1], number)
+                check_batch(images[number], labels[number], images[:1], number)
             return cls(torch.cat(images), torch.cat(labels))
 
     @classmethod
@@ -250,78 +211,6 @@ class DefenseSet:
     def __repr__(self) -> str:
         shape = tuple(self.images.shape[1:])
         return f"DefenseSet({len(self)} images of shape {shape}, {len(self.counts)} classes)"
-
-
-def _read(
-    loader: Iterable[Any], unpack: Unpack, limit: int | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
-    for number, batch in enumerate(_batches(loader, limit)):
-        part, classes = _take_apart(batch, unpack, number)
-        _check_batch(part, classes, images, number)
-        images.append(part.detach().cpu())
-        labels.append(classes.detach().cpu())
-    return images, labels
-
-
-def _batches(loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
-    """Read a loader to its end, and tell where it fails or ends early."""
-    try:
-        length = len(loader)  # type: ignore[arg-type]
-    except Exception:  # it has none, or does not know it yet
-        length = 0
-    count = 0
-    try:
-        for batch in islice(loader, limit):
-            yield batch
-            count += 1
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"Expected the defense set's loader to yield batches to its end, but it raised "
-            f"{type(error).__name__} after {count}: {error}"
-        ) from error
-    expected = length if limit is None else min(length, limit)
-    if count < expected:
-        raise ValueError(
-            f"Expected the defense set's loader to yield {expected} batches, as its length says, "
-            f"but it ended after {count}. Mend it, or give a list of its batches."
-        )
-
-
-def _take_apart(batch: Any, unpack: Unpack, number: int) -> tuple[Tensor, Tensor]:
-    try:
-        images, labels = unpack(batch)
-    except Exception as error:
-        if unpack is unpack_batch:
-            raise
-        raise ValueError(
-            f"Expected argument `unpack` to give images and labels, but on batch {number} it "
-            f"raised {type(error).__name__}: {error}"
-        ) from error
-    return images, labels
-
-
-def _check_batch(images: Tensor, labels: Tensor, earlier: list[Tensor], number: int) -> None:
-    """Check that images and labels belong together, and to those before them."""
-    if images.ndim == 0 or labels.ndim != 1 or len(images) != len(labels):
-        raise ValueError(
-            f"Expected every batch to hold one label for each image, but got images of shape "
-            f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)} in batch {number}."
-        )
-    if earlier and images.shape[1:] != earlier[0].shape[1:]:
-        raise ValueError(
-            f"Expected all images of the defense set to have one shape, but got "
-            f"{tuple(earlier[0].shape[1:])} and, in batch {number}, {tuple(images.shape[1:])}. "
-            "Resize them in the data set's transform."
-        )
-    if earlier and images.dtype != earlier[0].dtype:
-        raise ValueError(
-            f"Expected all images of the defense set to be of one type, but got "
-            f"{earlier[0].dtype} and, in batch {number}, {images.dtype}."
-        )
 
 
 def _check(images: Tensor, labels: Tensor) -> None:

@@ -1,18 +1,19 @@
-"""The engine's state as tensors and primitives, so that a killed run can go on."""
+"""What the engine knows, as tensors and primitives: its state in between, its report at the end."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from lightning_mnp.network import weights_digest
-from lightning_mnp.result import RunResult
+from lightning_mnp.result import DefenseReport, RunResult
 
 if TYPE_CHECKING:
     from lightning_mnp.defense import MNPDefense
 
-__all__ = ["dump_state", "load_state"]
+__all__ = ["dump_state", "load_state", "make_report"]
 
 _FORMAT = 1
 
@@ -97,6 +98,40 @@ def load_state(defense: MNPDefense, state: dict[str, Any]) -> None:
     if state["search"] is not None:
         defense.search = defense.new_search()
         defense.search.load_state_dict(state["search"])
+
+
+def make_report(defense: MNPDefense) -> DefenseReport:
+    """Give the outcome of a finished engine, without a model."""
+    scores: list[float] = []
+    if defense.masks_count:
+        scores = [float(defense.scores[int(position)]) for position in defense.removed]
+    return DefenseReport(
+        verdict=defense.judgement.verdict,
+        detection_ratio=defense.judgement.detection_ratio,
+        pile_up=defense.judgement.pile_up,
+        target_class=defense.judgement.target_class,
+        reasons=list(defense.judgement.reasons),
+        runs=list(defense.runs),
+        reaches=dict(sorted(defense.reach.reaches.items())),
+        pruned=[defense.layers.locate(int(position)) for position in defense.removed],
+        scores=scores,
+        search=[] if defense.search is None else [list(point) for point in defense.search.curve],
+        filters=defense.layers.total,
+        accuracy_before=defense.accuracy_before,
+        accuracy_after=defense.accuracy_after,
+        layers=[asdict(layer) for layer in defense.layers],
+        skipped=list(defense.layers.skipped),
+        defense_set={
+            "images": len(defense.data),
+            "shape": list(defense.data.images.shape[1:]),
+            "classes": defense.data.counts,
+            "sha256": defense.data.fingerprint,
+        },
+        config=defense.config.to_dict(),
+        seconds=dict(defense.seconds),
+        versions={name: version(name) for name in ("lightning-mnp", "torch", "torchvision")},
+        warnings=list(defense.warnings),
+    )
 
 
 def _identity(defense: MNPDefense) -> dict[str, Any]:

@@ -209,7 +209,8 @@ class Watch(TorchFunctionMode):
 
 
 def _owns_weight(convolution: nn.Module) -> bool:
-    return convolution._parameters.get("weight") is not None and not convolution._modules
+    bare = not any(True for _ in convolution.children())
+    return bare and convolution._parameters.get("weight") is not None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

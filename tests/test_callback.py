@@ -21,8 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import TensorDataset
 
-from lightning_mnp import MNPCallback
-from lightning_mnp.host import check_host
+from lightning_mnp import MNPCallback, MNPModule
 
 
 class WithHook(L.LightningDataModule):
@@ -132,11 +131,22 @@ def test_unknown_occasion() -> None:
         MNPCallback("sometimes")  # type: ignore[arg-type]
 
 
-def test_sharded_strategies_are_refused() -> None:
-    from lightning.pytorch.strategies import FSDPStrategy
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+@pytest.mark.parametrize("door", ["callback", "module"])
+def test_sharded_strategies_are_refused(
+    name: str, door: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lightning.pytorch.strategies as strategies
 
-    class Fake:
-        strategy = FSDPStrategy.__new__(FSDPStrategy)
-
-    with pytest.raises(MisconfigurationException, match="got FSDPStrategy"):
-        check_host(Fake())  # type: ignore[arg-type]
+    sharded = getattr(strategies, name)
+    trainer = quiet_trainer()
+    monkeypatch.setattr(trainer.strategy, "__class__", sharded)
+    with pytest.raises(MisconfigurationException, match=f"but got {name}. Train with it, save"):
+        if door == "callback":
+            MNPCallback(defense_loader=loader()).setup(
+                trainer, UserModule(trained_network()), "fit"
+            )
+        else:
+            module = MNPModule(trained_network())
+            module.trainer = trainer
+            module.setup("fit")

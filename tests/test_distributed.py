@@ -154,6 +154,18 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_the_demo_takes_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setattr(sys, "argv", ["lightning-mnp"])
+    assert main(["demo", "--trainer.strategy=ddp", "--trainer.devices=2"]) == 2
+    assert "Expected one process for the demo, but got 2" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch, *others: Any) -> None:
     """Let there be other processes that give these values whenever they are asked."""
     for module in ("lightning_mnp.module", "lightning_mnp.processes", "lightning_mnp.host"):

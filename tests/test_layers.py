@@ -400,6 +400,12 @@ def test_a_convolution_that_holds_layers_is_left_alone() -> None:
     assert layers.skipped == (("0", "it holds layers of its own"),)
 
 
+def test_an_empty_place_for_a_layer_is_none() -> None:
+    network = chain(nn.Conv2d(3, 4, 3))
+    network[0].register_module("norm", None)
+    assert only(network).name == "0"
+
+
 class Shifted(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1.0

@@ -102,16 +102,9 @@ def test_bf16_autocast_runs() -> None:
     assert fitted(precision="bf16-mixed").report is not None
 
 
-def test_several_processes_are_refused() -> None:
-    module = MNPModule(trained_network(), quick_config())
-
-    class Fake:
-        strategy = None
-        world_size = 2
-
-    module.trainer = Fake()  # type: ignore[assignment]
-    with pytest.raises(MisconfigurationException, match="Expected one process for MNPModule"):
-        module.setup("fit")
+def test_unknown_occasion() -> None:
+    with pytest.raises(ValueError, match="Expected argument `when` to be one of"):
+        MNPModule(trained_network(), when="sometimes")  # type: ignore[arg-type]
 
 
 def test_datamodule_without_hook_is_refused() -> None:

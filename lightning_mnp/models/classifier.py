@@ -216,7 +216,7 @@ class Classifier(LightningModule):
             network.requires_grad_(False)
             head.requires_grad_(True)
         if channels_last:
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network = network.to(memory_format=torch.channels_last)
         self.network = network
         self.channels_last = channels_last
         self.trainable = trainable
