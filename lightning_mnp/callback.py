@@ -38,6 +38,11 @@ def _is_trial(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))  # set outside of the typed attributes
 
 
+def _ends_in_weights(pruning: ModelPruning) -> bool:
+    """Whether its masks become part of the weights when training ends, as is the default."""
+    return bool(getattr(pruning, "_make_pruning_permanent", True))
+
+
 class MNPCallback(Callback):
     """Audit the network when training ends, and prune it where asked.
 
@@ -112,7 +117,7 @@ class MNPCallback(Callback):
         refuse_other_processes(trainer)
         host: Any = trainer  # its callbacks are not among the typed attributes
         for callback in host.callbacks:
-            if isinstance(callback, ModelPruning) and not callback._make_pruning_permanent:
+            if isinstance(callback, ModelPruning) and not _ends_in_weights(callback):
                 raise MisconfigurationException(
                     "Expected weights that are parameters when training ends, but ModelPruning "
                     "has `make_pruning_permanent=False`, which leaves masks beside them. Set it to "

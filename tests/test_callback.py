@@ -141,12 +141,12 @@ def test_sharded_strategies_are_refused(
     sharded = getattr(strategies, name)
     trainer = quiet_trainer()
     monkeypatch.setattr(trainer.strategy, "__class__", sharded)
+    module: L.LightningModule = UserModule(trained_network())
+    setup: Any = MNPCallback(defense_loader=loader()).setup
+    arguments: tuple[Any, ...] = trainer, module, "fit"
+    if door == "module":
+        module = MNPModule(trained_network())
+        module.trainer = trainer
+        setup, arguments = module.setup, ("fit",)
     with pytest.raises(MisconfigurationException, match=f"but got {name}. Train with it, save"):
-        if door == "callback":
-            MNPCallback(defense_loader=loader()).setup(
-                trainer, UserModule(trained_network()), "fit"
-            )
-        else:
-            module = MNPModule(trained_network())
-            module.trainer = trainer
-            module.setup("fit")
+        setup(*arguments)

@@ -106,6 +106,13 @@ def test_two_networks_and_no_name_is_an_error_before_training(tmp_path: Path) ->
     assert same(before, snapshot(module))
 
 
+def test_what_ddp_leaves_on_a_module_is_not_taken_for_its_forward(tmp_path: Path) -> None:
+    module = UserModule(small_network().train())
+    module.forward = module.forward  # type: ignore[method-assign]  # the method, on the object
+    callback, _ = fit(tmp_path, module)
+    assert_pruned(callback, module, tmp_path)
+
+
 def test_gradient_accumulation(tmp_path: Path) -> None:
     module = UserModule(small_network().train())
     callback, trainer = fit(tmp_path, module, accumulate_grad_batches=3)

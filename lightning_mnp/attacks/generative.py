@@ -184,6 +184,7 @@ class GenerativeModule(AttackModule):
 
     def on_train_start(self) -> None:
         """Warn if training will end before the phases that make the attack."""
+        super().on_train_start()
         epochs = self.trainer.max_epochs
         latest = max(start if stop is None else stop for _, start, stop in self.phases())
         if epochs is not None and 0 <= epochs <= latest:
