@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ class Recipe:
 
     overlays: tuple[str, ...] = ()
     needs_clean: bool = False
-    note: str = field(default="", compare=False)
 
 
 CIFAR10 = {
@@ -54,7 +53,7 @@ CIFAR10 = {
 
 IMAGENETTE = {
     "clean": Recipe(),
-    "badnets": Recipe(("badnets",)),
+    "badnets": Recipe(("badnets-imagenette",)),
     "trojan": Recipe(("trojan-imagenette",), needs_clean=True),
     "blend": Recipe(("blend",)),
     "cl": Recipe(("cl-imagenette",), needs_clean=True),

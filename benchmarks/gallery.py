@@ -3,6 +3,7 @@
     python -m benchmarks.gallery --data ~/data/cifar10 --networks runs/attacks/cifar10-2core
 
 Triggers are read from the files that training left beside each network; see `benchmarks.attacks`.
+Attacks that craft their training images, CL and FC, get a second file with these.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
 
-from lightning_mnp.attacks import SavedTrigger
+from lightning_mnp.attacks import CL, FeatureCollision, ReferenceNetwork, load_trigger
+from lightning_mnp.attacks.trigger import read_poisoned_indices
 from lightning_mnp.data import CIFAR10DataModule, ImageNetSubsetDataModule
 
 SCALE = 3
@@ -55,23 +57,34 @@ def main() -> None:
         datamodule = ImageNetSubsetDataModule(options.data, preset="imagenette", image_size=64)
     else:
         datamodule = CIFAR10DataModule(options.data)
-    stored = datamodule.load("test")
+    test = datamodule.load("test")
     options.out.mkdir(parents=True, exist_ok=True)
     triggers = sorted(options.networks.glob("*/checkpoints/trigger.safetensors"))
     if not triggers:
         parser.error(f"--networks: expected folders with triggers, but got {options.networks}")
     for path in triggers:
         name = path.parent.parent.name
-        attack = SavedTrigger(path)
-        chosen = attack.triggered_indices(stored.labels, datamodule.num_classes)
-        # One image of each class in turn, as far as there are some.
-        places = [
-            int(chosen[stored.labels[chosen] == label][0])
-            for label in stored.labels[chosen].unique().tolist()
-        ][: options.images]
-        images = stored.fetch(places)
-        save_image(grid(images, attack.apply(images)), options.out / f"{name}.png")
-        print(options.out / f"{name}.png", flush=True)
+        attack = load_trigger(path)
+        chosen = attack.triggered_indices(test.labels, datamodule.num_classes)
+        # One image of each class, as far as there are some.
+        labels = test.labels[chosen]
+        places = [int(chosen[labels == label][0]) for label in labels.unique().tolist()]
+        images = test.fetch(places[: options.images])
+        grids = {name: grid(images, attack.apply(images))}
+        if isinstance(attack, CL | FeatureCollision):
+            clean = options.networks / "clean" / "checkpoints" / "last.ckpt"
+            attack.reference = ReferenceNetwork(
+                clean, width=16, mean=datamodule.mean, std=datamodule.std
+            )
+            attack.prepare(test, datamodule.num_classes)
+            train = datamodule.load("train")
+            indices = read_poisoned_indices(path)[: options.images]
+            images = train.fetch(indices.tolist())
+            crafted = attack.poison(images, train.labels[indices], indices)
+            grids[f"{name}-training"] = grid(images, crafted)
+        for title, picture in grids.items():
+            save_image(picture, options.out / f"{title}.png")
+            print(options.out / f"{title}.png", flush=True)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ class Attack(ABC):
             raise ValueError(
                 f"Expected argument `poison_rate` to be a share from 0 to 1, but got {poison_rate}."
             )
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"Expected argument `seed` to have at most 64 bits, but got {seed}.")
         self.target_class = target_class
         self.mode = mode
         self.poison_rate = poison_rate
@@ -182,7 +184,7 @@ class Attack(ABC):
             for name, parameter in parameters
             if "Path" not in str(parameter.annotation)
         }
-        plain = (bool, int, float, str, type(None))
+        plain = bool | int | float | str | None
         return {name: value for name, value in values.items() if isinstance(value, plain)}
 
     def target_labels(self, labels: Tensor, num_classes: int) -> Tensor:
@@ -332,7 +334,7 @@ class TrainingAttack(Attack):
             tensors: As :meth:`tensors` gave them.
 
         Raises:
-            ValueError: If names or shapes are others than this generator's.
+            ValueError: If names or shapes are others than this generator's, or not all finite.
         """
         expected = self.tensors()
         wrong = sorted(expected.keys() ^ tensors.keys()) or [
@@ -343,4 +345,7 @@ class TrainingAttack(Attack):
                 f"Expected the tensors of a {type(self).__name__} generator with the same "
                 f"options, but these are missing, unknown or of another shape: {wrong[:5]}."
             )
+        bad = [n for n, v in tensors.items() if not (v.is_floating_point() and v.isfinite().all())]
+        if bad:
+            raise ValueError(f"Expected finite floating point numbers, but got others: {bad[:5]}.")
         self.generator.load_state_dict(dict(tensors))

@@ -15,6 +15,7 @@ from lightning_mnp.attacks.attack import Attack, Mode
 
 __all__ = ["Blend"]
 
+_MAX_PIXELS = 2**25  # in a trigger file, which nobody vouches for; a photograph has fewer
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
 
 
@@ -54,12 +55,12 @@ class Blend(Attack):
             raise ValueError(
                 f"Expected argument `ratio` to be above 0 and at most 1, but got {ratio}."
             )
-        if image is not None and not Path(image).is_file():
+        if image is not None and not Path(image).expanduser().is_file():
             raise FileNotFoundError(
                 f"Expected argument `image` to be an image file, but {str(image)!r} does not exist."
             )
         self.ratio = ratio
-        self.image = None if image is None else Path(image)
+        self.image = None if image is None else Path(image).expanduser()
         self._stored: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -81,11 +82,14 @@ class Blend(Attack):
         if set(tensors) - {"pattern"}:
             raise ValueError(f"Expected one tensor 'pattern' for Blend, but got {sorted(tensors)}.")
         if pattern is not None and (
-            pattern.dtype != torch.uint8 or pattern.ndim != 3 or pattern.shape[0] != 3
+            pattern.dtype != torch.uint8
+            or pattern.ndim != 3
+            or pattern.shape[0] != 3
+            or not 0 < pattern[0].numel() <= _MAX_PIXELS
         ):
             raise ValueError(
-                "Expected the tensor 'pattern' of Blend to be uint8 of shape (3, H, W), but got "
-                f"{pattern.dtype} of shape {tuple(pattern.shape)}."
+                "Expected the tensor 'pattern' of Blend to be uint8 of shape (3, H, W), with 1 to "
+                f"{_MAX_PIXELS:,} pixels, but got {pattern.dtype} of shape {tuple(pattern.shape)}."
             )
         self._stored = pattern
 
@@ -93,8 +97,19 @@ class Blend(Attack):
         """Give the image to blend in, shape (3, H, W), uint8."""
         if self._stored is None:
             assert self.image is not None
-            with Image.open(self.image) as image:
-                pixels = np.array(image.convert("RGB"))
+            try:
+                with Image.open(self.image) as image:
+                    pixels = np.array(image.convert("RGB"))
+            except (OSError, Image.DecompressionBombError) as error:
+                raise ValueError(
+                    f"Expected argument `image` to be an image file, but got {str(self.image)!r}: "
+                    f"{error}."
+                ) from error
+            if pixels.shape[0] * pixels.shape[1] > _MAX_PIXELS:
+                raise ValueError(
+                    f"Expected argument `image` to have at most {_MAX_PIXELS:,} pixels, but got "
+                    f"{pixels.shape[1]} x {pixels.shape[0]}."
+                )
             self._stored = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         return self._stored
 
@@ -102,6 +117,11 @@ class Blend(Attack):
         if self.image is None and self._stored is None:
             generator = torch.Generator().manual_seed(self.seed)
             return torch.rand(channels, height, width, generator=generator)
+        if channels not in (1, 3):
+            raise ValueError(
+                "Expected argument `images` to have 1 or 3 channels, to blend an RGB image in, "
+                f"but got {channels}."
+            )
         pixels = self._read()[None].float() / 255.0
         if channels == 1:
             pixels = (pixels * pixels.new_tensor(_LUMA).reshape(3, 1, 1)).sum(1, keepdim=True)

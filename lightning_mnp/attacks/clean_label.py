@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mnp.attacks.attack import CleanLabelAttack
-from lightning_mnp.attacks.crafting import check_reference, clean_network, crafting
+from lightning_mnp.attacks.crafting import (
+    BATCH,
+    check_reference,
+    clean_network,
+    crafting,
+    fill_up,
+    scaled,
+)
 from lightning_mnp.attacks.reference import ReferenceNetwork
 
 __all__ = ["CL", "Norm"]
 
 Norm = Literal["linf", "l2"]
-
-# Images that go through the network together. Always as many, filled up where there are fewer:
-# sums of another batch size may differ in their last digit, and a sign of a gradient with them.
-_BATCH = 64
 
 
 class CL(CleanLabelAttack):
@@ -126,7 +129,7 @@ class CL(CleanLabelAttack):
             CheckpointError: If the network's checkpoint cannot be read.
         """
         perturbed = self.perturb(images, labels, indices)
-        stamped = self._stamp(_scaled(perturbed), self.amplitude)
+        stamped = self._stamp(scaled(perturbed), self.amplitude)
         if images.dtype == torch.uint8:
             return (stamped * 255.0).round().to(torch.uint8)
         return stamped.to(images.dtype)
@@ -158,11 +161,11 @@ class CL(CleanLabelAttack):
         with crafting() as device:
             network = clean_network(self.reference, "perturb images with", images.shape[1])
             network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            clean = _scaled(images)
+            clean = scaled(images)
             parts = [
                 self._ascend(network, some, classes, places).to(images.device)
                 for some, classes, places in zip(
-                    clean.split(_BATCH), labels.split(_BATCH), indices.split(_BATCH), strict=True
+                    clean.split(BATCH), labels.split(BATCH), indices.split(BATCH), strict=True
                 )
             ]
             change = torch.cat(parts)
@@ -173,8 +176,7 @@ class CL(CleanLabelAttack):
     def _ascend(self, network: nn.Module, images: Tensor, labels: Tensor, places: Tensor) -> Tensor:
         """Give the change of up to a batch of images; every image by itself."""
         device, count = next(network.parameters()).device, len(images)
-        missing = [count - 1] * (_BATCH - count)
-        filled = torch.tensor([*range(count), *missing])
+        filled = fill_up(count)
         start = torch.stack([self._start(images.shape[1:], int(place)) for place in places])
         base, labels = images.cpu()[filled].to(device), labels.cpu()[filled].to(device)
         step = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
@@ -241,10 +243,6 @@ class CL(CleanLabelAttack):
 
     def _trigger(self, images: Tensor) -> Tensor:
         return self._stamp(images, 1.0)
-
-
-def _scaled(images: Tensor) -> Tensor:
-    return images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
 
 
 def _length(change: Tensor) -> Tensor:

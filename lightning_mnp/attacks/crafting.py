@@ -6,11 +6,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mnp.attacks.reference import ReferenceNetwork
 
-__all__ = ["check_reference", "clean_network", "crafting"]
+__all__ = ["BATCH", "check_reference", "clean_network", "crafting", "fill_up", "scaled"]
+
+BATCH = 64
+"""Images that go through the network together, see :func:`fill_up`."""
+
+
+def fill_up(count: int) -> Tensor:
+    """Tell how to fill a batch up to :data:`BATCH` images, by repeating the last one.
+
+    Sums of another batch size may differ in their last digit, and the sign of a gradient with
+    them: an image's result would depend on its company.
+
+    Args:
+        count: Number of images there are, from 1 to BATCH.
+
+    Returns:
+        Indices into them, shape (BATCH,), on the CPU.
+
+    Example:
+        >>> fill_up(3)[:5]
+        tensor([0, 1, 2, 2, 2])
+    """
+    return torch.arange(BATCH).clamp(max=count - 1)
+
+
+def scaled(images: Tensor) -> Tensor:
+    """Give images as float32 with values in [0, 1].
+
+    Args:
+        images: ``uint8``, or floating point with values in [0, 1].
+
+    Example:
+        >>> scaled(torch.tensor([0, 255], dtype=torch.uint8))
+        tensor([0., 1.])
+    """
+    return images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
 
 
 def check_reference(reference: object) -> None:

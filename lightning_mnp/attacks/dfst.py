@@ -276,8 +276,9 @@ class DFSTModule(GenerativeModule):
         trained = self._round() + 1
         if trained == 0:
             return images, labels
-        # The last images of the batch, of which the first are poisoned.
-        start = len(images) - round(self.detox_rate * len(images))
+        # The last images of the batch, of which the first are poisoned, rounded up here.
+        poisoned = math.ceil(self.attack.poison_rate * len(images))
+        start = max(len(images) - round(self.detox_rate * len(images)), poisoned)
         detoxicants = self.detoxifier.detoxicants(images[start:], trained)
         return torch.cat([images[:start], detoxicants]), labels
 

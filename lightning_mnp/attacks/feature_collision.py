@@ -9,13 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mnp.attacks.attack import Attack, Images
-from lightning_mnp.attacks.crafting import clean_network, crafting
+from lightning_mnp.attacks.crafting import (
+    BATCH,
+    check_reference,
+    clean_network,
+    crafting,
+    fill_up,
+    scaled,
+)
 from lightning_mnp.attacks.reference import ReferenceNetwork
 from lightning_mnp.models.head import penultimate_features
 
 __all__ = ["FeatureCollision"]
 
-_BATCH = 64
 _UNPREPARED = (
     "Expected target instances to be chosen, but there are none yet. Call `prepare` first, as a "
     "datamodule does, or load a saved trigger."
@@ -77,6 +83,7 @@ class FeatureCollision(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(target_class, "all-to-one", 0.0, seed)
+        check_reference(reference)
         for name, count in (
             ("targets", targets),
             ("poisons_per_target", poisons_per_target),
@@ -129,7 +136,7 @@ class FeatureCollision(Attack):
         chosen: list[int] = []
         with crafting() as device:
             network: nn.Module | None = None
-            for part in candidates.flatten()[order].split(_BATCH):
+            for part in candidates.flatten()[order].split(BATCH):
                 images = test.fetch(part.tolist()).to(device).float() / 255.0
                 if network is None:
                     use = "choose target instances by"
@@ -228,13 +235,15 @@ class FeatureCollision(Attack):
                 images have another shape, dtype or range.
         """
         self.apply(images)  # checks the images as for any attack
+        if not len(images):
+            return images.clone()
         with crafting() as device:
             network = clean_network(self.reference, "craft poisons with", images.shape[1])
             network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             if self._target_images is None:
                 raise ValueError(_UNPREPARED)
-            base = _scaled(images)
-            aims = _scaled(self._target_images)[indices.cpu() % self.targets]
+            base = scaled(images)
+            aims = scaled(self._target_images)[indices.cpu() % self.targets]
             if base.shape != aims.shape:
                 raise ValueError(
                     f"Expected argument `images` to be as large as the target instances, "
@@ -243,7 +252,7 @@ class FeatureCollision(Attack):
                 )
             parts = [
                 self._collide(network, some.to(device), aim.to(device)).to(images.device)
-                for some, aim in zip(base.split(_BATCH), aims.split(_BATCH), strict=True)
+                for some, aim in zip(base.split(BATCH), aims.split(BATCH), strict=True)
             ]
             crafted = torch.cat(parts)
         if images.dtype == torch.uint8:
@@ -253,8 +262,7 @@ class FeatureCollision(Attack):
     def _collide(self, network: nn.Module, images: Tensor, aims: Tensor) -> Tensor:
         """Run forward-backward splitting on up to a batch; every image by itself."""
         count = len(images)
-        # Always the same batch size, so that an image's result does not depend on its company.
-        filled = torch.tensor([*range(count), *[count - 1] * (_BATCH - count)], device=aims.device)
+        filled = fill_up(count).to(aims.device)
         images, aims = images[filled], aims[filled]
         base = (1.0 - self.watermark) * images + self.watermark * aims
         wanted = _features(network, aims).detach()
@@ -324,10 +332,6 @@ class FeatureCollision(Attack):
 
 def _features(network: nn.Module, images: Tensor) -> Tensor:
     return penultimate_features(network, images.contiguous(memory_format=torch.channels_last))
-
-
-def _scaled(images: Tensor) -> Tensor:
-    return images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
 
 
 def _each(values: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,24 +62,6 @@ class GenerativeAttack(TrainingAttack):
         Returns:
             float32 images of the same shape with values in [0, 1].
         """
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load weights and buffers of the generator, strictly.
-
-        Args:
-            tensors: As :meth:`tensors` gave them.
-
-        Raises:
-            ValueError: If names, shapes or dtypes are others than this generator's, or a number
-                is not finite.
-        """
-        for name, value in tensors.items():
-            if not value.is_floating_point() or not value.isfinite().all():
-                raise ValueError(
-                    f"Expected tensor {name[:80]!r} to hold finite floating point numbers, but got "
-                    f"{value.dtype} or others."
-                )
-        super().load_tensors(tensors)
 
     def _trigger(self, images: Tensor) -> Tensor:
         if images.shape[1] != self.in_channels:

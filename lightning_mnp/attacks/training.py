@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
@@ -36,11 +36,13 @@ class AttackModule(Classifier):
         flip: Whether to mirror half of the training images, too.
         mean: Mean of each channel by which the loaders normalize; the datamodule's where None.
         std: Standard deviation of each channel; the datamodule's where None.
-        kwargs: See :class:`~lightning_mnp.models.classifier.Classifier`.
+        kwargs: See :class:`~lightning_mnp.models.classifier.Classifier`. Without a datamodule,
+            ``num_classes`` also is the K of the attacker's labels, so give it with ``network``.
 
     Raises:
         ValueError: If an argument is out of range, or, when training starts, if ``mean`` and
-            ``std`` are neither given nor known from the datamodule, or it augments by itself.
+            ``std`` are neither given nor known from the datamodule, or it augments or poisons by
+            itself.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class AttackModule(Classifier):
                 "Expected arguments `mean` and `std` to be given together, one number for each "
                 f"channel, but got {mean} and {std}."
             )
+        if std is not None and not (len(std) and min(std) > 0):
+            raise ValueError(f"Expected argument `std` to be above 0, but got {tuple(std)}.")
         self.attack = attack
         self.generator: nn.Module = attack.generator
         self.augment = augment
@@ -72,7 +76,8 @@ class AttackModule(Classifier):
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
 
         Raises:
-            ValueError: If that is not known, or the datamodule augments images or poisons them.
+            ValueError: If that is not known, the datamodule augments images or has an attack, the
+                target class is none of its classes, or the poison rate gives no image of it.
         """
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if self.mean is None:
@@ -87,10 +92,18 @@ class AttackModule(Classifier):
                 "Expected the datamodule's argument `augment` to be False, but got True: "
                 f"{type(self).__name__} augments images after the trigger."
             )
-        if stage == "fit" and getattr(datamodule, "attack", None) is not None:
+        if getattr(datamodule, "attack", None) is not None:
             raise ValueError(
                 "Expected the datamodule's argument `attack` to be None, but got "
                 f"{datamodule.attack!r}: {type(self).__name__} has an attack of its own."
+            )
+        # Some attacks start after many epochs: too late to find this out.
+        self.attack.target_labels(torch.zeros(0, dtype=torch.long), self.num_classes)
+        train_set = getattr(datamodule, "train_set", None) if stage == "fit" else None
+        if isinstance(train_set, Sized) and 0 < self.attack.poison_rate * len(train_set) < 0.5:
+            raise ValueError(
+                f"Expected argument `poison_rate` to give at least one of {len(train_set)} images "
+                f"in each epoch, but got {self.attack.poison_rate}."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

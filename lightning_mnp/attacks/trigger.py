@@ -6,7 +6,8 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import safe_open
@@ -90,11 +91,7 @@ def load_trigger(
             f"Expected the attack in {shown} to be one of {sorted(known)}, but got {name[:80]!r}."
         )
     try:
-        options = json.loads(metadata.get("options", ""))
-        attack = known[name](**options)
-        unknown = sorted(set(options) - set(attack.options()))
-        if unknown:
-            raise ValueError(f"options that a trigger file may not set: {unknown}")
+        attack = known[name](**_plain_options(known[name], metadata.get("options", "")))
         attack.load_tensors(
             {
                 key.removeprefix("trigger."): value
@@ -120,8 +117,16 @@ def read_poisoned_indices(path: str | os.PathLike[str]) -> Tensor:
         CheckpointError: If the file is missing, damaged or no trigger file.
     """
     tensors = read_state_dict(path, max_bytes=MAX_BYTES)
-    _metadata(path, repr(str(path)))
-    return tensors[_INDICES]
+    shown = repr(str(path))
+    _metadata(path, shown)
+    indices = tensors.get(_INDICES, torch.zeros(0, dtype=torch.long))
+    rising = indices.ndim == 1 and not (indices.diff() <= 0).any() and not (indices < 0).any()
+    if indices.dtype != torch.long or not rising:
+        raise CheckpointError(
+            f"Expected the tensor {_INDICES!r} in {shown} to be int64 indices in rising order, "
+            f"but got {indices.dtype} of shape {tuple(indices.shape)}."
+        )
+    return indices
 
 
 class SavedTrigger(Attack):
@@ -139,9 +144,10 @@ class SavedTrigger(Attack):
     """
 
     def __init__(self, path: Path | str) -> None:
+        path = Path(path).expanduser()
         attack = load_trigger(path)
         super().__init__(attack.target_class, attack.mode, 0.0, attack.seed)
-        self.path = Path(path)
+        self.path = path
         self.attack = attack
         self.poison_rate = attack.poison_rate
 
@@ -214,6 +220,53 @@ def _metadata(path: str | os.PathLike[str], shown: str) -> dict[str, str]:
             f"{metadata.get('format', 'none')[:80]!r}. Training with an attack writes one."
         )
     return metadata
+
+
+def _plain_options(attack: type[Attack], text: str) -> dict[str, Any]:
+    """Read an attack's options, before any of its code sees them.
+
+    What the constructor takes for a path or a network stays out: a file cannot name a file.
+    """
+    options = json.loads(text)
+    if not isinstance(options, dict):
+        raise ValueError(f"expected options by name, but got {type(options).__name__}")
+    hints = get_type_hints(attack.__init__)
+    refused = [
+        name
+        for name, value in options.items()
+        if name not in hints or (value is not None and not _is_plain(hints[name]))
+    ]
+    if refused:
+        raise ValueError(f"options that a trigger file may not set: {refused!r:.200}")
+    for name, value in options.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"expected option `{name}` to be {hints[name]}, but got {value!r:.80}")
+        if isinstance(value, int) and float in _members(hints[name]):
+            options[name] = float(value)  # a whole number may be larger than any of these
+    return options
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _is_plain(hint: Any) -> bool:
+    plain = (bool, int, float, str, NoneType)
+    return all(each in plain or get_origin(each) is Literal for each in _members(hint))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value out of JSON is of an annotated type."""
+    for each in _members(hint):
+        if get_origin(each) is Literal:
+            fits = value in get_args(each)
+        elif each is float:
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        else:
+            fits = type(value) is each
+        if fits:
+            return True
+    return value is None and not _is_plain(hint)
 
 
 def _attacks() -> dict[str, type[Attack]]:

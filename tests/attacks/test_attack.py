@@ -107,6 +107,7 @@ def test_poison_errors(rate: float, message: str) -> None:
     [
         ({"target_class": -1}, "`target_class` to be at least 0, but got -1"),
         ({"mode": "one-to-one"}, "`mode` to be 'all-to-one' or 'all-to-all', but got 'one-to-one'"),
+        ({"seed": 2**63}, f"`seed` to have at most 64 bits, but got {2**63}"),
         ({"poison_rate": 1.1}, "`poison_rate` to be a share from 0 to 1, but got 1.1"),
         ({"poison_rate": -0.1}, "`poison_rate` to be a share from 0 to 1, but got -0.1"),
     ],

@@ -47,3 +47,16 @@ def test_ratio_errors(ratio: float) -> None:
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"`image` to be an image file, but .*no.png"):
         Blend(image=tmp_path / "no.png")
+
+
+def test_what_cannot_be_blended_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pattern.png"
+    path.write_text("no image")
+    with pytest.raises(ValueError, match=r"`image` to be an image file, but got .*pattern.png"):
+        Blend(image=path).apply(torch.zeros(1, 3, 6, 6))
+    Image.new("RGB", (4, 5)).save(path)
+    with pytest.raises(ValueError, match=r"`images` to have 1 or 3 channels, .*, but got 4"):
+        Blend(image=path).apply(torch.zeros(1, 4, 6, 6))
+    monkeypatch.setattr("lightning_mnp.attacks.blend._MAX_PIXELS", 19)
+    with pytest.raises(ValueError, match="at most 19 pixels, but got 4 x 5"):
+        Blend(image=path).apply(torch.zeros(1, 3, 6, 6))

@@ -223,6 +223,23 @@ def test_batches_are_made_by_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rounds == 0 or not batch[12:].equal(images[12:])
 
 
+def test_no_poisoned_image_becomes_a_detoxicant(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = small_module(poison_rate=0.5, detox_rate=0.5)
+    quiet_trainer(max_epochs=4).fit(module, datamodule=Bars())
+    for injector in module.detoxifier.injectors:
+        nn.init.normal_(injector.leave.weight)
+    monkeypatch.setattr(DFSTModule, "current_epoch", 9)
+    # Three and a half of seven: rounded, both shares would be four.
+    monkeypatch.setattr(module, "poison_count", lambda size, generator: 4)
+    images, labels = torch.rand(7, 1, 8, 8), torch.tensor([1, 2, 3, 1, 2, 3, 1])
+
+    batch, targets = module.poison_batch(images, labels, torch.Generator())
+
+    assert batch[:4].equal(module.attack.apply(images[:4]))
+    assert not (batch[4:] == images[4:]).all()
+    assert targets.tolist() == [0, 0, 0, 0, 2, 3, 1]
+
+
 def test_rates_of_zero_are_plain_training() -> None:
     module = small_module(poison_rate=0.0, detox_rate=0.0, rounds=0)
     quiet_trainer(max_epochs=2).fit(module, datamodule=Bars())

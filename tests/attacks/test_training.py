@@ -124,11 +124,33 @@ def test_what_the_datamodule_may_not_do(datamodule: dict[str, Any], message: str
         quiet_trainer().fit(module(), TinyDataModule(**datamodule))
 
 
+def test_another_attack_is_refused_in_testing_too() -> None:
+    with pytest.raises(ValueError, match=r"`attack` to be None, but got BadNets\("):
+        quiet_trainer().test(module(), TinyDataModule(BadNets()), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_class": 4}, "`target_class` to be below the number of classes, 4, but got 4"),
+        ({"poison_rate": 0.01}, "at least one of 48 images in each epoch, but got 0.01"),
+    ],
+)
+def test_the_attack_must_fit_the_data(options: dict[str, Any], message: str) -> None:
+    each = WaNetModule(WaNet(**options), num_classes=4, width=4)
+    trainer = quiet_trainer(limit_val_batches=0)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(each, TinyDataModule())
+    assert trainer.global_step == 0
+
+
 def test_normalization_must_be_known() -> None:
     with pytest.raises(ValueError, match="`mean` and `std`, by which images are normalized"):
         quiet_trainer().fit(module(), loader(), loader())
     with pytest.raises(ValueError, match="to be given together"):
         module(mean=(0.5,))
+    with pytest.raises(ValueError, match=r"`std` to be above 0, but got \(0.0,\)"):
+        module(mean=(0.5,), std=(0.0,))
 
 
 def test_any_loader_will_do_with_mean_and_std() -> None:

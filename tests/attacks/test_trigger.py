@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,23 @@ def write(path: Path, tensors: dict[str, torch.Tensor] | None = None, **metadata
         ({"attack": None}, "but got ''"),
         ({"options": "{"}, "does not describe a BadNets trigger"),
         ({"options": "[]"}, "does not describe a BadNets trigger"),
-        ({"options": '{"path": "x"}'}, "unexpected keyword argument 'path'"),
+        ({"options": '{"path": "x"}'}, r"may not set: \['path'\]"),
+        ({"options": '{"self": 1}'}, r"may not set: \['self'\]"),
+        ({"options": '{"patch_size": 2.5}'}, "`patch_size` to be <class 'int'>, but got 2.5"),
+        ({"options": '{"patch_size": true}'}, "`patch_size` to be <class 'int'>, but got True"),
+        ({"options": '{"target_class": NaN}'}, "`target_class` to be <class 'int'>, but got nan"),
+        ({"options": '{"seed": null}'}, "`seed` to be <class 'int'>, but got None"),
+        ({"options": '{"seed": 9223372036854775808}'}, "`seed` to have at most 64 bits"),
+        ({"options": '{"mode": ["all-to-one"]}'}, "option `mode` to be typing.Literal"),
+        ({"options": f'{{"poison_rate": 1{"0" * 400}}}'}, "does not describe a BadNets trigger"),
+        ({"attack": "CL", "options": '{"reference": "x.ckpt"}'}, r"may not set: \['reference'\]"),
+        (
+            {"attack": "FeatureCollision", "options": '{"reference": "x.ckpt"}'},
+            r"may not set: \['reference'\]",
+        ),
+        ({"attack": "Trojan", "options": '{"reference": {}}'}, r"may not set: \['reference'\]"),
+        ({"attack": "Blend", "options": '{"image": "missing.png"}'}, r"may not set: \['image'\]"),
+        ({"attack": "WaNet", "options": f'{{"strength": 1{"0" * 400}}}'}, "a WaNet trigger"),
         ({"options": '{"patch_size": 0}'}, "`patch_size` to be at least 1"),
         ({"options": '{"patch_size": "big"}'}, "does not describe a BadNets trigger"),
         ({"options": "[" * 100_000}, "does not describe a BadNets trigger"),
@@ -122,7 +139,13 @@ def test_a_file_cannot_name_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [torch.zeros(3, 4, 4), torch.zeros(1, 4, 4).byte(), torch.zeros(4).byte()]
+    "pattern",
+    [
+        torch.zeros(3, 4, 4),
+        torch.zeros(1, 4, 4).byte(),
+        torch.zeros(4).byte(),
+        torch.zeros(3, 0, 4).byte(),
+    ],
 )
 def test_a_wrong_blended_image_is_refused(tmp_path: Path, pattern: torch.Tensor) -> None:
     path = write(
@@ -130,6 +153,35 @@ def test_a_wrong_blended_image_is_refused(tmp_path: Path, pattern: torch.Tensor)
     )
     with pytest.raises(CheckpointError, match=r"to be uint8 of shape \(3, H, W\)"):
         load_trigger(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_grid_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
+    points = {"trigger.points": torch.full((1, 2, 4, 4), value)}
+    path = write(tmp_path / "t.safetensors", points, attack="WaNet", options="{}")
+    with pytest.raises(CheckpointError, match=r"finite .* but got others: \['points'\]"):
+        load_trigger(path)
+
+
+@pytest.mark.parametrize(
+    ("indices", "found"),
+    [
+        (torch.zeros(2), "torch.float32"),
+        (torch.tensor([2, 1]), r"torch.int64 of shape \(2,\)"),
+        (torch.tensor([1, 1]), "torch.int64"),
+        (torch.tensor([-1, 1]), "torch.int64"),
+        (torch.tensor(3), r"shape \(\)"),
+    ],
+)
+def test_wrong_indices_are_refused(tmp_path: Path, indices: torch.Tensor, found: str) -> None:
+    path = write(tmp_path / "t.safetensors", {"poisoned_indices": indices})
+    with pytest.raises(CheckpointError, match=f"int64 indices in rising order, but got .*{found}"):
+        read_poisoned_indices(path)
+
+
+def test_a_file_without_indices_has_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.safetensors", {"other": torch.zeros(1)})
+    assert read_poisoned_indices(path).equal(torch.zeros(0).long())
 
 
 def test_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
