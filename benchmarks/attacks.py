@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 from rich.console import Console
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "attacks"
+NOTED_EVERY = 30.0  # seconds between two notes of the time that a training has taken
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,13 @@ class Task:
                 command += ["--model.checkpoint", str(clean)]
         if self.checkpoint.exists():
             command += ["--ckpt_path", str(self.checkpoint)]
-        started = time.perf_counter()
-        self.run(command, "fit.log")
-        self.note(seconds=self.spent() + time.perf_counter() - started)
+        started = time.perf_counter() - self.spent()
+
+        def note(finished: bool = False) -> None:
+            self.note(seconds=time.perf_counter() - started, finished=finished)
+
+        self.run(command, "fit.log", note)
+        note(finished=True)
 
     def test(self) -> dict[str, float]:
         """Measure CA and, with the saved trigger, ASR."""
@@ -137,30 +143,49 @@ class Task:
             if key.startswith("test/") and value
         }
 
-    def run(self, command: list[str], log: str) -> None:
-        """Run a command line in a process of its own, on one core."""
+    def run(self, command: list[str], log: str, note: Callable[[], None] | None = None) -> None:
+        """Run a command line in a process of its own, on one core; call `note` now and then."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (self.folder / log).open("a") as file:
             file.write(" ".join(command) + "\n")
             file.flush()
-            code = subprocess.call(command, stdout=file, stderr=file, env=environment)
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+            while True:
+                try:
+                    code = process.wait(NOTED_EVERY)
+                    break
+                except subprocess.TimeoutExpired:
+                    if note is not None:
+                        note()
         if code:
             raise RuntimeError(f"{self.name}: {log} ends with exit code {code}: {self.folder}")
 
-    def spent(self) -> float:
-        """Tell the seconds of training so far."""
+    def noted(self) -> dict[str, Any]:
+        """Give what :meth:`note` kept last."""
         path = self.folder / "seconds.json"
-        return float(json.loads(path.read_text())["seconds"]) if path.exists() else 0.0
+        figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return figures
+
+    def spent(self) -> float:
+        """Tell the seconds of training so far, with those before it was stopped."""
+        return float(self.noted().get("seconds", 0.0))
+
+    def is_trained(self) -> bool:
+        """Tell whether training came to its end."""
+        figures = self.noted()
+        return bool(figures.get("finished", figures))
 
     def note(self, **figures: Any) -> None:
-        """Keep the seconds of training."""
-        (self.folder / "seconds.json").write_text(json.dumps(figures))
+        """Keep the seconds of training, and whether it is finished."""
+        fresh = self.folder / ".seconds.json"
+        fresh.write_text(json.dumps(figures))
+        fresh.replace(self.folder / "seconds.json")
 
     def finish(self) -> dict[str, Any]:
         """Train and measure what is missing."""
         if not self.result.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / "seconds.json").exists():
+            if not self.is_trained():
                 self.fit()
             self.result.write_text(json.dumps({**self.test(), "seconds": self.spent()}))
             print(f"{self.name}: {self.result.read_text()}", flush=True)

@@ -298,13 +298,17 @@ def table(lines: list[Line]) -> str:
 
 
 def write_page(page: Path, lines: list[Line]) -> None:
-    """Put the table between the marks of a Markdown page."""
+    """Put the table between the marks of a Markdown page, and say which networks have no line."""
     text = page.read_text("utf-8")
     start, end = "<!-- table -->\n", "\n<!-- end of the table -->"
     if start not in text or end not in text:
         raise ValueError(f"Expected {page} to hold the marks {start!r} and {end!r}.")
     before, after = text.split(start)[0], text.split(end)[1]
-    page.write_text(f"{before}{start}\n{table(lines)}\n{end}{after}", encoding="utf-8")
+    content = table(lines)
+    left = [f"`{name}`" for name in MATRIX if name not in {line.name for line in lines}]
+    if left:
+        content += f"\n\nNot measured yet: {', '.join(left)}."
+    page.write_text(f"{before}{start}\n{content}\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ def unpack_batch(batch: Any) -> tuple[Tensor, Tensor]:
         TypeError: If they are not found.
 
     Example:
+        >>> import torch
         >>> unpack_batch({"image": torch.zeros(1, 3, 8, 8), "label": torch.tensor([4])})[1]
         tensor([4])
     """

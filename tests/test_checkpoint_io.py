@@ -30,7 +30,9 @@ def test_resumed_training_is_the_same_as_without_the_checks(tmp_path: Path) -> N
             return [optimizer], [schedule]
 
     def train(epochs: int, ckpt_path: Path | None = None, checked: bool = False) -> L.Trainer:
-        callback = L.pytorch.callbacks.ModelCheckpoint(tmp_path / f"kept{epochs}{checked}", save_last=True)
+        callback = L.pytorch.callbacks.ModelCheckpoint(
+            tmp_path / f"kept{epochs}{checked}", save_last=True
+        )
         options = {"enable_checkpointing": True, "callbacks": [callback]}
         trainer = quiet_trainer(max_epochs=epochs, default_root_dir=tmp_path, **options)
         if checked:

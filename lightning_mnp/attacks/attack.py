@@ -184,8 +184,7 @@ class Attack(ABC):
             for name, parameter in parameters
             if "Path" not in str(parameter.annotation)
         }
-        plain = bool | int | float | str | None
-        return {name: value for name, value in values.items() if isinstance(value, plain)}
+        return {n: v for n, v in values.items() if isinstance(v, bool | int | float | str | None)}
 
     def target_labels(self, labels: Tensor, num_classes: int) -> Tensor:
         """Tell which labels the attacker wants for images of these classes.

@@ -328,7 +328,8 @@ class BackdoorDataModule(LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
             drop_last=drop_last,
             generator=generator,
-            persistent_workers=self.num_workers > 0,
+            # Workers that stay are seeded once, so a resumed training would draw other numbers.
+            persistent_workers=self.num_workers > 0 and generator is None,
         )
 
     def _prepare_attack(self) -> None:

@@ -287,6 +287,7 @@ def test_hostile_tensors_are_refused(change: dict[str, Tensor], message: str) ->
         ({"lr": 0.0}, "`lr` to be above 0, but got 0.0"),
         ({"lr": float("inf")}, "`lr` to be above 0, but got inf"),
         ({"target_class": -1}, "`target_class` to be at least 0, but got -1"),
+        ({"reference": "x.ckpt"}, "`reference` to be a ReferenceNetwork or None, but got 'x.ckpt'"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
@@ -322,6 +323,7 @@ def test_what_is_missing_is_told(
         attack.poison(torch.zeros(2, 3, 8, 8), labels, indices)
     with pytest.raises(ValueError, match="`images` to have values in"):
         attack.poison(torch.full((2, 1, 8, 8), 2.0), labels, indices)
+    assert len(attack.poison(images[:0], labels[:0], indices[:0])) == 0
     lost = ReferenceNetwork("missing.pt", num_classes=CLASSES, mean=(0.25,), std=(1.0,))
     with pytest.raises(CheckpointError, match="existing file"):
         prepared(lost, test_set)

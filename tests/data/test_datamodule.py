@@ -203,6 +203,22 @@ def test_workers_draw_their_own_augmentation() -> None:
     assert pickle.loads(pickle.dumps(transform))(sample)[0].equal(transform(sample)[0])
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_resumed_training_gets_the_same_batches(num_workers: int) -> None:
+    datamodule = RandomDataModule(num_workers=num_workers)
+    loader = datamodule.train_dataloader()
+    batches(loader)
+    state = datamodule.state_dict()
+    resumed = RandomDataModule(num_workers=num_workers, seed=5)
+    resumed.load_state_dict(state)
+
+    images, labels = batches(loader)
+    again, same = batches(resumed.train_dataloader())
+
+    assert labels.equal(same)
+    assert images.equal(again)
+
+
 def test_transform_equals_the_slow_formula() -> None:
     images = stored("train").images
     samples = [(image, index) for index, image in enumerate(images)]
