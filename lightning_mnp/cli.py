@@ -73,9 +73,9 @@ class MNPCLI(LightningCLI):
         """Read checkpoints with ``weights_only=True``; keep the trigger of an attack."""
         self._read_weights_only()
         attacked = any(getattr(owner, "attack", None) for owner in (self.model, self.datamodule))
-        kept = any(isinstance(each, TriggerCheckpoint) for each in self.trainer.callbacks)
-        if attacked and not kept:
-            self.trainer.callbacks.append(TriggerCheckpoint())
+        callbacks: list[Any] = getattr(self.trainer, "callbacks")  # noqa: B009 (set untyped)
+        if attacked and not any(isinstance(each, TriggerCheckpoint) for each in callbacks):
+            callbacks.append(TriggerCheckpoint())
 
     def before_validate(self) -> None:
         """Read checkpoints with ``weights_only=True``."""
@@ -110,6 +110,12 @@ def main(args: list[str] | None = None) -> int:
         hint = "Set LIGHTNING_MNP_DEBUG=1 to see where this comes from."
         lines = [printable(line, 10_000) for line in str(error).splitlines()]
         print("error: " + "\n".join([*lines, hint]), file=sys.stderr)
+        return _WRONG_USE
+    except RuntimeError as error:
+        # What torch says of a checkpoint of another architecture has no type of its own.
+        if os.environ.get("LIGHTNING_MNP_DEBUG") or "loading state_dict" not in str(error):
+            raise
+        print(f"error: {printable(str(error), 600)}", file=sys.stderr)
         return _WRONG_USE
     except KeyboardInterrupt:
         if os.environ.get("LIGHTNING_MNP_DEBUG"):

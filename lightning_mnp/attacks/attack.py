@@ -322,6 +322,9 @@ class TrainingAttack(Attack):
 
     generator: nn.Module
 
+    def mark_trained(self) -> None:
+        """Note that the generator has been trained or loaded; matters where it has to be."""
+
     def tensors(self) -> dict[str, Tensor]:
         """Give the weights and buffers of the generator."""
         return dict(self.generator.state_dict())

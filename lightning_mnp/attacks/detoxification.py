@@ -62,7 +62,8 @@ class FeatureInjector(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             images = images.float()
             change = self.leave(F.leaky_relu(self.enter(images - 0.5), 0.1))
-            return (images + self.bound * change.tanh()).clamp(0.0, 1.0)
+            injected: Tensor = (images + self.bound * change.tanh()).clamp(0.0, 1.0)
+            return injected
 
 
 class Detoxifier(nn.Module):
@@ -119,7 +120,8 @@ class Detoxifier(nn.Module):
         for before, after in zip(clean, triggered, strict=True):
             means = before.mean(0)
             rises = after.mean(0) - means
-            spreads = before.std(0).clamp_min(_SPREAD_FLOOR)
+            # One image has no spread; then all neurons count alike.
+            spreads = before.std(0, correction=min(len(before) - 1, 1)).clamp_min(_SPREAD_FLOOR)
             count = math.ceil(self.neuron_rate * len(means))
             chosen = torch.zeros_like(means)
             chosen[(rises / spreads).topk(count).indices] = 1.0
@@ -159,7 +161,8 @@ class Detoxifier(nn.Module):
         rest = 1.0 - chosen
         others = (rest * changes.square()).sum() / rest.sum().clamp_min(1.0)
         difference = 1.0 - similarity(images, injected)
-        return shortfall + others_weight * others + similarity_weight * difference
+        total: Tensor = shortfall + others_weight * others + similarity_weight * difference
+        return total
 
     def detoxicants(self, images: Tensor, rounds: int) -> Tensor:
         """Inject features into images, an equal share of them by each injector so far.

@@ -161,7 +161,7 @@ class DFSTModule(GenerativeModule):
         others_weight: float = 0.1,
         generator_lr: float = 0.002,
         augment: bool = True,
-        flip: bool = True,
+        flip: bool | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         **kwargs: Any,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_mnp.attacks.attack import Mode, TrainingAttack
+from lightning_mnp.attacks.attack import Images, Mode, TrainingAttack
 from lightning_mnp.attacks.training import AttackModule
 
 __all__ = ["GenerativeAttack", "GenerativeModule", "quantized"]
@@ -51,6 +51,38 @@ class GenerativeAttack(TrainingAttack):
     ) -> None:
         super().__init__(target_class, mode, poison_rate, seed)
         self.in_channels = in_channels
+        self._is_trained = False
+
+    def mark_trained(self) -> None:
+        """Note that the generator has been trained or loaded."""
+        self._is_trained = True
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load weights and buffers of the generator, strictly.
+
+        Args:
+            tensors: See :meth:`TrainingAttack.load_tensors`.
+        """
+        super().load_tensors(tensors)
+        self.mark_trained()
+
+    def prepare(self, test: Images, num_classes: int) -> None:
+        """Refuse to measure what was never trained.
+
+        Args:
+            test: Clean test images.
+            num_classes: Number of classes K.
+
+        Raises:
+            ValueError: If the generator is fresh.
+        """
+        if not self._is_trained:
+            name = type(self).__name__
+            raise ValueError(
+                f"Expected a trained attack to measure with, but the generator of {name} is fresh. "
+                f"Train with `{name}Module` first, then measure with the trigger file that it "
+                "leaves: `SavedTrigger` as the datamodule's `attack`."
+            )
 
     @abstractmethod
     def inject(self, images: Tensor) -> Tensor:
@@ -107,7 +139,7 @@ class GenerativeModule(AttackModule):
         attack: GenerativeAttack,
         generator_lr: float = 0.001,
         augment: bool = True,
-        flip: bool = True,
+        flip: bool | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         **kwargs: Any,

@@ -191,7 +191,7 @@ class InputAwareModule(GenerativeModule):
         density_weight: float = 100.0,
         generator_lr: float = 0.01,
         augment: bool = True,
-        flip: bool = True,
+        flip: bool | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         **kwargs: Any,

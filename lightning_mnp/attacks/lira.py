@@ -115,7 +115,7 @@ class LIRAModule(GenerativeModule):
         alpha: float = 0.5,
         generator_lr: float = 0.001,
         augment: bool = True,
-        flip: bool = True,
+        flip: bool | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         **kwargs: Any,

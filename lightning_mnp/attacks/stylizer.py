@@ -70,7 +70,8 @@ class Stylizer(nn.Module):
                 hidden = block(hidden)
             hidden = F.interpolate(hidden, images.shape[-2:])
             change = self.leave(torch.cat([hidden, images - 0.5], 1))
-            return (torch.logit(0.02 + 0.96 * images) + change).sigmoid()
+            styled: Tensor = (torch.logit(0.02 + 0.96 * images) + change).sigmoid()
+            return styled
 
 
 class _Block(nn.Module):

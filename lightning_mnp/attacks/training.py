@@ -33,7 +33,8 @@ class AttackModule(Classifier):
     Args:
         attack: The attack, whose generator is trained or used here.
         augment: Whether to shift training images by up to an eighth of their width.
-        flip: Whether to mirror half of the training images, too.
+        flip: Whether to mirror half of the training images, too; as the datamodule says, or yes,
+            where None.
         mean: Mean of each channel by which the loaders normalize; the datamodule's where None.
         std: Standard deviation of each channel; the datamodule's where None.
         kwargs: See :class:`~lightning_mnp.models.classifier.Classifier`. Without a datamodule,
@@ -49,7 +50,7 @@ class AttackModule(Classifier):
         self,
         attack: TrainingAttack,
         augment: bool = True,
-        flip: bool = True,
+        flip: bool | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         **kwargs: Any,
@@ -87,6 +88,8 @@ class AttackModule(Classifier):
                     "there is no datamodule that has them, but got None."
                 )
             self.mean, self.std = tuple(datamodule.mean), tuple(datamodule.std)
+        if self.flip is None:
+            self.flip = bool(getattr(datamodule, "flip", True))
         if stage == "fit" and getattr(datamodule, "augment", False):
             raise ValueError(
                 "Expected the datamodule's argument `augment` to be False, but got True: "
@@ -106,6 +109,10 @@ class AttackModule(Classifier):
                 f"in each epoch, but got {self.attack.poison_rate}."
             )
 
+    def on_train_end(self) -> None:
+        """Note that the attack can be measured now."""
+        self.attack.mark_trained()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put what belongs to the attack apart from the network's weights.
 
@@ -121,8 +128,18 @@ class AttackModule(Classifier):
 
         Args:
             checkpoint: What was read.
+
+        Raises:
+            ValueError: If there is nothing of the attack, as in a checkpoint of a purified network.
         """
-        checkpoint["state_dict"].update(checkpoint.get("attack", {}))
+        if "attack" not in checkpoint:
+            raise ValueError(
+                f"Expected a checkpoint that {type(self).__name__} has written, with its attack, "
+                "but got one with a network alone. Load it into a Classifier, and measure with "
+                "the trigger file: `SavedTrigger` as the datamodule's `attack`."
+            )
+        checkpoint["state_dict"].update(checkpoint["attack"])
+        self.attack.mark_trained()
 
     def stored(self, images: Tensor) -> Tensor:
         """Undo the normalization.
@@ -150,7 +167,8 @@ class AttackModule(Classifier):
         """
         if not self.augment:
             return images
-        return random_crop_flip(images, max(images.shape[-1] // 8, 1), self.flip, generator)
+        flip = self.flip is not False  # None until the datamodule is known
+        return random_crop_flip(images, max(images.shape[-1] // 8, 1), flip, generator)
 
     def step_generator(self, batch_idx: int) -> torch.Generator:
         """Give the source of randomness of one training step, on the CPU.

@@ -170,6 +170,15 @@ class SavedTrigger(Attack):
         """
         return self.attack.poison(images, labels, indices)
 
+    def target_labels(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Tell which labels the attack in the file wants.
+
+        Args:
+            labels: See :meth:`Attack.target_labels`.
+            num_classes: See :meth:`Attack.target_labels`.
+        """
+        return self.attack.target_labels(labels, num_classes)
+
     def poison_labels(self, labels: Tensor, num_classes: int) -> Tensor:
         """Tell the labels that the attack in the file gives poisoned images.
 

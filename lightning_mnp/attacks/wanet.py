@@ -135,7 +135,7 @@ class WaNetModule(AttackModule):
         attack: WaNet | None = None,
         noise_rate: float | None = None,
         augment: bool = True,
-        flip: bool = True,
+        flip: bool | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         **kwargs: Any,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import loader, quiet_trainer
+from helpers import TinyDataModule, loader, quiet_trainer
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from lightning_mnp.attacks import (
     InputAware,
     InputAwareModule,
     LIRAModule,
+    SavedTrigger,
     load_trigger,
     save_trigger,
 )
@@ -277,3 +278,14 @@ def test_several_processes_are_an_error(kind: Any, monkeypatch: pytest.MonkeyPat
 def test_generator_lr_errors(kind: Any, lr: float) -> None:
     with pytest.raises(ValueError, match=f"`generator_lr` to be above 0, but got {lr}"):
         small_module(kind, generator_lr=lr)
+
+
+@pytest.mark.parametrize("attack", [InputAware(width=4, depth=1), LIRA(width=4, depth=1)])
+def test_a_fresh_generator_is_not_measured(attack: GenerativeAttack, tmp_path: Path) -> None:
+    name = type(attack).__name__
+    with pytest.raises(ValueError, match=f"generator of {name} is fresh.*`{name}Module`"):
+        TinyDataModule(attack).setup("test")
+    save_trigger(tmp_path / "t.safetensors", attack)
+    TinyDataModule(SavedTrigger(tmp_path / "t.safetensors")).setup("test")
+    attack.mark_trained()
+    TinyDataModule(attack).setup("test")

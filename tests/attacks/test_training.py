@@ -43,7 +43,7 @@ def test_a_batch_is_poisoned_then_augmented_then_normalized(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     each = module(num_classes=4)
-    each.attack = BadNets(poison_rate=0.25, margin=0)  # type: ignore[assignment]
+    each.attack = Patch(poison_rate=0.25, margin=0)  # type: ignore[assignment]
     seen: list[Any] = []
     order: list[str] = []
     monkeypatch.setattr(each, "augmented", lambda x, g: order.append("augment") or x)
@@ -84,6 +84,13 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, number: 
     resumed = fit(4, ckpt=tmp_path / "4-2.ckpt")
     for name, value in whole.state_dict().items():
         assert resumed.state_dict()[name].equal(value), name
+
+
+class Patch(BadNets):
+    """A trigger that is easy to tell, in place of a trained one."""
+
+    def mark_trained(self) -> None:
+        return
 
 
 class Stop(L.Callback):
@@ -178,3 +185,24 @@ def test_its_checkpoint_serves_a_plain_classifier(tmp_path: Path) -> None:
     for name, value in each.network.state_dict().items():
         assert plain.network.state_dict()[name].equal(value)
         assert network.state_dict()[name].equal(value)
+
+
+def test_images_are_mirrored_where_the_datamodule_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mirrored in (True, False):
+        monkeypatch.setattr(TinyDataModule, "flip", mirrored)
+        each = module()
+        quiet_trainer(limit_train_batches=1, limit_val_batches=0).fit(each, TinyDataModule())
+        assert each.flip is mirrored
+    each = module(flip=True)
+    quiet_trainer(limit_train_batches=1, limit_val_batches=0).fit(each, TinyDataModule())
+    assert each.flip is True
+
+
+def test_a_checkpoint_without_the_attack_is_refused(tmp_path: Path) -> None:
+    trainer = quiet_trainer(limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(Classifier(num_classes=4, width=4, lr=0.01), TinyDataModule())
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match=r"that AttackModule has written, .* network alone"):
+        quiet_trainer().test(
+            module(), TinyDataModule(), ckpt_path=tmp_path / "plain.ckpt", weights_only=True
+        )
