@@ -34,6 +34,7 @@ class Recipe:
 
     overlays: tuple[str, ...] = ()
     needs_clean: bool = False
+    epochs: int | None = None  # where the base's are too few
 
 
 CIFAR10 = {
@@ -49,8 +50,8 @@ CIFAR10 = {
     "dfst": Recipe(("dfst",)),
     "lira": Recipe(("lira",)),
     "badnets-1percent": Recipe(("badnets", "badnets-1percent")),
+    "badnets-1percent-20epochs": Recipe(("badnets", "badnets-1percent"), epochs=20),
     "badnets-all-to-all": Recipe(("badnets", "badnets-all-to-all")),
-    "badnets-1percent-all-to-all": Recipe(("badnets", "badnets-1percent", "badnets-all-to-all")),
 }
 
 IMAGENETTE = {
@@ -106,6 +107,9 @@ class Task:
         command += ["--data.root", str(self.data)]
         command += ["--trainer.default_root_dir", str(self.folder)]
         command += ["--trainer.enable_progress_bar", "false"]
+        if self.recipe.epochs is not None:
+            command += ["--trainer.max_epochs", str(self.recipe.epochs)]
+            command += ["--trainer.check_val_every_n_epoch", str(self.recipe.epochs)]
         if self.recipe.needs_clean:
             clean = self.out / "clean" / "checkpoints" / "last.ckpt"
             command += ["--data.attack.reference.checkpoint", str(clean)]

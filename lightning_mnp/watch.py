@@ -237,7 +237,8 @@ def _follow_channels(
 ) -> int | None:
     """Where a function that moves values puts the channels: it is tried on channel numbers."""
     channels = tensor.shape[dim]
-    numbers = torch.arange(channels, dtype=torch.float64, device=tensor.device)
+    # Exact up to 2**24 channels, and there are devices without larger floats (MPS).
+    numbers = torch.arange(channels, dtype=torch.float32, device=tensor.device)
     shape = [1] * tensor.ndim
     shape[dim] = channels
     probe = numbers.reshape(shape).expand(tensor.shape).contiguous()

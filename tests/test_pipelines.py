@@ -539,12 +539,16 @@ def test_no_code_is_for_cuda_only() -> None:
         assert not re.search(r"Generator\(device|Generator\([\"']", text), path
 
 
-@pytest.mark.parametrize("module", ["saliency", "tally", "suppression", "recovery", "surrogate"])
-def test_float64_is_used_on_the_cpu_only(module: str) -> None:
+def test_float64_is_used_on_the_cpu_only() -> None:
     """Apple's GPUs do not have it."""
-    text = (REPOSITORY / f"lightning_mnp/{module}.py").read_text("utf-8")
-    doubles = re.findall(r"\w[\w.()]*\.double\(\)", text)
-    assert all(".cpu()" in each for each in doubles), doubles
+    paths = list((REPOSITORY / "lightning_mnp").glob("*.py"))
+    assert len(paths) > 30
+    for path in paths:
+        text = path.read_text("utf-8")
+        doubles = re.findall(r"\w[\w.()]*\.double\(\)", text)
+        assert all(".cpu()" in each for each in doubles), (path, doubles)
+        on_device = r"float64[^()]*\bdevice=|\bdevice=[^()]*float64|to\(torch\.float64"
+        assert not re.search(on_device, text), path
 
 
 def test_defense_set_draws_on_the_cpu_and_moves_what_is_drawn() -> None:

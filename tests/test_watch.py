@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mnp.forward import call_network
 from lightning_mnp.watch import Use, Watch, watch_run
@@ -97,6 +98,28 @@ def test_channels_are_followed_through_layout_functions(move: Callable[[Tensor],
     use = watch(run, nn.LayerNorm(4)).uses["conv1"]
     assert use.norms == {("norm", move(torch.zeros(1, 4, 2, 2)).ndim - 1)}
     assert (use.elsewhere, use.crossed) == (False, set())
+
+
+class NoDoubles(TorchDispatchMode):
+    """A device without float64, such as Apple's GPUs."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        assert not (isinstance(result, Tensor) and result.dtype == torch.float64), func
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_are_followed_on_devices_without_float64(dtype: torch.dtype) -> None:
+    def run(net: Any, x: Tensor) -> Any:
+        moved = net.conv1(x).permute(0, 2, 3, 1).to(dtype).float()
+        return net.classify(net.norm(moved).permute(0, 3, 1, 2))
+
+    with NoDoubles():
+        use = watch(run, nn.LayerNorm(4)).uses["conv1"]
+    assert use == Use(calls=1, norms={("norm", 3)})
 
 
 @pytest.mark.parametrize(
