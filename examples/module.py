@@ -58,12 +58,12 @@ def main() -> None:
         log_every_n_steps=1,
         callbacks=[ModelCheckpoint(options.output / "checkpoints", save_last=True)],
     )
-    module = MNPModule(network, MNPConfig(seed=0), when="flagged")
+    # ModelCheckpoint saves after optimizer steps; the stages that prune take none. The module
+    # writes the report itself and, if filters were pruned, the purified network.
+    module = MNPModule(network, MNPConfig(seed=0), when="flagged", output_dir=options.output)
     clean = DigitsDataModule(image_size=16, defense_size=200).defense_dataloader()
     trainer.fit(module, clean, ckpt_path=options.resume, weights_only=True)
     print(module.report)
-    # ModelCheckpoint saves after optimizer steps; the stages that prune take none.
-    trainer.save_checkpoint(options.output / "purified.ckpt")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,16 @@ def check_archive(path: Path, max_bytes: int) -> bool:
 
     Raises:
         CheckpointError: If the file is damaged, hostile or no checkpoint.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "model.pt")
+        >>> path.write_text("no checkpoint") and None
+        >>> check_archive(path, max_bytes=2**20)
+        Traceback (most recent call last):
+        ...
+        lightning_mnp.archive.CheckpointError: Expected ...model.pt to be a checkpoint written by
+        `torch.save`, but it starts with b'no c'. Safetensors files need the ending .safetensors.
     """
     with path.open("rb") as file:
         magic = file.read(len(ZIP_MAGIC))

@@ -138,11 +138,16 @@ def check_batch(images: Tensor, labels: Tensor, earlier: list[Tensor], number: i
 
     Raises:
         ValueError: If numbers, shapes or types do not agree.
+
+    Example:
+        >>> import torch
+        >>> check_batch(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), earlier=[], number=0)
     """
     if images.ndim == 0 or labels.ndim != 1 or len(images) != len(labels):
         raise ValueError(
             f"Expected every batch to hold one label for each image, but got images of shape "
-            f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)} in batch {number}."
+            f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)} in batch {number}. "
+            "Mend the data set, or tell how a batch is taken apart with the argument `unpack`."
         )
     if earlier and images.shape[1:] != earlier[0].shape[1:]:
         raise ValueError(
@@ -153,5 +158,6 @@ def check_batch(images: Tensor, labels: Tensor, earlier: list[Tensor], number: i
     if earlier and images.dtype != earlier[0].dtype:
         raise ValueError(
             f"Expected all images of the defense set to be of one type, but got "
-            f"{earlier[0].dtype} and, in batch {number}, {images.dtype}."
+            f"{earlier[0].dtype} and, in batch {number}, {images.dtype}. Convert them in the data "
+            "set's transform."
         )

@@ -170,6 +170,13 @@ def check_output(
     Raises:
         CheckpointError: If the path exists, its ending is unknown, its folder does not exist or
             cannot be written to, or has too little space.
+
+    Example:
+        >>> check_output("weights.onnx", {})
+        Traceback (most recent call last):
+        ...
+        lightning_mnp.archive.CheckpointError: Expected argument `path` to end in one of
+        ('.safetensors', '.ckpt', '.pt', '.pth'), but got weights.onnx.
     """
     path = Path(path)
     shown = printable(str(path))
@@ -210,6 +217,13 @@ def write_state_dict(
     Raises:
         CheckpointError: If the path exists, its ending is unknown, its folder does not exist or
             cannot be written to, there is too little space, or there is nothing to write.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+        >>> write_state_dict(path, {"weight": torch.ones(2)}, {"verdict": "clean"})
+        >>> read_state_dict(path)
+        {'weight': tensor([1., 1.])}
     """
     path = Path(path)
     check_output(path, state_dict, argument)

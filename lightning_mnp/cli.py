@@ -100,7 +100,7 @@ def main(args: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; for ``audit``, 3 for a backdoored network; for ``audit`` and
-        ``defend``, 4 for an undecided one; 2 for wrong use; 130 after Ctrl-C.
+        ``defend``, 4 for an undecided one and 130 after Ctrl-C; 2 for wrong use.
     """
     try:
         cli = MNPCLI(args)

@@ -169,7 +169,7 @@ def write_outcome(trainer: Trainer, report: DefenseReport, folder: Path) -> None
         number += 1
         name = f"mnp-v{number}"
     name = trainer.strategy.broadcast(name)
-    do_in_first(lambda: report.save(folder / f"{name}-report.json"))
+    do_in_first(lambda: report.save(folder / f"{name}-report.json", argument="output_dir"))
     if not report.pruned:
         return
     partial = folder / f".{name}.ckpt.unfinished"

@@ -201,9 +201,12 @@ class MNPModule(LightningModule):
         self.log_dict(self.report.metrics(), batch_size=1)
 
     def on_train_end(self) -> None:
-        """Write the outcome; warn where the Trainer ended before the defense did."""
+        """Write the outcome."""
         if self.report is not None and self._folder is not None:
             write_outcome(self.trainer, self.report, self._folder)
+
+    def on_fit_end(self) -> None:
+        """Warn where the Trainer ended before the defense did, or had nothing to do at all."""
         if self.defense is not None and not self.defense.finished:
             rank_zero_warn(
                 f"The Trainer ended while the defense was in phase {self.defense.phase!r}, about "

@@ -28,6 +28,9 @@ def check_new(path: Path, argument: str) -> None:
 
     Raises:
         OutputError: If there is something of that name, be it a link that leads nowhere.
+
+    Example:
+        >>> check_new(Path(tempfile.mkdtemp(), "report.json"), "report")
     """
     if os.path.lexists(path):
         raise OutputError(
@@ -98,6 +101,8 @@ def write_whole(
     # A name of its own keeps two writers apart; what is replaced has one writer.
     unique = "partial" if replace else f"{secrets.token_hex(4)}.tmp"
     partial = path.with_name(f".{path.name}.{unique}")
+    with suppress(OSError):  # of a killed writer, or a link that would lead elsewhere
+        partial.unlink()
     try:
         write(partial)
         with partial.open("rb") as file:

@@ -45,6 +45,13 @@ def check_finite(state_dict: Mapping[str, Tensor]) -> None:
 
     Raises:
         CheckpointError: If a value is not finite; the message lists the first such tensors.
+
+    Example:
+        >>> check_finite({"weight": torch.tensor([1.0, float("nan")])})
+        Traceback (most recent call last):
+        ...
+        lightning_mnp.archive.CheckpointError: Expected all weights to be finite, but 1 of 1 tensors
+        hold NaN or infinity: weight. The network cannot be used.
     """
     bad = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
     if bad:
@@ -167,7 +174,12 @@ def _check_fit(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
 
 
 def first_names(names: Iterable[object]) -> str:
-    """List the first few names of an untrusted file, made safe to print."""
+    """List the first few names of an untrusted file, made safe to print.
+
+    Example:
+        >>> first_names("abcdefg")
+        'a, b, c, d, e, …'
+    """
     shown = list(names)
     listed = ", ".join(printable(name) for name in shown[:SHOWN_NAMES])
     return listed + (", …" if len(shown) > SHOWN_NAMES else "")

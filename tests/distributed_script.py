@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,30 @@ def data(batch_size: int = 10, **options: Any) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*images_and_labels()), batch_size, **options)
 
 
-def outcome(report: DefenseReport, network: nn.Module) -> dict[str, Any]:
+@contextmanager
+def masks_kept() -> Iterator[list[Tensor]]:
+    """Keep the masks of all filters; a report has those of the pruned ones only."""
+    report, kept = MNPDefense.report, []
+
+    def keep(defense: MNPDefense) -> DefenseReport:
+        kept.append(defense.scores.clone())
+        return report(defense)
+
+    MNPDefense.report = keep  # type: ignore[method-assign]
+    try:
+        yield kept
+    finally:
+        MNPDefense.report = report  # type: ignore[method-assign]
+
+
+def outcome(report: DefenseReport, network: nn.Module, masks: list[Tensor]) -> dict[str, Any]:
     """What has to be the same in all processes, as tensors and primitives."""
     return {
         "verdict": report.verdict,
         "ratio": report.detection_ratio,
         "pruned": [[name.removeprefix("net."), index] for name, index in report.pruned],
         "scores": torch.tensor(report.scores),
+        "masks": masks[-1],
         "images": report.defense_set["images"],
         "weights": {
             name: tensor
@@ -90,25 +108,28 @@ def through_callback(processes: int, folder: Path) -> dict[str, Any]:
     module = still(small_network())
     callback = MNPCallback("always", Shards(), CONFIG, output_dir=folder / "callback")
     trainer = quiet_trainer(strategy="ddp", devices=processes, callbacks=[callback])
-    trainer.fit(module, data())
+    with masks_kept() as masks:
+        trainer.fit(module, data())
     assert callback.report is not None
-    return outcome(callback.report, module.net)
+    return outcome(callback.report, module.net, masks)
 
 
 def through_module(processes: int, folder: Path) -> dict[str, Any]:
     module = MNPModule(small_network(), CONFIG, output_dir=folder / "module")
     trainer = quiet_trainer(strategy="ddp", devices=processes, max_epochs=-1)
-    trainer.fit(module, data(9, shuffle=True))
+    with masks_kept() as masks:
+        trainer.fit(module, data(9, shuffle=True))
     assert module.report is not None
-    return outcome(module.report, module.network)
+    return outcome(module.report, module.network, masks)
 
 
 def through_function(folder: Path, network: nn.Module, **options: Any) -> dict[str, Any]:
-    report = lightning_mnp.defend(
-        network, when="always", config=CONFIG, state_file=folder / "progress.pt", **options
-    )
+    with masks_kept() as masks:
+        report = lightning_mnp.defend(
+            network, when="always", config=CONFIG, state_file=folder / "progress.pt", **options
+        )
     assert report.model is not None
-    return outcome(report, report.model)
+    return outcome(report, report.model, masks)
 
 
 def command(processes: int, folder: Path) -> list[str]:
@@ -146,12 +167,22 @@ def all_doors(processes: int, folder: Path) -> None:
     torch.save((outcomes, errors), folder / f"outcomes-{process_rank()}.pt")
 
 
-def one_dies(processes: int, folder: Path) -> None:
-    """The last process ends without a word in the middle of the defense."""
+def first_dies(processes: int, folder: Path) -> None:
+    """The first process, which has started the others, ends without a word."""
+    one_dies(0, processes, folder)
+
+
+def last_dies(processes: int, folder: Path) -> None:
+    """The last process ends without a word."""
+    one_dies(processes - 1, processes, folder)
+
+
+def one_dies(rank: int, processes: int, folder: Path) -> None:
+    """A process ends in the middle of the defense."""
     step = MNPDefense.step
 
     def step_or_die(defense: MNPDefense, *args: Any) -> dict[str, float]:
-        if defense.phase == "masks" and process_rank() == processes - 1:
+        if defense.phase == "masks" and process_rank() == rank:
             os._exit(7)
         return step(defense, *args)
 
@@ -198,5 +229,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    what = {each.__name__: each for each in (all_doors, one_dies)}
+    what = {each.__name__: each for each in (all_doors, first_dies, last_dies)}
     what[sys.argv[2]](int(sys.argv[1]), Path(sys.argv[3]))

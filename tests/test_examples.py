@@ -185,6 +185,7 @@ def test_script(
     assert "filters pruned" in printed
     assert any((tmp_path / "out").iterdir())
     if name == "module.py":
+        assert (tmp_path / "out/mnp-report.json").exists()
         options = ["--output=out", "--resume=out/checkpoints/last.ckpt"]
         run_script(name, options, monkeypatch)
         assert "filters pruned" in capsys.readouterr().out

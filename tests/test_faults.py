@@ -328,13 +328,12 @@ def test_out_of_memory_names_the_batch(error: Exception, tmp_path: Path) -> None
     assert lightning_mnp.audit(network, loader(), config=quick_config(batch_size=7)).runs
 
 
-def test_too_little_memory_for_two_images() -> None:
-    network = Greedy(1, MemoryError())
-    with pytest.raises((torch.OutOfMemoryError, MemoryError)):
-        lightning_mnp.audit(network, loader(), config=quick_config())
-    network = Greedy(1, torch.OutOfMemoryError("CUDA out of memory."))
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")], ids=repr
+)
+def test_too_little_memory_for_two_images(error: Exception) -> None:
     with pytest.raises(torch.OutOfMemoryError, match="Out of memory on 2 images"):
-        lightning_mnp.audit(network, loader(), config=quick_config())
+        lightning_mnp.audit(Greedy(1, error), loader(), config=quick_config())
 
 
 # Data loaders

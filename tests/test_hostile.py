@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -155,7 +157,8 @@ def test_asking_to_trust_the_file_changes_nothing(
     assert_refused(args, own_folder, capsys)
 
 
-@pytest.mark.parametrize("make", [runs_code, endless_hash, infinite_weights, odd_names])
+# What is beside the weights is not even looked at, however large it says it is.
+@pytest.mark.parametrize("make", [make for make in CORPUS if make is not huge_shape])
 @pytest.mark.parametrize("command", ["audit", "defend"])
 def test_refused_by_audit_and_defend(
     make: Callable[[Path], None],
@@ -335,6 +338,53 @@ def test_interrupted_command_ends_with_130(
     assert main([*args, "--output=out.pt", "--when=always"]) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")
     assert sorted(path.name for path in own_folder.iterdir()) == ["state.pt", "weights.pt"]
+
+
+# A shell that starts something in the background has it ignore SIGINT.
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from lightning_mnp.cli import main
+sys.exit(main())
+"""
+
+
+def test_process_that_gets_sigint_ends_with_130(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C as it is: a signal to a process, which the same command then takes up again."""
+    torch.save(Classifier(width=4, in_channels=1).state_dict(), "weights.pt")
+    before = Path("weights.pt").read_bytes()
+    endless = ["--mnp.suppression_epochs=1000000", "--mnp.mask_epochs=1000000", "--when=always"]
+    args = ["defend", *COMMON, *QUICK, *endless, "--ckpt_path=weights.pt", "--output=out.pt"]
+    args += ["--report=report.json", "--state_file=state.pt"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *args], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        patience = time.monotonic() + 300
+        while not Path("state.pt").exists() and process.poll() is None:
+            assert time.monotonic() < patience
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert errors.endswith("interrupted\n")
+    assert "Traceback" not in errors
+    assert sorted(path.name for path in own_folder.iterdir()) == ["state.pt", "weights.pt"]
+    assert Path("weights.pt").read_bytes() == before
+
+    resumed_at = []
+
+    def look(defense: Any, *args: Any) -> None:
+        resumed_at.append(defense.position)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_mnp.defense.MNPDefense.step", look)
+    assert main(args) == 130
+    assert resumed_at[0] >= 1
 
 
 def test_command_without_memory_ends_with_2(

@@ -98,6 +98,14 @@ def test_trainer_that_ends_too_early_warns() -> None:
     assert module.report is None
 
 
+def test_trainer_that_makes_no_step_warns(tmp_path: Path) -> None:
+    module = MNPModule(trained_network(), quick_config(), output_dir=tmp_path)
+    with pytest.warns(UserWarning, match="ended while the defense was in phase 'reference'"):
+        quiet_trainer(max_epochs=0).fit(module, loader())
+    assert module.report is None
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bf16_autocast_runs() -> None:
     assert fitted(precision="bf16-mixed").report is not None
 

@@ -110,6 +110,16 @@ def test_full_disk_under_torch(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_in_the_place_of_the_partial_file_is_not_followed(tmp_path: Path) -> None:
+    """The name can be guessed by who else writes to the folder."""
+    (tmp_path / "precious").write_text("old")
+    (tmp_path / ".file.partial").symlink_to(tmp_path / "precious")
+    write_whole(tmp_path / "file", write_text, argument="path", replace=True)
+    assert (tmp_path / "precious").read_text() == "old"
+    assert not (tmp_path / "file").is_symlink()
+    assert (tmp_path / "file").read_text() == "new" * 1000
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No such file or directory"):
         write_whole(tmp_path / "none" / "file", write_text, argument="path")
