@@ -180,7 +180,7 @@ def interrupted(action: Callable[[], Any], at: int) -> bool:
     return False
 
 
-# An interrupt that falls into the cleanup of a generator, which Python does by itself, is lost there.
+# An interrupt in the cleanup of a generator, which Python does by itself, is lost there.
 LOST = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <generator:pytest.PytestUnraisableExceptionWarning"
 )
