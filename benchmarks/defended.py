@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,16 @@ def run(folder: Path, seed: int, preset: str, data: Path, imagenette: bool) -> d
     }
 
 
+def mean_and_worst(values: list[float], worst: Callable[[list[float]], float]) -> str:
+    """Write the mean and, of several values, the worst; a dash where there is none."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({worst(values):.2f})"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Write a Markdown table: means over the defense sets, worst ones in brackets."""
+    """Write a Markdown table: means over the defense sets, worst ones of several in brackets."""
     lines = [
         "| network | CA before | ASR before | CA after | ASR after | pruned | flagged | target | "
         "reach |",
@@ -94,12 +103,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             name,
             f"{first['CA']:.2f}",
             f"{first['ASR']:.2f}" if "ASR" in first else "-",
-            f"{statistics.mean(accuracies):.2f} ({min(accuracies):.2f})",
-            f"{statistics.mean(rates):.2f} ({max(rates):.2f})" if rates else "-",
+            mean_and_worst(accuracies, min),
+            mean_and_worst(rates, max),
             ", ".join(str(row["pruned"]) for row in group),
             f"{sum(row['verdict'] == 'backdoored' for row in group)} of {len(group)}",
-            ", ".join(str(row["target_class"]) for row in group),
-            f"{min(reaches):.2f}-{max(reaches):.2f}" if reaches else "-",
+            ", ".join(str(row["target_class"]).replace("None", "-") for row in group),
+            "-".join(dict.fromkeys(f"{of(reaches):.2f}" for of in (min, max) if reaches)) or "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -119,10 +128,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for path in sorted(options.networks.glob("*/result.json")):
-        folder = path.parent
-        if options.only and folder.name not in options.only:
-            continue
+    trained = [path.parent.name for path in sorted(options.networks.glob("*/result.json"))]
+    missing = sorted(set(options.only or ()) - set(trained))
+    if missing:
+        parser.error(f"--only: expected names out of {trained}, but got {missing}")
+    for name in options.only or trained:
+        folder = options.networks / name
         for seed in range(options.seeds):
             kept = folder / f"defended-{options.preset}-{seed}.json"
             if not kept.exists():

@@ -139,3 +139,29 @@ class TinyDataModule(BackdoorDataModule):
         images, labels = images_and_labels(*((48, 0) if split == "train" else (32, 1)))
         pixels = (images.clamp(-1.0, 2.0) + 1.0) * 85.0
         return MemoryDataset(pixels.expand(-1, self.channels, -1, -1).to(torch.uint8), labels)
+
+
+class Bars(L.LightningDataModule):
+    """Clean images, shuffled by a generator whose state is checkpointed."""
+
+    mean, std = (0.5,), (0.5,)
+    num_classes = 4
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        vars(self).update(options)
+        self.shuffled = loader(16, shuffle=True)
+        self.shuffled.generator = self.shuffled.sampler.generator = torch.Generator()
+        self.shuffled.generator.manual_seed(0)
+
+    def train_dataloader(self) -> Any:
+        return self.shuffled
+
+    def val_dataloader(self) -> Any:
+        return loader(count=8)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.shuffled.generator.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.shuffled.generator.set_state(state_dict["generator"])

@@ -5,39 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import loader, quiet_trainer
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from helpers import Bars, quiet_trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_mnp.attacks import DFST, DFSTModule, load_trigger, save_trigger
 from lightning_mnp.checkpoint import CheckpointError
 from lightning_mnp.models import cifar_resnet18
-
-
-class Bars(LightningDataModule):
-    """Clean images, shuffled by a generator whose state is checkpointed."""
-
-    mean, std = (0.5,), (0.5,)
-    num_classes = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shuffled = loader(16, shuffle=True)
-        self.shuffled.generator = self.shuffled.sampler.generator = torch.Generator()
-        self.shuffled.generator.manual_seed(0)
-
-    def train_dataloader(self) -> Any:
-        return self.shuffled
-
-    def val_dataloader(self) -> Any:
-        return loader(count=8)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.shuffled.generator.get_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.shuffled.generator.set_state(state_dict["generator"])
 
 
 def small_module(poison_rate: float = 0.3, **options: Any) -> DFSTModule:

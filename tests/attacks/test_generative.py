@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TinyDataModule, loader, quiet_trainer
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from helpers import Bars, TinyDataModule, quiet_trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from lightning_mnp.attacks import (
@@ -24,32 +24,6 @@ from lightning_mnp.models import cifar_resnet18
 
 SMALL: dict[str, Any] = {"width": 4, "depth": 1}
 BOTH = pytest.mark.parametrize("kind", [InputAware, LIRA])
-
-
-class Bars(LightningDataModule):
-    """Clean images, shuffled by a generator whose state is checkpointed."""
-
-    mean, std = (0.5,), (0.5,)
-    num_classes = 4
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        vars(self).update(options)
-        self.shuffled = loader(16, shuffle=True)
-        self.shuffled.generator = self.shuffled.sampler.generator = torch.Generator()
-        self.shuffled.generator.manual_seed(0)
-
-    def train_dataloader(self) -> Any:
-        return self.shuffled
-
-    def val_dataloader(self) -> Any:
-        return loader(count=8)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.shuffled.generator.get_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.shuffled.generator.set_state(state_dict["generator"])
 
 
 def small_module(kind: type[GenerativeAttack], **options: Any) -> GenerativeModule:
