@@ -48,6 +48,7 @@ TUNE = {
     "tune-clean-3": _recipe(seed=3, decay=False),
     "tune-clean-4": _recipe(seed=4, width=8, decay=False),
     "tune-wanet": _recipe("wanet", seed=103, target=7, width=8, epochs=10),
+    "tune-trojan": _recipe("trojan", seed=121, target=4, width=8),
 }
 
 REPORT = {
@@ -80,6 +81,18 @@ REPORT = {
     "sig-8": _recipe("sig", seed=115, target=2, width=8),
     "clean-19": _recipe(seed=19),
     "clean-20": _recipe(seed=20, width=8),
+    "trojan-8-b": _recipe("trojan", seed=117, target=6, width=8),
+    "cl-8": _recipe("cl", seed=118, target=9, width=8),
+    "blend-16": _recipe("blend", seed=119, target=8),
+    "badnets-16": _recipe("badnets", seed=120, target=7, decay=False),
+    "blend-adaptive": _recipe("blend", "adaptive", seed=122, target=3, width=8),
+    "badnets-adaptive": _recipe("badnets", "adaptive", seed=123, target=6, width=8),
+    "clean-21": _recipe(seed=21, width=8, decay=False),
+    "clean-22": _recipe(seed=22, width=8, epochs=8),
+    "clean-23": _recipe(seed=23),
+    "clean-24": _recipe(seed=24, width=8),
+    "clean-25": _recipe(seed=25, width=8, decay=False),
+    "clean-26": _recipe(seed=26, width=8, epochs=5),
 }
 
 NETWORKS = {**TUNE, **REPORT}

@@ -58,6 +58,8 @@ class MNPConfig:
         threshold: A network is backdoored where the score is at least this, above 0; see
             `lightning-mnp calibrate` for one of your own.
         delta: Detection threshold of Eq. 8.
+        repair: Whether constants are added to the logits after pruning, to balance the classes
+            on clean images again; the target's logit stays.
         reaudit: Whether a pruned network is audited again.
 
     Raises:
@@ -87,10 +89,11 @@ class MNPConfig:
     penalty: float = 0.0005
     rule: PruningRule = "auto"
     amount: float = 0.03
-    harm: float = 0.015
+    harm: float = 0.02
     verdict: VerdictRule = "signals"
     threshold: float = 1.0
     delta: float = 0.2
+    repair: bool = True
     reaudit: bool = True
 
     def __post_init__(self) -> None:
@@ -133,7 +136,8 @@ class MNPConfig:
         require_option(
             stop is None or 0 < stop < 1, self, "stop_accuracy", "between 0 and 1, or None"
         )
-        require_option(isinstance(self.reaudit, bool), self, "reaudit", "True or False")
+        for name in ("repair", "reaudit"):
+            require_option(isinstance(getattr(self, name), bool), self, name, "True or False")
         require_option(0 < self.harm < math.inf, self, "harm", "above 0")
         require_option(0 < self.threshold < math.inf, self, "threshold", "above 0")
         require_option(0 <= self.delta <= 1, self, "delta", "from 0 to 1")
@@ -169,6 +173,7 @@ class MNPConfig:
             "rule": "count",
             "amount": 30,
             "verdict": "ratio",
+            "repair": False,
             "reaudit": False,
         }
         return cls(**{**options, **changes})

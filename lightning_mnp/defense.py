@@ -25,6 +25,7 @@ from lightning_mnp.memory import memory_told
 from lightning_mnp.network import check_network, network_forward
 from lightning_mnp.pruning import Pruning, prune, pruned_count, pruning_order
 from lightning_mnp.recovery import FilterMask
+from lightning_mnp.repair import LogitShift, find_logit_bias, fit_shift
 from lightning_mnp.result import DefenseReport, RunResult
 from lightning_mnp.saliency import batch_clc
 from lightning_mnp.search import FilterSearch
@@ -152,6 +153,7 @@ class MNPDefense:
         self.runs: list[RunResult] = []
         self.judgement: Judgement
         self.removed = torch.empty(0, dtype=torch.long, device=device)
+        self.shift: LogitShift | None = None
         self.accuracy_before = float("nan")
         self.accuracy_after: float | None = None
         self.correlation = float("nan")
@@ -429,13 +431,51 @@ class MNPDefense:
             self.margin,
             self.config.seed,
         )
-        most, harm, size = self._most_filters, self.config.harm, self.config.batch_size
-        return FilterSearch(self.subject, self.data, sources, most, harm, size, self.config.seed)
+        config = self.config
+        return FilterSearch(
+            self.subject,
+            self.data,
+            sources,
+            self._most_filters,
+            config.harm,
+            config.batch_size,
+            config.seed,
+            config.augment,
+        )
 
     def _check(self, updates: Updates) -> dict[str, float]:
-        self.accuracy_after = self._accuracy_without(self.removed)
+        masks = torch.ones(self.layers.total, device=self.subject.device)
+        masks[self.removed] = 0.0
+        self.shift = self._new_repair(masks) if self.config.repair and len(self.removed) else None
+        logits, labels = self._clean_logits(self.data, masks)
+        if self.shift is not None:
+            logits = logits + self.shift.values.to(logits)
+        self.accuracy_after = int((logits.argmax(1) == labels).sum()) / len(self.data)
         self._advance()
         return {"accuracy": self.accuracy_after}
+
+    def _new_repair(self, masks: Tensor) -> LogitShift | None:
+        """Fit the shift of the logits on the defense set and a shifted, mirrored copy of it."""
+        copied = self.data.augmented(self.config.augment, self.config.seed)
+        sets = [self._clean_logits(data, masks) for data in (self.data, copied)]
+        logits, labels = (torch.cat(parts) for parts in zip(*sets, strict=True))
+        return self.new_shift(fit_shift(logits, labels, self.judgement.suspect))
+
+    def new_shift(self, values: Tensor) -> LogitShift | None:
+        """Make a shift of this network's logits; None where it has no bias for that.
+
+        Args:
+            values: What is added, shape (K,).
+        """
+        sample = self.data.images[:2].to(self.subject.device)
+        name = find_logit_bias(self.model, sample, self.subject.forward)
+        return None if name is None else LogitShift(name, values)
+
+    def _clean_logits(self, data: DefenseSet, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of a pass and the labels, evaluation mode."""
+        batches = list(data.batches(self.config.batch_size, self.subject.device))
+        logits = [self._evaluate(images, masks) for images, _ in batches]
+        return torch.cat(logits), torch.cat([labels for _, labels in batches])
 
     def _reaudit(self, updates: Updates) -> dict[str, float]:
         if not len(self.removed):
@@ -466,17 +506,6 @@ class MNPDefense:
             autocast=self.subject.autocast,
         )
 
-    def _accuracy_without(self, positions: Tensor) -> float:
-        """Accuracy on the defense set without some filters, evaluation mode."""
-        masks = torch.ones(self.layers.total, device=self.subject.device)
-        masks[positions] = 0.0
-        batches = self.data.batches(self.config.batch_size, self.subject.device)
-        hits = sum(
-            int((self._evaluate(images, masks).argmax(1) == labels).sum())
-            for images, labels in batches
-        )
-        return hits / len(self.data)
-
     @torch.no_grad()
     def _evaluate(self, images: Tensor, masks: Tensor | None) -> Tensor:
         return self.subject(images, masks=masks, statistics="running")
@@ -491,7 +520,7 @@ class MNPDefense:
             RuntimeError: If the defense has not finished.
         """
         self._require_finished()
-        return prune(self.model, self.layers, self.removed)
+        return prune(self.model, self.layers, self.removed, self.shift)
 
     def purified(self) -> nn.Module:
         """Give a pruned copy of the model.
@@ -504,7 +533,7 @@ class MNPDefense:
 
     def _pruned_copy(self) -> nn.Module:
         model = copy.deepcopy(self.model)
-        prune(model, self.layers, self.removed)
+        prune(model, self.layers, self.removed, self.shift)
         return model
 
     def report(self) -> DefenseReport:

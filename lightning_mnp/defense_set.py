@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -199,11 +200,28 @@ class DefenseSet:
             order = torch.randperm(len(self), generator=seeded_generator(*key, "order"))
         rows = order.tensor_split(self.passes(batch_size))[index]
         images, labels = self.images[rows], self.labels[rows]
-        if key is not None and augment != "none" and images.ndim == 4:
-            generator = seeded_generator(*key, "augment", index)
-            padding = max(1, images.shape[-1] // 8)
-            images = random_crop_flip(images, padding, augment == "crop-flip", generator)
+        if key is not None:
+            images = _augment(images, augment, (*key, "augment", index))
         return images.to(device), labels.to(device)
+
+    def augmented(self, augment: str, seed: int) -> DefenseSet:
+        """Give the same images, each shifted and mirrored by a draw of its own.
+
+        Args:
+            augment: ``"crop"`` or ``"crop-flip"``.
+            seed: Seed of the draws.
+
+        Returns:
+            A defense set in the order of this one; images other than (C, H, W) are as they were.
+
+        Example:
+            >>> data = DefenseSet(torch.rand(6, 3, 8, 8), torch.arange(6) % 2)
+            >>> data.augmented("crop", seed=0).labels.equal(data.labels)
+            True
+        """
+        copied = copy.copy(self)
+        copied.images = _augment(self.images, augment, (seed, "augmented"))
+        return copied
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -211,6 +229,13 @@ class DefenseSet:
     def __repr__(self) -> str:
         shape = tuple(self.images.shape[1:])
         return f"DefenseSet({len(self)} images of shape {shape}, {len(self.counts)} classes)"
+
+
+def _augment(images: Tensor, augment: str, key: tuple[int | str, ...]) -> Tensor:
+    if augment == "none" or images.ndim != 4:
+        return images
+    padding = max(1, images.shape[-1] // 8)
+    return random_crop_flip(images, padding, augment == "crop-flip", seeded_generator(*key))
 
 
 def _check(images: Tensor, labels: Tensor) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dump_state", "load_state", "make_report"]
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 def dump_state(defense: MNPDefense) -> dict[str, Any]:
@@ -40,6 +40,7 @@ def dump_state(defense: MNPDefense) -> dict[str, Any]:
         "masks_sum": defense.masks_sum,
         "masks_count": defense.masks_count,
         "removed": defense.removed,
+        "shift": None if defense.shift is None else defense.shift.values,
         "reach": defense.reach.state_dict(),
         "margin": defense.margin.state_dict(),
         "second": None if defense.second is None else dump_state(defense.second),
@@ -89,6 +90,7 @@ def load_state(defense: MNPDefense, state: dict[str, Any]) -> None:
     defense.masks_sum = state["masks_sum"].to(device, copy=True)
     defense.masks_count = int(state["masks_count"])
     defense.removed = state["removed"].to(device)
+    defense.shift = None if state["shift"] is None else defense.new_shift(state["shift"])
     defense.reach.load_state_dict(state["reach"])
     defense.margin.load_state_dict(state["margin"])
     defense.suppression.load_state_dict(state["suppression"])
@@ -128,6 +130,7 @@ def make_report(defense: MNPDefense) -> DefenseReport:
         filters=defense.layers.total,
         accuracy_before=defense.accuracy_before,
         accuracy_after=defense.accuracy_after,
+        shift=[] if defense.shift is None else defense.shift.values.tolist(),
         reaudit=_second_verdict(defense),
         layers=[asdict(layer) for layer in defense.layers],
         skipped=list(defense.layers.skipped),

@@ -196,12 +196,13 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
     """Take the first process's outcome, so that rounding cannot part the processes.
 
     Args:
-        defense: The engine, finished; it is told which filters to remove.
+        defense: The engine, finished; it is told which filters to remove, and the repair.
 
     Returns:
         The first process's report.
     """
     # Not a broadcast, which would not tell that another process has died.
     removed, report = gather_objects((defense.removed.tolist(), defense.report()))[0]
+    defense.shift = defense.new_shift(torch.tensor(report.shift)) if report.shift else None
     defense.removed = torch.tensor(removed, dtype=torch.long, device=defense.removed.device)
     return cast(DefenseReport, report)

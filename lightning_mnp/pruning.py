@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_mnp.config import PruningRule
 from lightning_mnp.layers import FilterLayers
 from lightning_mnp.masks import FilterMasks
+from lightning_mnp.repair import LogitShift
 
 __all__ = ["Pruning", "prune", "pruned_count", "pruning_order"]
 
@@ -57,13 +58,19 @@ class Pruning:
             tensors[name].copy_(saved)
 
 
-def prune(network: nn.Module, layers: FilterLayers, positions: Tensor) -> Pruning:
+def prune(
+    network: nn.Module,
+    layers: FilterLayers,
+    positions: Tensor,
+    shift: LogitShift | None = None,
+) -> Pruning:
     """Remove filters: their output maps are zero from then on, for good or until ``undo``.
 
     Args:
         network: The network, which is changed.
         layers: Its layers.
         positions: Positions of the filters in a flat vector over all layers.
+        shift: What is added to the logits at the same time.
 
     Returns:
         What was removed, with the tensors needed to take it back.
@@ -90,7 +97,7 @@ def prune(network: nn.Module, layers: FilterLayers, positions: Tensor) -> Prunin
     saved = {
         name: tensor.detach().clone()
         for name, tensor in tensors.items()
-        if f"{name.rpartition('.')[0]}." in prefixes
+        if f"{name.rpartition('.')[0]}." in prefixes or (shift and name == shift.name)
     }
     device = next(network.parameters()).device
     values = torch.ones(layers.total, device=device)
@@ -98,6 +105,9 @@ def prune(network: nn.Module, layers: FilterLayers, positions: Tensor) -> Prunin
     pruning = Pruning(pruned, saved)
     try:
         FilterMasks(network, layers, values).bake()
+        if shift is not None:
+            bias = tensors[shift.name]
+            bias.data.add_(shift.values.to(bias))
     except BaseException:  # an interrupt, too, leaves all filters or none of these
         pruning.undo(network)
         raise

@@ -77,6 +77,7 @@ class DefenseReport:
         filters: Number of filters that took part.
         accuracy_before: Accuracy on the defense set, evaluation mode.
         accuracy_after: The same after pruning, or None where nothing was pruned.
+        shift: What was added to each class's logit after pruning; empty where nothing was.
         reaudit: What a second audit says of the pruned network: verdict, score, target class,
             pile-up, detection ratio, reasons; None where there was none.
         layers: One entry for each layer: name, filters, site, norm, note.
@@ -109,6 +110,7 @@ class DefenseReport:
     filters: int = 0
     accuracy_before: float = float("nan")
     accuracy_after: float | None = None
+    shift: list[float] = field(default_factory=list)
     reaudit: dict[str, Any] | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)

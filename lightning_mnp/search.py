@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_mnp.config import Augmentation
 from lightning_mnp.defense_set import DefenseSet, seeded_generator
 from lightning_mnp.margin import class_margins
 from lightning_mnp.sources import Source
@@ -44,6 +45,9 @@ class FilterSearch:
     most filters, or when all that is left is too harmful: one filter may raise the clean loss by
     half of the allowance, all of them by the allowance above the lowest clean loss on the way.
 
+    Clean images are those of the defense set and a shifted and mirrored copy of each: the network
+    may have been trained on these very images, and knows them better than any others.
+
     Args:
         subject: The network.
         data: The defense set.
@@ -52,6 +56,7 @@ class FilterSearch:
         harm: The allowance: most rise of the clean loss, in nats.
         batch_size: Most images in a batch.
         seed: Seed of everything that is drawn.
+        augment: How the copies are made; ``"none"`` leaves them out.
 
     Attributes:
         taken: Positions of the filters taken so far, in their order.
@@ -69,9 +74,10 @@ class FilterSearch:
         harm: float,
         batch_size: int,
         seed: int,
+        augment: Augmentation = "crop-flip",
     ) -> None:
         self.subject = subject
-        self.data = data
+        self.clean = [data] if augment == "none" else [data, data.augmented(augment, seed)]
         self.sources = list(sources)
         self.most = most
         self.harm = harm
@@ -193,11 +199,12 @@ class FilterSearch:
     def _clean_slope(self) -> Tensor:
         """Gradient, with respect to the masks, of the mean clean margin, shape (total filters,)."""
         key = (self.seed, "search", len(self.taken), len(self._rejected))
-        rows = torch.randperm(len(self.data), generator=seeded_generator(*key))[:_SLOPE_IMAGES]
+        data = self.clean[-1]
+        rows = torch.randperm(len(data), generator=seeded_generator(*key))[:_SLOPE_IMAGES]
         device = self.subject.device
         slope = torch.zeros(self.subject.layers.total, device=device)
         for part in rows.split(self.batch_size):
-            images, labels = self.data.images[part].to(device), self.data.labels[part].to(device)
+            images, labels = data.images[part].to(device), data.labels[part].to(device)
             masks = self.masks().requires_grad_()
             with torch.enable_grad():
                 logits = self.subject(images, masks=masks, statistics="running")
@@ -208,10 +215,11 @@ class FilterSearch:
     @torch.no_grad()
     def _clean_loss(self, masks: Tensor) -> float:
         total = 0.0
-        for images, labels in self.data.batches(self.batch_size, self.subject.device):
-            logits = self.subject(images, masks=masks, statistics="running")
-            total += float(F.cross_entropy(logits, labels, reduction="sum"))
-        return total / len(self.data)
+        for data in self.clean:
+            for images, labels in data.batches(self.batch_size, self.subject.device):
+                logits = self.subject(images, masks=masks, statistics="running")
+                total += float(F.cross_entropy(logits, labels, reduction="sum"))
+        return total / sum(len(data) for data in self.clean)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as tensors and primitives."""

@@ -21,6 +21,9 @@ _MARGIN_IMAGES = 8
 # greatest margin, is nothing out of the ordinary.
 _NORMAL_REACH = 0.6
 _NORMAL_MARGIN = 1.5
+# Where the margin points to the class and the reach does not: a perturbation far longer than one
+# needs, in multiples of the median reach, drives many images up the same way at once.
+_LONG_REACH = 2.4
 _FIRST_STEPS = 20
 _NEXT_STEPS = 3
 _FIRST_ASCENT = 60
@@ -85,7 +88,7 @@ class SuppressedSource:
 
 
 class PerturbationSource:
-    """Clean images under one perturbation of a length that does not suffice for other classes.
+    """Clean images under one perturbation for all of them.
 
     Args:
         subject: The network.
@@ -178,8 +181,9 @@ def find_sources(
 ) -> list[Source]:
     """Collect what shows the backdoor of a class.
 
-    The suppressed network always does; a universal perturbation and images of greatest margin are
-    added where reach or margin of the class are out of the ordinary.
+    The suppressed network always does. Where the reach of the class is out of the ordinary, a
+    universal perturbation of a length that does not suffice for other classes is added; where its
+    margin is, images of greatest margin are, and with an ordinary reach a long perturbation.
 
     Args:
         subject: The network.
@@ -197,11 +201,14 @@ def find_sources(
     images, labels = data.images[rows].to(device), data.labels[rows].to(device)
     sources: list[Source] = [SuppressedSource(subject, suppressed, images, target)]
     soonest, ratio, median = reach_ratio(reach.reaches)
-    if soonest == target and ratio < _NORMAL_REACH:
-        start, length = reach.perturbations[target], _NORMAL_REACH * median * reach.scale
-        sources.append(PerturbationSource(subject, images, labels, target, start, length, seed))
     greatest, excess, normal = margin_ratio(margin.margins)
-    if greatest == target and excess > _NORMAL_MARGIN:
+    near = soonest == target and ratio < _NORMAL_REACH
+    sure = greatest == target and excess > _NORMAL_MARGIN
+    if near or sure:
+        length = (_NORMAL_REACH if near else _LONG_REACH) * median * reach.scale
+        start = reach.perturbations[target]
+        sources.append(PerturbationSource(subject, images, labels, target, start, length, seed))
+    if sure:
         sources.append(
             MarginSource(margin.ascent(target, min(_MARGIN_IMAGES, margin.batch_size)), normal)
         )

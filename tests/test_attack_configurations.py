@@ -28,7 +28,9 @@ BASES = {
     "imagenette-2core": "imagenette",
     "imagenet12-paper": "imagenet12",
 }
-NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in BASES)
+# On top of an attack.
+BESIDE = ["adaptive"]
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in [*BASES, *BESIDE])
 ENDINGS = ("paper", "imagenette", "imagenet12")
 CHANGES = ["0.5percent", "1percent", "5percent", "20percent", "all-to-all"]
 ATTACKS = [name for name in NAMES if "-" not in name]
@@ -134,6 +136,15 @@ def test_badnets_at_other_rates_and_all_to_all(
     both = parser.parse_args(["fit", *files(*names, "badnets-all-to-all")]).fit
     attack = both.data.init_args.attack.init_args
     assert (attack.poison_rate, attack.mode) == (rate, "all-to-all")
+
+
+def test_adaptive_training_is_added_to_the_callbacks(parser: ArgumentParser) -> None:
+    parsed = parser.parse_args(["fit", *files("cifar10-2core", "blend", "adaptive")]).fit
+    assert [callback.class_path.rpartition(".")[2] for callback in parsed.trainer.callbacks] == [
+        "ModelCheckpoint",
+        "AdaptiveTraining",
+    ]
+    assert parsed.data.init_args.attack.class_path == "lightning_mnp.attacks.Blend"
 
 
 @pytest.fixture(scope="module")

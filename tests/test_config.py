@@ -20,6 +20,7 @@ OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
     ("threshold", [0.5, 1, 7.5], [0, -1, math.nan, math.inf], "above 0"),
     ("harm", [1e-6, 0.5], [0, -1, math.nan, math.inf], "above 0"),
     ("reaudit", [True, False], [0, None, "yes"], "True or False"),
+    ("repair", [True, False], [1, None, "no"], "True or False"),
     ("runs", [1, 7], [0, -1, 1.0], "at least 1"),
     ("batch_size", [3, 512], [2, 1, 0, 3.0], "at least 3, so that no batch holds a single image"),
     ("suppression_epochs", [1, 20], [0, 0.5], "at least 1"),

@@ -142,6 +142,29 @@ def test_pruned_network_is_audited_again() -> None:
     assert report.reaudit["reasons"] == expected.reasons
 
 
+def test_repair_shifts_the_logits_of_all_but_the_suspect() -> None:
+    defense = finished(new_defense(amount=150))
+    plain = finished(new_defense(amount=150, repair=False))
+    report = defense.report()
+    suspect = defense.judgement.suspect
+    assert report.shift[suspect] == 0.0
+    assert sum(value != 0.0 for value in report.shift) == len(report.shift) - 1
+    assert plain.report().shift == []
+    images = defense.data.images
+    with torch.no_grad():
+        difference = defense.purified()(images) - plain.purified()(images)
+    torch.testing.assert_close(difference, torch.tensor(report.shift).expand_as(difference))
+    again = new_defense(amount=150)
+    again.load_state_dict(defense.state_dict())
+    assert again.report().shift == report.shift
+
+
+def test_a_network_without_a_bias_is_not_repaired() -> None:
+    network = trained_network()
+    network.fc = nn.Linear(network.fc.in_features, 4, bias=False)
+    assert finished(new_defense(network)).report().shift == []
+
+
 def test_purified_network_that_is_still_flagged_is_told() -> None:
     changes = {"rule": "auto", "amount": 0.05, "harm": 50.0, "runs": 1, "reaudit": True}
     report = finished(new_defense(threshold=1e-3, **changes)).report()

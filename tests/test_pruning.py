@@ -4,9 +4,11 @@ import pytest
 import torch
 from helpers import images_and_labels, same, snapshot, trained_network
 
+from lightning_mnp.forward import call_network
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.masks import FilterMasks
 from lightning_mnp.pruning import prune, pruning_order
+from lightning_mnp.repair import LogitShift, find_logit_bias
 
 
 def test_order_is_by_score_and_then_by_place() -> None:
@@ -45,3 +47,21 @@ def test_position_out_of_range_changes_nothing() -> None:
     with pytest.raises(IndexError, match="from 0 to 299, but got 300"):
         prune(network, layers, torch.tensor([3, 300]))
     assert same(before, snapshot(network))
+
+
+def test_a_shift_of_the_logits_comes_and_goes_with_the_pruning() -> None:
+    network = trained_network()
+    images, _ = images_and_labels()
+    layers = find_filter_layers(network, images[:2])
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    name = find_logit_bias(network, images[:2], call_network)
+    assert name is not None
+    with torch.no_grad():
+        plain = prune(network, layers, torch.tensor([1]))
+        expected = network(images) + torch.tensor([0.5, 0.0, -1.0, 2.0])
+        plain.undo(network)
+        shift = LogitShift(name, torch.tensor([0.5, 0.0, -1.0, 2.0]))
+        pruning = prune(network, layers, torch.tensor([1]), shift)
+        assert torch.allclose(network(images), expected, atol=1e-5)
+    pruning.undo(network)
+    assert all(before[name].equal(tensor) for name, tensor in network.state_dict().items())

@@ -90,24 +90,32 @@ def test_margin_source_counts_from_what_is_normal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reaches", "margins", "names"),
+    ("reaches", "margins", "names", "length"),
     [
-        ({0: 0.2, 1: 0.2, 2: 0.2}, {0: 9.0, 1: 10.0, 2: 9.0}, ["suppressed network"]),
+        ({0: 0.2, 1: 0.2, 2: 0.2}, {0: 9.0, 1: 10.0, 2: 9.0}, ["suppressed network"], None),
         (
             {0: 0.2, 1: 0.1, 2: 0.2},
             {0: 9.0, 1: 10.0, 2: 9.0},
             ["suppressed network", "universal perturbation"],
+            0.6 * 0.2,
         ),
         (
             {0: 0.2, 1: 0.2, 2: 0.2},
             {0: 9.0, 1: 90.0, 2: 9.0},
-            ["suppressed network", "greatest margin"],
+            ["suppressed network", "universal perturbation", "greatest margin"],
+            2.4 * 0.2,
         ),
-        ({0: 0.1, 1: 0.2, 2: 0.2}, {0: 90.0, 1: 9.0, 2: 9.0}, ["suppressed network"]),
+        (
+            {0: 0.2, 1: 0.1, 2: 0.2},
+            {0: 9.0, 1: 90.0, 2: 9.0},
+            ["suppressed network", "universal perturbation", "greatest margin"],
+            0.6 * 0.2,
+        ),
+        ({0: 0.1, 1: 0.2, 2: 0.2}, {0: 90.0, 1: 9.0, 2: 9.0}, ["suppressed network"], None),
     ],
 )
 def test_sources_are_those_that_point_to_the_class(
-    reaches: dict[int, float], margins: dict[int, float], names: list[str]
+    reaches: dict[int, float], margins: dict[int, float], names: list[str], length: float | None
 ) -> None:
     subject, data = new_subject()
     reach = ReachSearch(subject, 1.0, list(reaches), 0)
@@ -117,3 +125,5 @@ def test_sources_are_those_that_point_to_the_class(
     margin.margins = margins
     sources = find_sources(subject, data, subject.weights(), 1, reach, margin, 0)
     assert [source.name for source in sources] == names
+    limits = [each.trigger.limit for each in sources if isinstance(each, PerturbationSource)]
+    assert limits == ([] if length is None else [pytest.approx(length)])

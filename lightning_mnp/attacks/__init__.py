@@ -1,5 +1,6 @@
 """Backdoor attacks, one file each."""
 
+from lightning_mnp.attacks.adaptive import AdaptiveTraining
 from lightning_mnp.attacks.attack import Attack, CleanLabelAttack, TrainingAttack
 from lightning_mnp.attacks.badnets import BadNets
 from lightning_mnp.attacks.blend import Blend
@@ -21,6 +22,7 @@ __all__ = [
     "DFST",
     "LIRA",
     "SIG",
+    "AdaptiveTraining",
     "Attack",
     "AttackModule",
     "BadNets",

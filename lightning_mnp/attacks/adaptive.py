@@ -1,0 +1,209 @@
+"""An attacker who knows the defense: training that hides what the audit looks for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_mnp.attacks.attack import Attack
+
+__all__ = ["AdaptiveTraining", "equal_norms_penalty"]
+
+# By how much the radius follows the accuracy, each batch.
+_RADIUS_RATE = 1.05
+_FIRST_RADIUS = 0.01
+
+
+def equal_norms_penalty(network: nn.Module) -> Tensor:
+    """Tell how unequal the l2 norms of the filters are within their layers.
+
+    Args:
+        network: A network with convolutions.
+
+    Returns:
+        The squared coefficient of variation, averaged over the layers; a scalar, at least 0.
+
+    Raises:
+        ValueError: If there is no convolution.
+
+    Example:
+        >>> layer = nn.Conv2d(1, 2, 1)
+        >>> _ = layer.weight.data.copy_(torch.tensor([1.0, 3.0]).view(2, 1, 1, 1))
+        >>> round(equal_norms_penalty(layer).item(), 4)
+        0.25
+    """
+    layers = [module for module in network.modules() if isinstance(module, _ConvNd)]
+    if not layers:
+        raise ValueError(
+            f"Expected argument `network` to hold a convolution, but {type(network).__name__} has "
+            "none."
+        )
+    spreads = []
+    for layer in layers:
+        norms = layer.weight.flatten(1).norm(dim=1)
+        spreads.append(norms.var(correction=0) / norms.mean().clamp_min(1e-12).square())
+    return torch.stack(spreads).mean()
+
+
+class AdaptiveTraining(Callback):
+    """Trains against the defense: equal filter norms, no pile-up after suppression, low margins.
+
+    Adds up to three terms to the loss of each training step. Clean suppression is stood in for by
+    one step up the loss, of a length at which the network knows no more than a chosen share of the
+    batch; it follows the accuracy from batch to batch. At those weights, predictions for the target
+    class are penalized on images with another label, and the gradient goes to the weights
+    themselves, as in sharpness-aware minimization (Foret et al., 2021).
+
+    Add it to a Trainer whose datamodule has an all-to-one attack.
+
+    Args:
+        norms: Weight of :func:`equal_norms_penalty`; 0 leaves it out.
+        pile_up: Weight of the target class's log odds after suppression; 0 leaves it out.
+        margin: Weight of the excess of logit margins over `most_margin`; 0 leaves it out.
+        most_margin: Margin, in logits, from which images labeled as the target class are
+            penalized.
+        accuracy: Accuracy on the batch, from 0 to 1, that the step up the loss leads to.
+
+    Raises:
+        ValueError: If an argument is out of range, or, when training starts, if the datamodule has
+            no attack with a single target class.
+
+    Example:
+        >>> AdaptiveTraining(norms=1.0, pile_up=0.5).margin
+        0.0
+    """
+
+    def __init__(
+        self,
+        norms: float = 0.0,
+        pile_up: float = 0.0,
+        margin: float = 0.0,
+        most_margin: float = 5.0,
+        accuracy: float = 0.3,
+    ) -> None:
+        weights = {"norms": norms, "pile_up": pile_up, "margin": margin}
+        for name, value in weights.items():
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"Expected argument `{name}` to be at least 0, but got {value}.")
+        if not any(weights.values()):
+            raise ValueError(
+                "Expected one of the arguments `norms`, `pile_up` and `margin` to be above 0, but "
+                "all are 0. Remove the callback from a training that is not adaptive."
+            )
+        if not 0.0 < most_margin < math.inf:
+            raise ValueError(
+                f"Expected argument `most_margin` to be above 0, but got {most_margin}."
+            )
+        if not 0.0 < accuracy < 1.0:
+            raise ValueError(
+                f"Expected argument `accuracy` to be between 0 and 1, but got {accuracy}."
+            )
+        self.norms, self.pile_up, self.margin = norms, pile_up, margin
+        self.most_margin = most_margin
+        self.accuracy = accuracy
+        self.radius = _FIRST_RADIUS
+        self._batch: Any = None
+        self._target = -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the attack's target class.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module that is trained.
+        """
+        attack = getattr(getattr(trainer, "datamodule", None), "attack", None)
+        self._target = _target_class(attack)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the batch for :meth:`on_after_backward`."""
+        self._batch = batch
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the gradients of the terms to those of the loss.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module that is trained; called with images, it gives logits.
+        """
+        images, labels = self._batch[0], self._batch[1]
+        if self.norms:
+            penalty = self.norms * equal_norms_penalty(pl_module)
+            penalty.backward()
+        with trainer.precision_plugin.forward_context():
+            if self.margin:
+                self._add_margin(pl_module, images, labels)
+            if self.pile_up:
+                self._add_pile_up(pl_module, images, labels)
+        self._batch = None
+
+    def _add_margin(self, module: LightningModule, images: Tensor, labels: Tensor) -> None:
+        own = images[labels == self._target]
+        if len(own) < 2:  # too few for the statistics of a batch
+            return
+        logits = _logits(module, dict(module.named_parameters()), own)
+        rivals = logits.scatter(1, torch.full_like(labels[: len(own), None], self._target), -1e4)
+        margins = logits[:, self._target] - rivals.amax(1)
+        excess = F.relu(margins - self.most_margin).mean()
+        (self.margin * excess).backward()
+
+    def _add_pile_up(self, module: LightningModule, images: Tensor, labels: Tensor) -> None:
+        weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        for weight in weights.values():
+            weight.requires_grad_()
+        logits = _logits(module, weights, images)
+        slopes = torch.autograd.grad(F.cross_entropy(logits, labels), list(weights.values()))
+        length = torch.stack([slope.norm() for slope in slopes]).norm().clamp_min(1e-12)
+        size = torch.stack([weight.detach().norm() for weight in weights.values()]).norm()
+        step = self.radius * size / length
+        moved = {
+            name: (weight.detach() + step * slope).requires_grad_()
+            for (name, weight), slope in zip(weights.items(), slopes, strict=True)
+        }
+        logits = _logits(module, moved, images)
+        others = labels != self._target
+        known = (logits.argmax(1) == labels).float().mean().item()
+        self.radius *= _RADIUS_RATE if known > self.accuracy else 1 / _RADIUS_RATE
+        log_shares = logits[others].log_softmax(1)[:, self._target]
+        odds = log_shares - torch.log1p(-log_shares.exp().clamp_max(1 - 1e-6))
+        chance = -math.log(logits.shape[1] - 1)
+        loss = self.pile_up * F.relu(odds - chance).mean()
+        gradients = torch.autograd.grad(loss, list(moved.values()))
+        parameters = dict(module.named_parameters())
+        for name, gradient in zip(moved, gradients, strict=True):
+            parameter = parameters[name]
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the radius of the step up the loss, for the checkpoint."""
+        return {"radius": self.radius}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the radius of :meth:`state_dict`."""
+        self.radius = float(state_dict["radius"])
+
+
+def _target_class(attack: Attack | None) -> int:
+    if attack is None or attack.mode != "all-to-one":
+        found = "there is none" if attack is None else f"got one of mode {attack.mode!r}"
+        raise ValueError(
+            "Expected AdaptiveTraining to find an attack of mode 'all-to-one' as `attack` of the "
+            f"datamodule, but {found}. Remove the callback."
+        )
+    return attack.target_class
+
+
+def _logits(module: nn.Module, weights: dict[str, Tensor], images: Tensor) -> Tensor:
+    """Run in the module's mode on copies of the buffers, so that statistics are updated once."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    logits: Tensor = functional_call(module, {**weights, **buffers}, (images,))
+    return logits.float()

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import TinyDataModule, quiet_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_mnp.attacks import AdaptiveTraining, BadNets
+from lightning_mnp.attacks.adaptive import equal_norms_penalty
+from lightning_mnp.models import Classifier
+
+
+def classifier() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(num_classes=4, width=4, lr=0.05)
+
+
+def fit(callback: AdaptiveTraining | None, epochs: int = 4, **attack: object) -> Classifier:
+    module = classifier()
+    torch.manual_seed(1)
+    trainer = quiet_trainer(callbacks=[callback] if callback else [], max_epochs=epochs)
+    trainer.fit(module, TinyDataModule(BadNets(poison_rate=0.25, **attack)))  # type: ignore[arg-type]
+    return module
+
+
+def test_the_penalty_is_the_mean_squared_coefficient_of_variation() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.Linear(3, 7))
+    expected = []
+    for layer in (network[0], network[2]):
+        norms = torch.tensor([float(row.norm()) for row in layer.weight.detach()])
+        expected.append(float(((norms - norms.mean()) ** 2).mean() / norms.mean() ** 2))
+    assert equal_norms_penalty(network).item() == pytest.approx(sum(expected) / 2, rel=1e-5)
+    with pytest.raises(ValueError, match="hold a convolution, but Linear has none"):
+        equal_norms_penalty(nn.Linear(2, 2))
+
+
+def test_norms_become_equal() -> None:
+    plain, adapted = fit(None), fit(AdaptiveTraining(norms=100.0))
+    assert equal_norms_penalty(adapted) < 0.5 * equal_norms_penalty(plain)
+
+
+def test_margins_stay_low() -> None:
+    def margin(module: Classifier) -> float:
+        module.eval()
+        images, labels = next(iter(TinyDataModule(BadNets()).test_dataloader()[0]))
+        with torch.no_grad():
+            logits = module(images[labels == 0])
+        return float((logits[:, 0] - logits[:, 1:].amax(1)).mean())
+
+    plain, adapted = fit(None, 12), fit(AdaptiveTraining(margin=5.0, most_margin=0.5), 12)
+    assert margin(plain) > 1.0
+    assert margin(adapted) < margin(plain) - 0.4
+
+
+def test_the_term_of_the_pile_up_has_the_gradient_of_the_formula() -> None:
+    """At a radius of almost 0, it is the gradient of the log odds above chance."""
+    module = classifier().train()
+    images, labels = torch.randn(12, 3, 8, 8), torch.arange(12) % 4
+    callback = AdaptiveTraining(pile_up=2.0)
+    callback.radius, callback._target = 1e-9, 1
+    reference = copy.deepcopy(module)
+    logits = reference(images)[labels != 1]
+    shares = logits.softmax(1)[:, 1]
+    excess = (shares / (1 - shares)).log() - torch.tensor(1 / 3).log()
+    (2.0 * excess.clamp_min(0).mean()).backward()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    callback._add_pile_up(module, images, labels)
+    for (name, found), expected in zip(
+        module.named_parameters(), reference.parameters(), strict=True
+    ):
+        assert torch.allclose(found.grad, expected.grad, rtol=1e-3, atol=1e-5), name
+    assert all(buffer.equal(before[name]) for name, buffer in module.named_buffers())
+
+
+def test_the_radius_follows_the_accuracy_and_is_kept() -> None:
+    callback = AdaptiveTraining(pile_up=0.1, accuracy=0.01)
+    fit(callback, epochs=2)
+    assert callback.radius > 0.01  # six batches, of which the network knows more than 1%
+    other = AdaptiveTraining(pile_up=0.1, accuracy=0.99)
+    fit(other, epochs=2)
+    assert other.radius < 0.01
+    fresh = AdaptiveTraining(pile_up=0.1)
+    fresh.load_state_dict(callback.state_dict())
+    assert fresh.radius == callback.radius
+
+
+def test_beside_a_checkpoint(tmp_path: object) -> None:
+    trainer = quiet_trainer(
+        callbacks=[AdaptiveTraining(norms=1.0, pile_up=0.1, margin=0.1), ModelCheckpoint(tmp_path)],
+        enable_checkpointing=True,
+        precision="bf16-mixed",
+    )
+    trainer.fit(classifier(), TinyDataModule(BadNets()))
+    assert (
+        "AdaptiveTraining" in torch.load(trainer.checkpoint_callback.best_model_path)["callbacks"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "`norms`, `pile_up` and `margin` to be above 0, but all are 0"),
+        ({"norms": -1.0}, "`norms` to be at least 0, but got -1.0"),
+        ({"pile_up": float("inf")}, "`pile_up` to be at least 0, but got inf"),
+        ({"margin": -0.5}, "`margin` to be at least 0, but got -0.5"),
+        ({"margin": 1.0, "most_margin": 0.0}, "`most_margin` to be above 0, but got 0.0"),
+        ({"norms": 1.0, "accuracy": 1.0}, "`accuracy` to be between 0 and 1, but got 1.0"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdaptiveTraining(**options)
+
+
+def test_it_needs_one_target_class() -> None:
+    with pytest.raises(ValueError, match="datamodule, but got one of mode 'all-to-all'"):
+        fit(AdaptiveTraining(norms=1.0), mode="all-to-all")
+    trainer = quiet_trainer(callbacks=[AdaptiveTraining(norms=1.0)])
+    with pytest.raises(ValueError, match="datamodule, but there is none"):
+        trainer.fit(classifier(), TinyDataModule())
