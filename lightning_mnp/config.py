@@ -38,7 +38,10 @@ class MNPConfig:
         suppression_lr: Learning rate of clean suppression, eta_1 in the paper.
         suppression_momentum: Momentum of clean suppression, from 0 to below 1; above 0 it takes
             memory for one more copy of the weights.
-        suppression_epochs: Most passes over the defense set, T in the paper.
+        suppression_epochs: Most passes over the images of a run, T in the paper.
+        suppression_parts: Each run of clean suppression sees one of so many parts of the defense
+            set, the next run the next; 1 for all of it. What a network falls back to by chance
+            differs between parts, what a backdoor makes of it does not.
         stop_accuracy: Clean suppression stops when the accuracy on the defense set falls to
             this share; None for all T passes.
         mu: Weight of the squared norm in clean suppression (Eq. 6); as much as a weight decay
@@ -80,7 +83,8 @@ class MNPConfig:
     exclude: Sequence[str] = ()
     suppression_lr: float = 0.02
     suppression_momentum: float = 0.0
-    suppression_epochs: int = 20
+    suppression_epochs: int = 40
+    suppression_parts: int = 2
     stop_accuracy: float | None = 0.2
     mu: float = 0.001
     mask_lr: float = 0.1
@@ -111,7 +115,8 @@ class MNPConfig:
             patterns = getattr(self, name)
             listed = not isinstance(patterns, str) and all(isinstance(p, str) for p in patterns)
             require_option(listed, self, name, "a list of name patterns")
-        for name in ("runs", "batch_size", "suppression_epochs", "mask_epochs"):
+        whole = ("runs", "batch_size", "suppression_epochs", "suppression_parts", "mask_epochs")
+        for name in whole:
             value = getattr(self, name)
             least, why = 1, ""
             if name == "batch_size":  # two would leave a batch of one of an odd number of images
@@ -146,8 +151,8 @@ class MNPConfig:
                 1 <= self.amount <= 3, self, "amount", "from 1 to 3, the range of M1 + M2"
             )
         elif self.rule == "count":
-            whole = self.amount >= 0 and float(self.amount).is_integer()
-            require_option(whole, self, "amount", "a whole number of filters, at least 0")
+            counts = self.amount >= 0 and float(self.amount).is_integer()
+            require_option(counts, self, "amount", "a whole number of filters, at least 0")
         else:
             require_option(0 <= self.amount < 1, self, "amount", "a share from 0 to below 1")
 
@@ -169,6 +174,8 @@ class MNPConfig:
             "runs": 1,
             "augment": "none",
             "suppression_lr": 0.01,
+            "suppression_epochs": 20,
+            "suppression_parts": 1,
             "stop_accuracy": None,
             "rule": "count",
             "amount": 30,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_mnp.alone import refuse_wrappers, running_alone
 from lightning_mnp.config import MNPConfig
+from lightning_mnp.copies import clean_sets
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.defense_state import dump_state, load_state, make_report
 from lightning_mnp.detection import Judgement, judge, signals
@@ -38,6 +40,9 @@ from lightning_mnp.unchanged import unchanged_on_error
 from lightning_mnp.updates import PlainUpdates, Updates
 
 __all__ = ["MNPDefense", "Phase", "When"]
+
+# Fewer images make no batch.
+_LEAST_PART = 3
 
 When = Literal["never", "flagged", "always"]
 Phase = Literal[
@@ -209,7 +214,7 @@ class MNPDefense:
         """An upper bound on the steps still to do, for progress bars."""
         lengths: dict[str, int] = {
             "reference": self.passes,
-            "suppression": self.passes * self.config.suppression_epochs,
+            "suppression": self._suppression_passes * self.config.suppression_epochs,
             "saliency": self.passes,
             "masks": self.passes * self.config.mask_epochs,
             "verdict": 1,
@@ -308,13 +313,34 @@ class MNPDefense:
             return {"correlation": self.correlation, "accuracy": self.accuracy_before}
         return {}
 
+    @property
+    def _parts(self) -> int:
+        """The number of parts of the defense set: as asked for, or as there are images for."""
+        return max(1, min(self.config.suppression_parts, len(self.data) // _LEAST_PART))
+
+    @property
+    def _suppression_passes(self) -> int:
+        """Number of batches in one pass over the largest part."""
+        largest = math.ceil(len(self.data) / self._parts)
+        return math.ceil(largest / self.config.batch_size)
+
     def _suppression(self, updates: Updates) -> dict[str, float]:
         if self.batches_done == 0:
             self.suppression.restart()
-        images, labels = self._batch(augment=True)
-        metrics = self.suppression.step(images, labels, len(self.data), updates)
+        config, parts = self.config, self._parts
+        draw, number = divmod(self.run, parts)
+        seen = None if parts == 1 else self.data.part(number, parts, (config.seed, draw))
+        size = len(self.data) if seen is None else len(seen)
+        passes = -(-size // config.batch_size)
+        epoch, index = divmod(self.batches_done, passes)
+        key = (config.seed, "suppression", self.run, epoch)
+        device = self.subject.device
+        images, labels = self.data.batch(
+            index, config.batch_size, device, config.augment, key, seen
+        )
+        metrics = self.suppression.step(images, labels, size, updates)
         self.batches_done += 1
-        if self.batches_done >= self.passes * self.config.suppression_epochs:
+        if self.batches_done >= passes * config.suppression_epochs:
             self.suppression.finish("all passes were made")
         if self.suppression.stopped:
             self.suppression.finish("")
@@ -434,14 +460,17 @@ class MNPDefense:
         config = self.config
         return FilterSearch(
             self.subject,
-            self.data,
+            self._clean_sets(),
             sources,
             self._most_filters,
             config.harm,
             config.batch_size,
             config.seed,
-            config.augment,
         )
+
+    def _clean_sets(self) -> list[DefenseSet]:
+        config = self.config
+        return clean_sets(self.subject, self.data, config.augment, config.batch_size, config.seed)
 
     def _check(self, updates: Updates) -> dict[str, float]:
         masks = torch.ones(self.layers.total, device=self.subject.device)
@@ -455,9 +484,8 @@ class MNPDefense:
         return {"accuracy": self.accuracy_after}
 
     def _new_repair(self, masks: Tensor) -> LogitShift | None:
-        """Fit the shift of the logits on the defense set and a shifted, mirrored copy of it."""
-        copied = self.data.augmented(self.config.augment, self.config.seed)
-        sets = [self._clean_logits(data, masks) for data in (self.data, copied)]
+        """Fit the shift of the logits on the defense set and its copies."""
+        sets = [self._clean_logits(data, masks) for data in self._clean_sets()]
         logits, labels = (torch.cat(parts) for parts in zip(*sets, strict=True))
         return self.new_shift(fit_shift(logits, labels, self.judgement.suspect))
 

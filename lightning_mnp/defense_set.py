@@ -180,6 +180,7 @@ class DefenseSet:
         device: torch.device,
         augment: str = "none",
         key: tuple[int | str, ...] | None = None,
+        among: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Give one batch of a pass; all batches of a pass are equally large, or differ by one.
 
@@ -190,19 +191,40 @@ class DefenseSet:
             augment: ``"none"``, ``"crop"`` or ``"crop-flip"``.
             key: Names the pass, the seed first; its order and augmentation follow from it. None
                 for the stored order.
+            among: Positions of the images that the pass is over; all where None.
 
         Returns:
             Images (N, C, ...) and labels (N,).
         """
-        if key is None:
-            order = torch.arange(len(self))
-        else:
-            order = torch.randperm(len(self), generator=seeded_generator(*key, "order"))
-        rows = order.tensor_split(self.passes(batch_size))[index]
+        order = torch.arange(len(self)) if among is None else among
+        if key is not None:
+            drawn = torch.randperm(len(order), generator=seeded_generator(*key, "order"))
+            order = order[drawn]
+        rows = order.tensor_split(-(-len(order) // batch_size))[index]
         images, labels = self.images[rows], self.labels[rows]
         if key is not None:
             images = _augment(images, augment, (*key, "augment", index))
         return images.to(device), labels.to(device)
+
+    def part(self, number: int, parts: int, key: tuple[int | str, ...]) -> Tensor:
+        """Draw parts that have no image in common, and give one.
+
+        Args:
+            number: Which part, from 0.
+            parts: Number of parts, as equal as can be.
+            key: Names the draw, the seed first.
+
+        Returns:
+            Positions of its images, shape (n,).
+
+        Example:
+            >>> data = DefenseSet(torch.rand(6, 3, 8, 8), torch.arange(6) % 2)
+            >>> halves = [data.part(number, 2, (0, "halves")) for number in range(2)]
+            >>> torch.cat(halves).sort().values
+            tensor([0, 1, 2, 3, 4, 5])
+        """
+        drawn = torch.randperm(len(self), generator=seeded_generator(*key, "parts"))
+        return drawn.tensor_split(parts)[number]
 
     def augmented(self, augment: str, seed: int) -> DefenseSet:
         """Give the same images, each shifted and mirrored by a draw of its own.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_mnp.config import Augmentation
 from lightning_mnp.defense_set import DefenseSet, seeded_generator
 from lightning_mnp.margin import class_margins
 from lightning_mnp.sources import Source
@@ -45,18 +44,14 @@ class FilterSearch:
     most filters, or when all that is left is too harmful: one filter may raise the clean loss by
     half of the allowance, all of them by the allowance above the lowest clean loss on the way.
 
-    Clean images are those of the defense set and a shifted and mirrored copy of each: the network
-    may have been trained on these very images, and knows them better than any others.
-
     Args:
         subject: The network.
-        data: The defense set.
+        clean: Clean images, by which harm is measured; the last set gives the slopes.
         sources: Where the backdoor shows.
         most: The most filters to take.
         harm: The allowance: most rise of the clean loss, in nats.
         batch_size: Most images in a batch.
         seed: Seed of everything that is drawn.
-        augment: How the copies are made; ``"none"`` leaves them out.
 
     Attributes:
         taken: Positions of the filters taken so far, in their order.
@@ -68,16 +63,15 @@ class FilterSearch:
     def __init__(
         self,
         subject: Subject,
-        data: DefenseSet,
+        clean: Sequence[DefenseSet],
         sources: Sequence[Source],
         most: int,
         harm: float,
         batch_size: int,
         seed: int,
-        augment: Augmentation = "crop-flip",
     ) -> None:
         self.subject = subject
-        self.clean = [data] if augment == "none" else [data, data.augmented(augment, seed)]
+        self.clean = list(clean)
         self.sources = list(sources)
         self.most = most
         self.harm = harm

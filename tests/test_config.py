@@ -19,6 +19,7 @@ OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
     ("verdict", ["signals", "ratio"], ["reach", None], "'signals', 'ratio'"),
     ("threshold", [0.5, 1, 7.5], [0, -1, math.nan, math.inf], "above 0"),
     ("harm", [1e-6, 0.5], [0, -1, math.nan, math.inf], "above 0"),
+    ("suppression_parts", [1, 4], [0, -1, 0.5], "at least 1"),
     ("reaudit", [True, False], [0, None, "yes"], "True or False"),
     ("repair", [True, False], [1, None, "no"], "True or False"),
     ("runs", [1, 7], [0, -1, 1.0], "at least 1"),

@@ -159,6 +159,32 @@ def test_repair_shifts_the_logits_of_all_but_the_suspect() -> None:
     assert again.report().shift == report.shift
 
 
+def test_each_run_sees_its_part_of_the_defense_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    defense = new_defense(when="never", runs=3, suppression_parts=2, augment="none")
+    seen: dict[int, set[bytes]] = {}
+    step = defense.suppression.step
+
+    def watched(images: torch.Tensor, labels: Any, size: int, updates: Any) -> dict[str, float]:
+        assert size == 20
+        found = seen.setdefault(defense.run, set())
+        found.update(image.numpy().tobytes() for image in images)
+        return step(images, labels, size, updates)
+
+    monkeypatch.setattr(defense.suppression, "step", watched)
+    finished(defense)
+    everything = {image.numpy().tobytes() for image in defense.data.images}
+    assert [len(seen[run]) for run in range(3)] == [20, 20, 20]
+    assert seen[0] | seen[1] == everything
+    assert seen[2] not in (seen[0], seen[1])
+
+
+def test_few_images_are_not_parted() -> None:
+    data = DefenseSet(*images_and_labels(5))
+    defense = MNPDefense(trained_network(), data, quick_config(runs=1), when="never")
+    assert defense._parts == 1
+    assert finished(defense).report().runs[0].steps > 0
+
+
 def test_a_network_without_a_bias_is_not_repaired() -> None:
     network = trained_network()
     network.fc = nn.Linear(network.fc.in_features, 4, bias=False)

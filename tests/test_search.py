@@ -23,7 +23,8 @@ def new_search(most: int = 3, harm: float = 0.5, target: int = 1) -> FilterSearc
         for name, weight in subject.weights().items()
     }
     source = SuppressedSource(subject, weights, data.images, target)
-    return FilterSearch(subject, data, [source], most, harm, 16, 0)
+    clean = [data, data.augmented("crop", seed=0)]
+    return FilterSearch(subject, clean, [source], most, harm, 16, 0)
 
 
 def finish(search: FilterSearch) -> FilterSearch:

@@ -1,0 +1,65 @@
+"""Augmented copies of the defense set, as far as a network recognizes them."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_mnp.config import Augmentation
+from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.subject import Subject
+
+__all__ = ["clean_sets"]
+
+# A network that was trained on such images loses a few points on them, not a tenth of all.
+_MOST_LOSS = 0.1
+
+
+@torch.no_grad()
+def clean_sets(
+    subject: Subject, data: DefenseSet, augment: Augmentation, batch_size: int, seed: int
+) -> list[DefenseSet]:
+    """Give the images by which clean loss is measured: the defense set and a copy of each image.
+
+    A network may have been trained on the very images of the defense set; shifted and mirrored
+    copies are closer to what it has not seen. Copies that it does not recognize, such as mirrored
+    digits, say nothing, so mirroring is left out first and shifting next.
+
+    Args:
+        subject: The network.
+        data: The defense set.
+        augment: The most that is done to the copies.
+        batch_size: Most images in a batch.
+        seed: Seed of the copies.
+
+    Returns:
+        The defense set, and the copy where the network's accuracy on it is at most 0.1 lower.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mnp.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> network = network.append(nn.Linear(4, 2))
+        >>> data = DefenseSet(torch.rand(6, 1, 8, 8), torch.arange(6) % 2)
+        >>> subject = Subject(network, find_filter_layers(network, data.images))
+        >>> len(clean_sets(subject, data, "none", 128, seed=0))
+        1
+    """
+    choices: dict[Augmentation, tuple[Augmentation, ...]] = {
+        "crop-flip": ("crop-flip", "crop"),
+        "crop": ("crop",),
+        "none": (),
+    }
+    known = _accuracy(subject, data, batch_size)
+    for choice in choices[augment]:
+        copies = data.augmented(choice, seed)
+        if _accuracy(subject, copies, batch_size) >= known - _MOST_LOSS:
+            return [data, copies]
+    return [data]
+
+
+def _accuracy(subject: Subject, data: DefenseSet, batch_size: int) -> float:
+    hits = sum(
+        int((subject(images, statistics="running").argmax(1) == labels).sum())
+        for images, labels in data.batches(batch_size, subject.device)
+    )
+    return hits / len(data)
