@@ -48,6 +48,7 @@ TUNE = {
     "tune-clean-3": _recipe(seed=3, decay=False),
     "tune-clean-4": _recipe(seed=4, width=8, decay=False),
     "tune-wanet": _recipe("wanet", seed=103, target=7, width=8, epochs=10),
+    "tune-lira": _recipe("lira", seed=109, target=1, width=8, epochs=10),
     "tune-trojan": _recipe("trojan", seed=121, target=4, width=8),
 }
 
@@ -65,7 +66,7 @@ REPORT = {
     "iab": _recipe("iab", seed=107, target=8, width=8, epochs=10),
     "clean-15": _recipe(seed=15, decay=False),
     "dfst": _recipe("dfst", seed=108, target=9, width=8, epochs=10),
-    "lira": _recipe("lira", seed=109, target=1, width=8, epochs=10),
+    "lira": _recipe("lira", seed=124, target=5, width=8, epochs=10),
     "clean-16": _recipe(seed=16, width=8),
     "blend-1percent": _recipe(
         "blend", seed=110, target=3, more=("--data.attack.poison_rate", "0.01")

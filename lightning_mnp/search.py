@@ -30,6 +30,9 @@ _LEAST_EFFECT = 0.05
 # How the slope of a clean margin counts as a rise of the clean loss, roughly.
 _HARM_WEIGHT = 0.1
 _HARM_FLOOR = 0.005
+# A source that points to the backdoor has still more than this share of its margin.
+_VISIBLE = 0.3
+_VISIBLE_ALLOWANCE = 2.5
 # A filter that raises the clean loss by no more than this is taken without looking further.
 _HARMLESS = 0.001
 
@@ -43,6 +46,8 @@ class FilterSearch:
     that does no harm. The search ends at the
     most filters, or when all that is left is too harmful: one filter may raise the clean loss by
     half of the allowance, all of them by the allowance above the lowest clean loss on the way.
+    The allowance is 2.5 times as large as long as a source that points to the backdoor is at more
+    than 0.3 of its margin at the start; half of the allowance more is left in any case after that.
 
     Args:
         subject: The network.
@@ -152,11 +157,17 @@ class FilterSearch:
             return None
         harm_now = self.curve[-1][0]
         lowest = min(point[0] for point in self.curve)
+        visible = self._visible()
+        allowance = self.harm * (_VISIBLE_ALLOWANCE if visible[-1] else 1.0)
+        most = lowest + allowance
+        if any(visible) and not visible[-1]:
+            gone = len(visible) - visible[::-1].index(True)
+            most = max(most, self.curve[gone][0] + self.harm / 2)
         best: tuple[float, int, float] | None = None
         order = promise.argsort(descending=True, stable=True)[:_CANDIDATES].tolist()
         for index in (index for index in order if promise[index] > 0):
             harm = self._clean_loss(self.masks(without=[index])) - self._base
-            if harm - lowest > self.harm or harm - harm_now > self.harm / 2:
+            if harm > most or harm - harm_now > allowance / 2:
                 self._rejected[index] = len(self.taken)
                 continue
             value = float(effect[index]) / (max(harm - harm_now, 0.0) + _HARM_FLOOR)
@@ -167,10 +178,21 @@ class FilterSearch:
         if best is None:
             if len(self._waiting()) >= _REJECTED:
                 self.stopped = (
-                    f"more filters would raise the clean loss by more than {self.harm:g} nats"
+                    f"more filters would raise the clean loss by more than {allowance:g} nats"
                 )
             return None
         return best[1], best[2]
+
+    def _visible(self) -> list[bool]:
+        """Whether a source that points to the backdoor still did, for each number of filters."""
+        points = [source.points for source in self.sources]
+        return [
+            any(
+                pointing and level > _VISIBLE
+                for pointing, level in zip(points, levels, strict=True)
+            )
+            for _, *levels in self.curve
+        ]
 
     def _waiting(self) -> list[int]:
         """Filters that were too harmful a short while ago."""

@@ -19,8 +19,10 @@ _IMAGES = 128
 _MARGIN_IMAGES = 8
 # A class that is reached at this share of the median reach, or has this multiple of the next
 # greatest margin, is nothing out of the ordinary.
-_NORMAL_REACH = 0.6
+_NORMAL_REACH = 0.8
 _NORMAL_MARGIN = 1.5
+# Length of the perturbation where the reach points to the class, in multiples of the median reach.
+_SHORT_REACH = 0.6
 # Where the margin points to the class and the reach does not: a perturbation far longer than one
 # needs, in multiples of the median reach, drives many images up the same way at once.
 _LONG_REACH = 2.4
@@ -31,9 +33,15 @@ _NEXT_ASCENT = 10
 
 
 class Source(Protocol):
-    """Something in which a backdoor shows."""
+    """Something in which a backdoor shows.
+
+    Attributes:
+        name: What it is.
+        points: Whether it shows nothing where there is no backdoor, so that it can be pruned away.
+    """
 
     name: str
+    points: bool
 
     def margins(self, masks: Tensor) -> Tensor:
         """Margins of the target class under filter masks, shape (N,); large for a backdoor."""
@@ -62,6 +70,7 @@ class SuppressedSource:
     """
 
     name = "suppressed network"
+    points = False
 
     def __init__(self, subject: Subject, weights: Weights, images: Tensor, target: int) -> None:
         self.subject = subject
@@ -101,6 +110,7 @@ class PerturbationSource:
     """
 
     name = "universal perturbation"
+    points = True
 
     def __init__(
         self,
@@ -146,6 +156,7 @@ class MarginSource:
     """
 
     name = "greatest margin"
+    points = True
 
     def __init__(self, ascent: MarginAscent, normal: float) -> None:
         self.ascent = ascent
@@ -205,7 +216,7 @@ def find_sources(
     near = soonest == target and ratio < _NORMAL_REACH
     sure = greatest == target and excess > _NORMAL_MARGIN
     if near or sure:
-        length = (_NORMAL_REACH if near else _LONG_REACH) * median * reach.scale
+        length = (_SHORT_REACH if near else _LONG_REACH) * median * reach.scale
         start = reach.perturbations[target]
         sources.append(PerturbationSource(subject, images, labels, target, start, length, seed))
     if sure:

@@ -70,6 +70,32 @@ def test_clean_loss_never_rises_above_the_allowance(harm: float) -> None:
     assert search.stopped
 
 
+def test_the_allowance_is_larger_while_a_source_points_to_the_backdoor() -> None:
+    plain, pointing = (new_search(harm=0.002) for _ in range(2))
+    pointing.sources[0].points = True
+    for search, most in ((plain, 0.002), (pointing, 0.005)):
+        search.step()
+        for rise in (most + 1e-6, most - 1e-6):
+            search._clean_loss = lambda masks, found=search._base + rise: found  # type: ignore
+            search.curve = [(0.0, 1.0), (most - 5e-4, 0.9)]
+            search._rejected.clear()
+            found = search._best()
+            assert (found is not None) == (rise < most)
+
+
+def test_half_of_the_allowance_is_left_when_the_source_points_no_more() -> None:
+    search = new_search(harm=0.002)
+    search.step()
+    search.sources[0].points = True
+    search.curve = [(0.0, 1.0), (0.004, 0.31), (0.0045, 0.29)]
+    assert search._visible() == [True, True, False]
+    rises = iter([0.0055 + 1e-6, 0.0055 - 1e-6])
+    search._clean_loss = lambda masks: search._base + next(rises)  # type: ignore[method-assign]
+    found = search._best()
+    assert found is not None
+    assert found[1] == pytest.approx(0.0055 - 1e-6)
+
+
 def test_a_small_allowance_ends_the_search_and_a_large_one_does_not() -> None:
     strict, lenient = (finish(new_search(most=50, harm=harm)) for harm in (1e-6, 50.0))
     assert "more filters would raise the clean loss by more than 1e-06 nats" in strict.stopped

@@ -93,6 +93,13 @@ def test_margin_source_counts_from_what_is_normal() -> None:
     ("reaches", "margins", "names", "length"),
     [
         ({0: 0.2, 1: 0.2, 2: 0.2}, {0: 9.0, 1: 10.0, 2: 9.0}, ["suppressed network"], None),
+        ({0: 0.2, 1: 0.17, 2: 0.2}, {0: 9.0, 1: 10.0, 2: 9.0}, ["suppressed network"], None),
+        (
+            {0: 0.2, 1: 0.15, 2: 0.2},
+            {0: 9.0, 1: 10.0, 2: 9.0},
+            ["suppressed network", "universal perturbation"],
+            0.6 * 0.2,
+        ),
         (
             {0: 0.2, 1: 0.1, 2: 0.2},
             {0: 9.0, 1: 10.0, 2: 9.0},
