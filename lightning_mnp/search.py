@@ -185,14 +185,8 @@ class FilterSearch:
 
     def _visible(self) -> list[bool]:
         """Whether a source that points to the backdoor still did, for each number of filters."""
-        points = [source.points for source in self.sources]
-        return [
-            any(
-                pointing and level > _VISIBLE
-                for pointing, level in zip(points, levels, strict=True)
-            )
-            for _, *levels in self.curve
-        ]
+        pointing = [place for place, source in enumerate(self.sources) if source.points]
+        return [any(levels[place] > _VISIBLE for place in pointing) for _, *levels in self.curve]
 
     def _waiting(self) -> list[int]:
         """Filters that were too harmful a short while ago."""
