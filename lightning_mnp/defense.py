@@ -466,6 +466,7 @@ class MNPDefense:
             config.harm,
             config.batch_size,
             config.seed,
+            trusted=self.judgement.verdict == "backdoored",
         )
 
     def _clean_sets(self) -> list[DefenseSet]:

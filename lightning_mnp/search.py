@@ -57,6 +57,7 @@ class FilterSearch:
         harm: The allowance: most rise of the clean loss, in nats.
         batch_size: Most images in a batch.
         seed: Seed of everything that is drawn.
+        trusted: Whether the class of the sources is known; if not, the allowance stays as it is.
 
     Attributes:
         taken: Positions of the filters taken so far, in their order.
@@ -74,6 +75,7 @@ class FilterSearch:
         harm: float,
         batch_size: int,
         seed: int,
+        trusted: bool = True,
     ) -> None:
         self.subject = subject
         self.clean = list(clean)
@@ -82,6 +84,7 @@ class FilterSearch:
         self.harm = harm
         self.batch_size = batch_size
         self.seed = seed
+        self.trusted = trusted
         self.taken: list[int] = []
         self.curve: list[tuple[float, ...]] = []
         self.stopped = ""
@@ -185,7 +188,8 @@ class FilterSearch:
 
     def _visible(self) -> list[bool]:
         """Whether a source that points to the backdoor still did, for each number of filters."""
-        pointing = [place for place, source in enumerate(self.sources) if source.points]
+        sources = self.sources if self.trusted else []
+        pointing = [place for place, source in enumerate(sources) if source.points]
         return [any(levels[place] > _VISIBLE for place in pointing) for _, *levels in self.curve]
 
     def _waiting(self) -> list[int]:

@@ -49,7 +49,7 @@ def test_verdict_by_margin(margin: float, verdict: str, target: int | None) -> N
     ("predictions", "verdict", "target"),
     [
         ((3, 3, 30, 3, 3, 3, 3, 3, 3, 3), "backdoored", 2),
-        ((8, 8, 27, 8, 8, 8, 8, 8, 8, 9), "undecided", 2),
+        ((7, 7, 30, 7, 7, 7, 7, 8, 8, 12), "undecided", 2),
         ((7, 7, 20, 7, 7, 7, 7, 7, 7, 7), "clean", None),
     ],
 )

@@ -83,6 +83,15 @@ def test_the_allowance_is_larger_while_a_source_points_to_the_backdoor() -> None
             assert (found is not None) == (rise < most)
 
 
+def test_nothing_is_visible_of_a_class_that_is_not_trusted() -> None:
+    search = new_search()
+    search.step()
+    search.sources[0].points = True
+    assert search._visible() == [True]
+    search.trusted = False
+    assert search._visible() == [False]
+
+
 def test_half_of_the_allowance_is_left_when_the_source_points_no_more() -> None:
     search = new_search(harm=0.002)
     search.step()
