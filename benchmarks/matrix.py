@@ -180,7 +180,7 @@ def examine(
     assert pruned_count(defense.scores, "threshold", worst) >= len(report.pruned)
     probe = data.images[:2]
     check_attaching(network, defense.layers, probe)
-    check_pruned(network, purified, defense.layers, defense.removed, probe)
+    check_pruned(network, purified, defense, probe)
     return Line(
         name=entry.name,
         shape=list(data.images.shape[1:]),
@@ -218,13 +218,15 @@ def check_attaching(network: nn.Module, layers: FilterLayers, images: Tensor) ->
 
 @torch.no_grad()
 def check_pruned(
-    network: nn.Module, purified: nn.Module, layers: FilterLayers, removed: Tensor, images: Tensor
+    network: nn.Module, purified: nn.Module, defense: MNPDefense, images: Tensor
 ) -> None:
-    """Check that the pruned network computes what zeros as masks make of the original one."""
-    masks = torch.ones(layers.total)
-    masks[removed] = 0.0
-    with FilterMasks(network, layers, masks):
+    """Check that the pruned network computes what zeros as masks and the repair make of it."""
+    masks = torch.ones(defense.layers.total)
+    masks[defense.removed] = 0.0
+    with FilterMasks(network, defense.layers, masks):
         masked = call_network(network, images)
+    if defense.shift is not None:
+        masked = masked + defense.shift.values
     torch.testing.assert_close(call_network(purified, images), masked, rtol=1e-4, atol=1e-4)
 
 
