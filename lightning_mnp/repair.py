@@ -54,7 +54,7 @@ def fit_shift(logits: Tensor, labels: Tensor, target: int) -> Tensor:
         >>> fit_shift(logits, torch.tensor([0, 1, 1]), target=0)[1] > 0
         tensor(True)
     """
-    logits = logits.detach().double()
+    logits, labels = logits.detach().cpu().double(), labels.cpu()
     free = (torch.bincount(labels, minlength=logits.shape[1]) > 0).to(logits)
     free[target] = 0.0
     values = torch.zeros_like(free).requires_grad_()

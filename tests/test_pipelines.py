@@ -465,7 +465,7 @@ def test_compiled_network_in_a_training(tmp_path: Path) -> None:
 def test_channels_last(tmp_path: Path, reference: Any) -> None:
     network: Any = small_network().to(memory_format=torch.channels_last)
     report = lightning_mnp.defend(network, data(), when="always", config=CONFIG)
-    assert_like(report, reference, ranks=0.01)
+    assert_like(report, reference, ranks=0.05)
     assert report.model[4].weight.is_contiguous(memory_format=torch.channels_last)
     path = tmp_path / "purified.safetensors"
     lightning_mnp.write_state_dict(path, report.model.state_dict())
