@@ -94,9 +94,8 @@ def test_beside_a_checkpoint(tmp_path: object) -> None:
         precision="bf16-mixed",
     )
     trainer.fit(classifier(), TinyDataModule(BadNets()))
-    assert (
-        "AdaptiveTraining" in torch.load(trainer.checkpoint_callback.best_model_path)["callbacks"]
-    )
+    path = trainer.checkpoint_callback.best_model_path
+    assert "AdaptiveTraining" in torch.load(path, weights_only=True)["callbacks"]
 
 
 @pytest.mark.parametrize(
