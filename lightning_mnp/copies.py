@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from lightning_mnp.config import Augmentation
 from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.subject import Subject
 
 __all__ = ["clean_sets"]
@@ -14,7 +13,6 @@ __all__ = ["clean_sets"]
 _MOST_LOSS = 0.1
 
 
-@torch.no_grad()
 def clean_sets(
     subject: Subject, data: DefenseSet, augment: Augmentation, batch_size: int, seed: int
 ) -> list[DefenseSet]:
@@ -35,6 +33,7 @@ def clean_sets(
         The defense set, and the copy where the network's accuracy on it is at most 0.1 lower.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from lightning_mnp.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -49,17 +48,9 @@ def clean_sets(
         "crop": ("crop",),
         "none": (),
     }
-    known = _accuracy(subject, data, batch_size)
+    known = accuracy(*clean_logits(subject, data, batch_size))
     for choice in choices[augment]:
         copies = data.augmented(choice, seed)
-        if _accuracy(subject, copies, batch_size) >= known - _MOST_LOSS:
+        if accuracy(*clean_logits(subject, copies, batch_size)) >= known - _MOST_LOSS:
             return [data, copies]
     return [data]
-
-
-def _accuracy(subject: Subject, data: DefenseSet, batch_size: int) -> float:
-    hits = sum(
-        int((subject(images, statistics="running").argmax(1) == labels).sum())
-        for images, labels in data.batches(batch_size, subject.device)
-    )
-    return hits / len(data)

@@ -20,6 +20,7 @@ from lightning_mnp.copies import clean_sets
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.defense_state import dump_state, load_state, make_report
 from lightning_mnp.detection import Judgement, judge, signals
+from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.forward import Forward
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.margin import MarginSearch
@@ -331,7 +332,7 @@ class MNPDefense:
         draw, number = divmod(self.run, parts)
         seen = None if parts == 1 else self.data.part(number, parts, (config.seed, draw))
         size = len(self.data) if seen is None else len(seen)
-        passes = -(-size // config.batch_size)
+        passes = math.ceil(size / config.batch_size)
         epoch, index = divmod(self.batches_done, passes)
         key = (config.seed, "suppression", self.run, epoch)
         device = self.subject.device
@@ -470,25 +471,29 @@ class MNPDefense:
         )
 
     def _clean_sets(self) -> list[DefenseSet]:
+        """The images by which harm and repair are measured."""
+        if self.search is not None:
+            return self.search.clean
         config = self.config
         return clean_sets(self.subject, self.data, config.augment, config.batch_size, config.seed)
 
     def _check(self, updates: Updates) -> dict[str, float]:
         masks = torch.ones(self.layers.total, device=self.subject.device)
         masks[self.removed] = 0.0
-        self.shift = self._new_repair(masks) if self.config.repair and len(self.removed) else None
-        logits, labels = self._clean_logits(self.data, masks)
+        repairing = self.config.repair and len(self.removed) > 0
+        sets = self._clean_sets() if repairing else [self.data]  # the defense set comes first
+        passed = [
+            clean_logits(self.subject, data, self.config.batch_size, masks=masks) for data in sets
+        ]
+        logits, labels = passed[0]
+        if repairing:
+            seen, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
+            self.shift = self.new_shift(fit_shift(seen, classes, self.judgement.suspect))
         if self.shift is not None:
             logits = logits + self.shift.values.to(logits)
-        self.accuracy_after = int((logits.argmax(1) == labels).sum()) / len(self.data)
+        self.accuracy_after = accuracy(logits, labels)
         self._advance()
         return {"accuracy": self.accuracy_after}
-
-    def _new_repair(self, masks: Tensor) -> LogitShift | None:
-        """Fit the shift of the logits on the defense set and its copies."""
-        sets = [self._clean_logits(data, masks) for data in self._clean_sets()]
-        logits, labels = (torch.cat(parts) for parts in zip(*sets, strict=True))
-        return self.new_shift(fit_shift(logits, labels, self.judgement.suspect))
 
     def new_shift(self, values: Tensor) -> LogitShift | None:
         """Make a shift of this network's logits; None where it has no bias for that.
@@ -499,12 +504,6 @@ class MNPDefense:
         sample = self.data.images[:2].to(self.subject.device)
         name = find_logit_bias(self.model, sample, self.subject.forward)
         return None if name is None else LogitShift(name, values)
-
-    def _clean_logits(self, data: DefenseSet, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of a pass and the labels, evaluation mode."""
-        batches = list(data.batches(self.config.batch_size, self.subject.device))
-        logits = [self._evaluate(images, masks) for images, _ in batches]
-        return torch.cat(logits), torch.cat([labels for _, labels in batches])
 
     def _reaudit(self, updates: Updates) -> dict[str, float]:
         if not len(self.removed):

@@ -38,7 +38,6 @@ def fit_shift(logits: Tensor, labels: Tensor, target: int) -> Tensor:
     classes are predicted too often, others too seldom; a constant for each class mends most of
     that. The target class gets none, so that its logit on triggered images does not rise; nor
     does a class without an image, of which nothing is known.
-    does a class without an image, of which nothing is known.
 
     Args:
         logits: Of clean images, shape (N, K).

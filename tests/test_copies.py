@@ -23,7 +23,7 @@ class Told:
         self.data = data
         self.known = {"none": plain, "crop": shifted, "crop-flip": mirrored}
 
-    def __call__(self, images: Tensor, statistics: str) -> Tensor:
+    def __call__(self, images: Tensor, statistics: str, **own: None) -> Tensor:
         assert statistics == "running"
         for kind, known in self.known.items():
             given = self.data if kind == "none" else self.data.augmented(kind, SEED)

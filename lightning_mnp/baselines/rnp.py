@@ -17,6 +17,7 @@ from lightning_mnp.alone import refuse_wrappers, running_alone
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.config import Augmentation, require_option
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
+from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.forward import Forward, call_apart, find_logits
 from lightning_mnp.layers import FilterLayers, find_filter_layers
 from lightning_mnp.network import check_network, network_forward
@@ -317,7 +318,6 @@ def _masked_scales(layers: FilterLayers, weights: Weights, masks: Tensor) -> Wei
     }
 
 
-@torch.no_grad()
 def _accuracy(
     subject: Subject, data: DefenseSet, batch_size: int, removed: Tensor | None = None
 ) -> float:
@@ -325,10 +325,7 @@ def _accuracy(
     weights = subject.weights()
     if removed is not None:
         weights.update(_masked_scales(subject.layers, weights, ~removed))
-    hits = 0
-    for images, labels in data.batches(batch_size, subject.device):
-        hits += int((subject(images, weights=weights).argmax(1) == labels).sum())
-    return hits / len(data)
+    return accuracy(*clean_logits(subject, data, batch_size, weights=weights))
 
 
 def _search_threshold(
