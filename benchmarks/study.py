@@ -3,7 +3,7 @@
     python -m benchmarks.attacks --data ~/data/cifar10
     python -m benchmarks.study --data ~/data/cifar10
 
-Constants of the method are chosen on the networks of `benchmarks.attacks`, `benchmarks.networks`
+The `imbalanced` networks are clean and saw few images of one class. Constants of the method are chosen on the networks of `benchmarks.attacks`, `benchmarks.networks`
 and on those whose names begin with `tune` here; tables report the others. Those have other seeds,
 target classes, triggers and widths, with and without weight decay. Clean reference networks for
 Trojan and CL come from `benchmarks.attacks`. The command goes on where it stopped.
@@ -42,6 +42,12 @@ def _recipe(
     )
 
 
+def _imbalanced(rare_class: int, rare_share: float, seed: int, width: int) -> Recipe:
+    more = ("--data", "benchmarks.imbalance.ImbalancedCIFAR10")
+    more += ("--data.rare_class", str(rare_class), "--data.rare_share", str(rare_share))
+    return _recipe(seed=seed, width=width, more=more)
+
+
 TUNE = {
     "tune-clean-1": _recipe(seed=1),
     "tune-clean-2": _recipe(seed=2, width=8),
@@ -50,6 +56,14 @@ TUNE = {
     "tune-wanet": _recipe("wanet", seed=103, target=7, width=8, epochs=10),
     "tune-lira": _recipe("lira", seed=109, target=1, width=8, epochs=10),
     "tune-trojan": _recipe("trojan", seed=121, target=4, width=8),
+    "tune-sig": _recipe("sig", seed=125, target=3, width=8),
+    "tune-clean-5": _recipe(seed=5, width=8, decay=False),
+    "tune-clean-6": _recipe(seed=6, width=8, decay=False),
+    "tune-blend-1percent": _recipe(
+        "blend", seed=126, target=1, more=("--data.attack.poison_rate", "0.01")
+    ),
+    "tune-imbalanced": _imbalanced(rare_class=3, rare_share=0.2, seed=7, width=8),
+    "tune-all-to-all": _recipe("badnets", "badnets-all-to-all", seed=127, width=8, epochs=20),
 }
 
 REPORT = {
@@ -94,6 +108,8 @@ REPORT = {
     "clean-24": _recipe(seed=24, width=8),
     "clean-25": _recipe(seed=25, width=8, decay=False),
     "clean-26": _recipe(seed=26, width=8, epochs=5),
+    "imbalanced": _imbalanced(rare_class=0, rare_share=0.25, seed=27, width=16),
+    "imbalanced-8": _imbalanced(rare_class=6, rare_share=0.15, seed=28, width=8),
 }
 
 NETWORKS = {**TUNE, **REPORT}

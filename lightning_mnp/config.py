@@ -61,6 +61,8 @@ class MNPConfig:
         threshold: A network is backdoored where the score is at least this, above 0; see
             `lightning-mnp calibrate` for one of your own.
         delta: Detection threshold of Eq. 8.
+        balance: Whether the logit of a class that is predicted far too rarely on clean images is
+            raised while the network is audited. Attacks that leave labels alone hide behind that.
         repair: Whether constants are added to the logits after pruning, to balance the classes
             on clean images again; the target's logit stays.
         reaudit: Whether a pruned network is audited again.
@@ -92,11 +94,12 @@ class MNPConfig:
     mask_epochs: int = 20
     penalty: float = 0.0005
     rule: PruningRule = "auto"
-    amount: float = 0.03
+    amount: float = 0.05
     harm: float = 0.02
     verdict: VerdictRule = "signals"
     threshold: float = 1.0
     delta: float = 0.2
+    balance: bool = True
     repair: bool = True
     reaudit: bool = True
 
@@ -141,7 +144,7 @@ class MNPConfig:
         require_option(
             stop is None or 0 < stop < 1, self, "stop_accuracy", "between 0 and 1, or None"
         )
-        for name in ("repair", "reaudit"):
+        for name in ("balance", "repair", "reaudit"):
             require_option(isinstance(getattr(self, name), bool), self, name, "True or False")
         require_option(0 < self.harm < math.inf, self, "harm", "above 0")
         require_option(0 < self.threshold < math.inf, self, "threshold", "above 0")
@@ -180,6 +183,7 @@ class MNPConfig:
             "rule": "count",
             "amount": 30,
             "verdict": "ratio",
+            "balance": False,
             "repair": False,
             "reaudit": False,
         }

@@ -22,6 +22,7 @@ from lightning_mnp.defense_state import dump_state, load_state, make_report
 from lightning_mnp.detection import Judgement, judge, signals
 from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.forward import Forward
+from lightning_mnp.handicap import find_handicaps
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.margin import MarginSearch
 from lightning_mnp.memory import memory_told
@@ -33,7 +34,7 @@ from lightning_mnp.result import DefenseReport, RunResult
 from lightning_mnp.saliency import batch_clc
 from lightning_mnp.search import FilterSearch
 from lightning_mnp.sources import find_sources
-from lightning_mnp.subject import Subject
+from lightning_mnp.subject import Subject, Weights
 from lightning_mnp.suppression import CleanSuppression
 from lightning_mnp.surrogate import ReachSearch, image_scale
 from lightning_mnp.tally import PassTally
@@ -135,16 +136,19 @@ class MNPDefense:
                 include=self.config.include,
                 exclude=self.config.exclude,
             )
-        self.subject = Subject(model, self.layers, call, self.config.statistics, autocast)
-        self.suppression = CleanSuppression(self.subject, self.config)
-        self.penalty = FilterMask(self.subject, self.suppression.weights, self.config, False)
+        statistics = self.config.statistics
+        self.subject = Subject(model, self.layers, call, statistics, autocast)
+        # The same network, with the logits of starved classes raised once these are known.
+        self.balanced = Subject(model, self.layers, call, statistics, autocast)
+        self.suppression = CleanSuppression(self.balanced, self.config)
+        self.penalty = FilterMask(self.balanced, self.suppression.weights, self.config, False)
         self.preserving = FilterMask(self.subject, self.subject.weights(), self.config, True)
         if self.config.rule != "auto":
             pruned_count(torch.ones(self.layers.total), self.config.rule, self.config.amount)
         self.scale = image_scale(data.images)
-        self.reach = ReachSearch(self.subject, self.scale, [], self.config.seed)
+        self.reach = ReachSearch(self.balanced, self.scale, [], self.config.seed)
         self.margin = MarginSearch(
-            self.subject, data.images, [], self.config.seed, self.config.batch_size
+            self.balanced, data.images, [], self.config.seed, self.config.batch_size
         )
         self.search: FilterSearch | None = None
         self.second: MNPDefense | None = None
@@ -157,6 +161,8 @@ class MNPDefense:
         self.position = 0
         self.batches_done = 0
         self.runs: list[RunResult] = []
+        self.handicaps: dict[int, float] = {}
+        self.suppressed: list[Weights] = []
         self.judgement: Judgement
         self.removed = torch.empty(0, dtype=torch.long, device=device)
         self.shift: LogitShift | None = None
@@ -175,8 +181,7 @@ class MNPDefense:
             plan += [("suppression", run), ("saliency", run)]
             if self.when == "always" and self._ranks_by_masks:
                 plan.append(("masks", run))
-        searches = self.config.rule == "auto" and self.when != "never"
-        if self.config.verdict == "signals" or searches:
+        if self.config.verdict == "signals" or self._searches:
             plan += [("reach", 0), ("margin", 0)]
         plan.append(("verdict", 0))
         if self.when == "always":
@@ -190,6 +195,11 @@ class MNPDefense:
     @property
     def _ranks_by_masks(self) -> bool:
         return self.config.rule != "auto"
+
+    @property
+    def _searches(self) -> bool:
+        """Whether filters may have to be searched for."""
+        return self.config.rule == "auto" and self.when != "never"
 
     @property
     def phase(self) -> Phase:
@@ -311,8 +321,24 @@ class MNPDefense:
             self.correlation = self.tally.correlation(weights)
             self.accuracy_before = self.tally.accuracy
             self.tally.reset()
+            if self.config.balance:
+                found = clean_logits(self.subject, self.data, self.config.batch_size)
+                self.balance(find_handicaps(*found))
             return {"correlation": self.correlation, "accuracy": self.accuracy_before}
         return {}
+
+    def balance(self, handicaps: dict[int, float]) -> None:
+        """Raise the logits of some classes in everything that looks for a backdoor.
+
+        Args:
+            handicaps: By how much, for each of these classes.
+        """
+        self.handicaps = handicaps
+        self.balanced.offset = None
+        if handicaps:
+            offset = torch.zeros(self.classes, device=self.subject.device)
+            offset[list(handicaps)] = torch.tensor(list(handicaps.values())).to(offset)
+            self.balanced.offset = offset
 
     @property
     def _parts(self) -> int:
@@ -351,7 +377,7 @@ class MNPDefense:
     def _saliency(self, updates: Updates) -> dict[str, float]:
         images, labels = self._batch()
         weights = {name: weight.detach() for name, weight in self.suppression.weights.items()}
-        self.tally.add(*batch_clc(self.subject, weights, images, labels), labels)
+        self.tally.add(*batch_clc(self.balanced, weights, images, labels), labels)
         if not self._count_batch():
             return {}
         correlation = self.tally.correlation(weights)
@@ -366,6 +392,8 @@ class MNPDefense:
         self.tally.reset()
         if len(self.runs) < self.config.runs:  # a repeated run is known already
             self.runs.append(result)
+        if self._searches and len(self.suppressed) < self.config.runs - 1:
+            self.suppressed.append({name: weight.clone() for name, weight in weights.items()})
         if self._ranks_by_masks:
             self.penalty.restart(weights)
             self.preserving.restart(self.subject.weights())
@@ -425,7 +453,13 @@ class MNPDefense:
         """Give the verdict on the signals so far."""
         reaches, margins = self.reach.reaches, self.margin.margins
         return judge(
-            self.runs, self.correlation, reaches, margins, self.config, self.accuracy_before
+            self.runs,
+            self.correlation,
+            reaches,
+            margins,
+            self.config,
+            self.accuracy_before,
+            self.handicaps,
         )
 
     @property
@@ -450,9 +484,9 @@ class MNPDefense:
     def new_search(self) -> FilterSearch:
         """Make the automatic rule's search for filters that carry the suspected class."""
         sources = find_sources(
-            self.subject,
+            self.balanced,
             self.data,
-            self.suppression.weights,
+            [*self.suppressed, self.suppression.weights],
             signals(self.runs, self.reach.reaches, self.margin.margins)[0].suspect,
             self.reach,
             self.margin,

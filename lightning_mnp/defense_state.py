@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dump_state", "load_state", "make_report"]
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 def dump_state(defense: MNPDefense) -> dict[str, Any]:
@@ -31,6 +31,8 @@ def dump_state(defense: MNPDefense) -> dict[str, Any]:
         "position": defense.position,
         "batches_done": defense.batches_done,
         "runs": [{**asdict(run), "predictions": list(run.predictions)} for run in defense.runs],
+        "handicaps": dict(defense.handicaps),
+        "suppressed": list(defense.suppressed),
         "correlation": defense.correlation,
         "accuracy_before": defense.accuracy_before,
         "accuracy_after": defense.accuracy_after,
@@ -81,6 +83,11 @@ def load_state(defense: MNPDefense, state: dict[str, Any]) -> None:
     defense.runs = [
         RunResult(**{**run, "predictions": tuple(run["predictions"])}) for run in state["runs"]
     ]
+    defense.balance({int(index): float(value) for index, value in state["handicaps"].items()})
+    defense.suppressed = [
+        {name: weight.to(device) for name, weight in weights.items()}
+        for weights in state["suppressed"]
+    ]
     defense.correlation = float(state["correlation"])
     defense.accuracy_before = float(state["accuracy_before"])
     defense.accuracy_after = state["accuracy_after"]
@@ -124,6 +131,7 @@ def make_report(defense: MNPDefense) -> DefenseReport:
         runs=list(defense.runs),
         reaches=dict(sorted(defense.reach.reaches.items())),
         margins=dict(sorted(defense.margin.margins.items())),
+        handicaps=dict(defense.handicaps),
         pruned=[defense.layers.locate(int(position)) for position in defense.removed],
         scores=scores,
         search=[] if defense.search is None else [list(point) for point in defense.search.curve],

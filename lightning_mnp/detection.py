@@ -132,6 +132,7 @@ def judge(
     margins: dict[int, float],
     config: MNPConfig,
     accuracy: float,
+    handicaps: dict[int, float] | None = None,
 ) -> Judgement:
     """Judge a network.
 
@@ -142,6 +143,7 @@ def judge(
         margins: Their greatest margins; likewise.
         config: Options; ``verdict`` chooses the rule.
         accuracy: The network's accuracy on the defense set, from 0 to 1.
+        handicaps: Classes whose logits were raised for the audit, by so many nats.
 
     Returns:
         The judgement; undecided where the network knows too little for it to mean anything.
@@ -162,6 +164,12 @@ def judge(
         score, suspect = found[0].strength, found[0].suspect
         reasons = [signal.reason for signal in found]
         verdict = _by_score(score, config.threshold)
+    reasons += [
+        f"class {index} is predicted far too rarely on clean images, so that its logit was raised "
+        f"by {lack:.2f} for the audit; it had few training images, or poisoned ones with their "
+        "labels kept"
+        for index, lack in (handicaps or {}).items()
+    ]
     classes = len(runs[0].predictions)
     # Twice the chance level, or halfway to perfect where there are only a few classes.
     known = max(min(2 / classes, (1 + 1 / classes) / 2), config.stop_accuracy or 0.0)

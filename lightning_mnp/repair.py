@@ -6,16 +6,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_mnp.forward import Forward, call_apart, evaluating
+from lightning_mnp.logit_shift import best_shift
 
 __all__ = ["LogitShift", "find_logit_bias", "fit_shift"]
 
 # What a squared shift costs in nats; keeps classes apart that a few hundred images cannot tell.
 _COST = 0.01
-_MOST_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -53,22 +52,9 @@ def fit_shift(logits: Tensor, labels: Tensor, target: int) -> Tensor:
         >>> fit_shift(logits, torch.tensor([0, 1, 1]), target=0)[1] > 0
         tensor(True)
     """
-    logits, labels = logits.detach().cpu().double(), labels.cpu()
-    free = (torch.bincount(labels, minlength=logits.shape[1]) > 0).to(logits)
-    free[target] = 0.0
-    values = torch.zeros_like(free).requires_grad_()
-    optimizer = torch.optim.LBFGS([values], max_iter=_MOST_STEPS, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        shift = values * free
-        total = F.cross_entropy(logits + shift, labels) + _COST * shift.square().sum()
-        total.backward()
-        return total
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return (values.detach() * free).float()
+    free = torch.bincount(labels.cpu(), minlength=logits.shape[1]) > 0
+    free[target] = False
+    return best_shift(logits, labels, free, _COST).float()
 
 
 @torch.no_grad()

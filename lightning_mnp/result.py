@@ -67,6 +67,8 @@ class DefenseReport:
         reaches: Length of a universal perturbation that takes half of the images to a class, for
             each class tried, as a share of the images' mean distance from their mean.
         margins: Greatest margin that an image can be given for each class tried, in logits.
+        handicaps: Classes that are predicted far too rarely on clean images, with what their logit
+            lacks and was raised by for the audit.
         runs: The single suppression runs, from which the spread can be seen.
         pruned: Pairs (layer name, filter index) of the removed filters, worst first.
         scores: M1 + M2 of the removed filters, averaged over the runs, from 1 to 3; empty where
@@ -103,6 +105,7 @@ class DefenseReport:
     reasons: list[str] = field(default_factory=list)
     reaches: dict[int, float] = field(default_factory=dict)
     margins: dict[int, float] = field(default_factory=dict)
+    handicaps: dict[int, float] = field(default_factory=dict)
     runs: list[RunResult] = field(default_factory=list)
     pruned: list[tuple[str, int]] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)

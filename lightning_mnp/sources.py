@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,8 @@ __all__ = ["MarginSource", "PerturbationSource", "Source", "SuppressedSource", "
 # At most; a source's images go through the network at once, so never more than a batch.
 _IMAGES = 128
 _MARGIN_IMAGES = 8
+# Fewer images have no statistics of their own to be normalized by.
+_LEAST_IMAGES = 3
 # A class that is reached at this share of the median reach, or has this multiple of the next
 # greatest margin, is nothing out of the ordinary.
 _NORMAL_REACH = 0.8
@@ -64,23 +67,34 @@ class SuppressedSource:
 
     Args:
         subject: The network.
-        weights: The suppressed weights.
-        images: Clean images of other classes, shape (N, C, ...).
+        weights: The suppressed weights of each run.
+        images: Clean images of other classes, shape (N, C, ...), which the runs share.
         target: The target class.
     """
 
     name = "suppressed network"
     points = False
 
-    def __init__(self, subject: Subject, weights: Weights, images: Tensor, target: int) -> None:
+    def __init__(
+        self, subject: Subject, weights: Sequence[Weights], images: Tensor, target: int
+    ) -> None:
         self.subject = subject
-        self.weights = {name: weight.detach() for name, weight in weights.items()}
+        runs = max(1, min(len(weights), len(images) // _LEAST_IMAGES))
+        self.weights = [
+            {name: weight.detach() for name, weight in each.items()} for each in weights[-runs:]
+        ]
         self.images = images
         self.classes = torch.full((len(images),), target, device=images.device)
 
     def margins(self, masks: Tensor) -> Tensor:
         """Logit of the target above all others together (their log-sum-exp), shape (N,)."""
-        logits = self.subject(self.images, weights=self.weights, masks=masks)
+        parts = self.images.tensor_split(len(self.weights))
+        logits = torch.cat(
+            [
+                self.subject(part, weights=weights, masks=masks)
+                for part, weights in zip(parts, self.weights, strict=True)
+            ]
+        )
         own = logits.gather(1, self.classes[:, None])
         others = logits.scatter(1, self.classes[:, None], -torch.inf).logsumexp(1)
         return own[:, 0] - others
@@ -184,7 +198,7 @@ class MarginSource:
 def find_sources(
     subject: Subject,
     data: DefenseSet,
-    suppressed: Weights,
+    suppressed: Sequence[Weights],
     target: int,
     reach: ReachSearch,
     margin: MarginSearch,
@@ -199,7 +213,7 @@ def find_sources(
     Args:
         subject: The network.
         data: The defense set.
-        suppressed: The suppressed weights.
+        suppressed: The suppressed weights of each run.
         target: The suspected class.
         reach: The reach of the classes, finished.
         margin: Their greatest margins, finished.

@@ -36,6 +36,9 @@ class Subject:
             stored ones.
         autocast: Makes the context in which the network runs, for lower precision.
 
+    Attributes:
+        offset: What is added to the logits, shape (K,); nothing where None.
+
     Example:
         >>> from lightning_mnp.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -64,6 +67,7 @@ class Subject:
         self.forward = forward
         self.statistics = statistics
         self.autocast = autocast
+        self.offset: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +111,8 @@ class Subject:
                 weights, layers, left = self._folded(weights, masks)
                 if layers:
                     stack.enter_context(FilterMasks(self.network, layers, left))
-            return call_apart(self.network, images, self.forward, weights).float()
+            logits = call_apart(self.network, images, self.forward, weights).float()
+        return logits if self.offset is None else logits + self.offset
 
     def _folded(self, weights: Weights, masks: Tensor) -> tuple[Weights, FilterLayers, Tensor]:
         """Multiply masks into the scale and shift of the normalization layers they act behind.
