@@ -56,6 +56,9 @@ class MNPConfig:
         amount: The count, the share of all filters, or the threshold on M1 + M2; for ``"auto"``
             the most that may be pruned, as a share of all filters.
         harm: Most rise of the clean loss by the rule ``"auto"``, in nats.
+        attenuation_steps: Steps in which the rule ``"auto"`` turns down filters that are left,
+            by factors from 0 to 1, so that the clean loss and what is left of the backdoor get
+            least together; 0 leaves them as they are.
         verdict: ``"signals"`` judges by the score of three signals: pile-up, reach and greatest
             margin; ``"ratio"`` by Eq. 8.
         threshold: A network is backdoored where the score is at least this, above 0; see
@@ -96,6 +99,7 @@ class MNPConfig:
     rule: PruningRule = "auto"
     amount: float = 0.05
     harm: float = 0.02
+    attenuation_steps: int = 100
     verdict: VerdictRule = "signals"
     threshold: float = 1.0
     delta: float = 0.2
@@ -126,6 +130,9 @@ class MNPConfig:
                 least, why = 3, ", so that no batch holds a single image"
             fits = isinstance(value, int) and value >= least
             require_option(fits, self, name, f"at least {least}{why}")
+        steps = self.attenuation_steps
+        fits = isinstance(steps, int) and steps >= 0
+        require_option(fits, self, "attenuation_steps", "at least 0")
         for name in ("suppression_lr", "mask_lr"):
             value = getattr(self, name)
             require_option(math.isfinite(value) and value > 0, self, name, "above 0")

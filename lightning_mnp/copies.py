@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lightning_mnp.config import Augmentation
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.subject import Subject
 
-__all__ = ["clean_sets"]
+__all__ = ["CleanSets", "clean_sets"]
 
 # A network that was trained on such images loses a few points on them, not a tenth of all.
 _MOST_LOSS = 0.1
 
 
+@dataclass(frozen=True)
+class CleanSets:
+    """The images by which clean loss is measured.
+
+    Attributes:
+        sets: The defense set first.
+        augment: What is done to images of the others, and what the network recognizes.
+    """
+
+    sets: list[DefenseSet]
+    augment: Augmentation
+
+
 def clean_sets(
     subject: Subject, data: DefenseSet, augment: Augmentation, batch_size: int, seed: int
-) -> list[DefenseSet]:
+) -> CleanSets:
     """Give the images by which clean loss is measured: the defense set and a copy of each image.
 
     A network may have been trained on the very images of the defense set; shifted and mirrored
@@ -40,7 +55,7 @@ def clean_sets(
         >>> network = network.append(nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(6, 1, 8, 8), torch.arange(6) % 2)
         >>> subject = Subject(network, find_filter_layers(network, data.images))
-        >>> len(clean_sets(subject, data, "none", 128, seed=0))
+        >>> len(clean_sets(subject, data, "none", 128, seed=0).sets)
         1
     """
     choices: dict[Augmentation, tuple[Augmentation, ...]] = {
@@ -52,5 +67,5 @@ def clean_sets(
     for choice in choices[augment]:
         copies = data.augmented(choice, seed)
         if accuracy(*clean_logits(subject, copies, batch_size)) >= known - _MOST_LOSS:
-            return [data, copies]
-    return [data]
+            return CleanSets([data, copies], choice)
+    return CleanSets([data], "none")

@@ -9,22 +9,25 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mnp.alone import refuse_wrappers, running_alone
+from lightning_mnp.attenuation import Attenuation
 from lightning_mnp.config import MNPConfig
-from lightning_mnp.copies import clean_sets
+from lightning_mnp.copies import CleanSets, clean_sets
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.defense_state import dump_state, load_state, make_report
 from lightning_mnp.detection import Judgement, judge, signals
-from lightning_mnp.evaluation import accuracy, clean_logits
+from lightning_mnp.evaluation import accuracy, clean_logits, clean_loss
 from lightning_mnp.forward import Forward
 from lightning_mnp.handicap import find_handicaps
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.margin import MarginSearch
+from lightning_mnp.masks import scalable
 from lightning_mnp.memory import memory_told
 from lightning_mnp.network import check_network, network_forward
 from lightning_mnp.pruning import Pruning, prune, pruned_count, pruning_order
@@ -56,6 +59,7 @@ Phase = Literal[
     "margin",
     "verdict",
     "pruning",
+    "attenuation",
     "check",
     "reaudit",
     "finished",
@@ -68,9 +72,9 @@ class MNPDefense:
     The phases: ``reference`` (saliency and accuracy of the network as it is); for every run
     ``suppression``, ``saliency`` of the suppressed weights and, if the pruning rule ranks by
     them, ``masks``; ``reach`` of the classes and their greatest ``margin``; ``verdict``;
-    ``pruning``; ``check`` (accuracy without the pruned filters); where filters were pruned,
-    ``reaudit`` of the pruned copy. With ``when="flagged"``, masks come after the verdict, on runs
-    that are repeated exactly.
+    ``pruning``; by the automatic rule, ``attenuation`` of the filters that are left; ``check``
+    (accuracy after that); where anything was done, ``reaudit`` of the purified copy. With
+    ``when="flagged"``, masks come after the verdict, on runs that are repeated exactly.
 
     The model is not changed. Every random choice follows from the seed and the place in this
     order, so the state is tensors and primitives, and a run that was stopped goes on as if it
@@ -165,6 +169,8 @@ class MNPDefense:
         self.suppressed: list[Weights] = []
         self.judgement: Judgement
         self.removed = torch.empty(0, dtype=torch.long, device=device)
+        self.attenuation: Attenuation | None = None
+        self.masks: Tensor | None = None
         self.shift: LogitShift | None = None
         self.accuracy_before = float("nan")
         self.accuracy_after: float | None = None
@@ -189,8 +195,17 @@ class MNPDefense:
         return plan
 
     def _last_plan(self) -> list[tuple[Phase, int]]:
-        plan: list[tuple[Phase, int]] = [("pruning", 0), ("check", 0)]
-        return [*plan, ("reaudit", 0)] if self.config.reaudit else plan
+        phases: list[Phase] = ["pruning", "check"]
+        if self.config.rule == "auto" and self.config.attenuation_steps:
+            phases.insert(1, "attenuation")
+        if self.config.reaudit:
+            phases.append("reaudit")
+        return [(phase, 0) for phase in phases]
+
+    @property
+    def _changes(self) -> bool:
+        """Whether anything is done to the network."""
+        return len(self.removed) > 0 or self.masks is not None
 
     @property
     def _ranks_by_masks(self) -> bool:
@@ -232,6 +247,7 @@ class MNPDefense:
             "reach": self.reach.most_steps() or ReachSearch.most_steps_of(self.classes),
             "margin": self.margin.most_steps() - self.margin.steps,
             "pruning": 1 if self._ranks_by_masks else self._most_filters + 2,
+            "attenuation": self.config.attenuation_steps,
             "check": 1,
         }
         lengths["reaudit"] = self.batches_done
@@ -495,27 +511,74 @@ class MNPDefense:
         config = self.config
         return FilterSearch(
             self.subject,
-            self._clean_sets(),
+            self._clean.sets,
             sources,
             self._most_filters,
             config.harm,
             config.batch_size,
             config.seed,
-            trusted=self.judgement.verdict == "backdoored",
         )
 
-    def _clean_sets(self) -> list[DefenseSet]:
+    @cached_property
+    def _clean(self) -> CleanSets:
         """The images by which harm and repair are measured."""
-        if self.search is not None:
-            return self.search.clean
         config = self.config
         return clean_sets(self.subject, self.data, config.augment, config.batch_size, config.seed)
 
+    def _attenuation(self, updates: Updates) -> dict[str, float]:
+        self.attenuation = self.attenuation or self.new_attenuation()
+        metrics = self.attenuation.step()
+        self.batches_done += 1
+        if self.attenuation.finished:
+            if self.attenuation.taken:
+                self.masks = self._checked_masks(self.attenuation.masks)
+            self._advance()
+        return metrics
+
+    def new_attenuation(self) -> Attenuation:
+        """Make what turns down the filters that the search has left."""
+        assert self.search is not None
+        config = self.config
+        return Attenuation(
+            self.subject,
+            self.data,
+            self.search.sources,
+            self.search.references,
+            self.search.masks(),
+            scalable(self.model, self.layers).to(self.subject.device),
+            self._clean.augment,
+            config.attenuation_steps,
+            config.batch_size,
+            config.seed,
+        )
+
+    def _checked_masks(self, masks: Tensor) -> Tensor | None:
+        """The masks, or None where they do more harm than pruning is allowed to do."""
+        losses = [
+            clean_loss(self.subject, self._clean.sets, self.config.batch_size, values)
+            for values in (self._pruning_masks(), masks)
+        ]
+        rise = losses[1] - losses[0]
+        if rise <= self.config.harm:
+            return masks
+        self.warnings.append(
+            f"filters were not turned down: that raised the clean loss by {rise:.3g} nats, and "
+            f"`harm` is {self.config.harm:g}"
+        )
+        return None
+
+    def _pruning_masks(self) -> Tensor:
+        """Masks with zeros for the filters pruned, and the factors of the others."""
+        values = torch.ones(self.layers.total, device=self.subject.device)
+        if self.masks is not None:
+            values = self.masks.clone()
+        values[self.removed] = 0.0
+        return values
+
     def _check(self, updates: Updates) -> dict[str, float]:
-        masks = torch.ones(self.layers.total, device=self.subject.device)
-        masks[self.removed] = 0.0
-        repairing = self.config.repair and len(self.removed) > 0
-        sets = self._clean_sets() if repairing else [self.data]  # the defense set comes first
+        masks = self._pruning_masks()
+        repairing = self.config.repair and self._changes
+        sets = self._clean.sets if repairing else [self.data]  # the defense set comes first
         passed = [
             clean_logits(self.subject, data, self.config.batch_size, masks=masks) for data in sets
         ]
@@ -540,7 +603,7 @@ class MNPDefense:
         return None if name is None else LogitShift(name, values)
 
     def _reaudit(self, updates: Updates) -> dict[str, float]:
-        if not len(self.removed):
+        if not self._changes:
             self._advance()
             return {}
         # The second engine's optimizers are its own: no Trainer knows of them.
@@ -582,7 +645,7 @@ class MNPDefense:
             RuntimeError: If the defense has not finished.
         """
         self._require_finished()
-        return prune(self.model, self.layers, self.removed, self.shift)
+        return prune(self.model, self.layers, self.removed, self.shift, self.masks)
 
     def purified(self) -> nn.Module:
         """Give a pruned copy of the model.
@@ -595,7 +658,7 @@ class MNPDefense:
 
     def _pruned_copy(self) -> nn.Module:
         model = copy.deepcopy(self.model)
-        prune(model, self.layers, self.removed, self.shift)
+        prune(model, self.layers, self.removed, self.shift, self.masks)
         return model
 
     def report(self) -> DefenseReport:

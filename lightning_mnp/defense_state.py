@@ -42,11 +42,13 @@ def dump_state(defense: MNPDefense) -> dict[str, Any]:
         "masks_sum": defense.masks_sum,
         "masks_count": defense.masks_count,
         "removed": defense.removed,
+        "masks": defense.masks,
         "shift": None if defense.shift is None else defense.shift.values,
         "reach": defense.reach.state_dict(),
         "margin": defense.margin.state_dict(),
         "second": None if defense.second is None else dump_state(defense.second),
         "search": None if defense.search is None else defense.search.state_dict(),
+        "attenuation": None if defense.attenuation is None else defense.attenuation.state_dict(),
         "suppression": defense.suppression.state_dict(),
         "penalty": defense.penalty.state_dict(),
         "preserving": defense.preserving.state_dict(),
@@ -110,6 +112,11 @@ def load_state(defense: MNPDefense, state: dict[str, Any]) -> None:
     if state["search"] is not None:
         defense.search = defense.new_search()
         defense.search.load_state_dict(state["search"])
+    defense.attenuation = None
+    if state["attenuation"] is not None:
+        defense.attenuation = defense.new_attenuation()
+        defense.attenuation.load_state_dict(state["attenuation"])
+    defense.masks = None if state["masks"] is None else state["masks"].to(device)
     defense.second = None
     if state["second"] is not None:
         defense.second = defense.new_second()
@@ -134,6 +141,7 @@ def make_report(defense: MNPDefense) -> DefenseReport:
         handicaps=dict(defense.handicaps),
         pruned=[defense.layers.locate(int(position)) for position in defense.removed],
         scores=scores,
+        masks=_masks_of(defense),
         search=[] if defense.search is None else [list(point) for point in defense.search.curve],
         filters=defense.layers.total,
         accuracy_before=defense.accuracy_before,
@@ -153,6 +161,13 @@ def make_report(defense: MNPDefense) -> DefenseReport:
         versions={name: version(name) for name in ("lightning-mnp", "torch", "torchvision")},
         warnings=list(defense.warnings),
     )
+
+
+def _masks_of(defense: MNPDefense) -> dict[str, list[float]]:
+    if defense.masks is None:
+        return {}
+    parts = defense.masks.split(defense.layers.sizes)
+    return {layer.name: part.tolist() for layer, part in zip(defense.layers, parts, strict=True)}
 
 
 def _second_verdict(defense: MNPDefense) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from lightning_mnp.layers import FilterLayer, FilterLayers
 from lightning_mnp.scaling import scale_filters_
 from lightning_mnp.watch import CHANNEL_NORMS
 
-__all__ = ["FilterMasks"]
+__all__ = ["FilterMasks", "scalable"]
 
 
 class FilterMasks:
@@ -123,25 +123,50 @@ class FilterMasks:
             raise RuntimeError("The masks are attached; call `remove` before `bake`.")
         parts = self.values.detach().split(self.layers.sizes)
         for layer, part in zip(self.layers, parts, strict=True):
-            site = self.network.get_submodule(layer.site)
-            if bool(((part == 0) | (part == 1)).all()):
+            if _scales(self.network, layer) or bool(((part == 0) | (part == 1)).all()):
                 continue
-            if site.weight is None:
+            if layer.site != layer.name:
                 raise RuntimeError(
                     f"Masks other than 0 and 1 cannot be baked into {layer.site!r}, which has no "
                     "scale and shift. Use `site='filter'`."
                 )
-            if layer.site == layer.name and not layer.scale:
-                raise RuntimeError(
-                    f"Masks other than 0 and 1 cannot be baked into {layer.name!r}, whose output "
-                    "does not scale with its weights. Round them, or leave them attached."
-                )
+            raise RuntimeError(
+                f"Masks other than 0 and 1 cannot be baked into {layer.name!r}, whose output "
+                "does not scale with its weights. Round them, or leave them attached."
+            )
         for layer, part in zip(self.layers, parts, strict=True):
             _bake_layer(self.network, layer, part)
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "not attached"
         return f"FilterMasks({len(self.layers)} layers, {self.layers.total} filters, {state})"
+
+
+def scalable(network: nn.Module, layers: FilterLayers) -> Tensor:
+    """Tell which filters can have a mask other than 0 and 1 baked into them.
+
+    Args:
+        network: The network.
+        layers: Its layers.
+
+    Returns:
+        Boolean, shape (total filters,), on the CPU.
+
+    Example:
+        >>> from lightning_mnp.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 2, 4), nn.BatchNorm2d(2, affine=False))
+        >>> network = network.append(nn.Flatten()).append(nn.Linear(2, 2))
+        >>> scalable(network, find_filter_layers(network, torch.rand(2, 1, 4, 4)))
+        tensor([False, False])
+    """
+    parts = [torch.full((layer.filters,), _scales(network, layer)) for layer in layers]
+    return torch.cat(parts)
+
+
+def _scales(network: nn.Module, layer: FilterLayer) -> bool:
+    if layer.site == layer.name:
+        return bool(layer.scale)
+    return network.get_submodule(layer.site).weight is not None
 
 
 def _multiply(values: Tensor, dim: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:

@@ -63,6 +63,7 @@ def prune(
     layers: FilterLayers,
     positions: Tensor,
     shift: LogitShift | None = None,
+    masks: Tensor | None = None,
 ) -> Pruning:
     """Remove filters: their output maps are zero from then on, for good or until ``undo``.
 
@@ -71,6 +72,8 @@ def prune(
         layers: Its layers.
         positions: Positions of the filters in a flat vector over all layers.
         shift: What is added to the logits at the same time.
+        masks: What the output maps of the others are multiplied by, shape (total filters,);
+            nothing where None.
 
     Returns:
         What was removed, with the tensors needed to take it back.
@@ -89,8 +92,12 @@ def prune(
         >>> network[0].weight[2].abs().sum().item() > 0
         True
     """
+    device = next(network.parameters()).device
+    values = torch.ones(layers.total, device=device) if masks is None else masks.to(device).clone()
     pruned = [layers.locate(int(position)) for position in positions]
-    touched = {name for name, _ in pruned}
+    values[positions.to(device)] = 0.0
+    parts = zip(layers, values.split(layers.sizes), strict=True)
+    touched = {layer.name for layer, part in parts if bool((part != 1).any())}
     prefixes = {f"{layer.name}." for layer in layers if layer.name in touched}
     prefixes |= {f"{layer.site}." for layer in layers if layer.name in touched}
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
@@ -99,9 +106,6 @@ def prune(
         for name, tensor in tensors.items()
         if f"{name.rpartition('.')[0]}." in prefixes or (shift and name == shift.name)
     }
-    device = next(network.parameters()).device
-    values = torch.ones(layers.total, device=device)
-    values[positions.to(device)] = 0.0
     pruning = Pruning(pruned, saved)
     try:
         FilterMasks(network, layers, values).bake()

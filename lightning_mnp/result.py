@@ -73,6 +73,8 @@ class DefenseReport:
         pruned: Pairs (layer name, filter index) of the removed filters, worst first.
         scores: M1 + M2 of the removed filters, averaged over the runs, from 1 to 3; empty where
             the rule does not rank by them.
+        masks: What the output of every filter is multiplied by, from 0 to 1, for each layer; empty
+            where filters are pruned or left as they are.
         search: The automatic rule's curve, one entry for each number of filters from 0: rise of
             the clean loss in nats, and for each source the target's margin as a share of that
             at the start.
@@ -109,6 +111,7 @@ class DefenseReport:
     runs: list[RunResult] = field(default_factory=list)
     pruned: list[tuple[str, int]] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    masks: dict[str, list[float]] = field(default_factory=dict)
     search: list[list[float]] = field(default_factory=list)
     filters: int = 0
     accuracy_before: float = float("nan")
@@ -193,6 +196,11 @@ class DefenseReport:
         lines.append(f"pile-up on one class: {self.pile_up:.1%}")
         lines += [f"  - {reason}" for reason in self.reasons]
         lines.append(f"filters pruned: {len(self.pruned)} of {self.filters}")
+        if self.masks:
+            values = [value for part in self.masks.values() for value in part]
+            down = sum(0 < value < 0.99 for value in values)
+            mean = sum(values) / len(values)
+            lines.append(f"filters turned down: {down}; mean factor of all {mean:.2f}")
         lines.append(f"accuracy on the defense set: {self.accuracy_before:.1%}")
         if self.accuracy_after is not None:
             lines[-1] += f", after pruning {self.accuracy_after:.1%}"

@@ -7,19 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_mnp.defense_set import DefenseSet, seeded_generator
+from lightning_mnp.evaluation import clean_loss
 from lightning_mnp.margin import class_margins
-from lightning_mnp.sources import Source
+from lightning_mnp.sources import LEAST_STRENGTH, Source, strength
 from lightning_mnp.subject import Subject
 
 __all__ = ["FilterSearch"]
 
-# Margins below this no longer count: the images are back in their own class.
-_LOWEST_MARGIN = -1.0
-# A margin that is as low as this from the start has nothing to give.
-_LEAST_REFERENCE = 1.0
 _CANDIDATES = 4
 _REJECTED = 24
 # A filter that was too harmful is tried again after so many others.
@@ -30,9 +26,6 @@ _LEAST_EFFECT = 0.05
 # How the slope of a clean margin counts as a rise of the clean loss, roughly.
 _HARM_WEIGHT = 0.1
 _HARM_FLOOR = 0.005
-# A source that points to the backdoor has still more than this share of its margin.
-_VISIBLE = 0.3
-_VISIBLE_ALLOWANCE = 2.5
 # A filter that raises the clean loss by no more than this is taken without looking further.
 _HARMLESS = 0.001
 
@@ -46,8 +39,6 @@ class FilterSearch:
     that does no harm. The search ends at the
     most filters, or when all that is left is too harmful: one filter may raise the clean loss by
     half of the allowance, all of them by the allowance above the lowest clean loss on the way.
-    The allowance is 2.5 times as large as long as a source that points to the backdoor is at more
-    than 0.3 of its margin at the start; half of the allowance more is left in any case after that.
 
     Args:
         subject: The network.
@@ -57,12 +48,12 @@ class FilterSearch:
         harm: The allowance: most rise of the clean loss, in nats.
         batch_size: Most images in a batch.
         seed: Seed of everything that is drawn.
-        trusted: Whether the class of the sources is known; if not, the allowance stays as it is.
 
     Attributes:
         taken: Positions of the filters taken so far, in their order.
         curve: For each number of filters from 0: the rise of the clean loss, then for each source
             its mean margin as a share of that at the start.
+        references: The strength of each source at the start, or what it counts for at least.
         stopped: Why the search ended, or "".
     """
 
@@ -75,7 +66,6 @@ class FilterSearch:
         harm: float,
         batch_size: int,
         seed: int,
-        trusted: bool = True,
     ) -> None:
         self.subject = subject
         self.clean = list(clean)
@@ -84,13 +74,12 @@ class FilterSearch:
         self.harm = harm
         self.batch_size = batch_size
         self.seed = seed
-        self.trusted = trusted
         self.taken: list[int] = []
         self.curve: list[tuple[float, ...]] = []
         self.stopped = ""
         self._rejected: dict[int, int] = {}
         self._base = 0.0
-        self._reference: list[float] = []
+        self.references: list[float] = []
 
     def masks(self, without: Sequence[int] = ()) -> Tensor:
         """Masks with zeros for the filters taken, and for others, shape (total filters,)."""
@@ -117,9 +106,7 @@ class FilterSearch:
         self._base = self._clean_loss(masks)
         for source in self.sources:
             source.adapt(masks, 0)
-        self._reference = [
-            max(level - _LOWEST_MARGIN, _LEAST_REFERENCE) for level in self._levels()
-        ]
+        self.references = [max(level, LEAST_STRENGTH) for level in self._levels()]
         self._note(0.0)
 
     def _take_next(self) -> None:
@@ -138,16 +125,14 @@ class FilterSearch:
         self._note(best[1])
 
     def _note(self, harm: float) -> None:
-        levels = zip(self._levels(), self._reference, strict=True)
-        self.curve.append((harm, *((level - _LOWEST_MARGIN) / whole for level, whole in levels)))
+        levels = zip(self._levels(), self.references, strict=True)
+        self.curve.append((harm, *(level / whole for level, whole in levels)))
 
     @torch.no_grad()
     def _levels(self) -> list[float]:
-        """The mean margin of each source, as far as margins count."""
+        """The strength of each source."""
         masks = self.masks()
-        return [
-            float(source.margins(masks).clamp_min(_LOWEST_MARGIN).mean()) for source in self.sources
-        ]
+        return [float(strength(source, masks)) for source in self.sources]
 
     def _best(self) -> tuple[int, float] | None:
         """The best filter to take next, and the rise of the clean loss with it.
@@ -160,17 +145,12 @@ class FilterSearch:
             return None
         harm_now = self.curve[-1][0]
         lowest = min(point[0] for point in self.curve)
-        visible = self._visible()
-        allowance = self.harm * (_VISIBLE_ALLOWANCE if visible[-1] else 1.0)
-        most = lowest + allowance
-        if any(visible) and not visible[-1]:
-            gone = len(visible) - visible[::-1].index(True)
-            most = max(most, self.curve[gone][0] + self.harm / 2)
+        most = lowest + self.harm
         best: tuple[float, int, float] | None = None
         order = promise.argsort(descending=True, stable=True)[:_CANDIDATES].tolist()
         for index in (index for index in order if promise[index] > 0):
             harm = self._clean_loss(self.masks(without=[index])) - self._base
-            if harm > most or harm - harm_now > allowance / 2:
+            if harm > most or harm - harm_now > self.harm / 2:
                 self._rejected[index] = len(self.taken)
                 continue
             value = float(effect[index]) / (max(harm - harm_now, 0.0) + _HARM_FLOOR)
@@ -181,16 +161,10 @@ class FilterSearch:
         if best is None:
             if len(self._waiting()) >= _REJECTED:
                 self.stopped = (
-                    f"more filters would raise the clean loss by more than {allowance:g} nats"
+                    f"more filters would raise the clean loss by more than {self.harm:g} nats"
                 )
             return None
         return best[1], best[2]
-
-    def _visible(self) -> list[bool]:
-        """Whether a source that points to the backdoor still did, for each number of filters."""
-        sources = self.sources if self.trusted else []
-        pointing = [place for place, source in enumerate(sources) if source.points]
-        return [any(levels[place] > _VISIBLE for place in pointing) for _, *levels in self.curve]
 
     def _waiting(self) -> list[int]:
         """Filters that were too harmful a short while ago."""
@@ -200,11 +174,10 @@ class FilterSearch:
     def _promise(self) -> tuple[Tensor, Tensor]:
         """First-order effect on the sources' margins for the harm, and that effect, each filter."""
         effect = torch.zeros(self.subject.layers.total, device=self.subject.device)
-        for source, reference in zip(self.sources, self._reference, strict=True):
+        for source, reference in zip(self.sources, self.references, strict=True):
             masks = self.masks().requires_grad_()
             with torch.enable_grad():
-                margins = source.margins(masks).clamp_min(_LOWEST_MARGIN).mean()
-                effect += torch.autograd.grad(margins, masks)[0] / reference
+                effect += torch.autograd.grad(strength(source, masks), masks)[0] / reference
         effect[self.taken] = 0.0
         effect[self._waiting()] = 0.0
         effect = effect.where(effect >= _LEAST_EFFECT * effect.max(), 0.0).clamp_min(0.0)
@@ -226,14 +199,8 @@ class FilterSearch:
                 slope += torch.autograd.grad(total, masks)[0]
         return slope / len(rows)
 
-    @torch.no_grad()
     def _clean_loss(self, masks: Tensor) -> float:
-        total = 0.0
-        for data in self.clean:
-            for images, labels in data.batches(self.batch_size, self.subject.device):
-                logits = self.subject(images, masks=masks, statistics="running")
-                total += float(F.cross_entropy(logits, labels, reduction="sum"))
-        return total / sum(len(data) for data in self.clean)
+        return clean_loss(self.subject, self.clean, self.batch_size, masks)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as tensors and primitives."""
@@ -243,7 +210,7 @@ class FilterSearch:
             "stopped": self.stopped,
             "rejected": dict(self._rejected),
             "base": self._base,
-            "reference": list(self._reference),
+            "reference": list(self.references),
             "sources": [source.state_dict() for source in self.sources],
         }
 
@@ -254,6 +221,6 @@ class FilterSearch:
         self.stopped = str(state["stopped"])
         self._rejected = {int(index): int(count) for index, count in state["rejected"].items()}
         self._base = float(state["base"])
-        self._reference = [float(value) for value in state["reference"]]
+        self.references = [float(value) for value in state["reference"]]
         for source, part in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(part)

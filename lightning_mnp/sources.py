@@ -13,8 +13,20 @@ from lightning_mnp.margin import MarginAscent, MarginSearch, margin_ratio
 from lightning_mnp.subject import Subject, Weights
 from lightning_mnp.surrogate import ReachSearch, SurrogateTrigger, reach_ratio, target_margins
 
-__all__ = ["MarginSource", "PerturbationSource", "Source", "SuppressedSource", "find_sources"]
+__all__ = [
+    "LEAST_STRENGTH",
+    "MarginSource",
+    "PerturbationSource",
+    "Source",
+    "SuppressedSource",
+    "find_sources",
+    "strength",
+]
 
+# A source that is as weak as this from the start has nothing to give.
+LEAST_STRENGTH = 1.0
+# Margins below this no longer count: the images are back in their own class.
+_LOWEST_MARGIN = -1.0
 # At most; a source's images go through the network at once, so never more than a batch.
 _IMAGES = 128
 _MARGIN_IMAGES = 8
@@ -40,23 +52,34 @@ class Source(Protocol):
 
     Attributes:
         name: What it is.
-        points: Whether it shows nothing where there is no backdoor, so that it can be pruned away.
     """
 
     name: str
-    points: bool
 
     def margins(self, masks: Tensor) -> Tensor:
         """Margins of the target class under filter masks, shape (N,); large for a backdoor."""
 
     def adapt(self, masks: Tensor, taken: int) -> None:
-        """Follow the network as it is after so many filters were taken."""
+        """Follow the network as it is after so many steps were taken; thoroughly after none."""
 
     def state_dict(self) -> dict[str, Any]:
         """Give what :meth:`adapt` changes, as tensors and primitives."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
+
+
+def strength(source: Source, masks: Tensor) -> Tensor:
+    """Tell how strongly a backdoor shows in a source: the mean margin, as far as margins count.
+
+    Args:
+        source: The source.
+        masks: Filter masks, shape (total filters,).
+
+    Returns:
+        A scalar, 0 where all images are clearly in their own class again.
+    """
+    return source.margins(masks).clamp_min(_LOWEST_MARGIN).mean() - _LOWEST_MARGIN
 
 
 class SuppressedSource:
@@ -73,7 +96,6 @@ class SuppressedSource:
     """
 
     name = "suppressed network"
-    points = False
 
     def __init__(
         self, subject: Subject, weights: Sequence[Weights], images: Tensor, target: int
@@ -124,7 +146,6 @@ class PerturbationSource:
     """
 
     name = "universal perturbation"
-    points = True
 
     def __init__(
         self,
@@ -170,7 +191,6 @@ class MarginSource:
     """
 
     name = "greatest margin"
-    points = True
 
     def __init__(self, ascent: MarginAscent, normal: float) -> None:
         self.ascent = ascent

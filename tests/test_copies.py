@@ -54,8 +54,9 @@ def test_copies_are_those_that_the_network_recognizes(
     data = DefenseSet(*images_and_labels())
     subject: Any = Told(data, *known)
     found = clean_sets(subject, data, augment, 16, SEED)
-    assert found[0] is data
-    assert len(found) == (1 if kind is None else 2)
+    assert found.sets[0] is data
+    assert found.augment == (kind or "none")
+    assert len(found.sets) == (1 if kind is None else 2)
     if kind is not None:
-        assert found[1].images.equal(data.augmented(kind, SEED).images)
-        assert found[1].labels.equal(data.labels)
+        assert found.sets[1].images.equal(data.augmented(kind, SEED).images)
+        assert found.sets[1].labels.equal(data.labels)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_mnp import DefenseSet, MNPConfig, MNPDefense
 from lightning_mnp.detection import Judgement
+from lightning_mnp.masks import FilterMasks
 from lightning_mnp.saliency import approximate_clc, filter_magnitudes, saliency_correlation
 
 
@@ -52,8 +53,9 @@ def test_automatic_rule_needs_no_masks() -> None:
     changes = {"rule": "auto", "amount": 0.05}
     assert phases(new_defense(runs=1, **changes)) == [
         "reference", "suppression", "saliency", "reach", "margin", "verdict", "pruning",
-        "check",
+        "attenuation", "check",
     ]  # fmt: skip
+    assert "attenuation" not in phases(new_defense(runs=1, attenuation_steps=0, **changes))
 
 
 @pytest.mark.parametrize("changes", [{}, {"rule": "auto", "amount": 0.05}, {"verdict": "ratio"}])
@@ -157,6 +159,71 @@ def test_repair_shifts_the_logits_of_all_but_the_suspect() -> None:
     again = new_defense(amount=150)
     again.load_state_dict(defense.state_dict())
     assert again.report().shift == report.shift
+
+
+AUTO = {"rule": "auto", "amount": 0.05, "harm": 50.0, "runs": 1}
+
+
+def test_attenuation_turns_down_what_is_left() -> None:
+    defense = finished(new_defense(**AUTO))
+    report = defense.report()
+    masks = torch.tensor([value for part in report.masks.values() for value in part])
+    assert list(report.masks) == [layer.name for layer in defense.layers]
+    assert "filters turned down: " in str(report)
+    assert int((masks == 0).sum()) >= len(report.pruned) > 0
+    assert int(((masks > 0) & (masks < 1)).sum()) > 0
+    plain = finished(new_defense(**AUTO, attenuation_steps=0))
+    assert plain.report().masks == {}
+    assert plain.report().pruned == report.pruned
+    images = defense.data.images
+    with torch.no_grad(), FilterMasks(plain.model, plain.layers, masks):
+        expected = plain.model(images) + torch.tensor(report.shift)
+        torch.testing.assert_close(defense.purified()(images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_attenuation_that_does_harm_is_dropped_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    rises = iter([1.0, 51.1])
+    monkeypatch.setattr("lightning_mnp.defense.clean_loss", lambda *args: next(rises))
+    report = finished(new_defense(**AUTO)).report()
+    assert report.masks == {}
+    [told] = [text for text in report.warnings if "turned down" in text]
+    assert told == (
+        "filters were not turned down: that raised the clean loss by 50.1 nats, and `harm` is 50"
+    )
+
+
+def test_attenuation_leaves_alone_what_cannot_be_scaled() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(),
+        nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(96, 4),
+    )  # fmt: skip
+    images, labels = images_and_labels()
+    data = DefenseSet(images[:, :1, :8, :8], labels)
+    config = MNPConfig(runs=1, harm=50.0, batch_size=16, stop_accuracy=None, suppression_epochs=2)
+    report = finished(MNPDefense(network, data, config)).report()
+    pruned = {index for name, index in report.pruned if name == "0"}
+    assert all(report.masks["0"][index] == (index not in pruned) for index in range(4))
+
+
+def test_a_starved_class_is_raised_for_the_audit() -> None:
+    network = trained_network()
+    with torch.no_grad():
+        network.fc.bias[2] -= 6.0
+    defense = finished(new_defense(network, when="never"))
+    report = defense.report()
+    assert list(report.handicaps) == [2]
+    assert report.handicaps[2] > 1
+    assert any("class 2 is predicted far too rarely" in reason for reason in report.reasons)
+    images = defense.data.images[:4]
+    raised = defense.balanced(images) - defense.subject(images)
+    expected = torch.tensor([0.0, 0.0, report.handicaps[2], 0.0]).expand_as(raised)
+    torch.testing.assert_close(raised, expected, atol=1e-4, rtol=1e-4)
+    again = new_defense(network, when="never")
+    again.load_state_dict(defense.state_dict())
+    assert again.report().handicaps == report.handicaps
+    plain = finished(new_defense(network, when="never", balance=False))
+    assert plain.report().handicaps == {}
+    assert plain.balanced.offset is None
 
 
 def test_each_run_sees_its_part_of_the_defense_set(monkeypatch: pytest.MonkeyPatch) -> None:

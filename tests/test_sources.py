@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lightning_mnp.sources import (
     PerturbationSource,
     SuppressedSource,
     find_sources,
+    strength,
 )
 from lightning_mnp.subject import Subject
 from lightning_mnp.surrogate import ReachSearch
@@ -33,7 +35,7 @@ def test_suppressed_margins_are_those_of_the_formula() -> None:
     subject, data = new_subject()
     weights = {name: weight * 0.5 for name, weight in subject.weights().items()}
     images = data.images[data.labels != 1]
-    source = SuppressedSource(subject, weights, images, 1)
+    source = SuppressedSource(subject, [weights], images, 1)
     logits = subject(images, weights=weights)
     expected = [
         float(row[1]) - math.log(sum(math.exp(v) for k, v in enumerate(row.tolist()) if k != 1))
@@ -44,9 +46,37 @@ def test_suppressed_margins_are_those_of_the_formula() -> None:
     assert source.state_dict() == {}
 
 
+def test_runs_of_suppression_share_the_images() -> None:
+    subject, data = new_subject()
+    runs = [
+        {name: weight * share for name, weight in subject.weights().items()} for share in (0.5, 0.7)
+    ]
+    images = data.images[data.labels != 1][:9]
+    both = SuppressedSource(subject, runs, images, 1).margins(ones(subject))
+    parts = (images[:5], images[5:])
+    alone = [
+        SuppressedSource(subject, [run], part, 1).margins(ones(subject))
+        for run, part in zip(runs, parts, strict=True)
+    ]
+    torch.testing.assert_close(both, torch.cat(alone))
+    few = SuppressedSource(subject, runs, images[:5], 1)
+    assert len(few.weights) == 1
+    last = SuppressedSource(subject, runs[1:], images[:5], 1)
+    assert few.margins(ones(subject)).equal(last.margins(ones(subject)))
+
+
+def test_strength_is_what_is_left_of_the_margins() -> None:
+    class Given:
+        def margins(self, masks: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([-5.0, -1.0, 0.0, 3.0])
+
+    source: Any = Given()
+    assert float(strength(source, torch.ones(1))) == pytest.approx((0 + 0 + 1 + 4) / 4)
+
+
 def test_masks_lower_the_margins_that_they_should() -> None:
     subject, data = new_subject()
-    source = SuppressedSource(subject, subject.weights(), data.images[data.labels != 1], 1)
+    source = SuppressedSource(subject, [subject.weights()], data.images[data.labels != 1], 1)
     masks = ones(subject).requires_grad_()
     (slope,) = torch.autograd.grad(source.margins(masks).mean(), masks)
     index = int(slope.abs().argmax())
@@ -130,7 +160,7 @@ def test_sources_are_those_that_point_to_the_class(
     reach.perturbations = {index: torch.zeros_like(data.images[:1]) for index in reaches}
     margin = MarginSearch(subject, data.images, list(margins), 0)
     margin.margins = margins
-    sources = find_sources(subject, data, subject.weights(), 1, reach, margin, 0)
+    sources = find_sources(subject, data, [subject.weights()], 1, reach, margin, 0)
     assert [source.name for source in sources] == names
     limits = [each.trigger.limit for each in sources if isinstance(each, PerturbationSource)]
     assert limits == ([] if length is None else [pytest.approx(length)])
