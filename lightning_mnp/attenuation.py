@@ -22,11 +22,9 @@ from lightning_mnp.subject import Subject
 __all__ = ["Attenuation"]
 
 # What the sources count against the clean loss, in nats for all of their strength at the start.
-_WEIGHT = 0.15
+_WEIGHT = 0.1
 # Length of a step: the root mean square over all filters, where gradients agree.
 _STEP = 0.03
-# Filters with at least this share of the largest effect on the sources take part.
-_LEAST_EFFECT = 0.05
 # Sources that are down to this share of their strength at the start have nothing more to tell.
 _ENOUGH = 0.4
 _MOMENTUM = 0.9
@@ -110,7 +108,6 @@ class Attenuation:
         self._free = (free & (masks != 0)).to(masks)
         self._values = masks.clone()
         self._velocity = torch.zeros_like(masks)
-        self._effect = torch.zeros_like(masks)
         self._square = 0.0
         self._now: list[float] = []  # the strength of each source when this stage began
 
@@ -139,24 +136,22 @@ class Attenuation:
         with torch.enable_grad():
             logits = self.subject(images, masks=masks, statistics="running")
             loss = F.cross_entropy(logits, labels)
-            (gradient,) = torch.autograd.grad(loss, masks)
             found = [strength(source, masks) for source in self.sources]
             weighed = [each / whole for each, whole in zip(found, self._now, strict=True)]
-            (effect,) = torch.autograd.grad(torch.stack(weighed).sum(), masks)
+            total = loss + _WEIGHT * torch.stack(weighed).sum()
+            (gradient,) = torch.autograd.grad(total, masks)
         shares = zip(found, self.references, strict=True)
         greatest = max(float(each.detach()) / whole for each, whole in shares)
         self.enough = greatest <= _ENOUGH
         if not self.enough:
-            self._move(gradient, effect)
+            self._move(gradient)
         if not self.enough and self.taken % _FOLLOW == 0:
             for source in self.sources:
                 source.adapt(self._values, self.taken)
         return {"loss": float(loss.detach()), "margin": greatest}
 
-    def _move(self, gradient: Tensor, effect: Tensor) -> None:
-        self._effect = _MOMENTUM * self._effect + (1 - _MOMENTUM) * effect * self._free
-        carries = self._effect >= _LEAST_EFFECT * self._effect.max()
-        gradient = (gradient + _WEIGHT * effect) * self._free * carries
+    def _move(self, gradient: Tensor) -> None:
+        gradient = gradient * self._free
         self.taken += 1
         self._square += (1 - _MOMENTUM) * (float(gradient.square().mean()) - self._square)
         size = (self._square / (1 - _MOMENTUM**self.taken)) ** 0.5
@@ -172,7 +167,6 @@ class Attenuation:
             "masks": self.masks,
             "values": self._values,
             "velocity": self._velocity,
-            "effect": self._effect,
             "square": self._square,
             "now": list(self._now),
         }
@@ -185,6 +179,5 @@ class Attenuation:
         self.masks = state["masks"].to(device)
         self._values = state["values"].to(device)
         self._velocity = state["velocity"].to(device)
-        self._effect = state["effect"].to(device)
         self._square = float(state["square"])
         self._now = [float(value) for value in state["now"]]

@@ -145,7 +145,7 @@ class MNPCallback(Callback):
             bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
             run_defense(defense, progress=bar and not _is_trial(trainer))
             report = follow_first(defense)
-            if len(defense.removed):
+            if defense.changes:
                 defense.prune_()
         self.report = report
         for logger in trainer.loggers:
@@ -166,7 +166,7 @@ class MNPCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep other callbacks from saving a state from before the pruning, such as an average."""
-        if self.report is not None and self.report.pruned:
+        if self.report is not None and self.report.changes:
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
 
     def _defense(self, trainer: Trainer, module: LightningModule) -> MNPDefense:

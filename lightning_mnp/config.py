@@ -56,7 +56,7 @@ class MNPConfig:
         amount: The count, the share of all filters, or the threshold on M1 + M2; for ``"auto"``
             the most that may be pruned, as a share of all filters.
         harm: Most rise of the clean loss by the rule ``"auto"``, in nats.
-        attenuation_steps: Steps in which the rule ``"auto"`` turns down filters that are left,
+        attenuation_steps: Most steps in which the rule ``"auto"`` turns down filters that are left,
             by factors from 0 to 1, so that the clean loss and what is left of the backdoor get
             least together; 0 leaves them as they are.
         verdict: ``"signals"`` judges by the score of three signals: pile-up, reach and greatest
@@ -99,7 +99,7 @@ class MNPConfig:
     rule: PruningRule = "auto"
     amount: float = 0.05
     harm: float = 0.02
-    attenuation_steps: int = 100
+    attenuation_steps: int = 150
     verdict: VerdictRule = "signals"
     threshold: float = 1.0
     delta: float = 0.2
@@ -191,6 +191,7 @@ class MNPConfig:
             "amount": 30,
             "verdict": "ratio",
             "balance": False,
+            "attenuation_steps": 0,
             "repair": False,
             "reaudit": False,
         }

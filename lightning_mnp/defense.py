@@ -203,8 +203,8 @@ class MNPDefense:
         return [(phase, 0) for phase in phases]
 
     @property
-    def _changes(self) -> bool:
-        """Whether anything is done to the network."""
+    def changes(self) -> bool:
+        """Whether the purified network differs from the model."""
         return len(self.removed) > 0 or self.masks is not None
 
     @property
@@ -577,7 +577,7 @@ class MNPDefense:
 
     def _check(self, updates: Updates) -> dict[str, float]:
         masks = self._pruning_masks()
-        repairing = self.config.repair and self._changes
+        repairing = self.config.repair and self.changes
         sets = self._clean.sets if repairing else [self.data]  # the defense set comes first
         passed = [
             clean_logits(self.subject, data, self.config.batch_size, masks=masks) for data in sets
@@ -603,7 +603,7 @@ class MNPDefense:
         return None if name is None else LogitShift(name, values)
 
     def _reaudit(self, updates: Updates) -> dict[str, float]:
-        if not self._changes:
+        if not self.changes:
             self._advance()
             return {}
         # The second engine's optimizers are its own: no Trainer knows of them.

@@ -170,7 +170,7 @@ def write_outcome(trainer: Trainer, report: DefenseReport, folder: Path) -> None
         name = f"mnp-v{number}"
     name = trainer.strategy.broadcast(name)
     do_in_first(lambda: report.save(folder / f"{name}-report.json", argument="output_dir"))
-    if not report.pruned:
+    if not report.changes:
         return
     partial = folder / f".{name}.ckpt.unfinished"
     # The user's own way of saving may be to another place, or later.
@@ -196,7 +196,8 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
     """Take the first process's outcome, so that rounding cannot part the processes.
 
     Args:
-        defense: The engine, finished; it is told which filters to remove, and the repair.
+        defense: The engine, finished; it is told which filters to remove, the masks of the others,
+            and the repair.
 
     Returns:
         The first process's report.
@@ -205,4 +206,6 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
     removed, report = gather_objects((defense.removed.tolist(), defense.report()))[0]
     defense.shift = defense.new_shift(torch.tensor(report.shift)) if report.shift else None
     defense.removed = torch.tensor(removed, dtype=torch.long, device=defense.removed.device)
+    masks = [value for part in report.masks.values() for value in part]
+    defense.masks = torch.tensor(masks, device=defense.removed.device) if masks else None
     return cast(DefenseReport, report)

@@ -132,6 +132,11 @@ class DefenseReport:
         """0 for clean, 3 for backdoored, 4 for undecided."""
         return _EXIT_CODES[self.verdict]
 
+    @property
+    def changes(self) -> bool:
+        """Whether the purified network differs from the one that was audited."""
+        return bool(self.pruned or self.masks)
+
     def to_dict(self) -> dict[str, Any]:
         """Give everything but the model as primitives; numbers that are not finite are None."""
         content = {

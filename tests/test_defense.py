@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import QUICK, images_and_labels, loader, quick_config, trained_network
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mnp import DefenseSet, MNPConfig, MNPDefense
@@ -205,23 +205,31 @@ def test_attenuation_leaves_alone_what_cannot_be_scaled() -> None:
     assert all(report.masks["0"][index] == (index not in pruned) for index in range(4))
 
 
-def test_a_starved_class_is_raised_for_the_audit() -> None:
-    network = trained_network()
-    with torch.no_grad():
-        network.fc.bias[2] -= 6.0
-    defense = finished(new_defense(network, when="never"))
+def test_a_starved_class_is_raised_for_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def found(logits: Tensor, labels: Tensor) -> dict[int, float]:
+        seen.append((logits, labels))
+        return {2: 1.5}
+
+    monkeypatch.setattr("lightning_mnp.defense.find_handicaps", found)
+    defense = finished(new_defense(when="never"))
     report = defense.report()
-    assert list(report.handicaps) == [2]
-    assert report.handicaps[2] > 1
+    [(logits, labels)] = seen
+    images = defense.data.images
+    with torch.no_grad():
+        torch.testing.assert_close(logits, defense.model(images))
+    assert labels.equal(defense.data.labels)
+    assert report.handicaps == {2: 1.5}
     assert any("class 2 is predicted far too rarely" in reason for reason in report.reasons)
-    images = defense.data.images[:4]
-    raised = defense.balanced(images) - defense.subject(images)
-    expected = torch.tensor([0.0, 0.0, report.handicaps[2], 0.0]).expand_as(raised)
+    raised = defense.balanced(images[:4]) - defense.subject(images[:4])
+    expected = torch.tensor([0.0, 0.0, 1.5, 0.0]).expand_as(raised)
     torch.testing.assert_close(raised, expected, atol=1e-4, rtol=1e-4)
-    again = new_defense(network, when="never")
+    again = new_defense(when="never")
     again.load_state_dict(defense.state_dict())
     assert again.report().handicaps == report.handicaps
-    plain = finished(new_defense(network, when="never", balance=False))
+    assert again.balanced.offset is not None
+    plain = finished(new_defense(when="never", balance=False))
     assert plain.report().handicaps == {}
     assert plain.balanced.offset is None
 
