@@ -24,6 +24,7 @@ QUICK: dict[str, Any] = {
     "mask_epochs": 2,
     "rule": "count",
     "amount": 5,
+    "attenuation_steps": 4,
     "reaudit": False,
 }
 

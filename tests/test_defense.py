@@ -199,7 +199,7 @@ def test_attenuation_leaves_alone_what_cannot_be_scaled() -> None:
     )  # fmt: skip
     images, labels = images_and_labels()
     data = DefenseSet(images[:, :1, :8, :8], labels)
-    config = MNPConfig(runs=1, harm=50.0, batch_size=16, stop_accuracy=None, suppression_epochs=2)
+    config = quick_config(**AUTO, stop_accuracy=None)
     report = finished(MNPDefense(network, data, config)).report()
     pruned = {index for name, index in report.pruned if name == "0"}
     assert all(report.masks["0"][index] == (index not in pruned) for index in range(4))
