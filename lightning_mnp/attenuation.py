@@ -136,18 +136,20 @@ class Attenuation:
         with torch.enable_grad():
             logits = self.subject(images, masks=masks, statistics="running")
             loss = F.cross_entropy(logits, labels)
-            found = [strength(source, masks) for source in self.sources]
-            weighed = [each / whole for each, whole in zip(found, self._now, strict=True)]
-            total = loss + _WEIGHT * torch.stack(weighed).sum()
-            (gradient,) = torch.autograd.grad(total, masks)
-        shares = zip(found, self.references, strict=True)
-        greatest = max(float(each.detach()) / whole for each, whole in shares)
+            (gradient,) = torch.autograd.grad(loss, masks)
+        greatest = 0.0
+        # One by one, so that no more than one batch's activations are in memory.
+        for source, now, before in zip(self.sources, self._now, self.references, strict=True):
+            with torch.enable_grad():
+                found = strength(source, masks)
+                gradient = gradient + _WEIGHT / now * torch.autograd.grad(found, masks)[0]
+            greatest = max(greatest, float(found.detach()) / before)
         self.enough = greatest <= _ENOUGH
         if not self.enough:
             self._move(gradient)
-        if not self.enough and self.taken % _FOLLOW == 0:
-            for source in self.sources:
-                source.adapt(self._values, self.taken)
+            if self.taken % _FOLLOW == 0:
+                for source in self.sources:
+                    source.adapt(self._values, self.taken)
         return {"loss": float(loss.detach()), "margin": greatest}
 
     def _move(self, gradient: Tensor) -> None:
