@@ -164,9 +164,8 @@ def scalable(network: nn.Module, layers: FilterLayers) -> Tensor:
 
 
 def _scales(network: nn.Module, layer: FilterLayer) -> bool:
-    if layer.site == layer.name:
-        return bool(layer.scale)
-    return network.get_submodule(layer.site).weight is not None
+    site = network.get_submodule(layer.site)
+    return bool(layer.scale) if layer.site == layer.name else site.weight is not None
 
 
 def _multiply(values: Tensor, dim: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
