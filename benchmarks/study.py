@@ -3,10 +3,11 @@
     python -m benchmarks.attacks --data ~/data/cifar10
     python -m benchmarks.study --data ~/data/cifar10
 
-The `imbalanced` networks are clean and saw few images of one class. Constants of the method are chosen on the networks of `benchmarks.attacks`, `benchmarks.networks`
+Constants of the method are chosen on the networks of `benchmarks.attacks`, `benchmarks.networks`
 and on those whose names begin with `tune` here; tables report the others. Those have other seeds,
-target classes, triggers and widths, with and without weight decay. Clean reference networks for
-Trojan and CL come from `benchmarks.attacks`. The command goes on where it stopped.
+target classes, triggers and widths, with and without weight decay. The `imbalanced` networks are
+clean and saw few images of one class. Clean reference networks for Trojan and CL come from
+`benchmarks.attacks`. The command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ def _recipe(
 
 
 def _imbalanced(rare_class: int, rare_share: float, seed: int, width: int) -> Recipe:
-    more = ("--data", "benchmarks.imbalance.ImbalancedCIFAR10")
-    more += ("--data.rare_class", str(rare_class), "--data.rare_share", str(rare_share))
+    more = (
+        *("--data", "benchmarks.imbalance.ImbalancedCIFAR10"),
+        *("--data.rare_class", str(rare_class)),
+        *("--data.rare_share", str(rare_share)),
+    )
     return _recipe(seed=seed, width=width, more=more)
 
 
