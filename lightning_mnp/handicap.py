@@ -89,7 +89,7 @@ def find_handicaps(logits: Tensor, labels: Tensor) -> dict[int, float]:
 
     Returns:
         Classes with their handicap, in units of the logits: at least log 2, and significant at 1%
-        for all classes together.
+        for all classes together. None where a logit is not finite.
 
     Example:
         >>> logits = 3 * torch.eye(2).repeat(50, 1) - torch.tensor([0.0, 2.0])
@@ -98,6 +98,8 @@ def find_handicaps(logits: Tensor, labels: Tensor) -> dict[int, float]:
         >>> list(find_handicaps(logits, labels))
         [1]
     """
+    if not bool(torch.isfinite(logits).all()):
+        return {}
     values, errors = class_handicaps(logits, labels)
     least = NormalDist().inv_cdf(1 - _ERROR_RATE / len(values))
     found = (values >= _LEAST) & (values >= least * errors)

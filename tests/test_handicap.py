@@ -99,6 +99,13 @@ def test_certain_logits_are_no_trouble() -> None:
     assert bool((errors > 0).all())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_tell_nothing(value: float) -> None:
+    logits, labels = drawn([0.0, 2.5, 0.0])
+    logits[7, 1] = value
+    assert find_handicaps(logits, labels) == {}
+
+
 def test_the_networks_own_labels_tell_nothing() -> None:
     logits, _ = drawn([0.0, 2.5, 0.0])
     assert find_handicaps(logits, logits.argmax(1)) == {}
