@@ -19,10 +19,10 @@ from lightning_mnp.alone import refuse_wrappers, running_alone
 from lightning_mnp.attenuation import Attenuation
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.copies import CleanSets, clean_sets
-from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet
 from lightning_mnp.defense_state import dump_state, load_state, make_report
 from lightning_mnp.detection import Judgement, judge, signals
-from lightning_mnp.evaluation import accuracy, clean_logits, clean_loss
+from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.forward import Forward
 from lightning_mnp.handicap import find_handicaps
 from lightning_mnp.layers import find_filter_layers
@@ -45,9 +45,6 @@ from lightning_mnp.unchanged import unchanged_on_error
 from lightning_mnp.updates import PlainUpdates, Updates
 
 __all__ = ["MNPDefense", "Phase", "When"]
-
-# Fewer images make no batch.
-_LEAST_PART = 3
 
 When = Literal["never", "flagged", "always"]
 Phase = Literal[
@@ -336,10 +333,9 @@ class MNPDefense:
         if self._count_batch():
             self.correlation = self.tally.correlation(weights)
             self.accuracy_before = self.tally.accuracy
-            self.tally.reset()
             if self.config.balance:
-                found = clean_logits(self.subject, self.data, self.config.batch_size)
-                self.balance(find_handicaps(*found))
+                self.balance(find_handicaps(self.tally.logits, self.tally.labels))
+            self.tally.reset()
             return {"correlation": self.correlation, "accuracy": self.accuracy_before}
         return {}
 
@@ -359,7 +355,7 @@ class MNPDefense:
     @property
     def _parts(self) -> int:
         """The number of parts of the defense set: as asked for, or as there are images for."""
-        return max(1, min(self.config.suppression_parts, len(self.data) // _LEAST_PART))
+        return max(1, min(self.config.suppression_parts, len(self.data) // LEAST_BATCH))
 
     @property
     def _suppression_passes(self) -> int:
@@ -554,11 +550,8 @@ class MNPDefense:
 
     def _checked_masks(self, masks: Tensor) -> Tensor | None:
         """The masks, or None where they do more harm than pruning is allowed to do."""
-        losses = [
-            clean_loss(self.subject, self._clean.sets, self.config.batch_size, values)
-            for values in (self._pruning_masks(), masks)
-        ]
-        rise = losses[1] - losses[0]
+        assert self.search is not None
+        rise = self.search.harm_of(masks) - self.search.curve[-1][0]
         if rise <= self.config.harm:
             return masks
         self.warnings.append(

@@ -18,7 +18,10 @@ from lightning_mnp.memory import memory_told
 from lightning_mnp.processes import process_count, read_together, whole_loader
 from lightning_mnp.subset import balanced_indices
 
-__all__ = ["DefenseSet", "Unpack", "seeded_generator", "unpack_batch"]
+__all__ = ["LEAST_BATCH", "DefenseSet", "Unpack", "seeded_generator", "unpack_batch"]
+
+# Fewer images have no statistics of their own to be normalized by.
+LEAST_BATCH = 3
 
 
 def seeded_generator(*key: str | int) -> torch.Generator:

@@ -149,7 +149,7 @@ class FilterSearch:
         best: tuple[float, int, float] | None = None
         order = promise.argsort(descending=True, stable=True)[:_CANDIDATES].tolist()
         for index in (index for index in order if promise[index] > 0):
-            harm = self._clean_loss(self.masks(without=[index])) - self._base
+            harm = self.harm_of(self.masks(without=[index]))
             if harm > most or harm - harm_now > self.harm / 2:
                 self._rejected[index] = len(self.taken)
                 continue
@@ -198,6 +198,14 @@ class FilterSearch:
                 total = class_margins(logits, labels).sum()
                 slope += torch.autograd.grad(total, masks)[0]
         return slope / len(rows)
+
+    def harm_of(self, masks: Tensor) -> float:
+        """Tell by how much masks raise the clean loss, in nats, once the search has begun.
+
+        Args:
+            masks: Filter masks, shape (total filters,).
+        """
+        return self._clean_loss(masks) - self._base
 
     def _clean_loss(self, masks: Tensor) -> float:
         return clean_loss(self.subject, self.clean, self.batch_size, masks)

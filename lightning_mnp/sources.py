@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_mnp.defense_set import DefenseSet, seeded_generator
+from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet, seeded_generator
 from lightning_mnp.margin import MarginAscent, MarginSearch, margin_ratio
 from lightning_mnp.subject import Subject, Weights
 from lightning_mnp.surrogate import ReachSearch, SurrogateTrigger, reach_ratio, target_margins
@@ -30,8 +30,6 @@ _LOWEST_MARGIN = -1.0
 # At most; a source's images go through the network at once, so never more than a batch.
 _IMAGES = 128
 _MARGIN_IMAGES = 8
-# Fewer images have no statistics of their own to be normalized by.
-_LEAST_IMAGES = 3
 # A class that is reached at this share of the median reach, or has this multiple of the next
 # greatest margin, is nothing out of the ordinary.
 _NORMAL_REACH = 0.8
@@ -101,7 +99,7 @@ class SuppressedSource:
         self, subject: Subject, weights: Sequence[Weights], images: Tensor, target: int
     ) -> None:
         self.subject = subject
-        runs = max(1, min(len(weights), len(images) // _LEAST_IMAGES))
+        runs = max(1, min(len(weights), len(images) // LEAST_BATCH))
         self.weights = [
             {name: weight.detach() for name, weight in each.items()} for each in weights[-runs:]
         ]

@@ -1,4 +1,4 @@
-"""What one pass over the defense set adds up: saliency, predictions and hits."""
+"""What one pass over the defense set adds up: saliency, logits and what follows from them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ class PassTally:
         classes: Number of classes.
 
     Attributes:
-        images: Images so far.
-        hits: Correctly classified images so far.
-        predictions: Images put into each class so far, shape (classes,).
+        logits: Of the images so far, shape (N, classes), on the CPU.
+        labels: Their classes, shape (N,).
 
     Example:
         >>> from torch import nn
@@ -44,9 +43,8 @@ class PassTally:
     def reset(self) -> None:
         """Begin another pass."""
         self._changes = torch.zeros(self.subject.layers.total, device=self.subject.device)
-        self.predictions = torch.zeros(self.classes, dtype=torch.long)
-        self.hits = 0
-        self.images = 0
+        self.logits = torch.empty(0, self.classes)
+        self.labels = torch.empty(0, dtype=torch.long)
 
     def add(self, changes: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -56,11 +54,24 @@ class PassTally:
             logits: Shape (N, classes).
             labels: Shape (N,).
         """
-        classes = logits.argmax(1)
         self._changes += changes * len(labels)
-        self.predictions += classes.cpu().bincount(minlength=self.classes)
-        self.hits += int((classes == labels).sum())
-        self.images += len(labels)
+        self.logits = torch.cat([self.logits, logits.detach().cpu()])
+        self.labels = torch.cat([self.labels, labels.cpu()])
+
+    @property
+    def images(self) -> int:
+        """Number of images so far."""
+        return len(self.labels)
+
+    @property
+    def predictions(self) -> Tensor:
+        """Images put into each class so far, shape (classes,)."""
+        return self.logits.argmax(1).bincount(minlength=self.classes)
+
+    @property
+    def hits(self) -> int:
+        """Number of correctly classified images so far."""
+        return int((self.logits.argmax(1) == self.labels).sum())
 
     @property
     def accuracy(self) -> float:
@@ -76,14 +87,12 @@ class PassTally:
         """Give the state as tensors and primitives."""
         return {
             "changes": self._changes,
-            "predictions": self.predictions,
-            "hits": self.hits,
-            "images": self.images,
+            "logits": self.logits,
+            "labels": self.labels,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self._changes = state["changes"].to(self.subject.device)
-        self.predictions = state["predictions"].cpu()
-        self.hits = int(state["hits"])
-        self.images = int(state["images"])
+        self.logits = state["logits"].cpu()
+        self.labels = state["labels"].cpu()

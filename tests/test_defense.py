@@ -182,9 +182,14 @@ def test_attenuation_turns_down_what_is_left() -> None:
 
 
 def test_attenuation_that_does_harm_is_dropped_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    rises = iter([1.0, 51.1])
-    monkeypatch.setattr("lightning_mnp.defense.clean_loss", lambda *args: next(rises))
-    report = finished(new_defense(**AUTO)).report()
+    defense = new_defense(**AUTO)
+    while defense.phase != "attenuation":
+        defense.step()
+    assert defense.search is not None
+    pruned = defense.search.harm_of(defense.search.masks())
+    assert pruned == pytest.approx(defense.search.curve[-1][0], abs=1e-6)
+    monkeypatch.setattr(defense.search, "harm_of", lambda masks: pruned + 50.1)
+    report = finished(defense).report()
     assert report.masks == {}
     [told] = [text for text in report.warnings if "turned down" in text]
     assert told == (
