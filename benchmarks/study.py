@@ -89,7 +89,7 @@ REPORT = {
     "blend-1percent": _recipe(
         "blend", seed=110, target=3, more=("--data.attack.poison_rate", "0.01")
     ),
-    "badnets-all-to-all": _recipe("badnets", "badnets-all-to-all", seed=111),
+    "badnets-all-to-all": _recipe("badnets", "badnets-all-to-all", seed=111, width=8, epochs=20),
     "clean-17": _recipe(seed=17, width=8, decay=False),
     "badnets-8": _recipe("badnets", seed=112, target=5, width=8, decay=False),
     "trojan-8": _recipe("trojan", seed=113, target=1, width=8),
@@ -112,6 +112,8 @@ REPORT = {
     "clean-24": _recipe(seed=24, width=8),
     "clean-25": _recipe(seed=25, width=8, decay=False),
     "clean-26": _recipe(seed=26, width=8, epochs=5),
+    "clean-27": _recipe(seed=29, width=8, decay=False),
+    "clean-28": _recipe(seed=30, width=8),
     "imbalanced": _imbalanced(rare_class=0, rare_share=0.25, seed=27, width=16),
     "imbalanced-8": _imbalanced(rare_class=6, rare_share=0.15, seed=28, width=8),
 }

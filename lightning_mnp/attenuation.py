@@ -26,7 +26,7 @@ _WEIGHT = 0.1
 # Length of a step: the root mean square over all filters, where gradients agree.
 _STEP = 0.03
 # Sources that are down to this share of their strength at the start have nothing more to tell.
-_ENOUGH = 0.4
+_ENOUGH = 0.25
 _MOMENTUM = 0.9
 # Of the masks, whose mean over the latest steps is the outcome.
 _AVERAGE = 0.9
@@ -41,8 +41,8 @@ class Attenuation:
     the clean loss is not the norm of the filters but the margin of the target class where the
     backdoor shows, and the masks stay as they are instead of being cut at a threshold. Steps have
     a length that does not depend on the scale of the gradients: momentum, divided by the running
-    root mean square over all filters. They end when no source shows more than 0.4 of its
-    strength before pruning.
+    root mean square over all filters. They end when no source that decides
+    shows more than 0.25 of its strength before pruning.
 
     Args:
         subject: The network.
@@ -60,7 +60,7 @@ class Attenuation:
     Attributes:
         steps: Number of steps.
         taken: Steps taken.
-        enough: Whether no source shows more than 0.4 of its strength at the start.
+        enough: Whether the sources show no more than that.
         masks: Mean of the masks over the latest steps, shape (total filters,).
 
     Example:
@@ -137,14 +137,17 @@ class Attenuation:
             logits = self.subject(images, masks=masks, statistics="running")
             loss = F.cross_entropy(logits, labels)
             (gradient,) = torch.autograd.grad(loss, masks)
-        greatest = 0.0
+        greatest, left = 0.0, 0.0
         # One by one, so that no more than one batch's activations are in memory.
         for source, now, before in zip(self.sources, self._now, self.references, strict=True):
             with torch.enable_grad():
                 found = strength(source, masks)
                 gradient = gradient + _WEIGHT / now * torch.autograd.grad(found, masks)[0]
-            greatest = max(greatest, float(found.detach()) / before)
-        self.enough = greatest <= _ENOUGH
+            level = float(found.detach()) / before
+            greatest = max(greatest, level)
+            if source.decides:
+                left = max(left, level)
+        self.enough = left <= _ENOUGH
         if not self.enough:
             self._move(gradient)
             if self.taken % _FOLLOW == 0:

@@ -21,7 +21,7 @@ from lightning_mnp.config import MNPConfig
 from lightning_mnp.copies import CleanSets, clean_sets
 from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet
 from lightning_mnp.defense_state import dump_state, load_state, make_report
-from lightning_mnp.detection import Judgement, judge, signals
+from lightning_mnp.detection import Judgement, Signal, judge, signals
 from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.forward import Forward
 from lightning_mnp.handicap import find_handicaps
@@ -30,6 +30,7 @@ from lightning_mnp.margin import MarginSearch
 from lightning_mnp.masks import scalable
 from lightning_mnp.memory import memory_told
 from lightning_mnp.network import check_network, network_forward
+from lightning_mnp.patch import PatchSearch
 from lightning_mnp.pruning import Pruning, prune, pruned_count, pruning_order
 from lightning_mnp.recovery import FilterMask
 from lightning_mnp.repair import LogitShift, find_logit_bias, fit_shift
@@ -54,6 +55,7 @@ Phase = Literal[
     "masks",
     "reach",
     "margin",
+    "patch",
     "verdict",
     "pruning",
     "attenuation",
@@ -68,10 +70,11 @@ class MNPDefense:
 
     The phases: ``reference`` (saliency and accuracy of the network as it is); for every run
     ``suppression``, ``saliency`` of the suppressed weights and, if the pruning rule ranks by
-    them, ``masks``; ``reach`` of the classes and their greatest ``margin``; ``verdict``;
-    ``pruning``; by the automatic rule, ``attenuation`` of the filters that are left; ``check``
-    (accuracy after that); where anything was done, ``reaudit`` of the purified copy. With
-    ``when="flagged"``, masks come after the verdict, on runs that are repeated exactly.
+    them, ``masks``; ``reach`` of the classes, their greatest ``margin``, and how far a ``patch``
+    drives images to them; ``verdict``; ``pruning``; by the automatic rule, ``attenuation`` of the
+    filters that are left; ``check`` (accuracy after that); where anything was done, ``reaudit``
+    of the purified copy. With ``when="flagged"``, masks come after the verdict, on runs that are
+    repeated exactly.
 
     The model is not changed. Every random choice follows from the seed and the place in this
     order, so the state is tensors and primitives, and a run that was stopped goes on as if it
@@ -151,6 +154,7 @@ class MNPDefense:
         self.margin = MarginSearch(
             self.balanced, data.images, [], self.config.seed, self.config.batch_size
         )
+        self.patch = PatchSearch(self.balanced, data, [], self.config.seed, self.config.batch_size)
         self.search: FilterSearch | None = None
         self.second: MNPDefense | None = None
         self.optimizers = (
@@ -185,7 +189,7 @@ class MNPDefense:
             if self.when == "always" and self._ranks_by_masks:
                 plan.append(("masks", run))
         if self.config.verdict == "signals" or self._searches:
-            plan += [("reach", 0), ("margin", 0)]
+            plan += [("reach", 0), ("margin", 0), ("patch", 0)]
         plan.append(("verdict", 0))
         if self.when == "always":
             plan += self._last_plan()
@@ -241,8 +245,9 @@ class MNPDefense:
             "saliency": self.passes,
             "masks": self.passes * self.config.mask_epochs,
             "verdict": 1,
-            "reach": self.reach.most_steps() or ReachSearch.most_steps_of(self.classes),
+            "reach": self.reach.most_steps() or ReachSearch.most_steps_of(self._tried),
             "margin": self.margin.most_steps() - self.margin.steps,
+            "patch": self.patch.most_steps() or PatchSearch.most_steps_of(self._tried),
             "pruning": 1 if self._ranks_by_masks else self._most_filters + 2,
             "attenuation": self.config.attenuation_steps,
             "check": 1,
@@ -254,10 +259,16 @@ class MNPDefense:
             audit = ("reference", *("suppression", "saliency") * self.config.runs, "verdict")
             lengths["reaudit"] += sum(lengths[phase] for phase in audit)
             if self.config.verdict == "signals":
-                reach = ReachSearch.most_steps_of(self.classes)
-                lengths["reaudit"] += reach + self.margin.most_steps()
+                lengths["reaudit"] += ReachSearch.most_steps_of(self._tried)
+                lengths["reaudit"] += PatchSearch.most_steps_of(self._tried)
+                lengths["reaudit"] += self.margin.most_steps()
         left = sum(lengths[phase] for phase, _ in self.plan[self.position :])
         return left - self.batches_done
+
+    @property
+    def _tried(self) -> int:
+        """The number of classes that perturbations are made for."""
+        return len(ReachSearch.choose_classes([], self.classes, self.config.seed))
 
     @property
     def _most_filters(self) -> int:
@@ -461,18 +472,31 @@ class MNPDefense:
             self._advance()
         return metrics
 
+    def _patch(self, updates: Updates) -> dict[str, float]:
+        if not self.patch.classes:
+            self.patch.classes = list(self.reach.classes)
+        metrics = self.patch.step()
+        if self.patch.finished:
+            self._advance()
+        return metrics
+
     def judge(self) -> Judgement:
         """Give the verdict on the signals so far."""
-        reaches, margins = self.reach.reaches, self.margin.margins
         return judge(
             self.runs,
             self.correlation,
-            reaches,
-            margins,
+            self.reach.reaches,
+            self.margin.margins,
+            self.patch.patches,
             self.config,
             self.accuracy_before,
             self.handicaps,
         )
+
+    def signals(self) -> list[Signal]:
+        """Give what speaks for a backdoor so far, strongest first."""
+        found = (self.reach.reaches, self.margin.margins, self.patch.patches)
+        return signals(self.runs, *found)
 
     @property
     def scores(self) -> Tensor:
@@ -499,9 +523,10 @@ class MNPDefense:
             self.balanced,
             self.data,
             [*self.suppressed, self.suppression.weights],
-            signals(self.runs, self.reach.reaches, self.margin.margins)[0].suspect,
+            self.signals()[0],
             self.reach,
             self.margin,
+            self.patch,
             self.config.seed,
         )
         config = self.config

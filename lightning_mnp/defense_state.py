@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dump_state", "load_state", "make_report"]
 
-_FORMAT = 4
+_FORMAT = 5
 
 
 def dump_state(defense: MNPDefense) -> dict[str, Any]:
@@ -46,6 +46,7 @@ def dump_state(defense: MNPDefense) -> dict[str, Any]:
         "shift": None if defense.shift is None else defense.shift.values,
         "reach": defense.reach.state_dict(),
         "margin": defense.margin.state_dict(),
+        "patch": defense.patch.state_dict(),
         "second": None if defense.second is None else dump_state(defense.second),
         "search": None if defense.search is None else defense.search.state_dict(),
         "attenuation": None if defense.attenuation is None else defense.attenuation.state_dict(),
@@ -102,6 +103,7 @@ def load_state(defense: MNPDefense, state: dict[str, Any]) -> None:
     defense.shift = None if state["shift"] is None else defense.new_shift(state["shift"])
     defense.reach.load_state_dict(state["reach"])
     defense.margin.load_state_dict(state["margin"])
+    defense.patch.load_state_dict(state["patch"])
     defense.suppression.load_state_dict(state["suppression"])
     defense.penalty.restart(defense.suppression.weights)
     defense.penalty.load_state_dict(state["penalty"])
@@ -138,6 +140,7 @@ def make_report(defense: MNPDefense) -> DefenseReport:
         runs=list(defense.runs),
         reaches=dict(sorted(defense.reach.reaches.items())),
         margins=dict(sorted(defense.margin.margins.items())),
+        patches=dict(sorted(defense.patch.patches.items())),
         handicaps=dict(defense.handicaps),
         pruned=[defense.layers.locate(int(position)) for position in defense.removed],
         scores=scores,

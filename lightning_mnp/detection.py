@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.margin import margin_ratio
+from lightning_mnp.patch import patch_ratio
 from lightning_mnp.result import RunResult, Verdict
 from lightning_mnp.surrogate import reach_ratio
 
@@ -20,6 +21,7 @@ __all__ = ["Judgement", "Signal", "judge", "signals", "top_class"]
 PILE_UP_AT = 0.235
 REACH_AT = 0.5
 MARGIN_AT = 2.0
+PATCH_AT = 0.85
 # From this share of the threshold on, a network is not called clean.
 UNDECIDED_FROM = 0.9
 
@@ -68,7 +70,10 @@ class Signal:
 
 
 def signals(
-    runs: Sequence[RunResult], reaches: dict[int, float], margins: dict[int, float]
+    runs: Sequence[RunResult],
+    reaches: dict[int, float],
+    margins: dict[int, float],
+    patches: dict[int, float],
 ) -> list[Signal]:
     """Weigh what speaks for a backdoor, strongest first.
 
@@ -76,15 +81,23 @@ def signals(
         runs: The suppression runs, at least one.
         reaches: The reach of the classes, see :class:`~lightning_mnp.surrogate.ReachSearch`.
         margins: Their greatest margins, see :class:`~lightning_mnp.margin.MarginSearch`.
+        patches: How far patches drive images to them, see
+            :class:`~lightning_mnp.patch.PatchSearch`.
 
     Example:
         >>> runs = [RunResult(0.5, 0.3, (20, 10, 10), 9, 0.2, "")]
-        >>> found = signals(runs, {0: 0.2, 1: 0.2, 2: 0.1}, {0: 20.0, 1: 20.0, 2: 160.0})
+        >>> margins, patches = {0: 20.0, 1: 20.0, 2: 160.0}, {0: -0.5, 1: -0.5, 2: -0.25}
+        >>> found = signals(runs, {0: 0.2, 1: 0.2, 2: 0.1}, margins, patches)
         >>> [(signal.name, signal.suspect) for signal in found]
-        [('margin', 2), ('pile-up', 0), ('reach', 2)]
+        [('margin', 2), ('pile-up', 0), ('reach', 2), ('patch', 2)]
     """
     return sorted(
-        (_pile_up_signal(runs), _reach_signal(reaches), _margin_signal(margins)),
+        (
+            _pile_up_signal(runs),
+            _reach_signal(reaches),
+            _margin_signal(margins),
+            _patch_signal(patches),
+        ),
         key=lambda signal: -signal.strength,
     )
 
@@ -125,11 +138,21 @@ def _margin_signal(margins: dict[int, float]) -> Signal:
     return Signal("margin", ratio / MARGIN_AT, greatest, reason)
 
 
+def _patch_signal(patches: dict[int, float]) -> Signal:
+    furthest, excess = patch_ratio(patches)
+    reason = (
+        f"a patch on few pixels drives images to class {furthest} by {excess:.2f} of the usual "
+        f"distance further than to other classes (counts fully from {PATCH_AT:g})"
+    )
+    return Signal("patch", excess / PATCH_AT, furthest, reason)
+
+
 def judge(
     runs: Sequence[RunResult],
     correlation: float,
     reaches: dict[int, float],
     margins: dict[int, float],
+    patches: dict[int, float],
     config: MNPConfig,
     accuracy: float,
     handicaps: dict[int, float] | None = None,
@@ -141,6 +164,7 @@ def judge(
         correlation: Rank correlation of magnitude and saliency of the network as it is.
         reaches: The reach of the classes; may be empty where ``config.verdict`` is ``"ratio"``.
         margins: Their greatest margins; likewise.
+        patches: How far patches drive images to them; likewise.
         config: Options; ``verdict`` chooses the rule.
         accuracy: The network's accuracy on the defense set, from 0 to 1.
         handicaps: Classes whose logits were raised for the audit, by so many nats.
@@ -160,7 +184,7 @@ def judge(
             f"a detection ratio of {ratio:.2f}"
         )
     else:
-        found = signals(runs, reaches, margins)
+        found = signals(runs, reaches, margins, patches)
         score, suspect = found[0].strength, found[0].suspect
         reasons = [signal.reason for signal in found]
         verdict = _by_score(score, config.threshold)

@@ -13,8 +13,9 @@ from lightning_mnp.logit_shift import best_shift
 
 __all__ = ["LogitShift", "find_logit_bias", "fit_shift"]
 
-# What a squared shift costs in nats; keeps classes apart that a few hundred images cannot tell.
-_COST = 0.01
+# What a squared shift costs in nats, for one image: as much as if a few images of each class
+# were known to need none. Keeps classes apart that the images cannot tell.
+_COST = 10.0
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def fit_shift(logits: Tensor, labels: Tensor, target: int) -> Tensor:
         target: The class that keeps its logit.
 
     Returns:
-        Shape (K,), 0 for these classes: the least mean cross-entropy plus 0.01 times the sum of the
-        squares.
+        Shape (K,), 0 for these classes: the least mean cross-entropy plus 10 / N times the sum of
+        the squares.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [2.0, 1.5], [2.0, 1.5]])
@@ -54,7 +55,7 @@ def fit_shift(logits: Tensor, labels: Tensor, target: int) -> Tensor:
     """
     free = torch.bincount(labels.cpu(), minlength=logits.shape[1]) > 0
     free[target] = False
-    return best_shift(logits, labels, free, _COST).float()
+    return best_shift(logits, labels, free, _COST / len(labels)).float()
 
 
 @torch.no_grad()

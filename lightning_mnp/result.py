@@ -67,6 +67,8 @@ class DefenseReport:
         reaches: Length of a universal perturbation that takes half of the images to a class, for
             each class tried, as a share of the images' mean distance from their mean.
         margins: Greatest margin that an image can be given for each class tried, in logits.
+        patches: How far a patch on few pixels drives images of other classes to each class tried,
+            as a multiple of the usual distance, negative where it does not get them there.
         handicaps: Classes that are predicted far too rarely on clean images, with what their logit
             lacks and was raised by for the audit.
         runs: The single suppression runs, from which the spread can be seen.
@@ -107,6 +109,7 @@ class DefenseReport:
     reasons: list[str] = field(default_factory=list)
     reaches: dict[int, float] = field(default_factory=dict)
     margins: dict[int, float] = field(default_factory=dict)
+    patches: dict[int, float] = field(default_factory=dict)
     handicaps: dict[int, float] = field(default_factory=dict)
     runs: list[RunResult] = field(default_factory=list)
     pruned: list[tuple[str, int]] = field(default_factory=list)

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet, seeded_generator
+from lightning_mnp.detection import Signal
 from lightning_mnp.margin import MarginAscent, MarginSearch, margin_ratio
+from lightning_mnp.patch import PatchSearch, PatchTrigger, patch_ratio
 from lightning_mnp.subject import Subject, Weights
 from lightning_mnp.surrogate import ReachSearch, SurrogateTrigger, reach_ratio, target_margins
 
 __all__ = [
     "LEAST_STRENGTH",
     "MarginSource",
+    "PatchSource",
     "PerturbationSource",
     "Source",
     "SuppressedSource",
@@ -34,6 +37,8 @@ _MARGIN_IMAGES = 8
 # greatest margin, is nothing out of the ordinary.
 _NORMAL_REACH = 0.8
 _NORMAL_MARGIN = 1.5
+# The same for a patch that drives images further to it than to others by this.
+_NORMAL_PATCH = 0.85
 # Length of the perturbation where the reach points to the class, in multiples of the median reach.
 _SHORT_REACH = 0.6
 # Where the margin points to the class and the reach does not: a perturbation far longer than one
@@ -43,6 +48,8 @@ _FIRST_STEPS = 20
 _NEXT_STEPS = 3
 _FIRST_ASCENT = 60
 _NEXT_ASCENT = 10
+_NEXT_PATCH = 3
+_PATCH_STEP = 0.2
 
 
 class Source(Protocol):
@@ -50,9 +57,11 @@ class Source(Protocol):
 
     Attributes:
         name: What it is.
+        decides: Whether the backdoor counts as there as long as it shows in this source.
     """
 
     name: str
+    decides: bool
 
     def margins(self, masks: Tensor) -> Tensor:
         """Margins of the target class under filter masks, shape (N,); large for a backdoor."""
@@ -91,14 +100,21 @@ class SuppressedSource:
         weights: The suppressed weights of each run.
         images: Clean images of other classes, shape (N, C, ...), which the runs share.
         target: The target class.
+        decides: Whether the backdoor counts as there as long as predictions pile up.
     """
 
     name = "suppressed network"
 
     def __init__(
-        self, subject: Subject, weights: Sequence[Weights], images: Tensor, target: int
+        self,
+        subject: Subject,
+        weights: Sequence[Weights],
+        images: Tensor,
+        target: int,
+        decides: bool = True,
     ) -> None:
         self.subject = subject
+        self.decides = decides
         runs = max(1, min(len(weights), len(images) // LEAST_BATCH))
         self.weights = [
             {name: weight.detach() for name, weight in each.items()} for each in weights[-runs:]
@@ -144,6 +160,7 @@ class PerturbationSource:
     """
 
     name = "universal perturbation"
+    decides = True
 
     def __init__(
         self,
@@ -189,6 +206,7 @@ class MarginSource:
     """
 
     name = "greatest margin"
+    decides = True
 
     def __init__(self, ascent: MarginAscent, normal: float) -> None:
         self.ascent = ascent
@@ -213,36 +231,75 @@ class MarginSource:
         self.ascent.images = state["images"].to(self.ascent.images.device)
 
 
+class PatchSource:
+    """Clean images under one patch for all of them.
+
+    Args:
+        trigger: A patch that has not been made yet.
+    """
+
+    name = "patch"
+    decides = True
+
+    def __init__(self, trigger: PatchTrigger) -> None:
+        self.trigger = trigger
+
+    def margins(self, masks: Tensor) -> Tensor:
+        """Logit of the target above that of the true class, shape (N,)."""
+        return self.trigger.margins(masks)
+
+    def adapt(self, masks: Tensor, taken: int) -> None:
+        """Take some steps of the patch."""
+        if not taken:
+            self.trigger.approach(masks)
+            return
+        for _ in range(_NEXT_PATCH):
+            self.trigger.step(_PATCH_STEP, masks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the patch."""
+        return {"perturbation": self.trigger.perturbation}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.trigger.perturbation = state["perturbation"].to(self.trigger.images.device)
+
+
 def find_sources(
     subject: Subject,
     data: DefenseSet,
     suppressed: Sequence[Weights],
-    target: int,
+    strongest: Signal,
     reach: ReachSearch,
     margin: MarginSearch,
+    patch: PatchSearch,
     seed: int,
 ) -> list[Source]:
     """Collect what shows the backdoor of a class.
 
     The suppressed network always does. Where the reach of the class is out of the ordinary, a
     universal perturbation of a length that does not suffice for other classes is added; where its
-    margin is, images of greatest margin are, and with an ordinary reach a long perturbation.
+    margin is, images of greatest margin are, and with an ordinary reach a long perturbation; where
+    patches drive images to it further than to others, images under a patch are. What the other
+    sources show decides on when the backdoor is gone; the suppressed network does where it is the
+    strongest signal or the only source, since what is left of a pile-up need not be the backdoor.
 
     Args:
         subject: The network.
         data: The defense set.
         suppressed: The suppressed weights of each run.
-        target: The suspected class.
+        strongest: The strongest signal, which tells the suspected class.
         reach: The reach of the classes, finished.
         margin: Their greatest margins, finished.
+        patch: How far patches drive images to them, finished.
         seed: Seed of the images.
     """
-    device = subject.device
+    device, target = subject.device, strongest.suspect
     others = (data.labels != target).nonzero().flatten()
     drawn = torch.randperm(len(others), generator=seeded_generator(seed, "sources"))
     rows = others[drawn[: min(_IMAGES, margin.batch_size)]]
     images, labels = data.images[rows].to(device), data.labels[rows].to(device)
-    sources: list[Source] = [SuppressedSource(subject, suppressed, images, target)]
+    sources: list[Source] = []
     soonest, ratio, median = reach_ratio(reach.reaches)
     greatest, excess, normal = margin_ratio(margin.margins)
     near = soonest == target and ratio < _NORMAL_REACH
@@ -255,4 +312,8 @@ def find_sources(
         sources.append(
             MarginSource(margin.ascent(target, min(_MARGIN_IMAGES, margin.batch_size)), normal)
         )
-    return sources
+    furthest, further = patch_ratio(patch.patches)
+    if furthest == target and further > _NORMAL_PATCH:
+        sources.append(PatchSource(patch.trigger(target)))
+    decides = strongest.name == "pile-up" or not sources
+    return [SuppressedSource(subject, suppressed, images, target, decides), *sources]

@@ -22,7 +22,14 @@ from torch.nn import functional as F
 from lightning_mnp.defense_set import seeded_generator
 from lightning_mnp.subject import Subject
 
-__all__ = ["ReachSearch", "SurrogateTrigger", "image_scale", "reach_ratio", "target_margins"]
+__all__ = [
+    "ReachSearch",
+    "SurrogateTrigger",
+    "image_scale",
+    "push_loss",
+    "reach_ratio",
+    "target_margins",
+]
 
 # All lengths are shares of the images' mean distance from their mean.
 _STEP = 0.02
@@ -32,6 +39,8 @@ _MOST_STEPS = 20
 # Success at which a class counts as reached.
 _LEVEL = 0.5
 _MOST_CLASSES = 10
+# Where most images have arrived, cross-entropy has no slope left; the margin has.
+_ARRIVED = 0.9
 
 
 def image_scale(images: Tensor) -> float:
@@ -63,6 +72,28 @@ def target_margins(logits: Tensor, labels: Tensor, target: int) -> Tensor:
         tensor([2.])
     """
     return logits[:, target] - logits.gather(1, labels[:, None])[:, 0]
+
+
+def push_loss(logits: Tensor, labels: Tensor, target: int) -> Tensor:
+    """Give what falls as images are pushed to a class, however far they have come.
+
+    Args:
+        logits: Shape (N, K).
+        labels: True classes, shape (N,), none of them the target.
+        target: The class.
+
+    Returns:
+        A scalar: the cross-entropy to the class, or, where more than 0.9 of the images have
+        arrived, the negative of their mean margin.
+
+    Example:
+        >>> arrived = torch.tensor([[0.0, 9.0]])
+        >>> float(push_loss(arrived, torch.tensor([0]), 1))
+        -9.0
+    """
+    if float((logits.argmax(1) == target).float().mean()) > _ARRIVED:
+        return -target_margins(logits, labels, target).mean()
+    return F.cross_entropy(logits, torch.full_like(labels, target))
 
 
 def _shorten(perturbation: Tensor, limit: float) -> Tensor:
@@ -140,11 +171,7 @@ class SurrogateTrigger:
             success = float((logits.argmax(1) == self.target).float().mean())
             if success >= until:
                 return success
-            # Where most images have arrived, cross-entropy has no slope left; the margin has.
-            if success > 0.9:
-                loss = -target_margins(logits, labels, self.target).mean()
-            else:
-                loss = F.cross_entropy(logits, torch.full_like(labels, self.target))
+            loss = push_loss(logits, labels, self.target)
             (gradient,) = torch.autograd.grad(loss, perturbation)
         moved = self.perturbation - length * gradient / gradient.norm().clamp_min(1e-12)
         self.perturbation = _shorten(moved, self.limit)

@@ -19,8 +19,9 @@ class Fixed:
 
     name = "fixed"
 
-    def __init__(self, slopes: Tensor) -> None:
+    def __init__(self, slopes: Tensor, decides: bool = True) -> None:
         self.slopes = slopes
+        self.decides = decides
         self.followed: list[int] = []
 
     def margins(self, masks: Tensor) -> Tensor:
@@ -119,6 +120,25 @@ def test_the_scale_of_the_gradients_does_not_matter() -> None:
         attenuation._now = [1.0]
         outcomes.append(finish(attenuation).masks)
     torch.testing.assert_close(*outcomes, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("levels", "enough"),
+    [
+        ({True: 0.2, False: 0.9}, True),
+        ({True: 0.3, False: 0.1}, False),
+    ],
+)
+def test_sources_that_decide_tell_the_end(levels: dict[bool, float], enough: bool) -> None:
+    subject, _ = new_subject()
+    total = subject.layers.total
+    sources: list[Source] = [Fixed(torch.ones(total), decides) for decides in levels]
+    attenuation = new_attenuation(steps=1, sources=sources)
+    # Margins count from -1 on: the sum of all masks, and one.
+    attenuation.references = [(total + 1) / level for level in levels.values()]
+    attenuation.step()
+    assert attenuation.enough == enough
+    assert attenuation.taken == (0 if enough else 1)
 
 
 def test_sources_follow_the_network() -> None:

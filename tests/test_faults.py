@@ -59,6 +59,7 @@ KILLS = [
     ("masks", "masks", "step"),
     ("masks", "reach", "step"),
     ("search", "margin", "step"),
+    ("masks", "patch", "step"),
     ("masks", "verdict", "step"),
     ("masks", "pruning", "step"),
     ("masks", "check", "step"),
@@ -190,7 +191,7 @@ LOST = pytest.mark.filterwarnings(
 
 @LOST
 @pytest.mark.parametrize(
-    "phase", ["reference", "suppression", "saliency", "masks", "reach", "margin", "check"]
+    "phase", ["reference", "suppression", "saliency", "masks", "reach", "margin", "patch", "check"]
 )
 def test_interrupt_anywhere_in_a_step_leaves_the_model(phase: str) -> None:
     network = small_network()

@@ -8,10 +8,13 @@ import torch
 from helpers import images_and_labels, trained_network
 
 from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.detection import Signal
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.margin import MarginSearch
+from lightning_mnp.patch import PatchSearch
 from lightning_mnp.sources import (
     MarginSource,
+    PatchSource,
     PerturbationSource,
     SuppressedSource,
     find_sources,
@@ -119,6 +122,40 @@ def test_margin_source_counts_from_what_is_normal() -> None:
     assert torch.equal(shifted.ascent.images, source.ascent.images)
 
 
+def test_patch_source_follows_the_network_and_goes_on_from_its_state() -> None:
+    subject, data = new_subject()
+    source, again = (PatchSource(PatchSearch(subject, data, [], 0).trigger(1)) for _ in range(2))
+    before = source.margins(ones(subject)).mean()
+    source.adapt(ones(subject), 0)
+    assert source.margins(ones(subject)).mean() > before
+    again.load_state_dict(source.state_dict())
+    masks = ones(subject)
+    masks[:2] = 0.0
+    for each in (source, again):
+        each.adapt(masks, 1)
+    assert source.trigger.perturbation.equal(again.trigger.perturbation)
+    assert not source.trigger.perturbation.equal(source.state_dict()["perturbation"] * 0)
+
+
+@pytest.mark.parametrize(("further", "names"), [(0.8, []), (0.9, ["patch"])])
+def test_a_patch_is_a_source_where_it_is_out_of_the_ordinary(
+    further: float, names: list[str]
+) -> None:
+    subject, data = new_subject()
+    reach = ReachSearch(subject, 1.0, [0, 1, 2], 0)
+    reach.reaches = dict.fromkeys(range(3), 0.2)
+    margin = MarginSearch(subject, data.images, [0, 1, 2], 0)
+    margin.margins = dict.fromkeys(range(3), 9.0)
+    for suspect, expected, name in ((1, names, "reach"), (2, [], "patch"), (1, names, "pile-up")):
+        patch = PatchSearch(subject, data, [0, 1, 2], 0)
+        patch.patches = {0: -0.5, 1: further - 0.5, 2: -0.5}
+        signal = Signal(name, 1.0, suspect, "")
+        sources = find_sources(subject, data, [subject.weights()], signal, reach, margin, patch, 0)
+        assert [source.name for source in sources] == ["suppressed network", *expected]
+        assert sources[0].decides == (name == "pile-up" or not expected)
+        assert all(source.decides for source in sources[1:])
+
+
 @pytest.mark.parametrize(
     ("reaches", "margins", "names", "length"),
     [
@@ -160,7 +197,10 @@ def test_sources_are_those_that_point_to_the_class(
     reach.perturbations = {index: torch.zeros_like(data.images[:1]) for index in reaches}
     margin = MarginSearch(subject, data.images, list(margins), 0)
     margin.margins = margins
-    sources = find_sources(subject, data, [subject.weights()], 1, reach, margin, 0)
+    patch = PatchSearch(subject, data, list(margins), 0)
+    patch.patches = dict.fromkeys(margins, -0.5)
+    signal = Signal("reach", 1.0, 1, "")
+    sources = find_sources(subject, data, [subject.weights()], signal, reach, margin, patch, 0)
     assert [source.name for source in sources] == names
     limits = [each.trigger.limit for each in sources if isinstance(each, PerturbationSource)]
     assert limits == ([] if length is None else [pytest.approx(length)])

@@ -14,6 +14,7 @@ from lightning_mnp.surrogate import (
     SurrogateTrigger,
     _crossing,
     image_scale,
+    push_loss,
     reach_ratio,
     target_margins,
 )
@@ -59,6 +60,19 @@ def test_trigger_learns_the_way_to_its_class() -> None:
         trigger.ascend(images, labels, 1.0)
     assert trigger.margin(images, labels) > before[0]
     assert success() > max(before[1], 0.9)
+
+
+@pytest.mark.parametrize(("arrived", "by_margin"), [(10, True), (9, False), (0, False)])
+def test_images_are_pushed_by_cross_entropy_until_most_have_arrived(
+    arrived: int, by_margin: bool
+) -> None:
+    logits, labels = torch.zeros(10, 3), torch.zeros(10, dtype=torch.long)
+    logits[:arrived, 2] = 4.0
+    logits[arrived:, 0] = 1.0
+    log_sums = [math.log(sum(math.exp(value) for value in row)) for row in logits.tolist()]
+    entropy = sum(log_sums) / 10 - float(logits[:, 2].mean())
+    expected = -float((logits[:, 2] - logits[:, 0]).mean()) if by_margin else entropy
+    assert float(push_loss(logits, labels, 2)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_margins_are_target_minus_own() -> None:

@@ -1,0 +1,258 @@
+"""Surrogate patches: a few pixels, the same in all images, that stand in for an unknown trigger.
+
+A universal perturbation that may change every pixel a little takes the shortest way to a class,
+and that is not the trigger's way where the trigger is a patch. One that may change a few pixels by
+any amount takes it: how far it drives images to a class says whether there is such a way (compare
+Neural Cleanse, Wang et al., 2019, which looks for the smallest mask of pixels instead, class by
+class, with many more steps).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mnp.defense_set import DefenseSet, seeded_generator
+from lightning_mnp.subject import Subject
+from lightning_mnp.surrogate import push_loss, target_margins
+
+__all__ = ["PatchSearch", "PatchTrigger", "patch_ratio"]
+
+# Share of the pixels that a patch may cover.
+_SHARE = 0.05
+_IMAGES = 64
+# The largest change of a pixel in a step, as a share of the range of values: far at first, so that
+# pixels can be exchanged for better ones, then closer.
+_FAR_STEPS, _FAR = 8, 0.5
+_NEAR_STEPS, _NEAR = 12, 0.2
+
+
+class PatchTrigger:
+    """A perturbation of few pixels that is added to every image.
+
+    The sum is kept in the range of values, so that a patch can replace a pixel as well as change
+    it. Each step follows the gradient and keeps the pixels that are changed most.
+
+    Args:
+        subject: The network, which runs in evaluation mode.
+        images: Shape (N, C, ...), none of the target class.
+        labels: Their classes, shape (N,).
+        target: The class that images are pushed to.
+        low: Least value of each channel, shape (1, C, 1, ...).
+        high: Greatest value of each channel, same shape.
+
+    Attributes:
+        perturbation: What is added, shape (1, C, ...), zero but for a few pixels.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mnp.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> images, labels = torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)
+        >>> subject = Subject(network, find_filter_layers(network, images))
+        >>> zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        >>> patch = PatchTrigger(subject, images, labels, 1, zero, one)
+        >>> before = patch.margins().mean()
+        >>> for _ in range(5):
+        ...     _ = patch.step(0.2)
+        >>> bool(patch.margins().mean() > before), int((patch.perturbation != 0).sum())
+        (True, 1)
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        images: Tensor,
+        labels: Tensor,
+        target: int,
+        low: Tensor,
+        high: Tensor,
+    ) -> None:
+        self.subject = subject
+        self.images, self.labels = images, labels
+        self.target = target
+        self.low, self.high = low, high
+        self.perturbation = torch.zeros_like(images[:1])
+        self._pixels = max(1, round(_SHARE * images[0, 0].numel()))
+
+    def logits(self, perturbation: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Run the network on images under a perturbation, shape (N, K)."""
+        changed = torch.minimum(torch.maximum(self.images + perturbation, self.low), self.high)
+        return self.subject(changed, masks=masks, statistics="running")
+
+    def margins(self, masks: Tensor | None = None) -> Tensor:
+        """Logit of the target above that of the true class, shape (N,)."""
+        return target_margins(self.logits(self.perturbation, masks), self.labels, self.target)
+
+    def step(self, length: float, masks: Tensor | None = None) -> float:
+        """Take one step towards the target class.
+
+        Args:
+            length: Largest change of a pixel, as a share of the range of values.
+            masks: Filter masks that are in force.
+
+        Returns:
+            The mean margin before it.
+        """
+        span = self.high - self.low
+        with torch.enable_grad():
+            perturbation = self.perturbation.clone().requires_grad_()
+            logits = self.logits(perturbation, masks)
+            loss = push_loss(logits, self.labels, self.target)
+            (gradient,) = torch.autograd.grad(loss, perturbation)
+        slope = gradient * span
+        moved = self.perturbation - length * span * slope / slope.abs().max().clamp_min(1e-12)
+        self.perturbation = self._sparse(torch.minimum(torch.maximum(moved, -span), span), span)
+        return float(target_margins(logits.detach(), self.labels, self.target).mean())
+
+    def approach(self, masks: Tensor | None = None) -> None:
+        """Take all the steps of a search from no patch, with filter masks in force."""
+        self.perturbation = torch.zeros_like(self.perturbation)
+        for taken in range(_FAR_STEPS + _NEAR_STEPS):
+            self.step(_length(taken), masks)
+
+    def _sparse(self, perturbation: Tensor, span: Tensor) -> Tensor:
+        """Put back all pixels but those that are changed most."""
+        change = (perturbation / span.clamp_min(1e-12)).abs().sum(1).flatten()
+        kept = torch.zeros_like(change)
+        kept[change.topk(self._pixels).indices] = 1.0
+        return perturbation * kept.reshape(1, 1, *perturbation.shape[2:])
+
+
+def _length(taken: int) -> float:
+    return _FAR if taken < _FAR_STEPS else _NEAR
+
+
+class PatchSearch:
+    """Measures for each class how far a patch drives images to it.
+
+    Args:
+        subject: The network.
+        data: The defense set.
+        classes: The classes to try; may be set later, before the first step.
+        seed: Seed of the images.
+        batch_size: Most images that the network sees at a time.
+
+    Attributes:
+        patches: For every class, when finished: the mean margin of the class over images of
+            others under the patch made for it, as a multiple of the usual distance to a class, so
+            that it is about -1 without a patch and 0 on the border.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        data: DefenseSet,
+        classes: Sequence[int],
+        seed: int,
+        batch_size: int = 128,
+    ) -> None:
+        self.subject = subject
+        self.data = data
+        self.classes = list(classes)
+        self.seed = seed
+        self.batch_size = batch_size
+        self.patches: dict[int, float] = {}
+        self._starts: list[float] = []
+        self._ends: list[float] = []
+        self._taken = 0
+        self._trigger: PatchTrigger | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all classes are done."""
+        return bool(self.patches)
+
+    @staticmethod
+    def most_steps_of(total: int) -> int:
+        """The number of steps for so many classes."""
+        return total * (_FAR_STEPS + _NEAR_STEPS)
+
+    def most_steps(self) -> int:
+        """The number of steps left."""
+        return self.most_steps_of(len(self.classes) - len(self._ends)) - self._taken
+
+    def step(self) -> dict[str, float]:
+        """Take one step towards the current class.
+
+        Returns:
+            The mean ``margin`` before it.
+        """
+        self._trigger = self._trigger or self.trigger(self.classes[len(self._ends)])
+        margin = self._trigger.step(_length(self._taken))
+        if not self._taken:
+            self._starts.append(margin)
+        self._taken += 1
+        if self._taken == self.most_steps_of(1):
+            with torch.no_grad():
+                self._ends.append(float(self._trigger.margins().mean()))
+            self._trigger, self._taken = None, 0
+        if len(self._ends) == len(self.classes):
+            usual = max(-statistics.median(self._starts), 1e-6)
+            relative = (end / usual for end in self._ends)
+            self.patches = dict(zip(self.classes, relative, strict=True))
+        return {"margin": margin}
+
+    def trigger(self, target: int) -> PatchTrigger:
+        """Begin a patch to one class, on images of other classes drawn from the seed.
+
+        Args:
+            target: The class.
+        """
+        others = (self.data.labels != target).nonzero().flatten()
+        drawn = torch.randperm(len(others), generator=seeded_generator(self.seed, "patch", target))
+        rows = others[drawn[: min(_IMAGES, self.batch_size)]]
+        images, device = self.data.images, self.subject.device
+        dims = [0, *range(2, images.ndim)]
+        low, high = (of(dims, keepdim=True).to(device) for of in (images.amin, images.amax))
+        labels = self.data.labels[rows].to(device)
+        return PatchTrigger(self.subject, images[rows].to(device), labels, target, low, high)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state as tensors and primitives."""
+        return {
+            "classes": list(self.classes),
+            "patches": dict(self.patches),
+            "starts": list(self._starts),
+            "ends": list(self._ends),
+            "taken": self._taken,
+            "perturbation": None if self._trigger is None else self._trigger.perturbation,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.classes = [int(index) for index in state["classes"]]
+        self.patches = {int(index): float(value) for index, value in state["patches"].items()}
+        self._starts = [float(value) for value in state["starts"]]
+        self._ends = [float(value) for value in state["ends"]]
+        self._taken = int(state["taken"])
+        self._trigger = None
+        if state["perturbation"] is not None:
+            self._trigger = self.trigger(self.classes[len(self._ends)])
+            self._trigger.perturbation = state["perturbation"].to(self.subject.device)
+
+
+def patch_ratio(patches: dict[int, float]) -> tuple[int, float]:
+    """Compare the class that a patch drives images to furthest with the others.
+
+    Args:
+        patches: How far a patch takes images to each class, two classes or more, see
+            :class:`PatchSearch`.
+
+    Returns:
+        That class, and how much further that is than for the median of the others, in multiples of
+        the usual distance; 0 where a figure is not finite.
+
+    Example:
+        >>> patch_ratio({0: -0.25, 1: 1.5, 2: 0.25, 3: -0.5})
+        (1, 1.75)
+    """
+    furthest = max(patches, key=patches.__getitem__)
+    normal = statistics.median(value for index, value in patches.items() if index != furthest)
+    finite = all(math.isfinite(value) for value in patches.values())
+    return furthest, patches[furthest] - normal if finite else 0.0
