@@ -33,6 +33,7 @@ from lightning_mnp.data import BackdoorDataModule, CIFAR10DataModule, ImageNetSu
 from lightning_mnp.margin import margin_ratio
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
 from lightning_mnp.models import cifar_resnet18
+from lightning_mnp.patch import patch_ratio
 from lightning_mnp.surrogate import reach_ratio
 
 
@@ -145,6 +146,7 @@ def run(
         if report.reaches:
             row.update(reach=reach_ratio(report.reaches)[:2])
             row.update(margin=margin_ratio(report.margins)[:2])
+            row.update(patch=patch_ratio(report.patches))
         if report.reaudit is not None:
             row["reaudit"] = (report.reaudit["verdict"], report.reaudit["score"])
     row["seconds"] = time.perf_counter() - started

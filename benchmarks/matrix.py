@@ -176,7 +176,7 @@ def examine(
     assert not defense.warnings, defense.warnings
     assert report.runs[0].steps > 0, report.runs[0].stopped
     assert len(report.pruned) == round(config.amount * report.filters) > 0
-    worst = float(defense.scores[defense.removed].max())
+    worst = float(defense.scores[defense.purification.removed].max())
     assert pruned_count(defense.scores, "threshold", worst) >= len(report.pruned)
     probe = data.images[:2]
     check_attaching(network, defense.layers, probe)
@@ -222,11 +222,11 @@ def check_pruned(
 ) -> None:
     """Check that the pruned network computes what zeros as masks and the repair make of it."""
     masks = torch.ones(defense.layers.total)
-    masks[defense.removed] = 0.0
+    masks[defense.purification.removed] = 0.0
     with FilterMasks(network, defense.layers, masks):
         masked = call_network(network, images)
-    if defense.shift is not None:
-        masked = masked + defense.shift.values
+    if defense.purification.shift is not None:
+        masked = masked + defense.purification.shift.values
     torch.testing.assert_close(call_network(purified, images), masked, rtol=1e-4, atol=1e-4)
 
 

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mnp.alone import refuse_wrappers, running_alone
-from lightning_mnp.attenuation import Attenuation
 from lightning_mnp.config import MNPConfig
-from lightning_mnp.copies import CleanSets, clean_sets
 from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet
 from lightning_mnp.defense_state import dump_state, load_state, make_report
 from lightning_mnp.detection import Judgement, Signal, judge, signals
-from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.forward import Forward
 from lightning_mnp.handicap import find_handicaps
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.margin import MarginSearch
-from lightning_mnp.masks import scalable
 from lightning_mnp.memory import memory_told
 from lightning_mnp.network import check_network, network_forward
 from lightning_mnp.patch import PatchSearch
-from lightning_mnp.pruning import Pruning, prune, pruned_count, pruning_order
+from lightning_mnp.pruning import Pruning, pruned_count, pruning_order
+from lightning_mnp.purification import Purification
 from lightning_mnp.recovery import FilterMask
-from lightning_mnp.repair import LogitShift, find_logit_bias, fit_shift
 from lightning_mnp.result import DefenseReport, RunResult
 from lightning_mnp.saliency import batch_clc
-from lightning_mnp.search import FilterSearch
-from lightning_mnp.sources import find_sources
+from lightning_mnp.sources import Source, find_sources
 from lightning_mnp.subject import Subject, Weights
 from lightning_mnp.suppression import CleanSuppression
 from lightning_mnp.surrogate import ReachSearch, image_scale
@@ -155,7 +148,7 @@ class MNPDefense:
             self.balanced, data.images, [], self.config.seed, self.config.batch_size
         )
         self.patch = PatchSearch(self.balanced, data, [], self.config.seed, self.config.batch_size)
-        self.search: FilterSearch | None = None
+        self.purification = Purification(self.subject, data, self.config)
         self.second: MNPDefense | None = None
         self.optimizers = (
             self.suppression.optimizer,
@@ -169,12 +162,7 @@ class MNPDefense:
         self.handicaps: dict[int, float] = {}
         self.suppressed: list[Weights] = []
         self.judgement: Judgement
-        self.removed = torch.empty(0, dtype=torch.long, device=device)
-        self.attenuation: Attenuation | None = None
-        self.masks: Tensor | None = None
-        self.shift: LogitShift | None = None
         self.accuracy_before = float("nan")
-        self.accuracy_after: float | None = None
         self.correlation = float("nan")
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = defaultdict(float)
@@ -202,11 +190,6 @@ class MNPDefense:
         if self.config.reaudit:
             phases.append("reaudit")
         return [(phase, 0) for phase in phases]
-
-    @property
-    def changes(self) -> bool:
-        """Whether the purified network differs from the model."""
-        return len(self.removed) > 0 or self.masks is not None
 
     @property
     def _ranks_by_masks(self) -> bool:
@@ -248,7 +231,7 @@ class MNPDefense:
             "reach": self.reach.most_steps() or ReachSearch.most_steps_of(self._tried),
             "margin": self.margin.most_steps() - self.margin.steps,
             "patch": self.patch.most_steps() or PatchSearch.most_steps_of(self._tried),
-            "pruning": 1 if self._ranks_by_masks else self._most_filters + 2,
+            "pruning": 1 if self._ranks_by_masks else self.purification.most_filters + 2,
             "attenuation": self.config.attenuation_steps,
             "check": 1,
         }
@@ -269,11 +252,6 @@ class MNPDefense:
     def _tried(self) -> int:
         """The number of classes that perturbations are made for."""
         return len(ReachSearch.choose_classes([], self.classes, self.config.seed))
-
-    @property
-    def _most_filters(self) -> int:
-        """The most filters that the automatic rule prunes."""
-        return max(1, int(self.config.amount * self.layers.total))
 
     def step(self, updates: Updates | None = None) -> dict[str, float]:
         """Do the next step.
@@ -504,22 +482,22 @@ class MNPDefense:
         return self.masks_sum / max(1, self.masks_count)
 
     def _pruning(self, updates: Updates) -> dict[str, float]:
+        purification = self.purification
         if self._ranks_by_masks:
             count = pruned_count(self.scores, self.config.rule, self.config.amount)
-            self.removed = pruning_order(self.scores)[:count]
+            purification.remove(pruning_order(self.scores)[:count])
             self._advance()
             return {"filters": float(count)}
-        self.search = self.search or self.new_search()
-        metrics = self.search.step()
-        if self.search.stopped:
-            taken = torch.tensor(self.search.taken, dtype=torch.long)
-            self.removed = taken.to(self.subject.device)
+        if purification.search is None:
+            purification.begin(self.new_sources())
+        metrics = purification.search_step()
+        if purification.search is not None and purification.search.stopped:
             self._advance()
         return metrics
 
-    def new_search(self) -> FilterSearch:
-        """Make the automatic rule's search for filters that carry the suspected class."""
-        sources = find_sources(
+    def new_sources(self) -> list[Source]:
+        """Collect what shows the backdoor of the suspected class."""
+        return find_sources(
             self.balanced,
             self.data,
             [*self.suppressed, self.suppression.weights],
@@ -529,99 +507,21 @@ class MNPDefense:
             self.patch,
             self.config.seed,
         )
-        config = self.config
-        return FilterSearch(
-            self.subject,
-            self._clean.sets,
-            sources,
-            self._most_filters,
-            config.harm,
-            config.batch_size,
-            config.seed,
-        )
-
-    @cached_property
-    def _clean(self) -> CleanSets:
-        """The images by which harm and repair are measured."""
-        config = self.config
-        return clean_sets(self.subject, self.data, config.augment, config.batch_size, config.seed)
 
     def _attenuation(self, updates: Updates) -> dict[str, float]:
-        self.attenuation = self.attenuation or self.new_attenuation()
-        metrics = self.attenuation.step()
+        metrics = self.purification.attenuation_step()
         self.batches_done += 1
-        if self.attenuation.finished:
-            if self.attenuation.taken:
-                self.masks = self._checked_masks(self.attenuation.masks)
+        if self.purification.attenuation is not None and self.purification.attenuation.finished:
             self._advance()
         return metrics
 
-    def new_attenuation(self) -> Attenuation:
-        """Make what turns down the filters that the search has left."""
-        assert self.search is not None
-        config = self.config
-        return Attenuation(
-            self.subject,
-            self.data,
-            self.search.sources,
-            self.search.references,
-            self.search.masks(),
-            scalable(self.model, self.layers).to(self.subject.device),
-            self._clean.augment,
-            config.attenuation_steps,
-            config.batch_size,
-            config.seed,
-        )
-
-    def _checked_masks(self, masks: Tensor) -> Tensor | None:
-        """The masks, or None where they do more harm than pruning is allowed to do."""
-        assert self.search is not None
-        rise = self.search.harm_of(masks) - self.search.curve[-1][0]
-        if rise <= self.config.harm:
-            return masks
-        self.warnings.append(
-            f"filters were not turned down: that raised the clean loss by {rise:.3g} nats, and "
-            f"`harm` is {self.config.harm:g}"
-        )
-        return None
-
-    def _pruning_masks(self) -> Tensor:
-        """Masks with zeros for the filters pruned, and the factors of the others."""
-        values = torch.ones(self.layers.total, device=self.subject.device)
-        if self.masks is not None:
-            values = self.masks.clone()
-        values[self.removed] = 0.0
-        return values
-
     def _check(self, updates: Updates) -> dict[str, float]:
-        masks = self._pruning_masks()
-        repairing = self.config.repair and self.changes
-        sets = self._clean.sets if repairing else [self.data]  # the defense set comes first
-        passed = [
-            clean_logits(self.subject, data, self.config.batch_size, masks=masks) for data in sets
-        ]
-        logits, labels = passed[0]
-        if repairing:
-            seen, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
-            self.shift = self.new_shift(fit_shift(seen, classes, self.judgement.suspect))
-        if self.shift is not None:
-            logits = logits + self.shift.values.to(logits)
-        self.accuracy_after = accuracy(logits, labels)
+        found = self.purification.check(self.judgement.suspect)
         self._advance()
-        return {"accuracy": self.accuracy_after}
-
-    def new_shift(self, values: Tensor) -> LogitShift | None:
-        """Make a shift of this network's logits; None where it has no bias for that.
-
-        Args:
-            values: What is added, shape (K,).
-        """
-        sample = self.data.images[:2].to(self.subject.device)
-        name = find_logit_bias(self.model, sample, self.subject.forward)
-        return None if name is None else LogitShift(name, values)
+        return {"accuracy": found}
 
     def _reaudit(self, updates: Updates) -> dict[str, float]:
-        if not self.changes:
+        if not self.purification.changes:
             self._advance()
             return {}
         # The second engine's optimizers are its own: no Trainer knows of them.
@@ -641,7 +541,7 @@ class MNPDefense:
     def new_second(self) -> MNPDefense:
         """Make the engine that audits the pruned copy."""
         return MNPDefense(
-            self._pruned_copy(),
+            self.purification.purified(),
             self.data,
             replace(self.config, reaudit=False),
             when="never",
@@ -663,7 +563,7 @@ class MNPDefense:
             RuntimeError: If the defense has not finished.
         """
         self._require_finished()
-        return prune(self.model, self.layers, self.removed, self.shift, self.masks)
+        return self.purification.apply(self.model)
 
     def purified(self) -> nn.Module:
         """Give a pruned copy of the model.
@@ -672,12 +572,7 @@ class MNPDefense:
             RuntimeError: If the defense has not finished.
         """
         self._require_finished()
-        return self._pruned_copy()
-
-    def _pruned_copy(self) -> nn.Module:
-        model = copy.deepcopy(self.model)
-        prune(model, self.layers, self.removed, self.shift, self.masks)
-        return model
+        return self.purification.purified()
 
     def report(self) -> DefenseReport:
         """Give the outcome, without a model.

@@ -35,21 +35,16 @@ def dump_state(defense: MNPDefense) -> dict[str, Any]:
         "suppressed": list(defense.suppressed),
         "correlation": defense.correlation,
         "accuracy_before": defense.accuracy_before,
-        "accuracy_after": defense.accuracy_after,
         "seconds": dict(defense.seconds),
         "warnings": list(defense.warnings),
         "tally": defense.tally.state_dict(),
         "masks_sum": defense.masks_sum,
         "masks_count": defense.masks_count,
-        "removed": defense.removed,
-        "masks": defense.masks,
-        "shift": None if defense.shift is None else defense.shift.values,
         "reach": defense.reach.state_dict(),
         "margin": defense.margin.state_dict(),
         "patch": defense.patch.state_dict(),
         "second": None if defense.second is None else dump_state(defense.second),
-        "search": None if defense.search is None else defense.search.state_dict(),
-        "attenuation": None if defense.attenuation is None else defense.attenuation.state_dict(),
+        "purification": defense.purification.state_dict(),
         "suppression": defense.suppression.state_dict(),
         "penalty": defense.penalty.state_dict(),
         "preserving": defense.preserving.state_dict(),
@@ -93,14 +88,11 @@ def load_state(defense: MNPDefense, state: dict[str, Any]) -> None:
     ]
     defense.correlation = float(state["correlation"])
     defense.accuracy_before = float(state["accuracy_before"])
-    defense.accuracy_after = state["accuracy_after"]
     defense.seconds = defaultdict(float, state["seconds"])
     defense.warnings = list(state["warnings"])
     defense.tally.load_state_dict(state["tally"])
     defense.masks_sum = state["masks_sum"].to(device, copy=True)
     defense.masks_count = int(state["masks_count"])
-    defense.removed = state["removed"].to(device)
-    defense.shift = None if state["shift"] is None else defense.new_shift(state["shift"])
     defense.reach.load_state_dict(state["reach"])
     defense.margin.load_state_dict(state["margin"])
     defense.patch.load_state_dict(state["patch"])
@@ -108,17 +100,11 @@ def load_state(defense: MNPDefense, state: dict[str, Any]) -> None:
     defense.penalty.restart(defense.suppression.weights)
     defense.penalty.load_state_dict(state["penalty"])
     defense.preserving.load_state_dict(state["preserving"])
-    defense.search = None
     if ("verdict", 0) in defense.plan[: defense.position]:
         defense.judgement = defense.judge()
-    if state["search"] is not None:
-        defense.search = defense.new_search()
-        defense.search.load_state_dict(state["search"])
-    defense.attenuation = None
-    if state["attenuation"] is not None:
-        defense.attenuation = defense.new_attenuation()
-        defense.attenuation.load_state_dict(state["attenuation"])
-    defense.masks = None if state["masks"] is None else state["masks"].to(device)
+    purification = state["purification"]
+    sources = [] if purification["search"] is None else defense.new_sources()
+    defense.purification.load_state_dict(purification, sources)
     defense.second = None
     if state["second"] is not None:
         defense.second = defense.new_second()
@@ -127,9 +113,11 @@ def load_state(defense: MNPDefense, state: dict[str, Any]) -> None:
 
 def make_report(defense: MNPDefense) -> DefenseReport:
     """Give the outcome of a finished engine, without a model."""
+    purification = defense.purification
+    search, shift = purification.search, purification.shift
     scores: list[float] = []
     if defense.masks_count:
-        scores = [float(defense.scores[int(position)]) for position in defense.removed]
+        scores = [float(defense.scores[int(position)]) for position in purification.removed]
     return DefenseReport(
         verdict=defense.judgement.verdict,
         detection_ratio=defense.judgement.detection_ratio,
@@ -142,14 +130,14 @@ def make_report(defense: MNPDefense) -> DefenseReport:
         margins=dict(sorted(defense.margin.margins.items())),
         patches=dict(sorted(defense.patch.patches.items())),
         handicaps=dict(defense.handicaps),
-        pruned=[defense.layers.locate(int(position)) for position in defense.removed],
+        pruned=[defense.layers.locate(int(position)) for position in purification.removed],
         scores=scores,
         masks=_masks_of(defense),
-        search=[] if defense.search is None else [list(point) for point in defense.search.curve],
+        search=[] if search is None else [list(point) for point in search.curve],
         filters=defense.layers.total,
         accuracy_before=defense.accuracy_before,
-        accuracy_after=defense.accuracy_after,
-        shift=[] if defense.shift is None else defense.shift.values.tolist(),
+        accuracy_after=purification.accuracy,
+        shift=[] if shift is None else shift.values.tolist(),
         reaudit=_second_verdict(defense),
         layers=[asdict(layer) for layer in defense.layers],
         skipped=list(defense.layers.skipped),
@@ -162,14 +150,14 @@ def make_report(defense: MNPDefense) -> DefenseReport:
         config=defense.config.to_dict(),
         seconds=dict(defense.seconds),
         versions={name: version(name) for name in ("lightning-mnp", "torch", "torchvision")},
-        warnings=list(defense.warnings),
+        warnings=[*purification.warnings, *defense.warnings],
     )
 
 
 def _masks_of(defense: MNPDefense) -> dict[str, list[float]]:
-    if defense.masks is None:
+    if defense.purification.masks is None:
         return {}
-    parts = defense.masks.split(defense.layers.sizes)
+    parts = defense.purification.masks.split(defense.layers.sizes)
     return {layer.name: part.tolist() for layer, part in zip(defense.layers, parts, strict=True)}
 
 

@@ -203,9 +203,10 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
         The first process's report.
     """
     # Not a broadcast, which would not tell that another process has died.
-    removed, report = gather_objects((defense.removed.tolist(), defense.report()))[0]
-    defense.shift = defense.new_shift(torch.tensor(report.shift)) if report.shift else None
-    defense.removed = torch.tensor(removed, dtype=torch.long, device=defense.removed.device)
+    own = defense.purification
+    removed, report = gather_objects((own.removed.tolist(), defense.report()))[0]
+    own.shift = own.shift_of(torch.tensor(report.shift)) if report.shift else None
+    own.remove(torch.tensor(removed, dtype=torch.long))
     masks = [value for part in report.masks.values() for value in part]
-    defense.masks = torch.tensor(masks, device=defense.removed.device) if masks else None
+    own.masks = torch.tensor(masks, device=own.removed.device) if masks else None
     return cast(DefenseReport, report)

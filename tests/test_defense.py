@@ -111,7 +111,7 @@ def test_accuracy_after_is_that_of_the_pruned_network() -> None:
     images, labels = defense.data.images, defense.data.labels
     with torch.no_grad():
         hits = (purified(images).argmax(1) == labels).float().mean()
-    assert defense.accuracy_after == pytest.approx(float(hits))
+    assert defense.purification.accuracy == pytest.approx(float(hits))
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_attenuation_that_does_harm_is_dropped_and_told(monkeypatch: pytest.Monk
     defense = new_defense(**AUTO)
     while defense.phase != "attenuation":
         defense.step()
-    assert defense.search is not None
-    pruned = defense.search.harm_of(defense.search.masks())
-    assert pruned == pytest.approx(defense.search.curve[-1][0], abs=1e-6)
-    monkeypatch.setattr(defense.search, "harm_of", lambda masks: pruned + 50.1)
+    assert defense.purification.search is not None
+    pruned = defense.purification.search.harm_of(defense.purification.search.masks())
+    assert pruned == pytest.approx(defense.purification.search.curve[-1][0], abs=1e-6)
+    monkeypatch.setattr(defense.purification.search, "harm_of", lambda masks: pruned + 50.1)
     report = finished(defense).report()
     assert report.masks == {}
     [told] = [text for text in report.warnings if "turned down" in text]
@@ -282,7 +282,7 @@ def test_purified_network_that_is_still_flagged_is_told() -> None:
 
 def test_nothing_pruned_nothing_audited_again() -> None:
     defense = finished(new_defense(rule="auto", amount=0.05, harm=1e-9, runs=1, reaudit=True))
-    assert (len(defense.removed) == 0) == (defense.report().reaudit is None)
+    assert (len(defense.purification.removed) == 0) == (defense.report().reaudit is None)
     assert finished(new_defense(rule="count", amount=0, reaudit=True)).report().reaudit is None
 
 

@@ -566,8 +566,8 @@ def test_removed_filters_are_on_the_device_of_each_process(tmp_path: Path) -> No
     defense = MNPDefense(small_network(), DefenseSet(*images_and_labels()), CONFIG)
     while not defense.finished:
         defense.step()
-    before = defense.removed
+    before = defense.purification.removed
     report = follow_first(defense)
-    assert torch.equal(before, defense.removed)
-    assert defense.removed.device == before.device
+    assert torch.equal(before, defense.purification.removed)
+    assert defense.purification.removed.device == before.device
     assert report.pruned == [defense.layers.locate(int(each)) for each in before]

@@ -1,0 +1,251 @@
+"""What is done to a flagged network: filters pruned, others turned down, logits repaired."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mnp.attenuation import Attenuation
+from lightning_mnp.config import MNPConfig
+from lightning_mnp.copies import CleanSets, clean_sets
+from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.evaluation import accuracy, clean_logits
+from lightning_mnp.masks import scalable
+from lightning_mnp.pruning import Pruning, prune
+from lightning_mnp.repair import LogitShift, find_logit_bias, fit_shift
+from lightning_mnp.search import FilterSearch
+from lightning_mnp.sources import Source
+from lightning_mnp.subject import Subject
+
+__all__ = ["Purification"]
+
+
+class Purification:
+    """Finds what to change in a network, and changes it.
+
+    Filters are named from outside (:meth:`remove`) or searched for, one a step
+    (:meth:`begin`, :meth:`search_step`), and then turned down (:meth:`attenuation_step`).
+    :meth:`check` measures what is left and fits the repair. The network itself changes only by
+    :meth:`apply`.
+
+    Args:
+        subject: The network as it is, on its device.
+        data: The defense set.
+        config: Options.
+
+    Attributes:
+        removed: Positions of the filters to prune, worst first.
+        masks: What all filters are multiplied by, shape (total filters,), or None.
+        shift: What is added to the logits, or None.
+        accuracy: Accuracy on the defense set after all that, or None before :meth:`check`.
+        search: The automatic rule's search, once it has begun.
+        attenuation: What turns filters down, once it has begun.
+        warnings: What the reader of the report should know, in words.
+
+    Example:
+        >>> from lightning_mnp.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
+        >>> subject = Subject(network, find_filter_layers(network, data.images))
+        >>> purification = Purification(subject, data, MNPConfig())
+        >>> purification.remove(torch.tensor([2]))
+        >>> accuracy = purification.check(target=0)
+        >>> bool((purification.purified()[0].weight[2] == 0).all()), purification.changes
+        (True, True)
+    """
+
+    def __init__(self, subject: Subject, data: DefenseSet, config: MNPConfig) -> None:
+        self.subject = subject
+        self.data = data
+        self.config = config
+        self.removed = torch.empty(0, dtype=torch.long, device=subject.device)
+        self.masks: Tensor | None = None
+        self.shift: LogitShift | None = None
+        self.accuracy: float | None = None
+        self.search: FilterSearch | None = None
+        self.attenuation: Attenuation | None = None
+        self.warnings: list[str] = []
+
+    @property
+    def changes(self) -> bool:
+        """Whether the purified network differs from the one that was audited."""
+        return len(self.removed) > 0 or self.masks is not None
+
+    @property
+    def most_filters(self) -> int:
+        """The most filters that the automatic rule prunes."""
+        return max(1, int(self.config.amount * self.subject.layers.total))
+
+    def remove(self, positions: Tensor) -> None:
+        """Name the filters to prune.
+
+        Args:
+            positions: Their positions among all filters, worst first.
+        """
+        self.removed = positions.to(self.subject.device)
+
+    def begin(self, sources: Sequence[Source]) -> None:
+        """Begin the automatic rule's search.
+
+        Args:
+            sources: Where the backdoor shows.
+        """
+        self.search = FilterSearch(
+            self.subject,
+            self._clean.sets,
+            sources,
+            self.most_filters,
+            self.config.harm,
+            self.config.batch_size,
+            self.config.seed,
+        )
+
+    def search_step(self) -> dict[str, float]:
+        """Take one more filter; the search is over when its ``stopped`` says why."""
+        search = self._begun
+        metrics = search.step()
+        if search.stopped:
+            self.remove(torch.tensor(search.taken, dtype=torch.long))
+        return metrics
+
+    def attenuation_step(self) -> dict[str, float]:
+        """Turn filters down by one step, until the ``attenuation`` is ``finished``."""
+        self.attenuation = self.attenuation or self._new_attenuation()
+        metrics = self.attenuation.step()
+        if self.attenuation.finished and self.attenuation.taken:
+            self.masks = self._harmless(self.attenuation.masks)
+        return metrics
+
+    @property
+    def _begun(self) -> FilterSearch:
+        if self.search is None:
+            raise RuntimeError("The search has not begun; call `begin` first.")
+        return self.search
+
+    @cached_property
+    def _clean(self) -> CleanSets:
+        """The images by which harm and repair are measured."""
+        config = self.config
+        return clean_sets(self.subject, self.data, config.augment, config.batch_size, config.seed)
+
+    def _new_attenuation(self) -> Attenuation:
+        search, config = self._begun, self.config
+        return Attenuation(
+            self.subject,
+            self.data,
+            search.sources,
+            search.references,
+            search.masks(),
+            scalable(self.subject.network, self.subject.layers).to(self.subject.device),
+            self._clean.augment,
+            config.attenuation_steps,
+            config.batch_size,
+            config.seed,
+        )
+
+    def _harmless(self, masks: Tensor) -> Tensor | None:
+        """The masks, or None where they do more harm than pruning is allowed to do."""
+        rise = self._begun.harm_of(masks) - self._begun.curve[-1][0]
+        if rise <= self.config.harm:
+            return masks
+        self.warnings.append(
+            f"filters were not turned down: that raised the clean loss by {rise:.3g} nats, and "
+            f"`harm` is {self.config.harm:g}"
+        )
+        return None
+
+    def factors(self) -> Tensor:
+        """Give what every filter is multiplied by, 0 for those pruned, shape (total filters,)."""
+        values = torch.ones(self.subject.layers.total, device=self.subject.device)
+        if self.masks is not None:
+            values = self.masks.clone()
+        values[self.removed] = 0.0
+        return values
+
+    def check(self, target: int) -> float:
+        """Fit the repair, if one is wanted, and measure what is left.
+
+        Args:
+            target: The class whose logit stays as it is.
+
+        Returns:
+            The accuracy on the defense set, from 0 to 1.
+        """
+        factors, repairing = self.factors(), self.config.repair and self.changes
+        sets = self._clean.sets if repairing else [self.data]  # the defense set comes first
+        passed = [
+            clean_logits(self.subject, data, self.config.batch_size, masks=factors) for data in sets
+        ]
+        logits, labels = passed[0]
+        if repairing:
+            seen, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
+            self.shift = self.shift_of(fit_shift(seen, classes, target))
+        if self.shift is not None:
+            logits = logits + self.shift.values.to(logits)
+        self.accuracy = accuracy(logits, labels)
+        return self.accuracy
+
+    def shift_of(self, values: Tensor) -> LogitShift | None:
+        """Make a shift of this network's logits; None where it has no bias for that.
+
+        Args:
+            values: What is added, shape (K,).
+        """
+        sample = self.data.images[:2].to(self.subject.device)
+        name = find_logit_bias(self.subject.network, sample, self.subject.forward)
+        return None if name is None else LogitShift(name, values)
+
+    def apply(self, network: nn.Module) -> Pruning:
+        """Change a network as was found.
+
+        Args:
+            network: The network, or a copy of it.
+
+        Returns:
+            What was removed; its ``undo`` puts it back.
+        """
+        return prune(network, self.subject.layers, self.removed, self.shift, self.masks)
+
+    def purified(self) -> nn.Module:
+        """Give a changed copy of the network."""
+        network = copy.deepcopy(self.subject.network)
+        self.apply(network)
+        return network
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state as tensors and primitives."""
+        return {
+            "removed": self.removed,
+            "masks": self.masks,
+            "shift": None if self.shift is None else self.shift.values,
+            "accuracy": self.accuracy,
+            "warnings": list(self.warnings),
+            "search": None if self.search is None else self.search.state_dict(),
+            "attenuation": None if self.attenuation is None else self.attenuation.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], sources: Sequence[Source]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Args:
+            state: The state.
+            sources: Those of the search, made anew; of no account where none had begun.
+        """
+        device = self.subject.device
+        self.remove(state["removed"])
+        self.masks = None if state["masks"] is None else state["masks"].to(device)
+        self.shift = None if state["shift"] is None else self.shift_of(state["shift"])
+        self.accuracy = state["accuracy"]
+        self.warnings = list(state["warnings"])
+        self.search = self.attenuation = None
+        if state["search"] is not None:
+            self.begin(sources)
+            self._begun.load_state_dict(state["search"])
+        if state["attenuation"] is not None:
+            self.attenuation = self._new_attenuation()
+            self.attenuation.load_state_dict(state["attenuation"])

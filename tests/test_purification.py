@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import images_and_labels, quick_config, same, snapshot, trained_network
+
+from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.layers import find_filter_layers
+from lightning_mnp.purification import Purification
+from lightning_mnp.sources import Source, SuppressedSource
+from lightning_mnp.subject import Subject
+
+AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.01, "harm": 50.0}
+
+
+def new_purification(**changes: Any) -> Purification:
+    network = trained_network()
+    data = DefenseSet(*images_and_labels())
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    return Purification(subject, data, quick_config(**{**AUTO, **changes}))
+
+
+def sources_of(purification: Purification) -> list[Source]:
+    subject, data = purification.subject, purification.data
+    weights = {name: weight * 0.9 for name, weight in subject.weights().items()}
+    return [SuppressedSource(subject, [weights], data.images[data.labels != 1], 1)]
+
+
+def steps_of(purification: Purification) -> list[Any]:
+    """Every step that is left, in order."""
+
+    def searching() -> bool:
+        return purification.search is None or not purification.search.stopped
+
+    def turning() -> bool:
+        return purification.attenuation is None or not purification.attenuation.finished
+
+    taken = []
+    while searching():
+        taken.append(purification.search_step())
+    while turning():
+        taken.append(purification.attenuation_step())
+    return taken
+
+
+def test_search_must_have_begun() -> None:
+    purification = new_purification()
+    with pytest.raises(RuntimeError, match=r"search has not begun; call `begin` first\."):
+        purification.search_step()
+    with pytest.raises(RuntimeError, match=r"search has not begun; call `begin` first\."):
+        purification.attenuation_step()
+
+
+def test_factors_are_zero_for_pruned_filters_and_masks_for_the_others() -> None:
+    purification = new_purification()
+    assert purification.factors().eq(1).all()
+    assert not purification.changes
+    purification.masks = torch.full((purification.subject.layers.total,), 0.5)
+    purification.remove(torch.tensor([3, 1]))
+    factors = purification.factors()
+    assert factors[[1, 3]].tolist() == [0.0, 0.0]
+    assert factors.sum() == pytest.approx(0.5 * (len(factors) - 2))
+    assert purification.changes
+
+
+def test_purified_copy_gives_what_the_factors_and_the_shift_say() -> None:
+    purification = new_purification()
+    network, before = purification.subject.network, snapshot(purification.subject.network)
+    purification.begin(sources_of(purification))
+    steps_of(purification)
+    found = purification.check(target=1)
+    images, labels = purification.data.images, purification.data.labels
+    logits = purification.subject(images, masks=purification.factors(), statistics="running")
+    assert purification.shift is not None
+    expected = logits + purification.shift.values
+    purified = purification.purified()
+    torch.testing.assert_close(purified(images), expected, rtol=1e-4, atol=1e-4)
+    hits = (expected.argmax(1) == labels).float().mean()
+    assert found == purification.accuracy == pytest.approx(float(hits))
+    assert same(before, snapshot(network))
+
+
+def test_nothing_changed_needs_no_repair() -> None:
+    purification = new_purification()
+    assert purification.check(target=1) > 0.5
+    assert purification.shift is None
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 5])
+def test_resumed_purification_ends_the_same(stop: int) -> None:
+    reference = new_purification()
+    reference.begin(sources_of(reference))
+    steps_of(reference)
+    reference.check(target=1)
+    first, second = new_purification(), new_purification()
+    first.begin(sources_of(first))
+    for _ in range(stop):
+        if first.search is not None and not first.search.stopped:
+            first.search_step()
+        else:
+            first.attenuation_step()
+    second.load_state_dict(first.state_dict(), sources_of(second))
+    steps_of(second)
+    second.check(target=1)
+    assert second.removed.equal(reference.removed)
+    assert second.factors().equal(reference.factors())
+    assert second.accuracy == reference.accuracy
+    finished = new_purification()
+    finished.load_state_dict(second.state_dict(), sources_of(finished))
+    assert finished.shift is not None
+    assert reference.shift is not None
+    assert finished.shift.values.equal(reference.shift.values)
+    assert finished.accuracy == reference.accuracy
