@@ -26,8 +26,6 @@ _LEAST_EFFECT = 0.05
 # How the slope of a clean margin counts as a rise of the clean loss, roughly.
 _HARM_WEIGHT = 0.1
 _HARM_FLOOR = 0.005
-# A source that shows no more than this share of its strength at the start shows nothing more.
-_GONE = 0.1
 # A filter that raises the clean loss by no more than this is taken without looking further.
 _HARMLESS = 0.001
 
@@ -38,9 +36,9 @@ class FilterSearch:
     In each step, the first-order effect of every filter on the margins of the sources is set
     against its first-order effect on clean margins. The clean loss without each of the best four
     is measured, best first, and the one with the most effect for its harm is taken, or the first
-    that does no harm. The search ends when the sources show nothing more, at the most filters, or
-    when all that is left is too harmful: one filter may raise the clean loss by half of the
-    allowance, all of them by the allowance above the lowest clean loss on the way.
+    that does no harm. The search ends at the most filters, or when all that is left is too
+    harmful: one filter may raise the clean loss by half of the allowance, all of them by the
+    allowance above the lowest clean loss on the way.
 
     Args:
         subject: The network.
@@ -112,9 +110,6 @@ class FilterSearch:
         self._note(0.0)
 
     def _take_next(self) -> None:
-        if self._gone():
-            self.stopped = "the sources show nothing more of the backdoor"
-            return
         if len(self.taken) >= self.most:
             self.stopped = f"the most filters, {self.most}, were taken"
             return
@@ -128,21 +123,6 @@ class FilterSearch:
         for source in self.sources:
             source.adapt(masks, len(self.taken))
         self._note(best[1])
-
-    def _gone(self) -> bool:
-        """Whether no source that decides shows anything, even after it was made anew."""
-        if not self._weak():
-            return False
-        masks = self.masks()
-        for source in self.sources:
-            source.adapt(masks, 0)
-        return self._weak()
-
-    def _weak(self) -> bool:
-        whole = zip(self.sources, self._levels(), self.references, strict=True)
-        return all(
-            level <= _GONE * reference for source, level, reference in whole if source.decides
-        )
 
     def _note(self, harm: float) -> None:
         levels = zip(self._levels(), self.references, strict=True)

@@ -57,7 +57,7 @@ class Source(Protocol):
 
     Attributes:
         name: What it is.
-        decides: Whether the backdoor counts as there as long as it shows in this source.
+        decides: Whether filters are turned down as long as the backdoor shows in this source.
     """
 
     name: str
@@ -100,7 +100,7 @@ class SuppressedSource:
         weights: The suppressed weights of each run.
         images: Clean images of other classes, shape (N, C, ...), which the runs share.
         target: The target class.
-        decides: Whether the backdoor counts as there as long as predictions pile up.
+        decides: Whether filters are turned down as long as predictions pile up.
     """
 
     name = "suppressed network"
@@ -280,9 +280,9 @@ def find_sources(
     The suppressed network always does. Where the reach of the class is out of the ordinary, a
     universal perturbation of a length that does not suffice for other classes is added; where its
     margin is, images of greatest margin are, and with an ordinary reach a long perturbation; where
-    patches drive images to it further than to others, images under a patch are. What the other
-    sources show decides on when the backdoor is gone; the suppressed network does where it is the
-    strongest signal or the only source, since what is left of a pile-up need not be the backdoor.
+    patches drive images to it further than to others, images under a patch are. The suppressed
+    network decides on how long filters are turned down where it is the strongest signal or the
+    only source: what is left of a pile-up need not be the backdoor.
 
     Args:
         subject: The network.
