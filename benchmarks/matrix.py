@@ -173,7 +173,7 @@ def examine(
     peak = peak_mib()
     after = network.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert not defense.warnings, defense.warnings
+    assert not report.warnings, report.warnings
     assert report.runs[0].steps > 0, report.runs[0].stopped
     assert len(report.pruned) == round(config.amount * report.filters) > 0
     worst = float(defense.scores[defense.purification.removed].max())

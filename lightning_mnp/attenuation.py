@@ -53,7 +53,7 @@ class Attenuation:
             pruned.
         free: Which filters may be turned down, boolean, same shape.
         augment: What is done to the images.
-        steps: Number of steps.
+        steps: Most steps.
         batch_size: Most images in a batch.
         seed: Seed of order and augmentation.
 
@@ -137,7 +137,7 @@ class Attenuation:
             logits = self.subject(images, masks=masks, statistics="running")
             loss = F.cross_entropy(logits, labels)
             (gradient,) = torch.autograd.grad(loss, masks)
-        greatest, left = 0.0, 0.0
+        greatest, enough = 0.0, True
         # One by one, so that no more than one batch's activations are in memory.
         for source, now, before in zip(self.sources, self._now, self.references, strict=True):
             with torch.enable_grad():
@@ -146,8 +146,8 @@ class Attenuation:
             level = float(found.detach()) / before
             greatest = max(greatest, level)
             if source.decides:
-                left = max(left, level)
-        self.enough = left <= _ENOUGH
+                enough = enough and level <= _ENOUGH  # not so where it is NaN
+        self.enough = enough
         if not self.enough:
             self._move(gradient)
             if self.taken % _FOLLOW == 0:

@@ -1,4 +1,4 @@
-"""The verdict: what the suppression runs, reaches and margins of the classes say of a network."""
+"""The verdict: what suppression runs, reaches, margins and patches say of a network."""
 
 from __future__ import annotations
 

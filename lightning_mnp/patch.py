@@ -26,6 +26,8 @@ __all__ = ["PatchSearch", "PatchTrigger", "patch_ratio"]
 # Share of the pixels that a patch may cover.
 _SHARE = 0.05
 _IMAGES = 64
+# In logits. A network that knows little has its classes close together, and all are easily reached.
+_LEAST_DISTANCE = 1.0
 # The largest change of a pixel in a step, as a share of the range of values: far at first, so that
 # pixels can be exchanged for better ones, then closer.
 _FAR_STEPS, _FAR = 8, 0.5
@@ -193,7 +195,7 @@ class PatchSearch:
                 self._ends.append(float(self._trigger.margins().mean()))
             self._trigger, self._taken = None, 0
         if len(self._ends) == len(self.classes):
-            usual = max(-statistics.median(self._starts), 1e-6)
+            usual = max(-statistics.median(self._starts), _LEAST_DISTANCE)
             relative = (end / usual for end in self._ends)
             self.patches = dict(zip(self.classes, relative, strict=True))
         return {"margin": margin}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet, seeded_generator
-from lightning_mnp.detection import Signal
+from lightning_mnp.detection import PATCH_AT, Signal
 from lightning_mnp.margin import MarginAscent, MarginSearch, margin_ratio
 from lightning_mnp.patch import PatchSearch, PatchTrigger, patch_ratio
 from lightning_mnp.subject import Subject, Weights
@@ -37,8 +37,6 @@ _MARGIN_IMAGES = 8
 # greatest margin, is nothing out of the ordinary.
 _NORMAL_REACH = 0.8
 _NORMAL_MARGIN = 1.5
-# The same for a patch that drives images further to it than to others by this.
-_NORMAL_PATCH = 0.85
 # Length of the perturbation where the reach points to the class, in multiples of the median reach.
 _SHORT_REACH = 0.6
 # Where the margin points to the class and the reach does not: a perturbation far longer than one
@@ -313,7 +311,7 @@ def find_sources(
             MarginSource(margin.ascent(target, min(_MARGIN_IMAGES, margin.batch_size)), normal)
         )
     furthest, further = patch_ratio(patch.patches)
-    if furthest == target and further > _NORMAL_PATCH:
+    if furthest == target and further > PATCH_AT:
         sources.append(PatchSource(patch.trigger(target)))
     decides = strongest.name == "pile-up" or not sources
     return [SuppressedSource(subject, suppressed, images, target, decides), *sources]

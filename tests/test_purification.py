@@ -88,7 +88,7 @@ def test_nothing_changed_needs_no_repair() -> None:
     assert purification.shift is None
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3, 5])
+@pytest.mark.parametrize("stop", [0, 1, 3, 5, 6, 8])
 def test_resumed_purification_ends_the_same(stop: int) -> None:
     reference = new_purification()
     reference.begin(sources_of(reference))
