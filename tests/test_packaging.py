@@ -73,9 +73,9 @@ def test_readme_has_the_two_commands_that_ci_runs() -> None:
     readme = (REPOSITORY / "README.md").read_text("utf-8")
     ci = (REPOSITORY / ".ci" / "run").read_text("utf-8")
     assert '\npip install ".[demo]" && lightning-mnp demo\n' in readme
-    assert '\npip install -e ".[dev]" && pytest\n' in readme
+    assert '\npip install -e ".[dev]" && pytest -n auto\n' in readme
     assert re.search(r'^pip install .*-e "\.\[dev\]"$', ci, re.MULTILINE)
-    assert re.search(r"^pytest ", ci, re.MULTILINE)
+    assert re.search(r"^pytest -n auto ", ci, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
