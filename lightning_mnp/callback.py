@@ -145,7 +145,7 @@ class MNPCallback(Callback):
             bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
             run_defense(defense, progress=bar and not _is_trial(trainer))
             report = follow_first(defense)
-            if defense.purification.changes:
+            if report.changes:
                 defense.prune_()
         self.report = report
         for logger in trainer.loggers:

@@ -228,9 +228,9 @@ class MNPDefense:
             "saliency": self.passes,
             "masks": self.passes * self.config.mask_epochs,
             "verdict": 1,
-            "reach": self.reach.most_steps() or ReachSearch.most_steps_of(self._tried),
+            "reach": self.reach.most_steps() or ReachSearch.most_steps_of(self.classes),
             "margin": self.margin.most_steps() - self.margin.steps,
-            "patch": self.patch.most_steps() or PatchSearch.most_steps_of(self._tried),
+            "patch": self.patch.most_steps() or PatchSearch.most_steps_of(self.classes),
             "pruning": 1 if self._ranks_by_masks else self.purification.most_filters + 2,
             "attenuation": self.config.attenuation_steps,
             "check": 1,
@@ -242,16 +242,11 @@ class MNPDefense:
             audit = ("reference", *("suppression", "saliency") * self.config.runs, "verdict")
             lengths["reaudit"] += sum(lengths[phase] for phase in audit)
             if self.config.verdict == "signals":
-                lengths["reaudit"] += ReachSearch.most_steps_of(self._tried)
-                lengths["reaudit"] += PatchSearch.most_steps_of(self._tried)
+                lengths["reaudit"] += ReachSearch.most_steps_of(self.classes)
+                lengths["reaudit"] += PatchSearch.most_steps_of(self.classes)
                 lengths["reaudit"] += self.margin.most_steps()
         left = sum(lengths[phase] for phase, _ in self.plan[self.position :])
         return left - self.batches_done
-
-    @property
-    def _tried(self) -> int:
-        """The number of classes that perturbations are made for."""
-        return len(ReachSearch.choose_classes([], self.classes, self.config.seed))
 
     def step(self, updates: Updates | None = None) -> dict[str, float]:
         """Do the next step.

@@ -18,7 +18,14 @@ from lightning_mnp.memory import memory_told
 from lightning_mnp.processes import process_count, read_together, whole_loader
 from lightning_mnp.subset import balanced_indices
 
-__all__ = ["LEAST_BATCH", "DefenseSet", "Unpack", "seeded_generator", "unpack_batch"]
+__all__ = [
+    "LEAST_BATCH",
+    "DefenseSet",
+    "Unpack",
+    "seeded_generator",
+    "unpack_batch",
+    "value_range",
+]
 
 # Fewer images have no statistics of their own to be normalized by.
 LEAST_BATCH = 3
@@ -37,6 +44,24 @@ def seeded_generator(*key: str | int) -> torch.Generator:
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def value_range(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the least and the greatest value of each channel.
+
+    Args:
+        images: Shape (N, C, ...).
+
+    Returns:
+        Two tensors of shape (1, C, 1, ...).
+
+    Example:
+        >>> low, high = value_range(torch.tensor([[[1.0, 2.0]], [[0.0, 3.0]]]))
+        >>> low.item(), high.item()
+        (0.0, 3.0)
+    """
+    dims = [0, *range(2, images.ndim)]
+    return images.amin(dims, keepdim=True), images.amax(dims, keepdim=True)
 
 
 class DefenseSet:
@@ -74,6 +99,25 @@ class DefenseSet:
         self.images = images[order]
         self.labels = labels[order]
         self.fingerprint = hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
+
+    def others(
+        self, target: int, count: int, device: torch.device, key: tuple[str | int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Draw images of other classes than one, without putting any back.
+
+        Args:
+            target: That class.
+            count: Most images.
+            device: Where they go.
+            key: Of the random numbers, see :func:`seeded_generator`.
+
+        Returns:
+            Images, shape (N, C, ...), and labels, shape (N,).
+        """
+        others = (self.labels != target).nonzero().flatten()
+        drawn = torch.randperm(len(others), generator=seeded_generator(*key))
+        rows = others[drawn[:count]]
+        return self.images[rows].to(device), self.labels[rows].to(device)
 
     @classmethod
     def from_loader(

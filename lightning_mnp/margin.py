@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mnp.defense_set import seeded_generator
+from lightning_mnp.defense_set import seeded_generator, value_range
 from lightning_mnp.subject import Subject
 
 __all__ = ["MarginAscent", "MarginSearch", "class_margins", "margin_ratio"]
@@ -193,8 +193,7 @@ class MarginSearch:
         generator = seeded_generator(self.seed, *key)
         rows = torch.randint(len(self.data), (len(classes),), generator=generator)
         device = self.subject.device
-        dims = [0, *range(2, self.data.ndim)]
-        low, high = (of(dims, keepdim=True).to(device) for of in (self.data.amin, self.data.amax))
+        low, high = (bound.to(device) for bound in value_range(self.data))
         images = self.data[rows].to(device)
         return MarginAscent(self.subject, images, classes.to(device), low, high, self.batch_size)
 

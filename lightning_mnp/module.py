@@ -195,7 +195,7 @@ class MNPModule(LightningModule):
 
     def _finish(self, defense: MNPDefense) -> None:
         self.report = follow_first(defense)
-        if defense.purification.changes:
+        if self.report.changes:
             defense.prune_()
         self.report.model = self.network
         self.log_dict(self.report.metrics(), batch_size=1)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mnp.defense_set import DefenseSet, seeded_generator
+from lightning_mnp.defense_set import DefenseSet, value_range
 from lightning_mnp.subject import Subject
-from lightning_mnp.surrogate import push_loss, target_margins
+from lightning_mnp.surrogate import MOST_CLASSES, push_loss, target_margins
 
 __all__ = ["PatchSearch", "PatchTrigger", "patch_ratio"]
 
@@ -32,6 +32,7 @@ _LEAST_DISTANCE = 1.0
 # pixels can be exchanged for better ones, then closer.
 _FAR_STEPS, _FAR = 8, 0.5
 _NEAR_STEPS, _NEAR = 12, 0.2
+_FOLLOWING_STEPS = 3
 
 
 class PatchTrigger:
@@ -118,6 +119,11 @@ class PatchTrigger:
         for taken in range(_FAR_STEPS + _NEAR_STEPS):
             self.step(_length(taken), masks)
 
+    def follow(self, masks: Tensor) -> None:
+        """Take some steps more, after the masks have changed a little."""
+        for _ in range(_FOLLOWING_STEPS):
+            self.step(_NEAR, masks)
+
     def _sparse(self, perturbation: Tensor, span: Tensor) -> Tensor:
         """Put back all pixels but those that are changed most."""
         change = (perturbation / span.clamp_min(1e-12)).abs().sum(1).flatten()
@@ -172,8 +178,8 @@ class PatchSearch:
 
     @staticmethod
     def most_steps_of(total: int) -> int:
-        """The number of steps for so many classes."""
-        return total * (_FAR_STEPS + _NEAR_STEPS)
+        """The number of steps for a network of so many classes."""
+        return min(total, MOST_CLASSES) * (_FAR_STEPS + _NEAR_STEPS)
 
     def most_steps(self) -> int:
         """The number of steps left."""
@@ -206,14 +212,10 @@ class PatchSearch:
         Args:
             target: The class.
         """
-        others = (self.data.labels != target).nonzero().flatten()
-        drawn = torch.randperm(len(others), generator=seeded_generator(self.seed, "patch", target))
-        rows = others[drawn[: min(_IMAGES, self.batch_size)]]
-        images, device = self.data.images, self.subject.device
-        dims = [0, *range(2, images.ndim)]
-        low, high = (of(dims, keepdim=True).to(device) for of in (images.amin, images.amax))
-        labels = self.data.labels[rows].to(device)
-        return PatchTrigger(self.subject, images[rows].to(device), labels, target, low, high)
+        device, count = self.subject.device, min(_IMAGES, self.batch_size)
+        images, labels = self.data.others(target, count, device, (self.seed, "patch", target))
+        low, high = (bound.to(device) for bound in value_range(self.data.images))
+        return PatchTrigger(self.subject, images, labels, target, low, high)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as tensors and primitives."""

@@ -46,8 +46,6 @@ _FIRST_STEPS = 20
 _NEXT_STEPS = 3
 _FIRST_ASCENT = 60
 _NEXT_ASCENT = 10
-_NEXT_PATCH = 3
-_PATCH_STEP = 0.2
 
 
 class Source(Protocol):
@@ -250,9 +248,8 @@ class PatchSource:
         """Take some steps of the patch."""
         if not taken:
             self.trigger.approach(masks)
-            return
-        for _ in range(_NEXT_PATCH):
-            self.trigger.step(_PATCH_STEP, masks)
+        else:
+            self.trigger.follow(masks)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the patch."""
@@ -293,10 +290,8 @@ def find_sources(
         seed: Seed of the images.
     """
     device, target = subject.device, strongest.suspect
-    others = (data.labels != target).nonzero().flatten()
-    drawn = torch.randperm(len(others), generator=seeded_generator(seed, "sources"))
-    rows = others[drawn[: min(_IMAGES, margin.batch_size)]]
-    images, labels = data.images[rows].to(device), data.labels[rows].to(device)
+    count = min(_IMAGES, margin.batch_size)
+    images, labels = data.others(target, count, device, (seed, "sources"))
     sources: list[Source] = []
     soonest, ratio, median = reach_ratio(reach.reaches)
     greatest, excess, normal = margin_ratio(margin.margins)

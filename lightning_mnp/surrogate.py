@@ -23,6 +23,7 @@ from lightning_mnp.defense_set import seeded_generator
 from lightning_mnp.subject import Subject
 
 __all__ = [
+    "MOST_CLASSES",
     "ReachSearch",
     "SurrogateTrigger",
     "image_scale",
@@ -38,7 +39,7 @@ _GROWTH = 1.1
 _MOST_STEPS = 20
 # Success at which a class counts as reached.
 _LEVEL = 0.5
-_MOST_CLASSES = 10
+MOST_CLASSES = 10
 # Where most images have arrived, cross-entropy has no slope left; the margin has.
 _ARRIVED = 0.9
 
@@ -223,7 +224,7 @@ class ReachSearch:
         """
         generator = seeded_generator(seed, "classes")
         drawn = torch.randperm(total, generator=generator).tolist()
-        return list(dict.fromkeys([*first, *drawn]))[:_MOST_CLASSES]
+        return list(dict.fromkeys([*first, *drawn]))[:MOST_CLASSES]
 
     @property
     def finished(self) -> bool:
@@ -233,7 +234,7 @@ class ReachSearch:
     @staticmethod
     def most_steps_of(total: int) -> int:
         """An upper bound on the steps for a network of so many classes."""
-        return min(total, _MOST_CLASSES) * (_MOST_STEPS + 1)
+        return min(total, MOST_CLASSES) * (_MOST_STEPS + 1)
 
     def most_steps(self) -> int:
         """An upper bound on the steps left."""

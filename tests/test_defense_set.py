@@ -347,3 +347,13 @@ def test_images_of_several_shapes() -> None:
 def test_counts_are_those_of_the_labels() -> None:
     rows = torch.arange(9)
     assert DefenseSet(IMAGES[rows], LABELS[rows]).counts == dict(Counter(LABELS[rows].tolist()))
+
+
+def test_others_are_drawn_from_the_other_classes_without_putting_back() -> None:
+    data = DefenseSet(torch.arange(24.0).reshape(12, 1, 2), torch.arange(12) % 3)
+    device = torch.device("cpu")
+    images, labels = data.others(1, 20, device, (0, "a test"))
+    assert sorted(labels.tolist()) == [0] * 4 + [2] * 4
+    assert len({float(image.sum()) for image in images}) == 8
+    fewer, _ = data.others(1, 3, device, (0, "a test"))
+    assert fewer.equal(images[:3])
