@@ -146,7 +146,7 @@ def run(
         if report.reaches:
             row.update(reach=reach_ratio(report.reaches)[:2])
             row.update(margin=margin_ratio(report.margins)[:2])
-            row.update(patch=patch_ratio(report.patches))
+            row.update(patch=patch_ratio(report.patch_margins), moved=report.moved)
         if report.reaudit is not None:
             row["reaudit"] = (report.reaudit["verdict"], report.reaudit["score"])
     row["seconds"] = time.perf_counter() - started

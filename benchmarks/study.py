@@ -68,6 +68,9 @@ TUNE = {
     ),
     "tune-imbalanced": _imbalanced(rare_class=3, rare_share=0.2, seed=7, width=8),
     "tune-all-to-all": _recipe("badnets", "badnets-all-to-all", seed=127, width=8, epochs=20),
+    "tune-blend-all-to-all": _recipe(
+        "blend", seed=128, width=8, epochs=12, more=("--data.attack.mode", "all-to-all")
+    ),
 }
 
 REPORT = {
@@ -90,6 +93,16 @@ REPORT = {
         "blend", seed=110, target=3, more=("--data.attack.poison_rate", "0.01")
     ),
     "badnets-all-to-all": _recipe("badnets", "badnets-all-to-all", seed=111, width=8, epochs=20),
+    "badnets-all-to-all-b": _recipe(
+        *("badnets", "badnets-all-to-all"),
+        seed=129,
+        width=8,
+        epochs=20,
+        more=("--data.attack.pattern", "random", "--data.attack.corner", "upper-left"),
+    ),
+    "blend-all-to-all": _recipe(
+        "blend", seed=130, width=8, epochs=12, more=("--data.attack.mode", "all-to-all")
+    ),
     "clean-17": _recipe(seed=17, width=8, decay=False),
     "badnets-8": _recipe("badnets", seed=112, target=5, width=8, decay=False),
     "trojan-8": _recipe("trojan", seed=113, target=1, width=8),

@@ -70,7 +70,8 @@ class Attenuation:
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
         >>> subject = Subject(network, find_filter_layers(network, data.images))
-        >>> source = SuppressedSource(subject, [subject.weights()], data.images[::2], 1)
+        >>> goals = 1 - data.labels
+        >>> source = SuppressedSource(subject, [subject.weights()], data.images, goals)
         >>> attenuation = Attenuation(
         ...     subject, data, [source], [1.0], torch.tensor([0.0, 1.0, 1.0, 1.0]),
         ...     free=torch.ones(4) > 0, augment="none", steps=5, batch_size=8, seed=0,

@@ -25,6 +25,7 @@ from lightning_mnp.margin import MarginSearch
 from lightning_mnp.memory import memory_told
 from lightning_mnp.network import check_network, network_forward
 from lightning_mnp.patch import PatchSearch
+from lightning_mnp.permutation import PermutationSearch
 from lightning_mnp.pruning import Pruning, pruned_count, pruning_order
 from lightning_mnp.purification import Purification
 from lightning_mnp.recovery import FilterMask
@@ -33,7 +34,7 @@ from lightning_mnp.saliency import batch_clc
 from lightning_mnp.sources import Source, find_sources
 from lightning_mnp.subject import Subject, Weights
 from lightning_mnp.suppression import CleanSuppression
-from lightning_mnp.surrogate import ReachSearch, image_scale
+from lightning_mnp.surrogates import Surrogates
 from lightning_mnp.tally import PassTally
 from lightning_mnp.unchanged import unchanged_on_error
 from lightning_mnp.updates import PlainUpdates, Updates
@@ -49,6 +50,7 @@ Phase = Literal[
     "reach",
     "margin",
     "patch",
+    "permutation",
     "verdict",
     "pruning",
     "attenuation",
@@ -63,11 +65,11 @@ class MNPDefense:
 
     The phases: ``reference`` (saliency and accuracy of the network as it is); for every run
     ``suppression``, ``saliency`` of the suppressed weights and, if the pruning rule ranks by
-    them, ``masks``; ``reach`` of the classes, their greatest ``margin``, and how far a ``patch``
-    drives images to them; ``verdict``; ``pruning``; by the automatic rule, ``attenuation`` of the
-    filters that are left; ``check`` (accuracy after that); where anything was done, ``reaudit``
-    of the purified copy. With ``when="flagged"``, masks come after the verdict, on runs that are
-    repeated exactly.
+    them, ``masks``; ``reach`` of the classes, their greatest ``margin``, how far a ``patch``
+    drives images to them, and whether one exchanges them (``permutation``); ``verdict``;
+    ``pruning``; by the automatic rule, ``attenuation`` of the filters that are left; ``check``
+    (accuracy after that); where anything was done, ``reaudit`` of the purified copy. With
+    ``when="flagged"``, masks come after the verdict, on runs that are repeated exactly.
 
     The model is not changed. Every random choice follows from the seed and the place in this
     order, so the state is tensors and primitives, and a run that was stopped goes on as if it
@@ -142,12 +144,7 @@ class MNPDefense:
         self.preserving = FilterMask(self.subject, self.subject.weights(), self.config, True)
         if self.config.rule != "auto":
             pruned_count(torch.ones(self.layers.total), self.config.rule, self.config.amount)
-        self.scale = image_scale(data.images)
-        self.reach = ReachSearch(self.balanced, self.scale, [], self.config.seed)
-        self.margin = MarginSearch(
-            self.balanced, data.images, [], self.config.seed, self.config.batch_size
-        )
-        self.patch = PatchSearch(self.balanced, data, [], self.config.seed, self.config.batch_size)
+        self.surrogates = Surrogates(self.balanced, data, self.config)
         self.purification = Purification(self.subject, data, self.config)
         self.second: MNPDefense | None = None
         self.optimizers = (
@@ -177,7 +174,7 @@ class MNPDefense:
             if self.when == "always" and self._ranks_by_masks:
                 plan.append(("masks", run))
         if self.config.verdict == "signals" or self._searches:
-            plan += [("reach", 0), ("margin", 0), ("patch", 0)]
+            plan += [("reach", 0), ("margin", 0), ("patch", 0), ("permutation", 0)]
         plan.append(("verdict", 0))
         if self.when == "always":
             plan += self._last_plan()
@@ -228,9 +225,7 @@ class MNPDefense:
             "saliency": self.passes,
             "masks": self.passes * self.config.mask_epochs,
             "verdict": 1,
-            "reach": self.reach.most_steps() or ReachSearch.most_steps_of(self.classes),
-            "margin": self.margin.most_steps() - self.margin.steps,
-            "patch": self.patch.most_steps() or PatchSearch.most_steps_of(self.classes),
+            **self.surrogates.most_steps(self.classes),
             "pruning": 1 if self._ranks_by_masks else self.purification.most_filters + 2,
             "attenuation": self.config.attenuation_steps,
             "check": 1,
@@ -242,9 +237,7 @@ class MNPDefense:
             audit = ("reference", *("suppression", "saliency") * self.config.runs, "verdict")
             lengths["reaudit"] += sum(lengths[phase] for phase in audit)
             if self.config.verdict == "signals":
-                lengths["reaudit"] += ReachSearch.most_steps_of(self.classes)
-                lengths["reaudit"] += PatchSearch.most_steps_of(self.classes)
-                lengths["reaudit"] += self.margin.most_steps()
+                lengths["reaudit"] += sum(Surrogates.most_steps_of(self.classes).values())
         left = sum(lengths[phase] for phase, _ in self.plan[self.position :])
         return left - self.batches_done
 
@@ -426,30 +419,29 @@ class MNPDefense:
         }
 
     def _reach(self, updates: Updates) -> dict[str, float]:
-        if not self.reach.classes:
-            tops = [run.top_class for run in self.runs]
-            self.reach.classes = ReachSearch.choose_classes(tops, self.classes, self.config.seed)
+        reach = self.surrogates.reach
+        if not reach.classes:
+            self.surrogates.choose_classes([run.top_class for run in self.runs], self.classes)
         size, device = self.config.batch_size, self.subject.device
-        epoch, index = divmod(self.reach.steps_in_class, self.passes)
-        key = (self.config.seed, "reach", self.reach.current, epoch)
-        metrics = self.reach.step(*self.data.batch(index, size, device, key=key))
-        if self.reach.finished:
+        epoch, index = divmod(reach.steps_in_class, self.passes)
+        key = (self.config.seed, "reach", reach.current, epoch)
+        metrics = reach.step(*self.data.batch(index, size, device, key=key))
+        if reach.finished:
             self._advance()
         return metrics
 
     def _margin(self, updates: Updates) -> dict[str, float]:
-        if not self.margin.classes:
-            self.margin.classes = list(self.reach.classes)
-        metrics = self.margin.step()
-        if self.margin.finished:
-            self._advance()
-        return metrics
+        return self._search(self.surrogates.margin)
 
     def _patch(self, updates: Updates) -> dict[str, float]:
-        if not self.patch.classes:
-            self.patch.classes = list(self.reach.classes)
-        metrics = self.patch.step()
-        if self.patch.finished:
+        return self._search(self.surrogates.patch)
+
+    def _permutation(self, updates: Updates) -> dict[str, float]:
+        return self._search(self.surrogates.permutation)
+
+    def _search(self, search: MarginSearch | PatchSearch | PermutationSearch) -> dict[str, float]:
+        metrics = search.step()
+        if search.finished:
             self._advance()
         return metrics
 
@@ -458,9 +450,7 @@ class MNPDefense:
         return judge(
             self.runs,
             self.correlation,
-            self.reach.reaches,
-            self.margin.margins,
-            self.patch.patches,
+            self.surrogates.evidence,
             self.config,
             self.accuracy_before,
             self.handicaps,
@@ -468,8 +458,7 @@ class MNPDefense:
 
     def signals(self) -> list[Signal]:
         """Give what speaks for a backdoor so far, strongest first."""
-        found = (self.reach.reaches, self.margin.margins, self.patch.patches)
-        return signals(self.runs, *found)
+        return signals(self.runs, self.surrogates.evidence)
 
     @property
     def scores(self) -> Tensor:
@@ -497,9 +486,7 @@ class MNPDefense:
             self.data,
             [*self.suppressed, self.suppression.weights],
             self.signals()[0],
-            self.reach,
-            self.margin,
-            self.patch,
+            self.surrogates,
             self.config.seed,
         )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dump_state", "load_state", "make_report"]
 
-_FORMAT = 5
+_FORMAT = 6
 
 
 def dump_state(defense: MNPDefense) -> dict[str, Any]:
@@ -40,9 +40,7 @@ def dump_state(defense: MNPDefense) -> dict[str, Any]:
         "tally": defense.tally.state_dict(),
         "masks_sum": defense.masks_sum,
         "masks_count": defense.masks_count,
-        "reach": defense.reach.state_dict(),
-        "margin": defense.margin.state_dict(),
-        "patch": defense.patch.state_dict(),
+        "surrogates": defense.surrogates.state_dict(),
         "second": None if defense.second is None else dump_state(defense.second),
         "purification": defense.purification.state_dict(),
         "suppression": defense.suppression.state_dict(),
@@ -93,9 +91,7 @@ def load_state(defense: MNPDefense, state: dict[str, Any]) -> None:
     defense.tally.load_state_dict(state["tally"])
     defense.masks_sum = state["masks_sum"].to(device, copy=True)
     defense.masks_count = int(state["masks_count"])
-    defense.reach.load_state_dict(state["reach"])
-    defense.margin.load_state_dict(state["margin"])
-    defense.patch.load_state_dict(state["patch"])
+    defense.surrogates.load_state_dict(state["surrogates"])
     defense.suppression.load_state_dict(state["suppression"])
     defense.penalty.restart(defense.suppression.weights)
     defense.penalty.load_state_dict(state["penalty"])
@@ -115,6 +111,7 @@ def make_report(defense: MNPDefense) -> DefenseReport:
     """Give the outcome of a finished engine, without a model."""
     purification = defense.purification
     search, shift = purification.search, purification.shift
+    evidence = defense.surrogates.evidence
     scores: list[float] = []
     if defense.masks_count:
         scores = [float(defense.scores[int(position)]) for position in purification.removed]
@@ -124,11 +121,14 @@ def make_report(defense: MNPDefense) -> DefenseReport:
         pile_up=defense.judgement.pile_up,
         score=defense.judgement.score,
         target_class=defense.judgement.target_class,
+        all_to_all=defense.judgement.all_to_all,
         reasons=list(defense.judgement.reasons),
         runs=list(defense.runs),
-        reaches=dict(sorted(defense.reach.reaches.items())),
-        margins=dict(sorted(defense.margin.margins.items())),
-        patches=dict(sorted(defense.patch.patches.items())),
+        reaches=dict(sorted(evidence.reaches.items())),
+        margins=dict(sorted(evidence.margins.items())),
+        patch_margins=dict(sorted(evidence.patch_margins.items())),
+        permutation=dict(evidence.permutation),
+        moved=evidence.moved,
         handicaps=dict(defense.handicaps),
         pruned=[defense.layers.locate(int(position)) for position in purification.removed],
         scores=scores,
@@ -169,6 +169,7 @@ def _second_verdict(defense: MNPDefense) -> dict[str, Any] | None:
         "verdict": judgement.verdict,
         "score": judgement.score,
         "target_class": judgement.target_class,
+        "all_to_all": judgement.all_to_all,
         "pile_up": judgement.pile_up,
         "detection_ratio": judgement.detection_ratio,
         "reasons": list(judgement.reasons),

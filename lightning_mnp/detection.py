@@ -1,19 +1,20 @@
-"""The verdict: what suppression runs, reaches, margins and patches say of a network."""
+"""The verdict: what suppression runs and surrogate triggers say of a network."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.margin import margin_ratio
 from lightning_mnp.patch import patch_ratio
+from lightning_mnp.permutation import permutation_excess
 from lightning_mnp.result import RunResult, Verdict
 from lightning_mnp.surrogate import reach_ratio
 
-__all__ = ["Judgement", "Signal", "judge", "signals", "top_class"]
+__all__ = ["Evidence", "Judgement", "Signal", "judge", "signals", "top_class"]
 
 # Where each signal counts 1; how they were chosen, and where that was not by the book, is told in
 # "The default" in the documentation. The pile-up is taken between chance, 0, and all predictions
@@ -22,8 +23,36 @@ PILE_UP_AT = 0.235
 REACH_AT = 0.5
 MARGIN_AT = 2.0
 PATCH_AT = 0.85
+PERMUTATION_AT = 0.4
 # From this share of the threshold on, a network is not called clean.
 UNDECIDED_FROM = 0.9
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the searches for surrogate triggers have found.
+
+    Attributes:
+        reaches: The reach of the classes, see :class:`~lightning_mnp.surrogate.ReachSearch`.
+        margins: Their greatest margins, see :class:`~lightning_mnp.margin.MarginSearch`.
+        patch_margins: How far patches drive images to them, see
+            :class:`~lightning_mnp.patch.PatchSearch`.
+        permutation: The class that one patch takes each class to, see
+            :class:`~lightning_mnp.permutation.PermutationSearch`.
+        moved: The share of images that it takes there, or None.
+    """
+
+    reaches: dict[int, float] = field(default_factory=dict)
+    margins: dict[int, float] = field(default_factory=dict)
+    patch_margins: dict[int, float] = field(default_factory=dict)
+    permutation: dict[int, int] = field(default_factory=dict)
+    moved: float | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all searches have finished."""
+        found = self.reaches and self.margins and self.patch_margins
+        return bool(found) and self.moved is not None
 
 
 @dataclass(frozen=True)
@@ -35,7 +64,8 @@ class Judgement:
         detection_ratio: Mean of Eq. 8 over the runs.
         pile_up: Mean share of the suppressed networks' predictions on their top class.
         score: The strongest signal, from 0; NaN where the verdict is by Eq. 8.
-        suspect: The class that a backdoor would aim at, whatever the verdict.
+        suspect: The class that a backdoor would aim at, whatever the verdict; None for one that
+            exchanges classes (all-to-all).
         reasons: In words.
     """
 
@@ -43,13 +73,18 @@ class Judgement:
     detection_ratio: float
     pile_up: float
     score: float
-    suspect: int
+    suspect: int | None
     reasons: tuple[str, ...]
 
     @property
     def target_class(self) -> int | None:
-        """The class thought to be the backdoor's target; None for a clean network."""
+        """The class thought to be the backdoor's target; None where there is no such class."""
         return None if self.verdict == "clean" else self.suspect
+
+    @property
+    def all_to_all(self) -> bool:
+        """Whether the backdoor is thought to take each class to another one."""
+        return self.verdict != "clean" and self.suspect is None
 
 
 @dataclass(frozen=True)
@@ -59,44 +94,38 @@ class Signal:
     Attributes:
         name: What it is.
         strength: From 0; backdoored networks were seen above 1, clean ones below.
-        suspect: The class that it points to.
+        suspect: The class that it points to; None where it points to an exchange of classes.
         reason: In words.
     """
 
     name: str
     strength: float
-    suspect: int
+    suspect: int | None
     reason: str
 
 
-def signals(
-    runs: Sequence[RunResult],
-    reaches: dict[int, float],
-    margins: dict[int, float],
-    patches: dict[int, float],
-) -> list[Signal]:
+def signals(runs: Sequence[RunResult], evidence: Evidence) -> list[Signal]:
     """Weigh what speaks for a backdoor, strongest first.
 
     Args:
         runs: The suppression runs, at least one.
-        reaches: The reach of the classes, see :class:`~lightning_mnp.surrogate.ReachSearch`.
-        margins: Their greatest margins, see :class:`~lightning_mnp.margin.MarginSearch`.
-        patches: How far patches drive images to them, see
-            :class:`~lightning_mnp.patch.PatchSearch`.
+        evidence: What the searches for surrogate triggers have found.
 
     Example:
         >>> runs = [RunResult(0.5, 0.3, (20, 10, 10), 9, 0.2, "")]
-        >>> margins, patches = {0: 20.0, 1: 20.0, 2: 160.0}, {0: -0.5, 1: -0.5, 2: -0.25}
-        >>> found = signals(runs, {0: 0.2, 1: 0.2, 2: 0.1}, margins, patches)
+        >>> margins, patch_margins = {0: 20.0, 1: 20.0, 2: 160.0}, {0: -0.5, 1: -0.5, 2: -0.25}
+        >>> reaches, permutation = {0: 0.2, 1: 0.2, 2: 0.1}, {0: 1, 1: 2, 2: 0}
+        >>> found = signals(runs, Evidence(reaches, margins, patch_margins, permutation, 0.25))
         >>> [(signal.name, signal.suspect) for signal in found]
-        [('margin', 2), ('pile-up', 0), ('reach', 2), ('patch', 2)]
+        [('margin', 2), ('pile-up', 0), ('reach', 2), ('patch', 2), ('permutation', None)]
     """
     return sorted(
         (
             _pile_up_signal(runs),
-            _reach_signal(reaches),
-            _margin_signal(margins),
-            _patch_signal(patches),
+            _reach_signal(evidence.reaches),
+            _margin_signal(evidence.margins),
+            _patch_signal(evidence.patch_margins),
+            _permutation_signal(evidence.permutation, evidence.moved),
         ),
         key=lambda signal: -signal.strength,
     )
@@ -138,8 +167,8 @@ def _margin_signal(margins: dict[int, float]) -> Signal:
     return Signal("margin", ratio / MARGIN_AT, greatest, reason)
 
 
-def _patch_signal(patches: dict[int, float]) -> Signal:
-    furthest, excess = patch_ratio(patches)
+def _patch_signal(patch_margins: dict[int, float]) -> Signal:
+    furthest, excess = patch_ratio(patch_margins)
     reason = (
         f"a patch on few pixels drives images to class {furthest} by {excess:.2f} of the usual "
         f"distance further than to other classes (counts fully from {PATCH_AT:g})"
@@ -147,12 +176,21 @@ def _patch_signal(patches: dict[int, float]) -> Signal:
     return Signal("patch", excess / PATCH_AT, furthest, reason)
 
 
+def _permutation_signal(permutation: dict[int, int], moved: float | None) -> Signal:
+    classes = len(permutation)
+    excess = permutation_excess(moved, classes)
+    chance = 1 / max(1, classes)
+    reason = (
+        f"one patch takes {moved or 0.0:.0%} of the images of each class to another class of its "
+        f"own (counts fully from {chance + (1 - chance) * PERMUTATION_AT:.0%})"
+    )
+    return Signal("permutation", excess / PERMUTATION_AT, None, reason)
+
+
 def judge(
     runs: Sequence[RunResult],
     correlation: float,
-    reaches: dict[int, float],
-    margins: dict[int, float],
-    patches: dict[int, float],
+    evidence: Evidence,
     config: MNPConfig,
     accuracy: float,
     handicaps: dict[int, float] | None = None,
@@ -162,9 +200,8 @@ def judge(
     Args:
         runs: The suppression runs, at least one.
         correlation: Rank correlation of magnitude and saliency of the network as it is.
-        reaches: The reach of the classes; may be empty where ``config.verdict`` is ``"ratio"``.
-        margins: Their greatest margins; likewise.
-        patches: How far patches drive images to them; likewise.
+        evidence: What the searches for surrogate triggers have found; may be empty where
+            ``config.verdict`` is ``"ratio"``.
         config: Options; ``verdict`` chooses the rule.
         accuracy: The network's accuracy on the defense set, from 0 to 1.
         handicaps: Classes whose logits were raised for the audit, by so many nats.
@@ -176,16 +213,18 @@ def judge(
     pile_up = sum(run.pile_up for run in runs) / len(runs)
     score = math.nan
     verdict: Verdict
+    suspect: int | None = top_class(runs)
+    found = signals(runs, evidence) if evidence.complete else []
+    if found:
+        suspect = found[0].suspect
     if config.verdict == "ratio":
-        top = top_class(runs)
-        verdict, suspect, reasons = _by_ratio(ratio, correlation, config.delta, top)
+        verdict, reasons = _by_ratio(ratio, correlation, config.delta)
         reasons.append(
-            f"after clean suppression, {pile_up:.0%} of the predictions fall on class {top}, with "
-            f"a detection ratio of {ratio:.2f}"
+            f"after clean suppression, {pile_up:.0%} of the predictions fall on class "
+            f"{top_class(runs)}, with a detection ratio of {ratio:.2f}"
         )
     else:
-        found = signals(runs, reaches, margins, patches)
-        score, suspect = found[0].strength, found[0].suspect
+        score = found[0].strength
         reasons = [signal.reason for signal in found]
         verdict = _by_score(score, config.threshold)
     reasons += [
@@ -217,13 +256,11 @@ def _by_score(score: float, threshold: float) -> Verdict:
     return "undecided" if score >= UNDECIDED_FROM * threshold else "clean"
 
 
-def _by_ratio(
-    ratio: float, correlation: float, delta: float, top: int
-) -> tuple[Verdict, int, list[str]]:
+def _by_ratio(ratio: float, correlation: float, delta: float) -> tuple[Verdict, list[str]]:
     """Eq. 8, where it means something."""
     if not math.isfinite(ratio) or correlation <= 0:
         reason = "magnitude and saliency do not correlate in the network as it is"
-        return "undecided", top, [f"{reason} ({correlation:.2f})"]
+        return "undecided", [f"{reason} ({correlation:.2f})"]
     if ratio <= delta:
-        return "backdoored", top, [f"the detection ratio is at most delta = {delta:g}"]
-    return "clean", top, [f"the detection ratio is above delta = {delta:g}"]
+        return "backdoored", [f"the detection ratio is at most delta = {delta:g}"]
+    return "clean", [f"the detection ratio is above delta = {delta:g}"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_mnp.defense_set import seeded_generator, value_range
 from lightning_mnp.subject import Subject
+from lightning_mnp.surrogate import least_positive
 
 __all__ = ["MarginAscent", "MarginSearch", "class_margins", "margin_ratio"]
 
@@ -95,7 +96,7 @@ class MarginAscent:
         )
         found = [self._slope(images, classes, masks) for images, classes in parts]
         gradient = torch.cat([slope for slope, _ in found])
-        norms = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
+        norms = gradient.flatten(1).norm(dim=1).clamp_min(least_positive(gradient))
         gradient = gradient / norms.reshape(-1, *[1] * (gradient.ndim - 1))
         self.velocity = _MOMENTUM * self.velocity + gradient
         moved = self.images + self._length * self.velocity

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_mnp.defense_set import DefenseSet, value_range
 from lightning_mnp.subject import Subject
-from lightning_mnp.surrogate import MOST_CLASSES, push_loss, target_margins
+from lightning_mnp.surrogate import MOST_CLASSES, goal_margins, least_positive, push_loss
 
 __all__ = ["PatchSearch", "PatchTrigger", "patch_ratio"]
 
@@ -33,6 +33,8 @@ _LEAST_DISTANCE = 1.0
 _FAR_STEPS, _FAR = 8, 0.5
 _NEAR_STEPS, _NEAR = 12, 0.2
 _FOLLOWING_STEPS = 3
+# An image whose own class is behind the others by so many logits is driven away no further.
+_LOST = -1.0
 
 
 class PatchTrigger:
@@ -43,9 +45,9 @@ class PatchTrigger:
 
     Args:
         subject: The network, which runs in evaluation mode.
-        images: Shape (N, C, ...), none of the target class.
+        images: Shape (N, C, ...).
         labels: Their classes, shape (N,).
-        target: The class that images are pushed to.
+        goals: The class that each image is pushed to, shape (N,).
         low: Least value of each channel, shape (1, C, 1, ...).
         high: Greatest value of each channel, same shape.
 
@@ -59,7 +61,7 @@ class PatchTrigger:
         >>> images, labels = torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)
         >>> subject = Subject(network, find_filter_layers(network, images))
         >>> zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
-        >>> patch = PatchTrigger(subject, images, labels, 1, zero, one)
+        >>> patch = PatchTrigger(subject, images, labels, labels + 1, zero, one)
         >>> before = patch.margins().mean()
         >>> for _ in range(5):
         ...     _ = patch.step(0.2)
@@ -72,28 +74,31 @@ class PatchTrigger:
         subject: Subject,
         images: Tensor,
         labels: Tensor,
-        target: int,
+        goals: Tensor,
         low: Tensor,
         high: Tensor,
     ) -> None:
         self.subject = subject
         self.images, self.labels = images, labels
-        self.target = target
+        self.goals = goals
         self.low, self.high = low, high
         self.perturbation = torch.zeros_like(images[:1])
         self._pixels = max(1, round(_SHARE * images[0, 0].numel()))
 
-    def logits(self, perturbation: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Run the network on images under a perturbation, shape (N, K)."""
-        changed = torch.minimum(torch.maximum(self.images + perturbation, self.low), self.high)
+    def logits(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Run the network on images under the patch, shape (N, K)."""
+        return self._logits(images, self.perturbation, masks)
+
+    def _logits(self, images: Tensor, perturbation: Tensor, masks: Tensor | None) -> Tensor:
+        changed = torch.minimum(torch.maximum(images + perturbation, self.low), self.high)
         return self.subject(changed, masks=masks, statistics="running")
 
     def margins(self, masks: Tensor | None = None) -> Tensor:
-        """Logit of the target above that of the true class, shape (N,)."""
-        return target_margins(self.logits(self.perturbation, masks), self.labels, self.target)
+        """Logit of the class pushed to above that of the true class, shape (N,)."""
+        return goal_margins(self.logits(self.images, masks), self.labels, self.goals)
 
     def step(self, length: float, masks: Tensor | None = None) -> float:
-        """Take one step towards the target class.
+        """Take one step towards the classes that images are pushed to.
 
         Args:
             length: Largest change of a pixel, as a share of the range of values.
@@ -102,16 +107,38 @@ class PatchTrigger:
         Returns:
             The mean margin before it.
         """
+        logits = self._move(
+            length, masks, lambda logits: push_loss(logits, self.labels, self.goals)
+        )
+        self.perturbation = self._sparse(self.perturbation)
+        return float(goal_margins(logits, self.labels, self.goals).mean())
+
+    def disturb(self, length: float) -> float:
+        """Take one step away from the images' own classes, with any number of pixels.
+
+        Args:
+            length: Largest change of a pixel, as a share of the range of values.
+
+        Returns:
+            The mean margin of the goals before it.
+        """
+        logits = self._move(length, None, lambda logits: _own_lead(logits, self.labels))
+        return float(goal_margins(logits, self.labels, self.goals).mean())
+
+    def _move(
+        self, length: float, masks: Tensor | None, objective: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Step down an objective of the logits, and give the logits before."""
         span = self.high - self.low
         with torch.enable_grad():
             perturbation = self.perturbation.clone().requires_grad_()
-            logits = self.logits(perturbation, masks)
-            loss = push_loss(logits, self.labels, self.target)
-            (gradient,) = torch.autograd.grad(loss, perturbation)
+            logits = self._logits(self.images, perturbation, masks)
+            (gradient,) = torch.autograd.grad(objective(logits), perturbation)
         slope = gradient * span
-        moved = self.perturbation - length * span * slope / slope.abs().max().clamp_min(1e-12)
-        self.perturbation = self._sparse(torch.minimum(torch.maximum(moved, -span), span), span)
-        return float(target_margins(logits.detach(), self.labels, self.target).mean())
+        slope = slope / slope.abs().max().clamp_min(least_positive(slope))
+        moved = self.perturbation - length * span * slope
+        self.perturbation = torch.minimum(torch.maximum(moved, -span), span)
+        return logits.detach()
 
     def approach(self, masks: Tensor | None = None) -> None:
         """Take all the steps of a search from no patch, with filter masks in force."""
@@ -124,12 +151,20 @@ class PatchTrigger:
         for _ in range(_FOLLOWING_STEPS):
             self.step(_NEAR, masks)
 
-    def _sparse(self, perturbation: Tensor, span: Tensor) -> Tensor:
+    def _sparse(self, perturbation: Tensor) -> Tensor:
         """Put back all pixels but those that are changed most."""
-        change = (perturbation / span.clamp_min(1e-12)).abs().sum(1).flatten()
+        span = self.high - self.low
+        change = (perturbation / span.clamp_min(least_positive(span))).abs().sum(1).flatten()
         kept = torch.zeros_like(change)
         kept[change.topk(self._pixels).indices] = 1.0
         return perturbation * kept.reshape(1, 1, *perturbation.shape[2:])
+
+
+def _own_lead(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean logit of the true class above all others together, as far as images are in it."""
+    own = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    return (own[:, 0] - others).clamp_min(_LOST).mean()
 
 
 def _length(taken: int) -> float:
@@ -147,7 +182,7 @@ class PatchSearch:
         batch_size: Most images that the network sees at a time.
 
     Attributes:
-        patches: For every class, when finished: the mean margin of the class over images of
+        patch_margins: For every class, when finished: the mean margin of the class over images of
             others under the patch made for it, as a multiple of the usual distance to a class, so
             that it is about -1 without a patch and 0 on the border.
     """
@@ -165,7 +200,7 @@ class PatchSearch:
         self.classes = list(classes)
         self.seed = seed
         self.batch_size = batch_size
-        self.patches: dict[int, float] = {}
+        self.patch_margins: dict[int, float] = {}
         self._starts: list[float] = []
         self._ends: list[float] = []
         self._taken = 0
@@ -174,7 +209,7 @@ class PatchSearch:
     @property
     def finished(self) -> bool:
         """Whether all classes are done."""
-        return bool(self.patches)
+        return bool(self.patch_margins)
 
     @staticmethod
     def most_steps_of(total: int) -> int:
@@ -203,7 +238,7 @@ class PatchSearch:
         if len(self._ends) == len(self.classes):
             usual = max(-statistics.median(self._starts), _LEAST_DISTANCE)
             relative = (end / usual for end in self._ends)
-            self.patches = dict(zip(self.classes, relative, strict=True))
+            self.patch_margins = dict(zip(self.classes, relative, strict=True))
         return {"margin": margin}
 
     def trigger(self, target: int) -> PatchTrigger:
@@ -215,13 +250,14 @@ class PatchSearch:
         device, count = self.subject.device, min(_IMAGES, self.batch_size)
         images, labels = self.data.others(target, count, device, (self.seed, "patch", target))
         low, high = (bound.to(device) for bound in value_range(self.data.images))
-        return PatchTrigger(self.subject, images, labels, target, low, high)
+        goals = torch.full_like(labels, target)
+        return PatchTrigger(self.subject, images, labels, goals, low, high)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as tensors and primitives."""
         return {
             "classes": list(self.classes),
-            "patches": dict(self.patches),
+            "patch_margins": dict(self.patch_margins),
             "starts": list(self._starts),
             "ends": list(self._ends),
             "taken": self._taken,
@@ -231,7 +267,9 @@ class PatchSearch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self.classes = [int(index) for index in state["classes"]]
-        self.patches = {int(index): float(value) for index, value in state["patches"].items()}
+        self.patch_margins = {
+            int(index): float(value) for index, value in state["patch_margins"].items()
+        }
         self._starts = [float(value) for value in state["starts"]]
         self._ends = [float(value) for value in state["ends"]]
         self._taken = int(state["taken"])
@@ -241,11 +279,11 @@ class PatchSearch:
             self._trigger.perturbation = state["perturbation"].to(self.subject.device)
 
 
-def patch_ratio(patches: dict[int, float]) -> tuple[int, float]:
+def patch_ratio(patch_margins: dict[int, float]) -> tuple[int, float]:
     """Compare the class that a patch drives images to furthest with the others.
 
     Args:
-        patches: How far a patch takes images to each class, two classes or more, see
+        patch_margins: How far a patch takes images to each class, two classes or more, see
             :class:`PatchSearch`.
 
     Returns:
@@ -256,7 +294,8 @@ def patch_ratio(patches: dict[int, float]) -> tuple[int, float]:
         >>> patch_ratio({0: -0.25, 1: 1.5, 2: 0.25, 3: -0.5})
         (1, 1.75)
     """
-    furthest = max(patches, key=patches.__getitem__)
-    normal = statistics.median(value for index, value in patches.items() if index != furthest)
-    finite = all(math.isfinite(value) for value in patches.values())
-    return furthest, patches[furthest] - normal if finite else 0.0
+    furthest = max(patch_margins, key=patch_margins.__getitem__)
+    others = (value for index, value in patch_margins.items() if index != furthest)
+    normal = statistics.median(others)
+    finite = all(math.isfinite(value) for value in patch_margins.values())
+    return furthest, patch_margins[furthest] - normal if finite else 0.0

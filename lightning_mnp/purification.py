@@ -167,11 +167,11 @@ class Purification:
         values[self.removed] = 0.0
         return values
 
-    def check(self, target: int) -> float:
+    def check(self, target: int | None) -> float:
         """Fit the repair, if one is wanted, and measure what is left.
 
         Args:
-            target: The class whose logit stays as it is.
+            target: The class whose logit stays as it is; None for no class in particular.
 
         Returns:
             The accuracy on the defense set, from 0 to 1.

@@ -31,7 +31,7 @@ class LogitShift:
     values: Tensor
 
 
-def fit_shift(logits: Tensor, labels: Tensor, target: int) -> Tensor:
+def fit_shift(logits: Tensor, labels: Tensor, target: int | None) -> Tensor:
     """Find what to add to the logits of all classes but one, for the least clean loss.
 
     Filters of a backdoor also speak for or against classes on clean images. Without them some
@@ -42,7 +42,7 @@ def fit_shift(logits: Tensor, labels: Tensor, target: int) -> Tensor:
     Args:
         logits: Of clean images, shape (N, K).
         labels: Their classes, shape (N,).
-        target: The class that keeps its logit.
+        target: The class that keeps its logit, if there is one.
 
     Returns:
         Shape (K,), 0 for these classes: the least mean cross-entropy plus 10 / N times the sum of
@@ -54,7 +54,8 @@ def fit_shift(logits: Tensor, labels: Tensor, target: int) -> Tensor:
         tensor(True)
     """
     free = torch.bincount(labels.cpu(), minlength=logits.shape[1]) > 0
-    free[target] = False
+    if target is not None:
+        free[target] = False
     return best_shift(logits, labels, free, _COST / len(labels)).float()
 
 

@@ -63,12 +63,16 @@ class DefenseReport:
         score: What the signals say together, from 0; the network is flagged from the threshold
             on. NaN where the verdict is by Eq. 8.
         target_class: The class that the backdoor is thought to aim at, or None.
+        all_to_all: Whether the backdoor is thought to take each class to another one, as
+            ``permutation`` has it.
         reasons: What the verdict rests on, in words.
         reaches: Length of a universal perturbation that takes half of the images to a class, for
             each class tried, as a share of the images' mean distance from their mean.
         margins: Greatest margin that an image can be given for each class tried, in logits.
-        patches: How far a patch on few pixels drives images of other classes to each class tried,
-            as a multiple of the usual distance, negative where it does not get them there.
+        patch_margins: How far a patch on few pixels drives images of other classes to each class
+            tried, as a multiple of the usual distance, negative where it does not get them there.
+        permutation: The class that one patch for all classes was made to take each class to.
+        moved: The share of images that it does take there, from 0 to 1; None where not measured.
         handicaps: Classes that are predicted far too rarely on clean images, with what their logit
             lacks and was raised by for the audit.
         runs: The single suppression runs, from which the spread can be seen.
@@ -85,7 +89,7 @@ class DefenseReport:
         accuracy_after: The same after pruning, or None where nothing was pruned.
         shift: What was added to each class's logit after pruning; empty where nothing was.
         reaudit: What a second audit says of the pruned network: verdict, score, target class,
-            pile-up, detection ratio, reasons; None where there was none.
+            whether all-to-all, pile-up, detection ratio, reasons; None where there was none.
         layers: One entry for each layer: name, filters, site, norm, note.
         skipped: Pairs (layer name, reason) of convolutions left alone.
         defense_set: Size, classes, shape and fingerprint of the clean images used.
@@ -106,10 +110,13 @@ class DefenseReport:
     pile_up: float
     score: float = float("nan")
     target_class: int | None = None
+    all_to_all: bool = False
     reasons: list[str] = field(default_factory=list)
     reaches: dict[int, float] = field(default_factory=dict)
     margins: dict[int, float] = field(default_factory=dict)
-    patches: dict[int, float] = field(default_factory=dict)
+    patch_margins: dict[int, float] = field(default_factory=dict)
+    permutation: dict[int, int] = field(default_factory=dict)
+    moved: float | None = None
     handicaps: dict[int, float] = field(default_factory=dict)
     runs: list[RunResult] = field(default_factory=list)
     pruned: list[tuple[str, int]] = field(default_factory=list)
@@ -196,6 +203,9 @@ class DefenseReport:
         lines = [f"verdict: {self.verdict}"]
         if self.target_class is not None:
             lines.append(f"target class: {self.target_class}")
+        elif self.all_to_all:
+            pairs = (f"{index} to {goal}" for index, goal in self.permutation.items())
+            lines.append(f"target classes: {', '.join(pairs)}")
         ratios = [run.detection_ratio for run in self.runs]
         spread = f" (runs: {min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
         if not math.isnan(self.score):

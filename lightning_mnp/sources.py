@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet, seeded_generator
 from lightning_mnp.detection import PATCH_AT, Signal
-from lightning_mnp.margin import MarginAscent, MarginSearch, margin_ratio
-from lightning_mnp.patch import PatchSearch, PatchTrigger, patch_ratio
+from lightning_mnp.margin import MarginAscent, margin_ratio
+from lightning_mnp.patch import PatchTrigger, patch_ratio
 from lightning_mnp.subject import Subject, Weights
-from lightning_mnp.surrogate import ReachSearch, SurrogateTrigger, reach_ratio, target_margins
+from lightning_mnp.surrogate import SurrogateTrigger, goal_margins, reach_ratio
+from lightning_mnp.surrogates import Surrogates
 
 __all__ = [
     "LEAST_STRENGTH",
@@ -94,8 +95,8 @@ class SuppressedSource:
     Args:
         subject: The network.
         weights: The suppressed weights of each run.
-        images: Clean images of other classes, shape (N, C, ...), which the runs share.
-        target: The target class.
+        images: Clean images, shape (N, C, ...), which the runs share.
+        goals: The class, other than its own, that a backdoor takes each image to, shape (N,).
         decides: Whether filters are turned down as long as predictions pile up.
     """
 
@@ -106,7 +107,7 @@ class SuppressedSource:
         subject: Subject,
         weights: Sequence[Weights],
         images: Tensor,
-        target: int,
+        goals: Tensor,
         decides: bool = True,
     ) -> None:
         self.subject = subject
@@ -116,10 +117,10 @@ class SuppressedSource:
             {name: weight.detach() for name, weight in each.items()} for each in weights[-runs:]
         ]
         self.images = images
-        self.classes = torch.full((len(images),), target, device=images.device)
+        self.goals = goals
 
     def margins(self, masks: Tensor) -> Tensor:
-        """Logit of the target above all others together (their log-sum-exp), shape (N,)."""
+        """Logit of the goal above all others together (their log-sum-exp), shape (N,)."""
         parts = self.images.tensor_split(len(self.weights))
         logits = torch.cat(
             [
@@ -127,8 +128,8 @@ class SuppressedSource:
                 for part, weights in zip(parts, self.weights, strict=True)
             ]
         )
-        own = logits.gather(1, self.classes[:, None])
-        others = logits.scatter(1, self.classes[:, None], -torch.inf).logsumexp(1)
+        own = logits.gather(1, self.goals[:, None])
+        others = logits.scatter(1, self.goals[:, None], -torch.inf).logsumexp(1)
         return own[:, 0] - others
 
     def adapt(self, masks: Tensor, taken: int) -> None:
@@ -169,12 +170,13 @@ class PerturbationSource:
         seed: int,
     ) -> None:
         self.images, self.labels, self.seed = images, labels, seed
+        self.goals = torch.full_like(labels, target)
         self.trigger = SurrogateTrigger(subject, target, perturbation, length)
 
     def margins(self, masks: Tensor) -> Tensor:
         """Logit of the target above that of the true class, shape (N,)."""
         logits = self.trigger.logits(self.images, masks)
-        return target_margins(logits, self.labels, self.trigger.target)
+        return goal_margins(logits, self.labels, self.goals)
 
     def adapt(self, masks: Tensor, taken: int) -> None:
         """Take some steps of the perturbation."""
@@ -241,7 +243,7 @@ class PatchSource:
         self.trigger = trigger
 
     def margins(self, masks: Tensor) -> Tensor:
-        """Logit of the target above that of the true class, shape (N,)."""
+        """Logit of the class pushed to above that of the true class, shape (N,)."""
         return self.trigger.margins(masks)
 
     def adapt(self, masks: Tensor, taken: int) -> None:
@@ -265,48 +267,52 @@ def find_sources(
     data: DefenseSet,
     suppressed: Sequence[Weights],
     strongest: Signal,
-    reach: ReachSearch,
-    margin: MarginSearch,
-    patch: PatchSearch,
+    surrogates: Surrogates,
     seed: int,
 ) -> list[Source]:
-    """Collect what shows the backdoor of a class.
+    """Collect what shows the suspected backdoor.
 
     The suppressed network always does. Where the reach of the class is out of the ordinary, a
     universal perturbation of a length that does not suffice for other classes is added; where its
     margin is, images of greatest margin are, and with an ordinary reach a long perturbation; where
-    patches drive images to it further than to others, images under a patch are. The suppressed
-    network decides on how long filters are turned down where it is the strongest signal or the
-    only source: what is left of a pile-up need not be the backdoor.
+    patches drive images to it further than to others, images under a patch are. Where a patch
+    exchanges classes, images under that patch are all there is beside the suppressed network. The
+    suppressed network decides on how long filters are turned down where it is the strongest signal
+    or the only source: what is left of a pile-up need not be the backdoor.
 
     Args:
         subject: The network.
         data: The defense set.
         suppressed: The suppressed weights of each run.
-        strongest: The strongest signal, which tells the suspected class.
-        reach: The reach of the classes, finished.
-        margin: Their greatest margins, finished.
-        patch: How far patches drive images to them, finished.
+        strongest: The strongest signal, which tells the suspected class, if it is one.
+        surrogates: The searches for surrogate triggers, finished.
         seed: Seed of the images.
     """
     device, target = subject.device, strongest.suspect
+    margin = surrogates.margin
     count = min(_IMAGES, margin.batch_size)
+    if target is None:
+        permutation = surrogates.permutation
+        images, goals = permutation.images(count)
+        exchanged = SuppressedSource(subject, suppressed, images, goals, decides=False)
+        return [exchanged, PatchSource(permutation.trigger())]
     images, labels = data.others(target, count, device, (seed, "sources"))
     sources: list[Source] = []
-    soonest, ratio, median = reach_ratio(reach.reaches)
+    soonest, ratio, median = reach_ratio(surrogates.reach.reaches)
     greatest, excess, normal = margin_ratio(margin.margins)
     near = soonest == target and ratio < _NORMAL_REACH
     sure = greatest == target and excess > _NORMAL_MARGIN
     if near or sure:
-        length = (_SHORT_REACH if near else _LONG_REACH) * median * reach.scale
-        start = reach.perturbations[target]
+        length = (_SHORT_REACH if near else _LONG_REACH) * median * surrogates.reach.scale
+        start = surrogates.reach.perturbations[target]
         sources.append(PerturbationSource(subject, images, labels, target, start, length, seed))
     if sure:
         sources.append(
             MarginSource(margin.ascent(target, min(_MARGIN_IMAGES, margin.batch_size)), normal)
         )
-    furthest, further = patch_ratio(patch.patches)
+    furthest, further = patch_ratio(surrogates.patch.patch_margins)
     if furthest == target and further > PATCH_AT:
-        sources.append(PatchSource(patch.trigger(target)))
+        sources.append(PatchSource(surrogates.patch.trigger(target)))
     decides = strongest.name == "pile-up" or not sources
-    return [SuppressedSource(subject, suppressed, images, target, decides), *sources]
+    goals = torch.full_like(labels, target)
+    return [SuppressedSource(subject, suppressed, images, goals, decides), *sources]

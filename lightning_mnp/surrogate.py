@@ -26,10 +26,11 @@ __all__ = [
     "MOST_CLASSES",
     "ReachSearch",
     "SurrogateTrigger",
+    "goal_margins",
     "image_scale",
+    "least_positive",
     "push_loss",
     "reach_ratio",
-    "target_margins",
 ]
 
 # All lengths are shares of the images' mean distance from their mean.
@@ -57,44 +58,57 @@ def image_scale(images: Tensor) -> float:
     return float((images - images.mean(0)).flatten(1).norm(dim=1).mean())
 
 
-def target_margins(logits: Tensor, labels: Tensor, target: int) -> Tensor:
-    """Tell by how much images are on the target's side rather than on their own class's.
+def goal_margins(logits: Tensor, labels: Tensor, goals: Tensor) -> Tensor:
+    """Tell by how much images are on another class's side rather than on their own class's.
 
     Args:
         logits: Shape (N, K).
-        labels: True classes, shape (N,), none of them the target.
-        target: The target class.
+        labels: True classes, shape (N,).
+        goals: The other class of each image, shape (N,).
 
     Returns:
-        Logit of the target minus logit of the true class, shape (N,).
+        Logit of the other class minus logit of the true class, shape (N,).
 
     Example:
-        >>> target_margins(torch.tensor([[1.0, 3.0]]), torch.tensor([0]), 1)
+        >>> goal_margins(torch.tensor([[1.0, 3.0]]), torch.tensor([0]), torch.tensor([1]))
         tensor([2.])
     """
-    return logits[:, target] - logits.gather(1, labels[:, None])[:, 0]
+    return logits.gather(1, goals[:, None])[:, 0] - logits.gather(1, labels[:, None])[:, 0]
 
 
-def push_loss(logits: Tensor, labels: Tensor, target: int) -> Tensor:
-    """Give what falls as images are pushed to a class, however far they have come.
+def push_loss(logits: Tensor, labels: Tensor, goals: Tensor) -> Tensor:
+    """Give what falls as images are pushed to other classes, however far they have come.
 
     Args:
         logits: Shape (N, K).
-        labels: True classes, shape (N,), none of them the target.
-        target: The class.
+        labels: True classes, shape (N,).
+        goals: The class that each image is pushed to, shape (N,).
 
     Returns:
-        A scalar: the cross-entropy to the class, or, where more than 0.9 of the images have
+        A scalar: the cross-entropy to these classes, or, where more than 0.9 of the images have
         arrived, the negative of their mean margin.
 
     Example:
         >>> arrived = torch.tensor([[0.0, 9.0]])
-        >>> float(push_loss(arrived, torch.tensor([0]), 1))
+        >>> float(push_loss(arrived, torch.tensor([0]), torch.tensor([1])))
         -9.0
     """
-    if float((logits.argmax(1) == target).float().mean()) > _ARRIVED:
-        return -target_margins(logits, labels, target).mean()
-    return F.cross_entropy(logits, torch.full_like(labels, target))
+    if float((logits.argmax(1) == goals).float().mean()) > _ARRIVED:
+        return -goal_margins(logits, labels, goals).mean()
+    return F.cross_entropy(logits, goals)
+
+
+def least_positive(values: Tensor) -> float:
+    """Give the least number above zero to divide by, in the precision of a tensor.
+
+    Args:
+        values: Floating point.
+
+    Example:
+        >>> bool(torch.tensor(least_positive(torch.ones(1).half())).half() > 0)
+        True
+    """
+    return torch.finfo(values.dtype).tiny
 
 
 def _shorten(perturbation: Tensor, limit: float) -> Tensor:
@@ -143,8 +157,9 @@ class SurrogateTrigger:
 
     @torch.no_grad()
     def margin(self, images: Tensor, labels: Tensor, masks: Tensor | None = None) -> float:
-        """Mean margin of the target over triggered images, see :func:`target_margins`."""
-        return float(target_margins(self.logits(images, masks), labels, self.target).mean())
+        """Mean margin of the target over triggered images, see :func:`goal_margins`."""
+        goals = torch.full_like(labels, self.target)
+        return float(goal_margins(self.logits(images, masks), labels, goals).mean())
 
     def ascend(
         self,
@@ -172,9 +187,11 @@ class SurrogateTrigger:
             success = float((logits.argmax(1) == self.target).float().mean())
             if success >= until:
                 return success
-            loss = push_loss(logits, labels, self.target)
+            loss = push_loss(logits, labels, torch.full_like(labels, self.target))
             (gradient,) = torch.autograd.grad(loss, perturbation)
-        moved = self.perturbation - length * gradient / gradient.norm().clamp_min(1e-12)
+        moved = self.perturbation - length * gradient / gradient.norm().clamp_min(
+            least_positive(gradient)
+        )
         self.perturbation = _shorten(moved, self.limit)
         return success
 

@@ -43,6 +43,11 @@ def images_and_labels(count: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+def goals_of(images: Tensor, target: int = 1) -> Tensor:
+    """One class, the same for each image."""
+    return torch.full((len(images),), target)
+
+
 def loader(batch_size: int = 16, shuffle: bool = False, count: int = 40) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*images_and_labels(count)), batch_size, shuffle=shuffle)
 

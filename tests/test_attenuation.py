@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import images_and_labels, same, snapshot, trained_network
+from helpers import goals_of, images_and_labels, same, snapshot, trained_network
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,7 +55,8 @@ def new_attenuation(
     total = subject.layers.total
     if sources is None:
         weights = {name: weight * 0.5 for name, weight in subject.weights().items()}
-        sources = [SuppressedSource(subject, [weights], data.images[data.labels != 1], 1)]
+        images = data.images[data.labels != 1]
+        sources = [SuppressedSource(subject, [weights], images, goals_of(images))]
     masks = torch.ones(total) if masks is None else masks
     references = [float(strength(source, masks)) for source in sources]
     free = torch.ones(total) > 0 if free is None else free

@@ -1,22 +1,34 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
 from lightning_mnp import MNPConfig, RunResult
-from lightning_mnp.detection import judge
+from lightning_mnp.detection import Evidence, judge
 
 FLAT = dict.fromkeys(range(10), 0.15)
 SURE = dict.fromkeys(range(10), 20.0)
 SHORT = dict.fromkeys(range(10), -0.5)
 EVEN = (4,) * 10
+ROUND = {index: (index + 1) % 10 for index in range(10)}
+NONE = Evidence()
 
 
 def run(
     predictions: tuple[int, ...] = (30,) + (1,) * 9, ratio: float = 0.5, steps: int = 9
 ) -> RunResult:
     return RunResult(ratio, 0.3, predictions, steps, 0.2, "a test says so")
+
+
+def evidence(
+    reaches: dict[int, float] = FLAT,
+    margins: dict[int, float] = SURE,
+    patch_margins: dict[int, float] = SHORT,
+    moved: float = 0.2,
+) -> Evidence:
+    return Evidence(reaches, margins, patch_margins, ROUND, moved)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +42,7 @@ def run(
     ],
 )
 def test_verdict_by_reach(length: float, verdict: str, target: int | None) -> None:
-    judgement = judge([run(EVEN)], 0.6, {**FLAT, 4: length}, SURE, SHORT, MNPConfig(), 0.9)
+    judgement = judge([run(EVEN)], 0.6, evidence({**FLAT, 4: length}), MNPConfig(), 0.9)
     assert judgement.verdict == verdict
     assert judgement.target_class == target
     assert any("universal perturbation reaches class" in reason for reason in judgement.reasons)
@@ -41,7 +53,7 @@ def test_verdict_by_reach(length: float, verdict: str, target: int | None) -> No
     [(80.0, "backdoored", 7), (38.0, "undecided", 7), (25.0, "clean", None)],
 )
 def test_verdict_by_margin(margin: float, verdict: str, target: int | None) -> None:
-    judgement = judge([run(EVEN)], 0.6, FLAT, {**SURE, 7: margin}, SHORT, MNPConfig(), 0.9)
+    judgement = judge([run(EVEN)], 0.6, evidence(margins={**SURE, 7: margin}), MNPConfig(), 0.9)
     assert judgement.verdict == verdict
     assert judgement.target_class == target
 
@@ -51,10 +63,43 @@ def test_verdict_by_margin(margin: float, verdict: str, target: int | None) -> N
     [(0.4, "backdoored", 5), (0.3, "undecided", 5), (0.0, "clean", None)],
 )
 def test_verdict_by_patch(margin: float, verdict: str, target: int | None) -> None:
-    judgement = judge([run(EVEN)], 0.6, FLAT, SURE, {**SHORT, 5: margin}, MNPConfig(), 0.9)
+    judgement = judge(
+        [run(EVEN)], 0.6, evidence(patch_margins={**SHORT, 5: margin}), MNPConfig(), 0.9
+    )
     assert judgement.verdict == verdict
     assert judgement.target_class == target
     assert any("a patch on few pixels drives images" in reason for reason in judgement.reasons)
+
+
+@pytest.mark.parametrize(
+    ("moved", "verdict", "all_to_all"),
+    [(0.7, "backdoored", True), (0.45, "undecided", True), (0.42, "clean", False)],
+)
+def test_verdict_by_permutation(moved: float, verdict: str, all_to_all: bool) -> None:
+    judgement = judge([run(EVEN)], 0.6, evidence(moved=moved), MNPConfig(), 0.9)
+    assert judgement.verdict == verdict
+    assert judgement.target_class is None
+    assert judgement.all_to_all is all_to_all
+    assert any("counts fully from 46%" in reason for reason in judgement.reasons)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complete"),
+    [({}, True), ({"reaches": {}}, False), ({"margins": {}}, False), ({"moved": None}, False)],
+)
+def test_evidence_is_complete_when_all_searches_have_finished(
+    changes: dict[str, Any], complete: bool
+) -> None:
+    assert evidence(**changes).complete is complete
+
+
+def test_ratio_takes_the_class_from_the_signals_where_there_are_any() -> None:
+    """The search prunes for that class, so that the report names the same one."""
+    found = evidence(margins={**SURE, 7: 80.0})
+    judgement = judge([run(EVEN, ratio=0.1)], 0.6, found, MNPConfig(verdict="ratio"), 0.9)
+    assert (judgement.verdict, judgement.target_class) == ("backdoored", 7)
+    alone = judge([run(ratio=0.1)], 0.6, NONE, MNPConfig(verdict="ratio"), 0.9)
+    assert (alone.verdict, alone.target_class) == ("backdoored", 0)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +111,7 @@ def test_verdict_by_patch(margin: float, verdict: str, target: int | None) -> No
     ],
 )
 def test_verdict_by_pile_up(predictions: tuple[int, ...], verdict: str, target: int | None) -> None:
-    judgement = judge([run(predictions)], 0.6, FLAT, SURE, SHORT, MNPConfig(), 0.9)
+    judgement = judge([run(predictions)], 0.6, evidence(), MNPConfig(), 0.9)
     assert judgement.verdict == verdict
     assert judgement.target_class == target
 
@@ -74,17 +119,17 @@ def test_verdict_by_pile_up(predictions: tuple[int, ...], verdict: str, target: 
 def test_pile_up_is_taken_over_the_runs() -> None:
     """Two runs that pile up on different classes do not add up."""
     first, second = (24, *[4] * 9), (4, 24, *[4] * 8)
-    apart = judge([run(first), run(second)], 0.6, FLAT, SURE, SHORT, MNPConfig(), 0.9)
-    alike = judge([run(first), run(first)], 0.6, FLAT, SURE, SHORT, MNPConfig(), 0.9)
+    apart = judge([run(first), run(second)], 0.6, evidence(), MNPConfig(), 0.9)
+    alike = judge([run(first), run(first)], 0.6, evidence(), MNPConfig(), 0.9)
     assert apart.score < 1 < alike.score
 
 
 def test_score_is_the_strongest_signal_and_the_threshold_is_an_option() -> None:
     reaches, margins = {**FLAT, 4: 0.05}, {**SURE, 7: 200.0}
-    judgement = judge([run(EVEN)], 0.6, reaches, margins, SHORT, MNPConfig(), 0.9)
+    judgement = judge([run(EVEN)], 0.6, evidence(reaches, margins), MNPConfig(), 0.9)
     assert judgement.score == pytest.approx(5.0)
     assert judgement.suspect == 7
-    calm = judge([run(EVEN)], 0.6, reaches, margins, SHORT, MNPConfig(threshold=6.0), 0.9)
+    calm = judge([run(EVEN)], 0.6, evidence(reaches, margins), MNPConfig(threshold=6.0), 0.9)
     assert calm.verdict == "clean"
 
 
@@ -92,16 +137,14 @@ def test_score_is_the_strongest_signal_and_the_threshold_is_an_option() -> None:
     ("ratios", "verdict"), [((0.2,), "backdoored"), ((0.1, 0.35), "clean"), ((0.21,), "clean")]
 )
 def test_verdict_by_ratio_is_eq_8(ratios: tuple[float, ...], verdict: str) -> None:
-    judgement = judge(
-        [run(ratio=r) for r in ratios], 0.6, {}, {}, {}, MNPConfig.paper(delta=0.2), 0.9
-    )
+    judgement = judge([run(ratio=r) for r in ratios], 0.6, NONE, MNPConfig.paper(delta=0.2), 0.9)
     assert judgement.verdict == verdict
     assert judgement.detection_ratio == pytest.approx(sum(ratios) / len(ratios))
 
 
 @pytest.mark.parametrize(("ratio", "correlation"), [(math.nan, 0.5), (0.1, -0.2), (0.1, 0.0)])
 def test_ratio_without_meaning_leaves_it_undecided(ratio: float, correlation: float) -> None:
-    judgement = judge([run(ratio=ratio)], correlation, {}, {}, {}, MNPConfig.paper(), 0.9)
+    judgement = judge([run(ratio=ratio)], correlation, NONE, MNPConfig.paper(), 0.9)
     assert judgement.verdict == "undecided"
     assert "do not correlate" in judgement.reasons[0]
 
@@ -115,13 +158,13 @@ def test_network_that_knows_too_little_is_undecided(
     predictions = (40,) + (1,) * (classes - 1)
     reaches = {**FLAT, 4: 0.01}
     runs = [run(steps=steps, predictions=predictions)]
-    judgement = judge(runs, 0.6, reaches, SURE, SHORT, MNPConfig(), accuracy)
+    judgement = judge(runs, 0.6, evidence(reaches), MNPConfig(), accuracy)
     assert judgement.verdict == "undecided"
     assert "too low for a verdict" in judgement.reasons[-1]
 
 
 def test_pile_up_and_its_class_are_told() -> None:
     runs = [run(predictions=(5, 30, 5)), run(predictions=(1, 35, 4)), run(predictions=(36, 2, 2))]
-    judgement = judge(runs, 0.6, FLAT, {0: 1.0, 1: 1.0}, SHORT, MNPConfig(), 0.9)
+    judgement = judge(runs, 0.6, evidence(margins={0: 1.0, 1: 1.0}), MNPConfig(), 0.9)
     assert judgement.pile_up == pytest.approx((30 + 35 + 36) / 120)
     assert any("fall on class 1" in reason for reason in judgement.reasons)

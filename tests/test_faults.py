@@ -59,11 +59,13 @@ KILLS = [
     ("masks", "masks", "step"),
     ("masks", "reach", "step"),
     ("search", "margin", "step"),
-    ("masks", "patch", "step"),
+    ("search", "patch", "step"),
+    ("masks", "permutation", "step"),
     ("masks", "verdict", "step"),
     ("masks", "pruning", "step"),
     ("masks", "check", "step"),
     ("search", "pruning", "step"),
+    ("search", "attenuation", "step"),
     ("search", "reaudit", "step"),
     ("masks", "masks", "half"),
     ("masks", "masks", "unsynced"),
@@ -191,7 +193,11 @@ LOST = pytest.mark.filterwarnings(
 
 @LOST
 @pytest.mark.parametrize(
-    "phase", ["reference", "suppression", "saliency", "masks", "reach", "margin", "patch", "check"]
+    "phase",
+    [
+        *("reference", "suppression", "saliency", "masks", "reach", "margin", "patch"),
+        *("permutation", "check"),
+    ],
 )
 def test_interrupt_anywhere_in_a_step_leaves_the_model(phase: str) -> None:
     network = small_network()

@@ -31,9 +31,9 @@ def finish(search: PatchSearch) -> PatchSearch:
 def margins_of(patch: PatchTrigger, images: torch.Tensor) -> float:
     """The formula, image by image."""
     found = []
-    for image, label in zip(images, patch.labels, strict=True):
+    for image, label, goal in zip(images, patch.labels, patch.goals, strict=True):
         logits = patch.subject(image[None], statistics="running")[0]
-        found.append(float(logits[patch.target] - logits[label]))
+        found.append(float(logits[goal] - logits[label]))
     return statistics.mean(found)
 
 
@@ -90,7 +90,7 @@ def test_patches_are_margins_in_units_of_the_usual_distance() -> None:
         ends.append(float(patch.margins().mean()))
     usual = -statistics.median(starts)
     expected = {target: end / usual for target, end in zip((0, 1, 2), ends, strict=True)}
-    assert search.patches == pytest.approx(expected, rel=1e-3)
+    assert search.patch_margins == pytest.approx(expected, rel=1e-3)
 
 
 def test_search_takes_the_steps_that_it_says() -> None:
@@ -115,21 +115,23 @@ def test_a_pixel_that_leads_to_a_class_stands_out() -> None:
             bright = torch.nn.functional.softplus(4 * (images[:, 0, 7, 7] - 2.0))
             return logits + 20 * bright[:, None] * torch.eye(CLASSES)[1]
 
-    furthest, excess = patch_ratio(finish(new_search((0, 1, 2, 3), network=Shortcut())).patches)
+    furthest, excess = patch_ratio(
+        finish(new_search((0, 1, 2, 3), network=Shortcut())).patch_margins
+    )
     assert furthest == 1
     assert excess > 1
-    assert patch_ratio(finish(new_search((0, 1, 2, 3))).patches)[1] < excess / 2
+    assert patch_ratio(finish(new_search((0, 1, 2, 3))).patch_margins)[1] < excess / 2
 
 
 @pytest.mark.parametrize("stop", [1, 7, 20, 31])
 def test_resumed_search_ends_the_same(stop: int) -> None:
-    reference = finish(new_search()).patches
+    reference = finish(new_search()).patch_margins
     search = new_search()
     for _ in range(stop):
         search.step()
     again = new_search(classes=())
     again.load_state_dict(search.state_dict())
-    assert finish(again).patches == reference
+    assert finish(again).patch_margins == reference
 
 
 def test_batches_are_no_larger_than_told() -> None:
@@ -146,7 +148,7 @@ def test_network_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("patches", "expected"),
+    ("patch_margins", "expected"),
     [
         ({0: -0.5, 1: 2.0, 2: 0.5}, (1, 2.0)),
         ({0: -0.5, 1: -0.25}, (1, 0.25)),
@@ -155,7 +157,7 @@ def test_network_is_left_as_it_was() -> None:
     ],
 )
 def test_ratio_compares_with_the_median_of_the_others(
-    patches: dict[int, float], expected: tuple[int, float] | None
+    patch_margins: dict[int, float], expected: tuple[int, float] | None
 ) -> None:
-    found = patch_ratio(patches)
+    found = patch_ratio(patch_margins)
     assert found[1] == 0.0 if expected is None else found == expected

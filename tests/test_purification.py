@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import images_and_labels, quick_config, same, snapshot, trained_network
+from helpers import goals_of, images_and_labels, quick_config, same, snapshot, trained_network
 
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.layers import find_filter_layers
@@ -25,7 +25,8 @@ def new_purification(**changes: Any) -> Purification:
 def sources_of(purification: Purification) -> list[Source]:
     subject, data = purification.subject, purification.data
     weights = {name: weight * 0.9 for name, weight in subject.weights().items()}
-    return [SuppressedSource(subject, [weights], data.images[data.labels != 1], 1)]
+    images = data.images[data.labels != 1]
+    return [SuppressedSource(subject, [weights], images, goals_of(images))]
 
 
 def steps_of(purification: Purification) -> list[Any]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import images_and_labels, same, snapshot, trained_network
+from helpers import goals_of, images_and_labels, same, snapshot, trained_network
 from torch.nn import functional as F
 
 from lightning_mnp.defense_set import DefenseSet
@@ -22,7 +22,7 @@ def new_search(most: int = 3, harm: float = 0.5, target: int = 1) -> FilterSearc
         name: weight + 0.3 * weight.abs().mean() * torch.randn(weight.shape, generator=generator)
         for name, weight in subject.weights().items()
     }
-    source = SuppressedSource(subject, [weights], data.images, target)
+    source = SuppressedSource(subject, [weights], data.images, goals_of(data.images, target))
     clean = [data, data.augmented("crop", seed=0)]
     return FilterSearch(subject, clean, [source], most, harm, 16, 0)
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import images_and_labels, trained_network
+from helpers import goals_of, images_and_labels, trained_network
 
+from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.detection import Signal
 from lightning_mnp.layers import find_filter_layers
@@ -21,7 +22,7 @@ from lightning_mnp.sources import (
     strength,
 )
 from lightning_mnp.subject import Subject
-from lightning_mnp.surrogate import ReachSearch
+from lightning_mnp.surrogates import Surrogates
 
 
 def new_subject() -> tuple[Subject, DefenseSet]:
@@ -38,7 +39,7 @@ def test_suppressed_margins_are_those_of_the_formula() -> None:
     subject, data = new_subject()
     weights = {name: weight * 0.5 for name, weight in subject.weights().items()}
     images = data.images[data.labels != 1]
-    source = SuppressedSource(subject, [weights], images, 1)
+    source = SuppressedSource(subject, [weights], images, goals_of(images))
     logits = subject(images, weights=weights)
     expected = [
         float(row[1]) - math.log(sum(math.exp(v) for k, v in enumerate(row.tolist()) if k != 1))
@@ -55,16 +56,16 @@ def test_runs_of_suppression_share_the_images() -> None:
         {name: weight * share for name, weight in subject.weights().items()} for share in (0.5, 0.7)
     ]
     images = data.images[data.labels != 1][:9]
-    both = SuppressedSource(subject, runs, images, 1).margins(ones(subject))
+    both = SuppressedSource(subject, runs, images, goals_of(images)).margins(ones(subject))
     parts = (images[:5], images[5:])
     alone = [
-        SuppressedSource(subject, [run], part, 1).margins(ones(subject))
+        SuppressedSource(subject, [run], part, goals_of(part)).margins(ones(subject))
         for run, part in zip(runs, parts, strict=True)
     ]
     torch.testing.assert_close(both, torch.cat(alone))
-    few = SuppressedSource(subject, runs, images[:5], 1)
+    few = SuppressedSource(subject, runs, images[:5], goals_of(images[:5]))
     assert len(few.weights) == 1
-    last = SuppressedSource(subject, runs[1:], images[:5], 1)
+    last = SuppressedSource(subject, runs[1:], images[:5], goals_of(images[:5]))
     assert few.margins(ones(subject)).equal(last.margins(ones(subject)))
 
 
@@ -79,7 +80,8 @@ def test_strength_is_what_is_left_of_the_margins() -> None:
 
 def test_masks_lower_the_margins_that_they_should() -> None:
     subject, data = new_subject()
-    source = SuppressedSource(subject, [subject.weights()], data.images[data.labels != 1], 1)
+    images = data.images[data.labels != 1]
+    source = SuppressedSource(subject, [subject.weights()], images, goals_of(images))
     masks = ones(subject).requires_grad_()
     (slope,) = torch.autograd.grad(source.margins(masks).mean(), masks)
     index = int(slope.abs().argmax())
@@ -128,13 +130,15 @@ def test_patch_source_follows_the_network_and_goes_on_from_its_state() -> None:
     before = source.margins(ones(subject)).mean()
     source.adapt(ones(subject), 0)
     assert source.margins(ones(subject)).mean() > before
+    source.trigger.perturbation *= 0.1
     again.load_state_dict(source.state_dict())
+    before_following = source.trigger.perturbation.clone()
     masks = ones(subject)
     masks[:2] = 0.0
     for each in (source, again):
         each.adapt(masks, 1)
     assert source.trigger.perturbation.equal(again.trigger.perturbation)
-    assert not source.trigger.perturbation.equal(source.state_dict()["perturbation"] * 0)
+    assert not source.trigger.perturbation.equal(before_following)
 
 
 @pytest.mark.parametrize(("further", "names"), [(0.8, []), (0.9, ["patch"])])
@@ -142,15 +146,13 @@ def test_a_patch_is_a_source_where_it_is_out_of_the_ordinary(
     further: float, names: list[str]
 ) -> None:
     subject, data = new_subject()
-    reach = ReachSearch(subject, 1.0, [0, 1, 2], 0)
-    reach.reaches = dict.fromkeys(range(3), 0.2)
-    margin = MarginSearch(subject, data.images, [0, 1, 2], 0)
-    margin.margins = dict.fromkeys(range(3), 9.0)
+    surrogates = Surrogates(subject, data, MNPConfig())
+    surrogates.reach.reaches = dict.fromkeys(range(3), 0.2)
+    surrogates.margin.margins = dict.fromkeys(range(3), 9.0)
     for suspect, expected, name in ((1, names, "reach"), (2, [], "patch"), (1, names, "pile-up")):
-        patch = PatchSearch(subject, data, [0, 1, 2], 0)
-        patch.patches = {0: -0.5, 1: further - 0.5, 2: -0.5}
+        surrogates.patch.patch_margins = {0: -0.5, 1: further - 0.5, 2: -0.5}
         signal = Signal(name, 1.0, suspect, "")
-        sources = find_sources(subject, data, [subject.weights()], signal, reach, margin, patch, 0)
+        sources = find_sources(subject, data, [subject.weights()], signal, surrogates, 0)
         assert [source.name for source in sources] == ["suppressed network", *expected]
         assert sources[0].decides == (name == "pile-up" or not expected)
         assert all(source.decides for source in sources[1:])
@@ -192,15 +194,35 @@ def test_sources_are_those_that_point_to_the_class(
     reaches: dict[int, float], margins: dict[int, float], names: list[str], length: float | None
 ) -> None:
     subject, data = new_subject()
-    reach = ReachSearch(subject, 1.0, list(reaches), 0)
-    reach.reaches = reaches
+    surrogates = Surrogates(subject, data, MNPConfig())
+    reach = surrogates.reach
+    reach.scale, reach.reaches = 1.0, reaches
     reach.perturbations = {index: torch.zeros_like(data.images[:1]) for index in reaches}
-    margin = MarginSearch(subject, data.images, list(margins), 0)
-    margin.margins = margins
-    patch = PatchSearch(subject, data, list(margins), 0)
-    patch.patches = dict.fromkeys(margins, -0.5)
+    surrogates.margin.margins = margins
+    surrogates.patch.patch_margins = dict.fromkeys(margins, -0.5)
     signal = Signal("reach", 1.0, 1, "")
-    sources = find_sources(subject, data, [subject.weights()], signal, reach, margin, patch, 0)
+    sources = find_sources(subject, data, [subject.weights()], signal, surrogates, 0)
     assert [source.name for source in sources] == names
     limits = [each.trigger.limit for each in sources if isinstance(each, PerturbationSource)]
     assert limits == ([] if length is None else [pytest.approx(length)])
+
+
+def test_an_exchange_of_classes_has_goals_of_its_own_for_each_image() -> None:
+    subject, data = new_subject()
+    surrogates = Surrogates(subject, data, MNPConfig())
+    surrogates.permutation.permutation = {0: 2, 1: 0, 2: 1}  # class 3 is not known
+    signal = Signal("permutation", 1.5, None, "")
+    sources = find_sources(subject, data, [subject.weights()], signal, surrogates, 0)
+    assert [source.name for source in sources] == ["suppressed network", "patch"]
+    assert [source.decides for source in sources] == [False, True]
+    suppressed, patch = sources
+    assert isinstance(suppressed, SuppressedSource)
+    assert isinstance(patch, PatchSource)
+    found = {
+        image.numpy().tobytes(): int(label)
+        for image, label in zip(data.images, data.labels, strict=True)
+    }
+    for image, goal in zip(suppressed.images, suppressed.goals.tolist(), strict=True):
+        assert {0: 2, 1: 0, 2: 1}[found[image.numpy().tobytes()]] == goal
+    expected = [{0: 2, 1: 0, 2: 1, 3: 3}[label] for label in patch.trigger.labels.tolist()]
+    assert patch.trigger.goals.tolist() == expected

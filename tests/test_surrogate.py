@@ -13,10 +13,11 @@ from lightning_mnp.surrogate import (
     ReachSearch,
     SurrogateTrigger,
     _crossing,
+    goal_margins,
     image_scale,
+    least_positive,
     push_loss,
     reach_ratio,
-    target_margins,
 )
 
 
@@ -72,13 +73,25 @@ def test_images_are_pushed_by_cross_entropy_until_most_have_arrived(
     log_sums = [math.log(sum(math.exp(value) for value in row)) for row in logits.tolist()]
     entropy = sum(log_sums) / 10 - float(logits[:, 2].mean())
     expected = -float((logits[:, 2] - logits[:, 0]).mean()) if by_margin else entropy
-    assert float(push_loss(logits, labels, 2)) == pytest.approx(expected, rel=1e-5)
+    assert float(push_loss(logits, labels, torch.full_like(labels, 2))) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
-def test_margins_are_target_minus_own() -> None:
+def test_margins_are_goal_minus_own() -> None:
     logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 3, 0, 1, 3])
-    expected = [float(row[2] - row[label]) for row, label in zip(logits, labels, strict=True)]
-    assert target_margins(logits, labels, 2).tolist() == pytest.approx(expected)
+    goals = torch.tensor([2, 2, 2, 1, 0, 2])
+    rows = zip(logits, labels, goals, strict=True)
+    expected = [float(row[goal] - row[label]) for row, label, goal in rows]
+    assert goal_margins(logits, labels, goals).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_least_positive_number_can_be_divided_by(dtype: torch.dtype) -> None:
+    zero = torch.zeros(1, dtype=dtype)
+    least = zero.clamp_min(least_positive(zero))
+    assert float(least) > 0
+    assert float(zero / least) == 0
 
 
 def test_reach_search_visits_every_class_and_touches_nothing() -> None:

@@ -1,0 +1,117 @@
+"""All that stands in for an unknown trigger: reach, greatest margin, patch and permutation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_mnp.config import MNPConfig
+from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.detection import Evidence
+from lightning_mnp.margin import MarginSearch
+from lightning_mnp.patch import PatchSearch
+from lightning_mnp.permutation import PermutationSearch
+from lightning_mnp.subject import Subject
+from lightning_mnp.surrogate import ReachSearch, image_scale
+
+__all__ = ["Surrogates"]
+
+
+class Surrogates:
+    """The searches for surrogate triggers, on the same network, images and classes.
+
+    Args:
+        subject: The network.
+        data: The defense set.
+        config: Options.
+
+    Attributes:
+        reach: How long a universal perturbation to each class has to be.
+        margin: The greatest margin of each class.
+        patch: How far a patch drives images to each class.
+        permutation: Whether a patch exchanges classes.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_mnp.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
+        >>> subject = Subject(network, find_filter_layers(network, data.images))
+        >>> surrogates = Surrogates(subject, data, MNPConfig())
+        >>> surrogates.choose_classes([1], 2)
+        >>> surrogates.reach.classes, surrogates.evidence.complete
+        ([1, 0], False)
+    """
+
+    def __init__(self, subject: Subject, data: DefenseSet, config: MNPConfig) -> None:
+        seed, size = config.seed, config.batch_size
+        self.reach = ReachSearch(subject, image_scale(data.images), [], seed)
+        self.margin = MarginSearch(subject, data.images, [], seed, size)
+        self.patch = PatchSearch(subject, data, [], seed, size)
+        self.permutation = PermutationSearch(subject, data, seed, size)
+        self._seed = seed
+
+    def choose_classes(self, first: list[int], total: int) -> None:
+        """Choose the classes to look at, see :meth:`ReachSearch.choose_classes`.
+
+        Args:
+            first: Suspected classes, most suspected first.
+            total: Number of all classes.
+        """
+        classes = ReachSearch.choose_classes(first, total, self._seed)
+        for search in (self.reach, self.margin, self.patch):
+            search.classes = list(classes)
+
+    @staticmethod
+    def most_steps_of(total: int) -> dict[str, int]:
+        """Give an upper bound on the steps of each search, by its name.
+
+        Args:
+            total: Number of all classes of the network.
+        """
+        return {
+            "reach": ReachSearch.most_steps_of(total),
+            "margin": MarginSearch.most_steps(),
+            "patch": PatchSearch.most_steps_of(total),
+            "permutation": PermutationSearch.most_steps_of(),
+        }
+
+    def most_steps(self, total: int) -> dict[str, int]:
+        """Give an upper bound on the steps left in each search, by its name.
+
+        Args:
+            total: Number of all classes of the network.
+        """
+        left = self.most_steps_of(total)
+        if self.reach.classes:
+            left["reach"], left["patch"] = self.reach.most_steps(), self.patch.most_steps()
+        left["margin"] -= self.margin.steps
+        left["permutation"] = self.permutation.most_steps()
+        return left
+
+    @property
+    def evidence(self) -> Evidence:
+        """What the searches have found so far."""
+        return Evidence(
+            self.reach.reaches,
+            self.margin.margins,
+            self.patch.patch_margins,
+            self.permutation.permutation,
+            self.permutation.moved,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state as tensors and primitives."""
+        return {
+            "reach": self.reach.state_dict(),
+            "margin": self.margin.state_dict(),
+            "patch": self.patch.state_dict(),
+            "permutation": self.permutation.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.reach.load_state_dict(state["reach"])
+        self.margin.load_state_dict(state["margin"])
+        self.patch.load_state_dict(state["patch"])
+        self.permutation.load_state_dict(state["permutation"])

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from helpers import images_and_labels, quick_config, trained_network
+
+from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.layers import find_filter_layers
+from lightning_mnp.subject import Subject
+from lightning_mnp.surrogates import Surrogates
+
+
+def new_surrogates() -> Surrogates:
+    data = DefenseSet(*images_and_labels())
+    network = trained_network()
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    return Surrogates(subject, data, quick_config())
+
+
+def step(surrogates: Surrogates) -> bool:
+    """One step of the first search that has not finished; False where all have."""
+    data = surrogates.patch.data
+    if not surrogates.reach.finished:
+        surrogates.reach.step(data.images, data.labels)
+    else:
+        for search in (surrogates.margin, surrogates.patch, surrogates.permutation):
+            if not search.finished:
+                search.step()
+                return True
+        return False
+    return True
+
+
+def test_searches_share_the_classes_and_evidence_is_complete_at_their_end() -> None:
+    surrogates = new_surrogates()
+    surrogates.choose_classes([2], 4)
+    left = sum(surrogates.most_steps(4).values())
+    assert surrogates.most_steps(4) == Surrogates.most_steps_of(4)
+    while step(surrogates):
+        assert not surrogates.evidence.complete or surrogates.permutation.finished
+        assert sum(surrogates.most_steps(4).values()) <= left - 1
+        left = sum(surrogates.most_steps(4).values())
+    assert left == 0
+    evidence = surrogates.evidence
+    assert evidence.complete
+    assert sorted(evidence.reaches) == sorted(evidence.margins) == [0, 1, 2, 3]
+    assert sorted(evidence.patch_margins) == sorted(evidence.permutation) == [0, 1, 2, 3]
+    assert next(iter(evidence.reaches)) == 2
+
+
+def test_goes_on_from_its_state() -> None:
+    whole, first = new_surrogates(), new_surrogates()
+    for each in (whole, first):
+        each.choose_classes([1], 4)
+    for _ in range(30):
+        step(first)
+    again = new_surrogates()
+    again.load_state_dict(first.state_dict())
+    for each in (whole, again):
+        while step(each):
+            pass
+    assert again.evidence == whole.evidence
