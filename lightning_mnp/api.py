@@ -201,6 +201,8 @@ def _load_state(defense: MNPDefense, path: Path) -> None:
         ) from error
     try:
         defense.load_state_dict(state)
+    except torch.OutOfMemoryError:  # not the file's fault
+        raise
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"Expected argument `state_file` to hold the progress of an earlier call, but what "

@@ -55,7 +55,8 @@ class MNPConfig:
             ``"threshold"`` take the lowest M1 + M2, as in the paper.
         amount: The count, the share of all filters, or the threshold on M1 + M2; for ``"auto"``
             the most that may be pruned, as a share of all filters.
-        harm: Most rise of the clean loss by the rule ``"auto"``, in nats.
+        harm: Most harm to clean images by the rule ``"auto"``, in nats: the rise of their loss,
+            with fewer than 500 images also how far predictions move.
         attenuation_steps: Most steps in which the rule ``"auto"`` turns down filters that are left,
             by factors from 0 to 1, so that the clean loss and what is left of the backdoor get
             least together; 0 leaves them as they are.

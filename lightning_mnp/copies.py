@@ -9,7 +9,7 @@ from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.subject import Subject
 
-__all__ = ["CleanSets", "clean_sets"]
+__all__ = ["CleanSets", "clean_sets", "known_clean_sets"]
 
 # A network that was trained on such images loses a few points on them, not a tenth of all.
 _MOST_LOSS = 0.1
@@ -65,7 +65,19 @@ def clean_sets(
     }
     known = accuracy(*clean_logits(subject, data, batch_size))
     for choice in choices[augment]:
-        copies = data.augmented(choice, seed)
-        if accuracy(*clean_logits(subject, copies, batch_size)) >= known - _MOST_LOSS:
-            return CleanSets([data, copies], choice)
-    return CleanSets([data], "none")
+        found = known_clean_sets(data, choice, seed)
+        if accuracy(*clean_logits(subject, found.sets[-1], batch_size)) >= known - _MOST_LOSS:
+            return found
+    return known_clean_sets(data, "none", seed)
+
+
+def known_clean_sets(data: DefenseSet, augment: Augmentation, seed: int) -> CleanSets:
+    """Give the images by which clean loss is measured, where it is known what is recognized.
+
+    Args:
+        data: The defense set.
+        augment: What is done to the copies; with ``"none"`` there are no copies.
+        seed: Seed of the copies.
+    """
+    copies = [] if augment == "none" else [data.augmented(augment, seed)]
+    return CleanSets([data, *copies], augment)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.subject import Subject, Weights
 
-__all__ = ["accuracy", "clean_logits", "clean_loss"]
+__all__ = ["accuracy", "clean_logits"]
 
 
 @torch.no_grad()
@@ -64,20 +61,3 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
         0.5
     """
     return int((logits.argmax(1) == labels).sum()) / len(labels)
-
-
-@torch.no_grad()
-def clean_loss(
-    subject: Subject, sets: Sequence[DefenseSet], batch_size: int, masks: Tensor
-) -> float:
-    """Tell the mean cross-entropy over all images of some defense sets, in nats.
-
-    Args:
-        subject: The network.
-        sets: The images, at least one set.
-        batch_size: Most images in a batch.
-        masks: Filter masks, shape (total filters,).
-    """
-    passed = [clean_logits(subject, data, batch_size, masks=masks) for data in sets]
-    logits, labels = (torch.cat(parts) for parts in zip(*passed, strict=True))
-    return float(F.cross_entropy(logits, labels))

@@ -19,6 +19,7 @@ from lightning_mnp.defense import MNPDefense
 from lightning_mnp.defense_set import DefenseSet, Unpack
 from lightning_mnp.output import check_writable, write_whole
 from lightning_mnp.processes import do_in_first, gather_objects, process_count
+from lightning_mnp.repair import LogitShift
 from lightning_mnp.result import DefenseReport
 
 __all__ = [
@@ -204,8 +205,9 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
     """
     # Not a broadcast, which would not tell that another process has died.
     own = defense.purification
-    removed, report = gather_objects((own.removed.tolist(), defense.report()))[0]
-    own.shift = own.shift_of(torch.tensor(report.shift)) if report.shift else None
+    bias = None if own.shift is None else own.shift.name
+    removed, bias, report = gather_objects((own.removed.tolist(), bias, defense.report()))[0]
+    own.shift = None if bias is None else LogitShift(bias, torch.tensor(report.shift))
     own.remove(torch.tensor(removed, dtype=torch.long))
     masks = [value for part in report.masks.values() for value in part]
     own.masks = torch.tensor(masks, device=own.removed.device) if masks else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mnp.attenuation import Attenuation
 from lightning_mnp.config import MNPConfig
-from lightning_mnp.copies import CleanSets, clean_sets
+from lightning_mnp.copies import CleanSets, clean_sets, known_clean_sets
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.masks import scalable
@@ -70,6 +69,7 @@ class Purification:
         self.search: FilterSearch | None = None
         self.attenuation: Attenuation | None = None
         self.warnings: list[str] = []
+        self._known: CleanSets | None = None
 
     @property
     def changes(self) -> bool:
@@ -127,11 +127,15 @@ class Purification:
             raise RuntimeError("The search has not begun; call `begin` first.")
         return self.search
 
-    @cached_property
+    @property
     def _clean(self) -> CleanSets:
         """The images by which harm and repair are measured."""
         config = self.config
-        return clean_sets(self.subject, self.data, config.augment, config.batch_size, config.seed)
+        if self._known is None:
+            self._known = clean_sets(
+                self.subject, self.data, config.augment, config.batch_size, config.seed
+            )
+        return self._known
 
     def _new_attenuation(self) -> Attenuation:
         search, config = self._begun, self.config
@@ -154,8 +158,8 @@ class Purification:
         if rise <= self.config.harm:
             return masks
         self.warnings.append(
-            f"filters were not turned down: that raised the clean loss by {rise:.3g} nats, and "
-            f"`harm` is {self.config.harm:g}"
+            f"filters were not turned down: that did {rise:.3g} nats more harm, and `harm` is "
+            f"{self.config.harm:g}"
         )
         return None
 
@@ -184,18 +188,14 @@ class Purification:
         logits, labels = passed[0]
         if repairing:
             seen, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
-            self.shift = self.shift_of(fit_shift(seen, classes, target))
+            self.shift = self._shift_of(fit_shift(seen, classes, target))
         if self.shift is not None:
             logits = logits + self.shift.values.to(logits)
         self.accuracy = accuracy(logits, labels)
         return self.accuracy
 
-    def shift_of(self, values: Tensor) -> LogitShift | None:
-        """Make a shift of this network's logits; None where it has no bias for that.
-
-        Args:
-            values: What is added, shape (K,).
-        """
+    def _shift_of(self, values: Tensor) -> LogitShift | None:
+        """Make a shift of this network's logits; None where it has no bias for that."""
         sample = self.data.images[:2].to(self.subject.device)
         name = find_logit_bias(self.subject.network, sample, self.subject.forward)
         return None if name is None else LogitShift(name, values)
@@ -222,7 +222,8 @@ class Purification:
         return {
             "removed": self.removed,
             "masks": self.masks,
-            "shift": None if self.shift is None else self.shift.values,
+            "shift": None if self.shift is None else [self.shift.name, self.shift.values],
+            "augment": None if self._known is None else self._known.augment,
             "accuracy": self.accuracy,
             "warnings": list(self.warnings),
             "search": None if self.search is None else self.search.state_dict(),
@@ -230,7 +231,7 @@ class Purification:
         }
 
     def load_state_dict(self, state: dict[str, Any], sources: Sequence[Source]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Go on where :meth:`state_dict` was taken; the network does not run.
 
         Args:
             state: The state.
@@ -239,7 +240,10 @@ class Purification:
         device = self.subject.device
         self.remove(state["removed"])
         self.masks = None if state["masks"] is None else state["masks"].to(device)
-        self.shift = None if state["shift"] is None else self.shift_of(state["shift"])
+        self.shift = None if state["shift"] is None else LogitShift(*state["shift"])
+        self._known = None
+        if state["augment"] is not None:
+            self._known = known_clean_sets(self.data, state["augment"], self.config.seed)
         self.accuracy = state["accuracy"]
         self.warnings = list(state["warnings"])
         self.search = self.attenuation = None

@@ -81,8 +81,8 @@ class DefenseReport:
             the rule does not rank by them.
         masks: What the output of every filter is multiplied by, from 0 to 1, for each layer; empty
             where filters are pruned or left as they are.
-        search: The automatic rule's curve, one entry for each number of filters from 0: rise of
-            the clean loss in nats, and for each source the target's margin as a share of that
+        search: The automatic rule's curve, one entry for each number of filters from 0: harm
+            to clean images in nats, and for each source the target's margin as a share of that
             at the start.
         filters: Number of filters that took part.
         accuracy_before: Accuracy on the defense set, evaluation mode.

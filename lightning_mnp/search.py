@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mnp.defense_set import DefenseSet, seeded_generator
-from lightning_mnp.evaluation import clean_loss
+from lightning_mnp.harm import CleanHarm
 from lightning_mnp.margin import class_margins
 from lightning_mnp.sources import LEAST_STRENGTH, Source, strength
 from lightning_mnp.subject import Subject
@@ -26,7 +26,7 @@ _LEAST_EFFECT = 0.05
 # How the slope of a clean margin counts as a rise of the clean loss, roughly.
 _HARM_WEIGHT = 0.1
 _HARM_FLOOR = 0.005
-# A filter that raises the clean loss by no more than this is taken without looking further.
+# A filter that does no more harm than this is taken without looking further.
 _HARMLESS = 0.001
 
 
@@ -34,25 +34,25 @@ class FilterSearch:
     """Takes filters one by one: those that carry the target class and that clean images do without.
 
     In each step, the first-order effect of every filter on the margins of the sources is set
-    against its first-order effect on clean margins. The clean loss without each of the best four
-    is measured, best first, and the one with the most effect for its harm is taken, or the first
-    that does no harm. The search ends at the most filters, or when all that is left is too
-    harmful: one filter may raise the clean loss by half of the allowance, all of them by the
-    allowance above the lowest clean loss on the way.
+    against its first-order effect on clean margins. The harm (:class:`CleanHarm`) without each of
+    the best four is measured, best first, and the one with the most effect for its harm is taken,
+    or the first that does none. The search ends at the most filters, or when all that is left is
+    too harmful: one filter may do half of the harm allowed, all of them as much as is allowed
+    above the least on the way.
 
     Args:
         subject: The network.
         clean: Clean images, by which harm is measured; the last set gives the slopes.
         sources: Where the backdoor shows.
         most: The most filters to take.
-        harm: The allowance: most rise of the clean loss, in nats.
+        harm: The most harm allowed, in nats.
         batch_size: Most images in a batch.
         seed: Seed of everything that is drawn.
 
     Attributes:
         taken: Positions of the filters taken so far, in their order.
-        curve: For each number of filters from 0: the rise of the clean loss, then for each source
-            its mean margin as a share of that at the start.
+        curve: For each number of filters from 0: the harm, then for each source its mean margin
+            as a share of that at the start.
         references: The strength of each source at the start, or what it counts for at least.
         stopped: Why the search ended, or "".
     """
@@ -78,8 +78,8 @@ class FilterSearch:
         self.curve: list[tuple[float, ...]] = []
         self.stopped = ""
         self._rejected: dict[int, int] = {}
-        self._base = 0.0
         self.references: list[float] = []
+        self._measure = CleanHarm(subject, clean, batch_size)
 
     def masks(self, without: Sequence[int] = ()) -> Tensor:
         """Masks with zeros for the filters taken, and for others, shape (total filters,)."""
@@ -91,7 +91,7 @@ class FilterSearch:
         """Begin, take one more filter, or end the search.
 
         Returns:
-            The number of ``filters``, the rise of the clean loss as ``harm``, and the greatest
+            The number of ``filters``, the ``harm`` in nats, and the greatest
             ``margin`` of a source as a share of that at the start.
         """
         if not self.curve:
@@ -103,7 +103,6 @@ class FilterSearch:
 
     def _begin(self) -> None:
         masks = self.masks()
-        self._base = self._clean_loss(masks)
         for source in self.sources:
             source.adapt(masks, 0)
         self.references = [max(level, LEAST_STRENGTH) for level in self._levels()]
@@ -135,7 +134,7 @@ class FilterSearch:
         return [float(strength(source, masks)) for source in self.sources]
 
     def _best(self) -> tuple[int, float] | None:
-        """The best filter to take next, and the rise of the clean loss with it.
+        """The best filter to take next, and the harm with it.
 
         None where all candidates of this step were too harmful, or where the search has ended.
         """
@@ -160,9 +159,7 @@ class FilterSearch:
                 break
         if best is None:
             if len(self._waiting()) >= _REJECTED:
-                self.stopped = (
-                    f"more filters would raise the clean loss by more than {self.harm:g} nats"
-                )
+                self.stopped = f"more filters would do more harm than {self.harm:g} nats"
             return None
         return best[1], best[2]
 
@@ -200,15 +197,12 @@ class FilterSearch:
         return slope / len(rows)
 
     def harm_of(self, masks: Tensor) -> float:
-        """Tell by how much masks raise the clean loss, in nats, once the search has begun.
+        """Tell the harm of masks, in nats.
 
         Args:
             masks: Filter masks, shape (total filters,).
         """
-        return self._clean_loss(masks) - self._base
-
-    def _clean_loss(self, masks: Tensor) -> float:
-        return clean_loss(self.subject, self.clean, self.batch_size, masks)
+        return self._measure.of(masks)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as tensors and primitives."""
@@ -217,7 +211,6 @@ class FilterSearch:
             "curve": [list(point) for point in self.curve],
             "stopped": self.stopped,
             "rejected": dict(self._rejected),
-            "base": self._base,
             "reference": list(self.references),
             "sources": [source.state_dict() for source in self.sources],
         }
@@ -228,7 +221,6 @@ class FilterSearch:
         self.curve = [tuple(float(value) for value in point) for point in state["curve"]]
         self.stopped = str(state["stopped"])
         self._rejected = {int(index): int(count) for index, count in state["rejected"].items()}
-        self._base = float(state["base"])
         self.references = [float(value) for value in state["reference"]]
         for source, part in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(part)

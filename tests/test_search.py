@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import goals_of, images_and_labels, same, snapshot, trained_network
-from torch.nn import functional as F
 
 from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.harm import CleanHarm
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.search import FilterSearch
 from lightning_mnp.sources import SuppressedSource
@@ -49,20 +49,18 @@ def test_search_lowers_the_margins() -> None:
     assert levels[-1] < levels[0]
 
 
-def test_harm_is_the_rise_of_the_clean_loss() -> None:
-    search = finish(new_search(most=1, harm=50.0))
-    images = torch.cat([data.images for data in search.clean])
-    labels = torch.cat([data.labels for data in search.clean])
-    assert len(labels) == 80  # each image as it is, and shifted
-    losses = [
-        float(F.cross_entropy(search.subject(images, masks=m, statistics="running"), labels))
-        for m in (None, search.masks())
-    ]
-    assert search.curve[1][0] == pytest.approx(losses[1] - losses[0], abs=1e-5)
+def test_harm_of_each_number_of_filters_is_on_the_curve() -> None:
+    search = finish(new_search(most=3, harm=50.0))
+    harm = CleanHarm(search.subject, search.clean, 16)
+    for count, point in enumerate(search.curve):
+        masks = torch.ones_like(search.masks())
+        masks[search.taken[:count]] = 0.0
+        assert point[0] == pytest.approx(harm.of(masks), abs=1e-5)
+        assert search.harm_of(masks) == pytest.approx(harm.of(masks), abs=1e-5)
 
 
 @pytest.mark.parametrize("harm", [0.001, 0.05])
-def test_clean_loss_never_rises_above_the_allowance(harm: float) -> None:
+def test_harm_never_rises_above_the_allowance(harm: float) -> None:
     search = finish(new_search(most=20, harm=harm))
     rises = [point[0] for point in search.curve]
     for index, rise in enumerate(rises):
@@ -72,8 +70,8 @@ def test_clean_loss_never_rises_above_the_allowance(harm: float) -> None:
 
 def test_a_small_allowance_ends_the_search_and_a_large_one_does_not() -> None:
     strict, lenient = (finish(new_search(most=50, harm=harm)) for harm in (1e-6, 50.0))
-    assert "more filters would raise the clean loss by more than 1e-06 nats" in strict.stopped
-    assert "clean loss" not in lenient.stopped
+    assert "more filters would do more harm than 1e-06 nats" in strict.stopped
+    assert "more harm" not in lenient.stopped
 
 
 def test_first_order_effect_is_the_slope_of_the_margins() -> None:

@@ -1,0 +1,79 @@
+"""Harm: by how much masks make a network worse on clean images, measured with few of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.evaluation import clean_logits
+from lightning_mnp.subject import Subject
+
+__all__ = ["CleanHarm"]
+
+# From so many images on, the rise of their loss is trusted alone.
+_ENOUGH_IMAGES = 500
+# What a nat of divergence counts: part of it is the backdoor's own doing on clean images.
+_DIVERGENCE = 0.5
+
+
+class CleanHarm:
+    """Tells how much harm masks do to clean images, in nats.
+
+    With many images it is the rise of the clean loss. With few, a search finds filters without
+    which the loss on just these images falls, by chance; how far the predictions move away from
+    those of the network as it is (the Kullback-Leibler divergence) cannot fall, and is the rise
+    of the loss to be expected where the network's probabilities are right. So with N images,
+    fewer than 500, the rise counts N / 500, and half of the divergence the rest.
+
+    Args:
+        subject: The network.
+        clean: Clean images, the defense set first; the others are copies of it.
+        batch_size: Most images in a batch.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mnp.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> data = DefenseSet(torch.rand(6, 1, 2, 2), torch.arange(6) % 2)
+        >>> subject = Subject(network, find_filter_layers(network, data.images))
+        >>> harm = CleanHarm(subject, [data], 128)
+        >>> harm.of(torch.ones(4)), harm.of(torch.zeros(4)) > 0
+        (0.0, True)
+    """
+
+    def __init__(self, subject: Subject, clean: Sequence[DefenseSet], batch_size: int) -> None:
+        self.subject = subject
+        self.clean = list(clean)
+        self.batch_size = batch_size
+        self._share = min(1.0, len(self.clean[0]) / _ENOUGH_IMAGES)
+        self._before: Tensor | None = None
+        self._loss = 0.0
+
+    @torch.no_grad()
+    def of(self, masks: Tensor) -> float:
+        """Tell the harm of filter masks, in nats; 0 for masks of ones.
+
+        Args:
+            masks: Filter masks, shape (total filters,).
+        """
+        if self._before is None:
+            self._before, labels = self._logits(torch.ones_like(masks))
+            self._loss = float(F.cross_entropy(self._before, labels))
+        logits, labels = self._logits(masks)
+        rise = float(F.cross_entropy(logits, labels)) - self._loss
+        if self._share == 1:
+            return rise
+        before, after = self._before.log_softmax(1), logits.log_softmax(1)
+        divergence = F.kl_div(after, before, reduction="batchmean", log_target=True)
+        return self._share * rise + (1 - self._share) * _DIVERGENCE * float(divergence)
+
+    def _logits(self, masks: Tensor) -> tuple[Tensor, Tensor]:
+        passed = [
+            clean_logits(self.subject, data, self.batch_size, masks=masks) for data in self.clean
+        ]
+        logits, labels = (torch.cat(parts) for parts in zip(*passed, strict=True))
+        return logits, labels

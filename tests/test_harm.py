@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import images_and_labels, same, snapshot, trained_network
+
+from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.harm import CleanHarm
+from lightning_mnp.layers import find_filter_layers
+from lightning_mnp.subject import Subject
+
+
+def new_harm(count: int, batch_size: int = 128) -> CleanHarm:
+    network = trained_network()
+    data = DefenseSet(*images_and_labels(count))
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    return CleanHarm(subject, [data, data.augmented("crop", seed=0)], batch_size)
+
+
+def probabilities(harm: CleanHarm, masks: torch.Tensor | None) -> list[list[float]]:
+    """Of the images and their copies, row by row."""
+    rows = []
+    for data in harm.clean:
+        for image in data.images:
+            logits = harm.subject(image[None], masks=masks, statistics="running")[0].tolist()
+            total = sum(math.exp(value) for value in logits)
+            rows.append([math.exp(value) / total for value in logits])
+    return rows
+
+
+@pytest.mark.parametrize(("count", "share"), [(500, 1.0), (600, 1.0), (50, 0.1), (40, 0.08)])
+def test_harm_is_the_rise_of_the_loss_and_with_few_images_half_of_the_divergence(
+    count: int, share: float
+) -> None:
+    harm = new_harm(count)
+    masks = torch.ones(harm.subject.layers.total)
+    masks[::3] = 0.3
+    before, after = probabilities(harm, None), probabilities(harm, masks)
+    labels = [int(label) for data in harm.clean for label in data.labels]
+    assert len(labels) == 2 * count
+    rises, divergences = [], []
+    for old, new, label in zip(before, after, labels, strict=True):
+        rises.append(math.log(old[label]) - math.log(new[label]))
+        divergences.append(sum(p * math.log(p / q) for p, q in zip(old, new, strict=True)))
+    rise, divergence = (sum(values) / len(values) for values in (rises, divergences))
+    assert divergence > 0.001
+    expected = share * rise + (1 - share) * divergence / 2
+    assert harm.of(masks) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_network_as_it_is_does_no_harm_and_stays() -> None:
+    harm = new_harm(40, batch_size=7)
+    network = harm.subject.network
+    before = snapshot(network)
+    assert harm.of(torch.ones(harm.subject.layers.total)) == pytest.approx(0.0, abs=1e-6)
+    assert same(before, snapshot(network))
