@@ -161,6 +161,14 @@ def mean_and_worst(values: list[float], worst: Callable[[list[float]], float]) -
     return mean if len(values) == 1 else f"{mean} ({worst(values):.2f})"
 
 
+def target(row: dict[str, Any]) -> str:
+    """Name the suspected target class: "all" for all-to-all, a dash where there is none."""
+    if row.get("target_class") is not None:
+        return str(row["target_class"])
+    judged = math.isfinite(row.get("score", math.nan)) and row["verdict"] != "clean"
+    return "all" if judged else "-"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Write a Markdown table: means over the defense sets, worst ones of several in brackets."""
     lines = [
@@ -184,7 +192,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             mean_and_worst(rates, max),
             ", ".join(str(row["pruned"]) for row in group),
             f"{verdicts.count('backdoored')} of {len(group)}" if verdicts else "-",
-            ", ".join(str(row.get("target_class")).replace("None", "-") for row in group),
+            ", ".join(target(row) for row in group),
             "-".join(dict.fromkeys(f"{of(scores):.2f}" for of in (min, max) if scores)) or "-",
             ", ".join(again) or "-",
         ]

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.margin import margin_ratio
@@ -14,7 +15,7 @@ from lightning_mnp.permutation import permutation_excess
 from lightning_mnp.result import RunResult, Verdict
 from lightning_mnp.surrogate import reach_ratio
 
-__all__ = ["Evidence", "Judgement", "Signal", "judge", "signals", "top_class"]
+__all__ = ["Evidence", "Judgement", "Signal", "SignalName", "judge", "signals", "top_class"]
 
 # Where each signal counts 1; how they were chosen, and where that was not by the book, is told in
 # "The default" in the documentation. The pile-up is taken between chance, 0, and all predictions
@@ -87,6 +88,9 @@ class Judgement:
         return self.verdict != "clean" and self.suspect is None
 
 
+SignalName = Literal["pile-up", "reach", "margin", "patch", "permutation"]
+
+
 @dataclass(frozen=True)
 class Signal:
     """One thing that speaks for a backdoor.
@@ -98,7 +102,7 @@ class Signal:
         reason: In words.
     """
 
-    name: str
+    name: SignalName
     strength: float
     suspect: int | None
     reason: str

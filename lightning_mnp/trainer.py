@@ -154,7 +154,7 @@ class MNPTrainer(Trainer):
         data = self._defense_set(model, datamodule)
         defense = self._defense(model, data, mnp, network, when)
         outcome = self._carry_out(defense, state_file)
-        if defense.purification.changes:
+        if outcome.changes:
             defense.prune_()
         weights = {
             # A Lightning checkpoint has the model's names, other files those they came with.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
@@ -318,7 +319,12 @@ def _read(path: Path) -> Tensor:
     try:
         # Through NumPy, in half of the time that torchvision's conversion takes.
         pixels = np.array(default_loader(path))
-    except OSError as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"Expected {str(path)!r} to be an image of ordinary size, but reading it could take "
+            f"all memory: {error} Shrink or remove it."
+        ) from error
+    except (OSError, SyntaxError) as error:  # the second is how Pillow tells of a broken PNG
         raise ValueError(
             f"Expected {str(path)!r} to be a readable image, but it is not. Repair or remove it."
         ) from error

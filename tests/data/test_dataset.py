@@ -112,6 +112,15 @@ def test_resize_and_crop_keeps_the_center() -> None:
     assert resize_and_crop(image[:, :, :10], 10).data_ptr() == image.data_ptr()
 
 
+def test_image_that_could_take_all_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_tree(tmp_path, {"a": 1, "b": 1})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(ValueError, match=r"0.png' to be an image of ordinary size.* exceeds limit"):
+        FolderDataset(root, ["a", "b"]).fetch([0])
+
+
 def test_folder_errors(tmp_path: Path) -> None:
     root = write_tree(tmp_path, {"a": 1, "b": 2})
     with pytest.raises(FileNotFoundError, match=r"folder for each class .* none was found for z"):
