@@ -77,11 +77,13 @@ class Variant:
         size: Number of images.
         predicted: Whether labels are the network's own predictions.
         impure: Share of the images that are triggered, with the attacker's label.
+        impurity: Share of them that the defender reckons with.
     """
 
     size: int = 500
     predicted: bool = False
     impure: float = 0.0
+    impurity: float = 0.0
 
     @property
     def suffix(self) -> str:
@@ -90,6 +92,7 @@ class Variant:
             f"-{self.size}" if self.size != 500 else "",
             "-predicted" if self.predicted else "",
             f"-impure{self.impure:g}" if self.impure else "",
+            f"-impurity{self.impurity:g}" if self.impurity else "",
         )
         return "".join(parts)
 
@@ -136,7 +139,9 @@ def run(
         result = rnp(network, loader, config=RNPConfig(seed=seed))
         defended, row["pruned"] = result.model, len(result.pruned)
     else:
-        config = MNPConfig.paper(seed=seed) if preset == "paper" else MNPConfig(seed=seed)
+        config = MNPConfig(seed=seed, impurity=variant.impurity)
+        if preset == "paper":
+            config = MNPConfig.paper(seed=seed)
         always = attack is not None or preset == "paper"
         report = defend(network, loader, when="always" if always else "flagged", config=config)
         assert report.model is not None
@@ -241,9 +246,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=500, help="images in the defense set")
     parser.add_argument("--predicted", action="store_true", help="labels by the network itself")
     parser.add_argument("--impure", type=float, default=0.0, help="share that is poisoned")
+    parser.add_argument("--impurity", type=float, default=0.0, help="share that is reckoned with")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    variant = Variant(options.size, options.predicted, options.impure)
+    variant = Variant(options.size, options.predicted, options.impure, options.impurity)
     rows = []
     trained = [path.parent.name for path in sorted(options.networks.glob("*/result.json"))]
     missing = sorted(set(options.only or ()) - set(trained))

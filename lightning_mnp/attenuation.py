@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lightning_mnp.config import Augmentation
 from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.harm import trimmed_mean
 from lightning_mnp.sources import LEAST_STRENGTH, Source, strength
 from lightning_mnp.subject import Subject
 
@@ -56,6 +57,8 @@ class Attenuation:
         steps: Most steps.
         batch_size: Most images in a batch.
         seed: Seed of order and augmentation.
+        impurity: The share of images that may be poisoned; of each batch, as many are left out of
+            the clean loss, those with the greatest.
 
     Attributes:
         steps: Number of steps.
@@ -94,6 +97,7 @@ class Attenuation:
         steps: int,
         batch_size: int,
         seed: int,
+        impurity: float = 0.0,
     ) -> None:
         self.subject = subject
         self.data = data
@@ -103,6 +107,7 @@ class Attenuation:
         self.steps = steps
         self.batch_size = batch_size
         self.seed = seed
+        self.impurity = impurity
         self.taken = 0
         self.enough = False
         self.masks = masks.clone()
@@ -136,7 +141,8 @@ class Attenuation:
         masks = self._values.clone().requires_grad_()
         with torch.enable_grad():
             logits = self.subject(images, masks=masks, statistics="running")
-            loss = F.cross_entropy(logits, labels)
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            loss = trimmed_mean(losses, self.impurity)
             (gradient,) = torch.autograd.grad(loss, masks)
         greatest, enough = 0.0, True
         # One by one, so that no more than one batch's activations are in memory.

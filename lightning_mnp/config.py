@@ -57,6 +57,9 @@ class MNPConfig:
             the most that may be pruned, as a share of all filters.
         harm: Most harm to clean images by the rule ``"auto"``, in nats: the rise of their loss,
             with fewer than 500 images also how far predictions move.
+        impurity: Share of the defense set that may be poisoned, from 0 to below 0.5. The rule
+            ``"auto"`` leaves out as many images, those that suffer most, where it measures harm:
+            a few poisoned images would protect the backdoor.
         attenuation_steps: Most steps in which the rule ``"auto"`` turns down filters that are left,
             by factors from 0 to 1, so that the clean loss and what is left of the backdoor get
             least together; 0 leaves them as they are.
@@ -100,6 +103,7 @@ class MNPConfig:
     rule: PruningRule = "auto"
     amount: float = 0.05
     harm: float = 0.02
+    impurity: float = 0.0
     attenuation_steps: int = 150
     verdict: VerdictRule = "signals"
     threshold: float = 1.0
@@ -155,6 +159,7 @@ class MNPConfig:
         for name in ("balance", "repair", "reaudit"):
             require_option(isinstance(getattr(self, name), bool), self, name, "True or False")
         require_option(0 < self.harm < math.inf, self, "harm", "above 0")
+        require_option(0 <= self.impurity < 0.5, self, "impurity", "from 0 to below 0.5")
         require_option(0 < self.threshold < math.inf, self, "threshold", "above 0")
         require_option(0 <= self.delta <= 1, self, "delta", "from 0 to 1")
         if self.rule == "threshold":

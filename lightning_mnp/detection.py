@@ -111,6 +111,9 @@ class Signal:
 def signals(runs: Sequence[RunResult], evidence: Evidence) -> list[Signal]:
     """Weigh what speaks for a backdoor, strongest first.
 
+    An exchange of classes that counts fully comes before all others: no backdoor with one target
+    class has one, while an all-to-all backdoor may make some class stand out as well.
+
     Args:
         runs: The suppression runs, at least one.
         evidence: What the searches for surrogate triggers have found.
@@ -131,8 +134,12 @@ def signals(runs: Sequence[RunResult], evidence: Evidence) -> list[Signal]:
             _patch_signal(evidence.patch_margins),
             _permutation_signal(evidence.permutation, evidence.moved),
         ),
-        key=lambda signal: -signal.strength,
+        key=lambda signal: (not _is_exchange(signal), -signal.strength),
     )
+
+
+def _is_exchange(signal: Signal) -> bool:
+    return signal.name == "permutation" and signal.strength >= 1
 
 
 def _pile_up_signal(runs: Sequence[RunResult]) -> Signal:
@@ -228,7 +235,7 @@ def judge(
             f"{top_class(runs)}, with a detection ratio of {ratio:.2f}"
         )
     else:
-        score = found[0].strength
+        score = max(signal.strength for signal in found)
         reasons = [signal.reason for signal in found]
         verdict = _by_score(score, config.threshold)
     reasons += [

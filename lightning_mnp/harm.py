@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,12 +13,27 @@ from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.evaluation import clean_logits
 from lightning_mnp.subject import Subject
 
-__all__ = ["CleanHarm"]
+__all__ = ["CleanHarm", "trimmed_mean"]
 
 # From so many images on, the rise of their loss is trusted alone.
 _ENOUGH_IMAGES = 500
 # What a nat of divergence counts: part of it is the backdoor's own doing on clean images.
 _DIVERGENCE = 0.5
+
+
+def trimmed_mean(values: Tensor, share: float) -> Tensor:
+    """Give the mean without the greatest values.
+
+    Args:
+        values: Shape (N,).
+        share: The share that is left out, rounded up, from 0 to below 1.
+
+    Example:
+        >>> trimmed_mean(torch.tensor([1.0, 9.0, 2.0]), 0.1)
+        tensor(1.5000)
+    """
+    left = len(values) - math.ceil(share * len(values))
+    return values.mean() if left == len(values) else values.sort().values[: max(1, left)].mean()
 
 
 class CleanHarm:
@@ -29,10 +45,14 @@ class CleanHarm:
     of the loss to be expected where the network's probabilities are right. So with N images,
     fewer than 500, the rise counts N / 500, and half of the divergence the rest.
 
+    Images that are poisoned suffer most when a backdoor is removed, and would protect it. Where
+    some may be, as many are left out: those that suffer most.
+
     Args:
         subject: The network.
         clean: Clean images, the defense set first; the others are copies of it.
         batch_size: Most images in a batch.
+        impurity: The share of images that may be poisoned.
 
     Example:
         >>> from torch import nn
@@ -45,13 +65,19 @@ class CleanHarm:
         (0.0, True)
     """
 
-    def __init__(self, subject: Subject, clean: Sequence[DefenseSet], batch_size: int) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        clean: Sequence[DefenseSet],
+        batch_size: int,
+        impurity: float = 0.0,
+    ) -> None:
         self.subject = subject
         self.clean = list(clean)
         self.batch_size = batch_size
+        self.impurity = impurity
         self._share = min(1.0, len(self.clean[0]) / _ENOUGH_IMAGES)
         self._before: Tensor | None = None
-        self._loss = 0.0
 
     @torch.no_grad()
     def of(self, masks: Tensor) -> float:
@@ -61,19 +87,19 @@ class CleanHarm:
             masks: Filter masks, shape (total filters,).
         """
         if self._before is None:
-            self._before, labels = self._logits(torch.ones_like(masks))
-            self._loss = float(F.cross_entropy(self._before, labels))
+            self._before = self._logits(torch.ones_like(masks))[0]
         logits, labels = self._logits(masks)
-        rise = float(F.cross_entropy(logits, labels)) - self._loss
-        if self._share == 1:
-            return rise
-        before, after = self._before.log_softmax(1), logits.log_softmax(1)
-        divergence = F.kl_div(after, before, reduction="batchmean", log_target=True)
-        return self._share * rise + (1 - self._share) * _DIVERGENCE * float(divergence)
+        after, before = logits.log_softmax(1), self._before.log_softmax(1)
+        own = labels[:, None]
+        harm = (before.gather(1, own) - after.gather(1, own))[:, 0]
+        if self._share < 1:
+            divergence = F.kl_div(after, before, reduction="none", log_target=True).sum(1)
+            harm = self._share * harm + (1 - self._share) * _DIVERGENCE * divergence
+        return float(trimmed_mean(harm, self.impurity))
 
     def _logits(self, masks: Tensor) -> tuple[Tensor, Tensor]:
         passed = [
             clean_logits(self.subject, data, self.batch_size, masks=masks) for data in self.clean
         ]
         logits, labels = (torch.cat(parts) for parts in zip(*passed, strict=True))
-        return logits, labels
+        return logits.float(), labels  # differences are small, whatever the network runs in

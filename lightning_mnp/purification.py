@@ -103,6 +103,7 @@ class Purification:
             self.config.harm,
             self.config.batch_size,
             self.config.seed,
+            self.config.impurity,
         )
 
     def search_step(self) -> dict[str, float]:
@@ -150,6 +151,7 @@ class Purification:
             config.attenuation_steps,
             config.batch_size,
             config.seed,
+            config.impurity,
         )
 
     def _harmless(self, masks: Tensor) -> Tensor | None:

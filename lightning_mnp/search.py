@@ -48,6 +48,7 @@ class FilterSearch:
         harm: The most harm allowed, in nats.
         batch_size: Most images in a batch.
         seed: Seed of everything that is drawn.
+        impurity: The share of clean images that may be poisoned after all.
 
     Attributes:
         taken: Positions of the filters taken so far, in their order.
@@ -66,6 +67,7 @@ class FilterSearch:
         harm: float,
         batch_size: int,
         seed: int,
+        impurity: float = 0.0,
     ) -> None:
         self.subject = subject
         self.clean = list(clean)
@@ -79,7 +81,7 @@ class FilterSearch:
         self.stopped = ""
         self._rejected: dict[int, int] = {}
         self.references: list[float] = []
-        self._measure = CleanHarm(subject, clean, batch_size)
+        self._measure = CleanHarm(subject, clean, batch_size, impurity)
 
     def masks(self, without: Sequence[int] = ()) -> Tensor:
         """Masks with zeros for the filters taken, and for others, shape (total filters,)."""

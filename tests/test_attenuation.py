@@ -50,6 +50,7 @@ def new_attenuation(
     free: Tensor | None = None,
     seed: int = 0,
     augment: Augmentation = "crop",
+    impurity: float = 0.0,
 ) -> Attenuation:
     subject, data = new_subject()
     total = subject.layers.total
@@ -60,7 +61,9 @@ def new_attenuation(
     masks = torch.ones(total) if masks is None else masks
     references = [float(strength(source, masks)) for source in sources]
     free = torch.ones(total) > 0 if free is None else free
-    return Attenuation(subject, data, sources, references, masks, free, augment, steps, 16, seed)
+    return Attenuation(
+        *(subject, data, sources, references, masks, free, augment, steps, 16, seed), impurity
+    )
 
 
 def finish(attenuation: Attenuation) -> Attenuation:
@@ -82,6 +85,22 @@ def test_sources_get_weaker_and_the_clean_loss_stays() -> None:
         return float(F.cross_entropy(logits, data.labels))
 
     assert loss(masks) < loss(torch.ones_like(masks)) + 0.1
+
+
+@pytest.mark.parametrize(("impurity", "left"), [(0.0, 14), (0.1, 12), (0.3, 9)])
+def test_images_that_may_be_poisoned_are_left_out_of_the_clean_loss(
+    impurity: float, left: int
+) -> None:
+    attenuation = new_attenuation(augment="none", impurity=impurity)
+    device = torch.device("cpu")
+    images, labels = attenuation.data.batch(0, 16, device, "none", (0, "attenuation", 0))
+    assert len(images) == 14
+    logits = attenuation.subject(images, statistics="running")
+    losses = [
+        float(F.cross_entropy(row[None], own[None]))
+        for row, own in zip(logits, labels, strict=True)
+    ]
+    assert attenuation.step()["loss"] == pytest.approx(sum(sorted(losses)[:left]) / left, rel=1e-4)
 
 
 def test_masks_are_between_zero_and_one_and_pruned_filters_stay_pruned() -> None:

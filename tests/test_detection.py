@@ -83,6 +83,15 @@ def test_verdict_by_permutation(moved: float, verdict: str, all_to_all: bool) ->
     assert any("counts fully from 46%" in reason for reason in judgement.reasons)
 
 
+def test_exchange_that_counts_fully_comes_before_a_class_that_stands_out_more() -> None:
+    found = evidence(margins={**SURE, 7: 80.0}, moved=0.6)
+    judgement = judge([run(EVEN)], 0.6, found, MNPConfig(), 0.9)
+    assert judgement.all_to_all
+    assert judgement.score == pytest.approx(2.0)  # of the margin, which is stronger
+    weak = evidence(margins={**SURE, 7: 80.0}, moved=0.45)
+    assert judge([run(EVEN)], 0.6, weak, MNPConfig(), 0.9).target_class == 7
+
+
 @pytest.mark.parametrize(
     ("changes", "complete"),
     [({}, True), ({"reaches": {}}, False), ({"margins": {}}, False), ({"moved": None}, False)],

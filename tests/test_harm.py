@@ -7,16 +7,16 @@ import torch
 from helpers import images_and_labels, same, snapshot, trained_network
 
 from lightning_mnp.defense_set import DefenseSet
-from lightning_mnp.harm import CleanHarm
+from lightning_mnp.harm import CleanHarm, trimmed_mean
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.subject import Subject
 
 
-def new_harm(count: int, batch_size: int = 128) -> CleanHarm:
+def new_harm(count: int, batch_size: int = 128, impurity: float = 0.0) -> CleanHarm:
     network = trained_network()
     data = DefenseSet(*images_and_labels(count))
     subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    return CleanHarm(subject, [data, data.augmented("crop", seed=0)], batch_size)
+    return CleanHarm(subject, [data, data.augmented("crop", seed=0)], batch_size, impurity)
 
 
 def probabilities(harm: CleanHarm, masks: torch.Tensor | None) -> list[list[float]]:
@@ -30,24 +30,40 @@ def probabilities(harm: CleanHarm, masks: torch.Tensor | None) -> list[list[floa
     return rows
 
 
-@pytest.mark.parametrize(("count", "share"), [(500, 1.0), (600, 1.0), (50, 0.1), (40, 0.08)])
+@pytest.mark.parametrize(
+    ("count", "share", "impurity", "left_out"),
+    [
+        (500, 1.0, 0.0, 0),
+        (600, 1.0, 0.05, 60),
+        (50, 0.1, 0.0, 0),
+        (40, 0.08, 0.01, 1),
+        (40, 0.08, 0.4, 32),
+    ],
+)
 def test_harm_is_the_rise_of_the_loss_and_with_few_images_half_of_the_divergence(
-    count: int, share: float
+    count: int, share: float, impurity: float, left_out: int
 ) -> None:
-    harm = new_harm(count)
+    harm = new_harm(count, impurity=impurity)
     masks = torch.ones(harm.subject.layers.total)
     masks[::3] = 0.3
     before, after = probabilities(harm, None), probabilities(harm, masks)
     labels = [int(label) for data in harm.clean for label in data.labels]
     assert len(labels) == 2 * count
-    rises, divergences = [], []
+    harms = []
     for old, new, label in zip(before, after, labels, strict=True):
-        rises.append(math.log(old[label]) - math.log(new[label]))
-        divergences.append(sum(p * math.log(p / q) for p, q in zip(old, new, strict=True)))
-    rise, divergence = (sum(values) / len(values) for values in (rises, divergences))
-    assert divergence > 0.001
-    expected = share * rise + (1 - share) * divergence / 2
+        rise = math.log(old[label]) - math.log(new[label])
+        divergence = sum(p * math.log(p / q) for p, q in zip(old, new, strict=True))
+        harms.append(share * rise + (1 - share) * divergence / 2)
+    assert max(harms) > 0.01
+    counted = sorted(harms)[: 2 * count - left_out]
+    expected = sum(counted) / len(counted)
     assert harm.of(masks) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_one_value_at_least_is_left_of_a_trimmed_mean() -> None:
+    assert float(trimmed_mean(torch.tensor([3.0]), 0.4)) == 3.0
+    assert float(trimmed_mean(torch.tensor([5.0, 1.0, 3.0]), 0.0)) == 3.0
+    assert float(trimmed_mean(torch.tensor([5.0, 1.0, 3.0]), 0.34)) == 1.0
 
 
 def test_network_as_it_is_does_no_harm_and_stays() -> None:
