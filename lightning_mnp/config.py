@@ -28,6 +28,7 @@ class MNPConfig:
         seed: Seed of batch order and augmentation. The same seed gives the same masks.
         runs: Number of suppression runs, whose masks and signals are averaged.
         batch_size: Most images in a batch, at least 3; batches of a pass are made equally large.
+            Below 128, what stands in for a trigger is made on fewer images, and signals get weaker.
         augment: Shifts and mirrors images of the defense set in the first two stages:
             ``"none"``, ``"crop"`` (shifts only) or ``"crop-flip"``.
         site: Where a mask acts: ``"norm"``, behind the normalization layer, or ``"filter"``.
@@ -58,8 +59,8 @@ class MNPConfig:
         harm: Most harm to clean images by the rule ``"auto"``, in nats: the rise of their loss,
             with fewer than 500 images also how far predictions move.
         impurity: Share of the defense set that may be poisoned, from 0 to below 0.5. The rule
-            ``"auto"`` leaves out as many images, those that suffer most, where it measures harm:
-            a few poisoned images would protect the backdoor.
+            ``"auto"`` leaves out as many images, those that suffer most, where it measures harm,
+            rounded up in each batch: a few poisoned images would protect the backdoor.
         attenuation_steps: Most steps in which the rule ``"auto"`` turns down filters that are left,
             by factors from 0 to 1, so that the clean loss and what is left of the backdoor get
             least together; 0 leaves them as they are.

@@ -457,8 +457,8 @@ class MNPDefense:
         )
 
     def signals(self) -> list[Signal]:
-        """Give what speaks for a backdoor so far, strongest first."""
-        return signals(self.runs, self.surrogates.evidence)
+        """Give what speaks for a backdoor so far, what is most to be believed first."""
+        return signals(self.runs, self.surrogates.evidence, self.config.threshold)
 
     @property
     def scores(self) -> Tensor:

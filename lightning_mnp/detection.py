@@ -41,6 +41,7 @@ class Evidence:
         permutation: The class that one patch takes each class to, see
             :class:`~lightning_mnp.permutation.PermutationSearch`.
         moved: The share of images that it takes there, or None.
+        complete: Whether all searches have finished.
     """
 
     reaches: dict[int, float] = field(default_factory=dict)
@@ -48,12 +49,7 @@ class Evidence:
     patch_margins: dict[int, float] = field(default_factory=dict)
     permutation: dict[int, int] = field(default_factory=dict)
     moved: float | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether all searches have finished."""
-        found = self.reaches and self.margins and self.patch_margins
-        return bool(found) and self.moved is not None
+    complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class Judgement:
         verdict: ``"clean"``, ``"backdoored"`` or ``"undecided"``.
         detection_ratio: Mean of Eq. 8 over the runs.
         pile_up: Mean share of the suppressed networks' predictions on their top class.
-        score: The strongest signal, from 0; NaN where the verdict is by Eq. 8.
+        score: The strength of the strongest signal, from 0; NaN where the verdict is by Eq. 8.
         suspect: The class that a backdoor would aim at, whatever the verdict; None for one that
             exchanges classes (all-to-all).
         reasons: In words.
@@ -108,15 +104,18 @@ class Signal:
     reason: str
 
 
-def signals(runs: Sequence[RunResult], evidence: Evidence) -> list[Signal]:
-    """Weigh what speaks for a backdoor, strongest first.
+def signals(runs: Sequence[RunResult], evidence: Evidence, threshold: float = 1.0) -> list[Signal]:
+    """Weigh what speaks for a backdoor, what is most to be believed first.
 
-    An exchange of classes that counts fully comes before all others: no backdoor with one target
-    class has one, while an all-to-all backdoor may make some class stand out as well.
+    That is the strongest, but for an exchange of classes that counts fully, which comes before
+    all others: no backdoor with one target class has one, while an all-to-all backdoor may make
+    some class stand out as well.
 
     Args:
         runs: The suppression runs, at least one.
         evidence: What the searches for surrogate triggers have found.
+        threshold: The score from which a network is backdoored, above 0; an exchange comes first
+            from there on, and from 1 on.
 
     Example:
         >>> runs = [RunResult(0.5, 0.3, (20, 10, 10), 9, 0.2, "")]
@@ -134,12 +133,12 @@ def signals(runs: Sequence[RunResult], evidence: Evidence) -> list[Signal]:
             _patch_signal(evidence.patch_margins),
             _permutation_signal(evidence.permutation, evidence.moved),
         ),
-        key=lambda signal: (not _is_exchange(signal), -signal.strength),
+        key=lambda signal: (not _is_exchange(signal, threshold), -signal.strength),
     )
 
 
-def _is_exchange(signal: Signal) -> bool:
-    return signal.name == "permutation" and signal.strength >= 1
+def _is_exchange(signal: Signal, threshold: float) -> bool:
+    return signal.name == "permutation" and signal.strength >= max(1.0, threshold)
 
 
 def _pile_up_signal(runs: Sequence[RunResult]) -> Signal:
@@ -190,10 +189,13 @@ def _patch_signal(patch_margins: dict[int, float]) -> Signal:
 def _permutation_signal(permutation: dict[int, int], moved: float | None) -> Signal:
     classes = len(permutation)
     excess = permutation_excess(moved, classes)
+    if moved is None:
+        reason = "there are too few images to tell whether one patch exchanges classes"
+        return Signal("permutation", 0.0, None, reason)
     chance = 1 / max(1, classes)
     reason = (
-        f"one patch takes {moved or 0.0:.0%} of the images of each class to another class of its "
-        f"own (counts fully from {chance + (1 - chance) * PERMUTATION_AT:.0%})"
+        f"one patch takes {moved:.0%} of the images of each class to another class of its own "
+        f"(counts fully from {chance + (1 - chance) * PERMUTATION_AT:.0%})"
     )
     return Signal("permutation", excess / PERMUTATION_AT, None, reason)
 
@@ -225,7 +227,7 @@ def judge(
     score = math.nan
     verdict: Verdict
     suspect: int | None = top_class(runs)
-    found = signals(runs, evidence) if evidence.complete else []
+    found = signals(runs, evidence, config.threshold) if evidence.complete else []
     if found:
         suspect = found[0].suspect
     if config.verdict == "ratio":
@@ -234,6 +236,7 @@ def judge(
             f"after clean suppression, {pile_up:.0%} of the predictions fall on class "
             f"{top_class(runs)}, with a detection ratio of {ratio:.2f}"
         )
+        reasons += [signal.reason for signal in found[:1]]  # which filters are searched for
     else:
         score = max(signal.strength for signal in found)
         reasons = [signal.reason for signal in found]

@@ -33,7 +33,9 @@ def trimmed_mean(values: Tensor, share: float) -> Tensor:
         tensor(1.5000)
     """
     left = len(values) - math.ceil(share * len(values))
-    return values.mean() if left == len(values) else values.sort().values[: max(1, left)].mean()
+    if left == len(values) or not bool(values.isfinite().all()):  # no NaN is left out unseen
+        return values.mean()
+    return values.sort().values[: max(1, left)].mean()
 
 
 class CleanHarm:

@@ -120,10 +120,10 @@ class PatchTrigger:
             length: Largest change of a pixel, as a share of the range of values.
 
         Returns:
-            The mean margin of the goals before it.
+            By how much all other classes together are ahead of the own one, before it, at most 1.
         """
         logits = self._move(length, None, lambda logits: _own_lead(logits, self.labels))
-        return float(goal_margins(logits, self.labels, self.goals).mean())
+        return -float(_own_lead(logits, self.labels))
 
     def _move(
         self, length: float, masks: Tensor | None, objective: Callable[[Tensor], Tensor]

@@ -36,26 +36,28 @@ def best_permutation(logits: Tensor, labels: Tensor) -> dict[int, int]:
     """Guess to which other class the images of each class go, no two of them to the same.
 
     Args:
-        logits: Shape (N, K), two classes or more.
+        logits: Shape (N, K).
         labels: True classes, shape (N,).
 
     Returns:
-        For each class that occurs another one: those whose mean logit, compared with the mean over
-        all classes, adds up to most.
+        For each class that occurs another one that does: those whose mean logit, compared with
+        the mean over all classes, adds up to most. Nothing where only one class occurs.
 
     Example:
         >>> logits = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0], [2.0, 1.0, 0.0]])
         >>> best_permutation(logits, torch.tensor([0, 1, 2]))
         {0: 1, 1: 2, 2: 0}
     """
-    present = labels.unique().tolist()
+    present = labels.unique()
+    if len(present) < 2:
+        return {}
     means = torch.stack([logits[labels == index].float().mean(0) for index in present])
-    costs = -torch.nan_to_num(means - means.mean(0)).cpu().double()
-    forbidden = 1e6 * (1 + costs.abs().max())
-    for row, index in enumerate(present):
-        costs[row, index] = forbidden
+    # Not to classes that do not occur: with many of those, each class finds one that is easy.
+    costs = -torch.nan_to_num(means - means.mean(0))[:, present].cpu().double()
+    costs.fill_diagonal_(float(1e6 * (1 + costs.abs().max())))
     rows, columns = linear_sum_assignment(costs.numpy())
-    return {present[row]: int(column) for row, column in zip(rows, columns, strict=True)}
+    classes = present.tolist()
+    return {classes[row]: classes[column] for row, column in zip(rows, columns, strict=True)}
 
 
 class PermutationSearch:
@@ -72,7 +74,7 @@ class PermutationSearch:
     Attributes:
         permutation: The class that the patch was made to take each class to.
         moved: The share of images that it takes there, measured for each class and averaged over
-            them, from 0 to 1; None until finished.
+            them, from 0 to 1; None until finished, or where there are too few images to tell.
 
     Example:
         >>> from torch import nn
@@ -105,7 +107,7 @@ class PermutationSearch:
     @property
     def finished(self) -> bool:
         """Whether the patch is made and measured."""
-        return self.moved is not None
+        return self._taken >= self.most_steps_of()
 
     @staticmethod
     def most_steps_of() -> int:
@@ -120,7 +122,8 @@ class PermutationSearch:
         """Take one step.
 
         Returns:
-            The mean ``margin`` of the classes that images are taken to, before it.
+            The mean ``margin``, before it, of the classes that images are taken to, or at first of
+            all others above their own.
         """
         self._trigger = self._trigger or self._new_trigger()
         if self._taken < _AWAY_STEPS:
@@ -185,7 +188,7 @@ class PermutationSearch:
         trigger.goals = self.goals(trigger.labels)
 
     @torch.no_grad()
-    def _share_moved(self, trigger: PatchTrigger) -> float:
+    def _share_moved(self, trigger: PatchTrigger) -> float | None:
         labels = self.data.labels[self._measured]
         found = torch.cat(
             [
@@ -199,7 +202,7 @@ class PermutationSearch:
             for index in self.permutation
             if bool((labels == index).any())
         ]
-        return sum(shares) / max(1, len(shares))
+        return sum(shares) / len(shares) if shares else None
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as tensors and primitives."""

@@ -151,7 +151,7 @@ class FilterSearch:
         order = promise.argsort(descending=True, stable=True)[:_CANDIDATES].tolist()
         for index in (index for index in order if promise[index] > 0):
             harm = self.harm_of(self.masks(without=[index]))
-            if harm > most or harm - harm_now > self.harm / 2:
+            if not harm <= min(most, harm_now + self.harm / 2):  # not so where it is NaN
                 self._rejected[index] = len(self.taken)
                 continue
             value = float(effect[index]) / (max(harm - harm_now, 0.0) + _HARM_FLOOR)

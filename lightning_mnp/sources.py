@@ -266,7 +266,7 @@ def find_sources(
     subject: Subject,
     data: DefenseSet,
     suppressed: Sequence[Weights],
-    strongest: Signal,
+    believed: Signal,
     surrogates: Surrogates,
     seed: int,
 ) -> list[Source]:
@@ -277,18 +277,18 @@ def find_sources(
     margin is, images of greatest margin are, and with an ordinary reach a long perturbation; where
     patches drive images to it further than to others, images under a patch are. Where a patch
     exchanges classes, images under that patch are all there is beside the suppressed network. The
-    suppressed network decides on how long filters are turned down where it is the strongest signal
-    or the only source: what is left of a pile-up need not be the backdoor.
+    suppressed network decides on how long filters are turned down where the pile-up is that signal
+    or it is the only source: what is left of a pile-up need not be the backdoor.
 
     Args:
         subject: The network.
         data: The defense set.
         suppressed: The suppressed weights of each run.
-        strongest: The strongest signal, which tells the suspected class, if it is one.
+        believed: The signal most to be believed, which tells the suspected class, if it is one.
         surrogates: The searches for surrogate triggers, finished.
         seed: Seed of the images.
     """
-    device, target = subject.device, strongest.suspect
+    device, target = subject.device, believed.suspect
     margin = surrogates.margin
     count = min(_IMAGES, margin.batch_size)
     if target is None:
@@ -313,6 +313,6 @@ def find_sources(
     furthest, further = patch_ratio(surrogates.patch.patch_margins)
     if furthest == target and further > PATCH_AT:
         sources.append(PatchSource(surrogates.patch.trigger(target)))
-    decides = strongest.name == "pile-up" or not sources
+    decides = believed.name == "pile-up" or not sources
     goals = torch.full_like(labels, target)
     return [SuppressedSource(subject, suppressed, images, goals, decides), *sources]

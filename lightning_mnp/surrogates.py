@@ -98,6 +98,10 @@ class Surrogates:
             self.patch.patch_margins,
             self.permutation.permutation,
             self.permutation.moved,
+            complete=all(
+                search.finished
+                for search in (self.reach, self.margin, self.patch, self.permutation)
+            ),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -314,22 +314,24 @@ def test_state_is_readable_with_weights_only(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"rule": "auto", "amount": 0.02, "runs": 1}])
 def test_resumed_at_any_step_ends_the_same(changes: dict[str, Any]) -> None:
-    """In each phase once, before its second step."""
+    """In each phase twice: before its second step and after its last."""
     defense = new_defense(**changes)
     states: dict[str, dict[str, Any]] = {}
     while not defense.finished:
         phase = defense.phase
         defense.step()
-        if phase == defense.phase and phase not in states:
-            states[phase] = copy.deepcopy(defense.state_dict())
+        moment = f"{phase}, finished: {phase != defense.phase}"
+        if moment not in states:
+            states[moment] = copy.deepcopy(defense.state_dict())
     expected = defense.report().to_dict()
     del expected["seconds"]
-    for phase, state in states.items():
+    assert len(states) >= 14
+    for moment, state in states.items():
         second = new_defense(**changes)
         second.load_state_dict(state)
         found = finished(second).report().to_dict()
         del found["seconds"]
-        assert found == expected, phase
+        assert found == expected, moment
 
 
 def test_masks_that_stop_early_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

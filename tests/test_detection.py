@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 
@@ -26,9 +25,9 @@ def evidence(
     reaches: dict[int, float] = FLAT,
     margins: dict[int, float] = SURE,
     patch_margins: dict[int, float] = SHORT,
-    moved: float = 0.2,
+    moved: float | None = 0.2,
 ) -> Evidence:
-    return Evidence(reaches, margins, patch_margins, ROUND, moved)
+    return Evidence(reaches, margins, patch_margins, ROUND, moved, complete=True)
 
 
 @pytest.mark.parametrize(
@@ -90,16 +89,14 @@ def test_exchange_that_counts_fully_comes_before_a_class_that_stands_out_more() 
     assert judgement.score == pytest.approx(2.0)  # of the margin, which is stronger
     weak = evidence(margins={**SURE, 7: 80.0}, moved=0.45)
     assert judge([run(EVEN)], 0.6, weak, MNPConfig(), 0.9).target_class == 7
+    strict = judge([run(EVEN)], 0.6, found, MNPConfig(threshold=1.9), 0.9)
+    assert strict.target_class == 7  # the exchange alone would not reach this threshold
 
 
-@pytest.mark.parametrize(
-    ("changes", "complete"),
-    [({}, True), ({"reaches": {}}, False), ({"margins": {}}, False), ({"moved": None}, False)],
-)
-def test_evidence_is_complete_when_all_searches_have_finished(
-    changes: dict[str, Any], complete: bool
-) -> None:
-    assert evidence(**changes).complete is complete
+def test_permutation_that_was_not_measured_counts_nothing() -> None:
+    judgement = judge([run(EVEN)], 0.6, evidence(moved=None), MNPConfig(), 0.9)
+    assert judgement.verdict == "clean"
+    assert any("too few images to tell whether one patch" in text for text in judgement.reasons)
 
 
 def test_ratio_takes_the_class_from_the_signals_where_there_are_any() -> None:
@@ -107,6 +104,7 @@ def test_ratio_takes_the_class_from_the_signals_where_there_are_any() -> None:
     found = evidence(margins={**SURE, 7: 80.0})
     judgement = judge([run(EVEN, ratio=0.1)], 0.6, found, MNPConfig(verdict="ratio"), 0.9)
     assert (judgement.verdict, judgement.target_class) == ("backdoored", 7)
+    assert "the greatest margin of class 7" in judgement.reasons[-1]
     alone = judge([run(ratio=0.1)], 0.6, NONE, MNPConfig(verdict="ratio"), 0.9)
     assert (alone.verdict, alone.target_class) == ("backdoored", 0)
 

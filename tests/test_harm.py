@@ -64,6 +64,7 @@ def test_one_value_at_least_is_left_of_a_trimmed_mean() -> None:
     assert float(trimmed_mean(torch.tensor([3.0]), 0.4)) == 3.0
     assert float(trimmed_mean(torch.tensor([5.0, 1.0, 3.0]), 0.0)) == 3.0
     assert float(trimmed_mean(torch.tensor([5.0, 1.0, 3.0]), 0.34)) == 1.0
+    assert math.isnan(float(trimmed_mean(torch.tensor([5.0, math.nan, 3.0]), 0.34)))
 
 
 def test_network_as_it_is_does_no_harm_and_stays() -> None:

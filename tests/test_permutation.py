@@ -59,10 +59,32 @@ def test_best_permutation_is_the_best_of_all() -> None:
     assert tuple(best_permutation(logits, labels).values()) == max(exchanges, key=gain)
 
 
-def test_classes_that_do_not_occur_are_goals_only() -> None:
+def test_classes_that_do_not_occur_take_no_part() -> None:
+    """Each class would find one among them that is easily reached."""
     logits = torch.zeros(4, 6)
     logits[:2, 5], logits[2:, 4] = 3.0, 3.0
-    assert best_permutation(logits, torch.tensor([1, 1, 2, 2])) == {1: 5, 2: 4}
+    assert best_permutation(logits, torch.tensor([1, 1, 2, 2])) == {1: 2, 2: 1}
+    assert best_permutation(logits, torch.tensor([3, 3, 3, 3])) == {}
+
+
+def test_too_few_images_to_tell_are_not_a_share_of_none() -> None:
+    data = DefenseSet(*(part[:4] for part in images_and_labels(4)))  # one of each class
+    network = trained_network()
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    search = finish(PermutationSearch(subject, data, seed=0))
+    assert search.moved is None
+    again = PermutationSearch(subject, data, seed=0)
+    again.load_state_dict(search.state_dict())
+    assert again.finished
+
+
+def test_no_batch_is_larger_than_asked_for() -> None:
+    network, sizes = trained_network(), []
+    search = new_search(network, count=80, batch_size=5)
+    handle = network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    finish(search)
+    handle.remove()
+    assert max(sizes) == 5
 
 
 def test_logits_that_are_not_finite_leave_some_permutation() -> None:

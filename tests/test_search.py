@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import goals_of, images_and_labels, same, snapshot, trained_network
@@ -106,3 +108,13 @@ def test_network_is_left_as_it_was() -> None:
     search.step()
     search.step()
     assert same(before, snapshot(search.subject.network))
+
+
+def test_filter_whose_harm_cannot_be_told_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = new_search(most=3, harm=50.0)
+    search.step()
+    monkeypatch.setattr(search, "harm_of", lambda masks: math.nan)
+    for _ in range(10):
+        search.step()
+    assert search.taken == []
+    assert "more filters would do more harm" in search.stopped

@@ -35,7 +35,8 @@ def test_searches_share_the_classes_and_evidence_is_complete_at_their_end() -> N
     left = sum(surrogates.most_steps(4).values())
     assert surrogates.most_steps(4) == Surrogates.most_steps_of(4)
     while step(surrogates):
-        assert not surrogates.evidence.complete or surrogates.permutation.finished
+        searches = (surrogates.reach, surrogates.margin, surrogates.patch, surrogates.permutation)
+        assert surrogates.evidence.complete == all(search.finished for search in searches)
         assert sum(surrogates.most_steps(4).values()) <= left - 1
         left = sum(surrogates.most_steps(4).values())
     assert left == 0
