@@ -53,7 +53,7 @@ def best_permutation(logits: Tensor, labels: Tensor) -> dict[int, int]:
         return {}
     means = torch.stack([logits[labels == index].float().mean(0) for index in present])
     # Not to classes that do not occur: with many of those, each class finds one that is easy.
-    costs = -torch.nan_to_num(means - means.mean(0))[:, present].cpu().double()
+    costs = -torch.nan_to_num(means - means.mean(0))[:, present].cpu()
     costs.fill_diagonal_(float(1e6 * (1 + costs.abs().max())))
     rows, columns = linear_sum_assignment(costs.numpy())
     classes = present.tolist()
