@@ -195,6 +195,8 @@ def _load_state(defense: MNPDefense, path: Path) -> None:
     try:
         state = read_checkpoint(path, max_bytes=_MOST_STATE_BYTES, argument="state_file")
     except CheckpointError as error:
+        if not path.exists():  # the first of several processes has just finished an earlier call
+            return
         raise CheckpointError(
             f"Expected argument `state_file` to hold the progress of an earlier call, but: {error} "
             "Remove the file to start anew."

@@ -17,7 +17,7 @@ from helpers import (
 from torch import nn
 
 import lightning_mnp
-from lightning_mnp import DefenseSet, MNPConfig, MNPDefense
+from lightning_mnp import DefenseSet, MNPConfig, MNPDefense, api
 from lightning_mnp.api import run_defense
 
 
@@ -79,6 +79,25 @@ def test_killed_call_goes_on(tmp_path: Path, stop: int) -> None:
     assert report.pruned == reference.pruned
     assert report.scores == reference.scores
     assert list(tmp_path.iterdir()) == []
+
+
+def test_state_that_goes_while_it_is_read_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process finishes an earlier call with the same file."""
+    state = tmp_path / "state.pt"
+    state.write_bytes(b"about to go")
+    read = api.read_checkpoint
+
+    def too_late(path: Path, **options: Any) -> Any:
+        path.unlink()
+        return read(path, **options)
+
+    monkeypatch.setattr(api, "read_checkpoint", too_late)
+    config = quick_config(runs=1)
+    report = lightning_mnp.audit(trained_network(), loader(), config=config, state_file=state)
+    assert report.filters > 0
+    assert not state.exists()
 
 
 def test_state_of_something_else_is_refused(tmp_path: Path) -> None:
