@@ -89,9 +89,9 @@ class CleanHarm:
             masks: Filter masks, shape (total filters,).
         """
         if self._before is None:
-            self._before = self._logits(torch.ones_like(masks))[0]
-        logits, labels = self._logits(masks)
-        after, before = logits.log_softmax(1), self._before.log_softmax(1)
+            self._before = self._log_probabilities(torch.ones_like(masks))[0]
+        before = self._before
+        after, labels = self._log_probabilities(masks)
         own = labels[:, None]
         harm = (before.gather(1, own) - after.gather(1, own))[:, 0]
         if self._share < 1:
@@ -99,9 +99,10 @@ class CleanHarm:
             harm = self._share * harm + (1 - self._share) * _DIVERGENCE * divergence
         return float(trimmed_mean(harm, self.impurity))
 
-    def _logits(self, masks: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_probabilities(self, masks: Tensor) -> tuple[Tensor, Tensor]:
         passed = [
             clean_logits(self.subject, data, self.batch_size, masks=masks) for data in self.clean
         ]
         logits, labels = (torch.cat(parts) for parts in zip(*passed, strict=True))
-        return logits.float(), labels  # differences are small, whatever the network runs in
+        # Differences are small, whatever the network runs in.
+        return logits.float().log_softmax(1), labels

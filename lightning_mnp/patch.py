@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_mnp.defense_set import DefenseSet, value_range
 from lightning_mnp.subject import Subject
-from lightning_mnp.surrogate import MOST_CLASSES, goal_margins, least_positive, push_loss
+from lightning_mnp.surrogate import MOST_CLASSES, goal_margins, leads, least_positive, push_loss
 
 __all__ = ["PatchSearch", "PatchTrigger", "patch_ratio"]
 
@@ -162,9 +162,7 @@ class PatchTrigger:
 
 def _own_lead(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean logit of the true class above all others together, as far as images are in it."""
-    own = logits.gather(1, labels[:, None])
-    others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
-    return (own[:, 0] - others).clamp_min(_LOST).mean()
+    return leads(logits, labels).clamp_min(_LOST).mean()
 
 
 def _length(taken: int) -> float:

@@ -13,7 +13,7 @@ from lightning_mnp.detection import PATCH_AT, Signal
 from lightning_mnp.margin import MarginAscent, margin_ratio
 from lightning_mnp.patch import PatchTrigger, patch_ratio
 from lightning_mnp.subject import Subject, Weights
-from lightning_mnp.surrogate import SurrogateTrigger, goal_margins, reach_ratio
+from lightning_mnp.surrogate import SurrogateTrigger, goal_margins, leads, reach_ratio
 from lightning_mnp.surrogates import Surrogates
 
 __all__ = [
@@ -128,9 +128,7 @@ class SuppressedSource:
                 for part, weights in zip(parts, self.weights, strict=True)
             ]
         )
-        own = logits.gather(1, self.goals[:, None])
-        others = logits.scatter(1, self.goals[:, None], -torch.inf).logsumexp(1)
-        return own[:, 0] - others
+        return leads(logits, self.goals)
 
     def adapt(self, masks: Tensor, taken: int) -> None:
         """Do nothing: weights and images stay."""

@@ -28,6 +28,7 @@ __all__ = [
     "SurrogateTrigger",
     "goal_margins",
     "image_scale",
+    "leads",
     "least_positive",
     "push_loss",
     "reach_ratio",
@@ -74,6 +75,25 @@ def goal_margins(logits: Tensor, labels: Tensor, goals: Tensor) -> Tensor:
         tensor([2.])
     """
     return logits.gather(1, goals[:, None])[:, 0] - logits.gather(1, labels[:, None])[:, 0]
+
+
+def leads(logits: Tensor, classes: Tensor) -> Tensor:
+    """Tell by how much a class is ahead of all others together (their log-sum-exp).
+
+    Args:
+        logits: Shape (N, K).
+        classes: The class of each image, shape (N,).
+
+    Returns:
+        Shape (N,).
+
+    Example:
+        >>> leads(torch.tensor([[1.0, 3.0]]), torch.tensor([1]))
+        tensor([2.])
+    """
+    own = logits.gather(1, classes[:, None])
+    others = logits.scatter(1, classes[:, None], -torch.inf).logsumexp(1)
+    return own[:, 0] - others
 
 
 def push_loss(logits: Tensor, labels: Tensor, goals: Tensor) -> Tensor:
