@@ -66,6 +66,15 @@ TUNE = {
     "tune-blend-1percent": _recipe(
         "blend", seed=126, target=1, more=("--data.attack.poison_rate", "0.01")
     ),
+    "tune-blend-1percent-b": _recipe(
+        "blend", seed=132, target=8, more=("--data.attack.poison_rate", "0.01")
+    ),
+    "tune-blend-0.5percent": _recipe(
+        "blend", seed=131, target=2, more=("--data.attack.poison_rate", "0.005")
+    ),
+    "tune-blend-0.5percent-b": _recipe(
+        "blend", seed=133, target=5, epochs=9, more=("--data.attack.poison_rate", "0.005")
+    ),
     "tune-imbalanced": _imbalanced(rare_class=3, rare_share=0.2, seed=7, width=8),
     "tune-all-to-all": _recipe("badnets", "badnets-all-to-all", seed=127, width=8, epochs=20),
     "tune-blend-all-to-all": _recipe(

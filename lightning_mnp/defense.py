@@ -24,7 +24,7 @@ from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.margin import MarginSearch
 from lightning_mnp.memory import memory_told
 from lightning_mnp.network import check_network, network_forward
-from lightning_mnp.patch import PatchSearch
+from lightning_mnp.pattern import PatternSearch
 from lightning_mnp.permutation import PermutationSearch
 from lightning_mnp.pruning import Pruning, pruned_count, pruning_order
 from lightning_mnp.purification import Purification
@@ -50,6 +50,7 @@ Phase = Literal[
     "reach",
     "margin",
     "patch",
+    "overlay",
     "permutation",
     "verdict",
     "pruning",
@@ -66,10 +67,10 @@ class MNPDefense:
     The phases: ``reference`` (saliency and accuracy of the network as it is); for every run
     ``suppression``, ``saliency`` of the suppressed weights and, if the pruning rule ranks by
     them, ``masks``; ``reach`` of the classes, their greatest ``margin``, how far a ``patch``
-    drives images to them, and whether one exchanges them (``permutation``); ``verdict``;
-    ``pruning``; by the automatic rule, ``attenuation`` of the filters that are left; ``check``
-    (accuracy after that); where anything was done, ``reaudit`` of the purified copy. With
-    ``when="flagged"``, masks come after the verdict, on runs that are repeated exactly.
+    and an ``overlay`` drive images to them, and whether a patch exchanges them (``permutation``);
+    ``verdict``; ``pruning``; by the automatic rule, ``attenuation`` of the filters that are left;
+    ``check`` (accuracy after that); where anything was done, ``reaudit`` of the purified copy.
+    With ``when="flagged"``, masks come after the verdict, on runs that are repeated exactly.
 
     The model is not changed. Every random choice follows from the seed and the place in this
     order, so the state is tensors and primitives, and a run that was stopped goes on as if it
@@ -174,7 +175,8 @@ class MNPDefense:
             if self.when == "always" and self._ranks_by_masks:
                 plan.append(("masks", run))
         if self.config.verdict == "signals" or self._searches:
-            plan += [("reach", 0), ("margin", 0), ("patch", 0), ("permutation", 0)]
+            searches: tuple[Phase, ...] = ("reach", "margin", "patch", "overlay", "permutation")
+            plan += [(phase, 0) for phase in searches]
         plan.append(("verdict", 0))
         if self.when == "always":
             plan += self._last_plan()
@@ -436,10 +438,15 @@ class MNPDefense:
     def _patch(self, updates: Updates) -> dict[str, float]:
         return self._search(self.surrogates.patch)
 
+    def _overlay(self, updates: Updates) -> dict[str, float]:
+        return self._search(self.surrogates.overlay)
+
     def _permutation(self, updates: Updates) -> dict[str, float]:
         return self._search(self.surrogates.permutation)
 
-    def _search(self, search: MarginSearch | PatchSearch | PermutationSearch) -> dict[str, float]:
+    def _search(
+        self, search: MarginSearch | PatternSearch[Any] | PermutationSearch
+    ) -> dict[str, float]:
         metrics = search.step()
         if search.finished:
             self._advance()

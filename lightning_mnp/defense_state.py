@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dump_state", "load_state", "make_report"]
 
-_FORMAT = 6
+_FORMAT = 7
 
 
 def dump_state(defense: MNPDefense) -> dict[str, Any]:
@@ -127,6 +127,7 @@ def make_report(defense: MNPDefense) -> DefenseReport:
         reaches=dict(sorted(evidence.reaches.items())),
         margins=dict(sorted(evidence.margins.items())),
         patch_margins=dict(sorted(evidence.patch_margins.items())),
+        overlay_margins=dict(sorted(evidence.overlay_margins.items())),
         permutation=dict(evidence.permutation),
         moved=evidence.moved,
         handicaps=dict(defense.handicaps),

@@ -10,6 +10,7 @@ from typing import Literal
 
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.margin import margin_ratio
+from lightning_mnp.overlay import overlay_lead
 from lightning_mnp.patch import patch_ratio
 from lightning_mnp.permutation import permutation_excess
 from lightning_mnp.result import RunResult, Verdict
@@ -24,6 +25,7 @@ PILE_UP_AT = 0.235
 REACH_AT = 0.5
 MARGIN_AT = 2.0
 PATCH_AT = 0.85
+OVERLAY_AT = 0.4
 PERMUTATION_AT = 0.4
 # From this share of the threshold on, a network is not called clean.
 UNDECIDED_FROM = 0.9
@@ -37,7 +39,8 @@ class Evidence:
         reaches: The reach of the classes, see :class:`~lightning_mnp.surrogate.ReachSearch`.
         margins: Their greatest margins, see :class:`~lightning_mnp.margin.MarginSearch`.
         patch_margins: How far patches drive images to them, see
-            :class:`~lightning_mnp.patch.PatchSearch`.
+            :class:`~lightning_mnp.pattern.PatternSearch`.
+        overlay_margins: How far overlays do.
         permutation: The class that one patch takes each class to, see
             :class:`~lightning_mnp.permutation.PermutationSearch`.
         moved: The share of images that it takes there, or None.
@@ -47,6 +50,7 @@ class Evidence:
     reaches: dict[int, float] = field(default_factory=dict)
     margins: dict[int, float] = field(default_factory=dict)
     patch_margins: dict[int, float] = field(default_factory=dict)
+    overlay_margins: dict[int, float] = field(default_factory=dict)
     permutation: dict[int, int] = field(default_factory=dict)
     moved: float | None = None
     complete: bool = False
@@ -84,7 +88,7 @@ class Judgement:
         return self.verdict != "clean" and self.suspect is None
 
 
-SignalName = Literal["pile-up", "reach", "margin", "patch", "permutation"]
+SignalName = Literal["pile-up", "reach", "margin", "patch", "overlay", "permutation"]
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,11 @@ def signals(runs: Sequence[RunResult], evidence: Evidence, threshold: float = 1.
 
     Example:
         >>> runs = [RunResult(0.5, 0.3, (20, 10, 10), 9, 0.2, "")]
-        >>> margins, patch_margins = {0: 20.0, 1: 20.0, 2: 160.0}, {0: -0.5, 1: -0.5, 2: -0.25}
+        >>> margins, driven = {0: 20.0, 1: 20.0, 2: 160.0}, {0: -0.5, 1: -0.5, 2: -0.25}
         >>> reaches, permutation = {0: 0.2, 1: 0.2, 2: 0.1}, {0: 1, 1: 2, 2: 0}
-        >>> found = signals(runs, Evidence(reaches, margins, patch_margins, permutation, 0.25))
-        >>> [(signal.name, signal.suspect) for signal in found]
-        [('margin', 2), ('pile-up', 0), ('reach', 2), ('patch', 2), ('permutation', None)]
+        >>> found = signals(runs, Evidence(reaches, margins, driven, driven, permutation, 0.25))
+        >>> [(signal.name, signal.suspect) for signal in found[:5]]
+        [('margin', 2), ('pile-up', 0), ('reach', 2), ('overlay', 2), ('patch', 2)]
     """
     return sorted(
         (
@@ -131,6 +135,7 @@ def signals(runs: Sequence[RunResult], evidence: Evidence, threshold: float = 1.
             _reach_signal(evidence.reaches),
             _margin_signal(evidence.margins),
             _patch_signal(evidence.patch_margins),
+            _overlay_signal(evidence.overlay_margins),
             _permutation_signal(evidence.permutation, evidence.moved),
         ),
         key=lambda signal: (not _is_exchange(signal, threshold), -signal.strength),
@@ -184,6 +189,15 @@ def _patch_signal(patch_margins: dict[int, float]) -> Signal:
         f"distance further than to other classes (counts fully from {PATCH_AT:g})"
     )
     return Signal("patch", excess / PATCH_AT, furthest, reason)
+
+
+def _overlay_signal(overlay_margins: dict[int, float]) -> Signal:
+    furthest, lead = overlay_lead(overlay_margins)
+    reason = (
+        f"an image blended in faintly drives images to class {furthest} by {lead:.2f} of the usual "
+        f"distance further than to any other class (counts fully from {OVERLAY_AT:g})"
+    )
+    return Signal("overlay", lead / OVERLAY_AT, furthest, reason)
 
 
 def _permutation_signal(permutation: dict[int, int], moved: float | None) -> Signal:

@@ -210,7 +210,7 @@ class PermutationSearch:
             "permutation": dict(self.permutation),
             "moved": self.moved,
             "taken": self._taken,
-            "perturbation": None if self._trigger is None else self._trigger.perturbation,
+            "pattern": None if self._trigger is None else self._trigger.pattern,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -219,9 +219,9 @@ class PermutationSearch:
         self.moved = None if state["moved"] is None else float(state["moved"])
         self._taken = int(state["taken"])
         self._trigger = None
-        if state["perturbation"] is not None:
+        if state["pattern"] is not None:
             self._trigger = self.trigger()
-            self._trigger.perturbation = state["perturbation"].to(self.subject.device)
+            self._trigger.pattern = state["pattern"].to(self.subject.device)
 
 
 def permutation_excess(moved: float | None, classes: int) -> float:

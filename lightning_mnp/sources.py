@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet, seeded_generator
-from lightning_mnp.detection import PATCH_AT, Signal
+from lightning_mnp.detection import OVERLAY_AT, PATCH_AT, Signal
 from lightning_mnp.margin import MarginAscent, margin_ratio
-from lightning_mnp.patch import PatchTrigger, patch_ratio
+from lightning_mnp.overlay import overlay_lead
+from lightning_mnp.patch import patch_ratio
+from lightning_mnp.pattern import PatternTrigger
 from lightning_mnp.subject import Subject, Weights
 from lightning_mnp.surrogate import SurrogateTrigger, goal_margins, leads, reach_ratio
 from lightning_mnp.surrogates import Surrogates
@@ -19,7 +21,7 @@ from lightning_mnp.surrogates import Surrogates
 __all__ = [
     "LEAST_STRENGTH",
     "MarginSource",
-    "PatchSource",
+    "PatternSource",
     "PerturbationSource",
     "Source",
     "SuppressedSource",
@@ -227,37 +229,37 @@ class MarginSource:
         self.ascent.images = state["images"].to(self.ascent.images.device)
 
 
-class PatchSource:
-    """Clean images under one patch for all of them.
+class PatternSource:
+    """Clean images under one pattern for all of them.
 
     Args:
-        trigger: A patch that has not been made yet.
+        trigger: A pattern that has not been made yet.
     """
 
-    name = "patch"
     decides = True
 
-    def __init__(self, trigger: PatchTrigger) -> None:
+    def __init__(self, trigger: PatternTrigger) -> None:
         self.trigger = trigger
+        self.name = trigger.name
 
     def margins(self, masks: Tensor) -> Tensor:
         """Logit of the class pushed to above that of the true class, shape (N,)."""
         return self.trigger.margins(masks)
 
     def adapt(self, masks: Tensor, taken: int) -> None:
-        """Take some steps of the patch."""
+        """Take some steps of the pattern."""
         if not taken:
             self.trigger.approach(masks)
         else:
             self.trigger.follow(masks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the patch."""
-        return {"perturbation": self.trigger.perturbation}
+        """Give the pattern."""
+        return {"pattern": self.trigger.pattern}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        self.trigger.perturbation = state["perturbation"].to(self.trigger.images.device)
+        self.trigger.pattern = state["pattern"].to(self.trigger.images.device)
 
 
 def find_sources(
@@ -273,10 +275,10 @@ def find_sources(
     The suppressed network always does. Where the reach of the class is out of the ordinary, a
     universal perturbation of a length that does not suffice for other classes is added; where its
     margin is, images of greatest margin are, and with an ordinary reach a long perturbation; where
-    patches drive images to it further than to others, images under a patch are. Where a patch
-    exchanges classes, images under that patch are all there is beside the suppressed network. The
-    suppressed network decides on how long filters are turned down where the pile-up is that signal
-    or it is the only source: what is left of a pile-up need not be the backdoor.
+    patches or overlays drive images to it further than to others, images under one are. Where a
+    patch exchanges classes, images under that patch are all there is beside the suppressed network.
+    The suppressed network decides on how long filters are turned down where the pile-up is that
+    signal or it is the only source: what is left of a pile-up need not be the backdoor.
 
     Args:
         subject: The network.
@@ -293,7 +295,7 @@ def find_sources(
         permutation = surrogates.permutation
         images, goals = permutation.images(count)
         exchanged = SuppressedSource(subject, suppressed, images, goals, decides=False)
-        return [exchanged, PatchSource(permutation.trigger())]
+        return [exchanged, PatternSource(permutation.trigger())]
     images, labels = data.others(target, count, device, (seed, "sources"))
     sources: list[Source] = []
     soonest, ratio, median = reach_ratio(surrogates.reach.reaches)
@@ -308,9 +310,12 @@ def find_sources(
         sources.append(
             MarginSource(margin.ascent(target, min(_MARGIN_IMAGES, margin.batch_size)), normal)
         )
-    furthest, further = patch_ratio(surrogates.patch.patch_margins)
+    furthest, further = patch_ratio(surrogates.patch.margins)
     if furthest == target and further > PATCH_AT:
-        sources.append(PatchSource(surrogates.patch.trigger(target)))
+        sources.append(PatternSource(surrogates.patch.trigger(target)))
+    furthest, lead = overlay_lead(surrogates.overlay.margins)
+    if furthest == target and lead > OVERLAY_AT:
+        sources.append(PatternSource(surrogates.overlay.trigger(target)))
     decides = believed.name == "pile-up" or not sources
     goals = torch.full_like(labels, target)
     return [SuppressedSource(subject, suppressed, images, goals, decides), *sources]

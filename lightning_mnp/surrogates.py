@@ -1,19 +1,30 @@
-"""All that stands in for an unknown trigger: reach, greatest margin, patch and permutation."""
+"""All that stands in for an unknown trigger: reach, margin, patch, overlay and permutation."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.detection import Evidence
 from lightning_mnp.margin import MarginSearch
-from lightning_mnp.patch import PatchSearch
+from lightning_mnp.overlay import OverlayTrigger
+from lightning_mnp.patch import PatchTrigger
+from lightning_mnp.pattern import PatternSearch
 from lightning_mnp.permutation import PermutationSearch
 from lightning_mnp.subject import Subject
 from lightning_mnp.surrogate import ReachSearch, image_scale
 
 __all__ = ["Surrogates"]
+
+
+class _Search(Protocol):
+    @property
+    def finished(self) -> bool: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Surrogates:
@@ -28,6 +39,7 @@ class Surrogates:
         reach: How long a universal perturbation to each class has to be.
         margin: The greatest margin of each class.
         patch: How far a patch drives images to each class.
+        overlay: How far an overlay does.
         permutation: Whether a patch exchanges classes.
 
     Example:
@@ -47,7 +59,8 @@ class Surrogates:
         seed, size = config.seed, config.batch_size
         self.reach = ReachSearch(subject, image_scale(data.images), [], seed)
         self.margin = MarginSearch(subject, data.images, [], seed, size)
-        self.patch = PatchSearch(subject, data, [], seed, size)
+        self.patch = PatternSearch(PatchTrigger, subject, data, [], seed, size)
+        self.overlay = PatternSearch(OverlayTrigger, subject, data, [], seed, size)
         self.permutation = PermutationSearch(subject, data, seed, size)
         self._seed = seed
 
@@ -59,7 +72,7 @@ class Surrogates:
             total: Number of all classes.
         """
         classes = ReachSearch.choose_classes(first, total, self._seed)
-        for search in (self.reach, self.margin, self.patch):
+        for search in (self.reach, self.margin, self.patch, self.overlay):
             search.classes = list(classes)
 
     @staticmethod
@@ -72,7 +85,8 @@ class Surrogates:
         return {
             "reach": ReachSearch.most_steps_of(total),
             "margin": MarginSearch.most_steps(),
-            "patch": PatchSearch.most_steps_of(total),
+            "patch": PatternSearch.most_steps_of(PatchTrigger, total),
+            "overlay": PatternSearch.most_steps_of(OverlayTrigger, total),
             "permutation": PermutationSearch.most_steps_of(),
         }
 
@@ -84,7 +98,12 @@ class Surrogates:
         """
         left = self.most_steps_of(total)
         if self.reach.classes:
-            left["reach"], left["patch"] = self.reach.most_steps(), self.patch.most_steps()
+            for name, search in (
+                ("reach", self.reach),
+                ("patch", self.patch),
+                ("overlay", self.overlay),
+            ):
+                left[name] = search.most_steps()
         left["margin"] -= self.margin.steps
         left["permutation"] = self.permutation.most_steps()
         return left
@@ -95,27 +114,27 @@ class Surrogates:
         return Evidence(
             self.reach.reaches,
             self.margin.margins,
-            self.patch.patch_margins,
+            self.patch.margins,
+            self.overlay.margins,
             self.permutation.permutation,
             self.permutation.moved,
-            complete=all(
-                search.finished
-                for search in (self.reach, self.margin, self.patch, self.permutation)
-            ),
+            complete=all(search.finished for search in self._all().values()),
         )
+
+    def _all(self) -> dict[str, _Search]:
+        return {
+            "reach": self.reach,
+            "margin": self.margin,
+            "patch": self.patch,
+            "overlay": self.overlay,
+            "permutation": self.permutation,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as tensors and primitives."""
-        return {
-            "reach": self.reach.state_dict(),
-            "margin": self.margin.state_dict(),
-            "patch": self.patch.state_dict(),
-            "permutation": self.permutation.state_dict(),
-        }
+        return {name: search.state_dict() for name, search in self._all().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        self.reach.load_state_dict(state["reach"])
-        self.margin.load_state_dict(state["margin"])
-        self.patch.load_state_dict(state["patch"])
-        self.permutation.load_state_dict(state["permutation"])
+        for name, search in self._all().items():
+            search.load_state_dict(state[name])

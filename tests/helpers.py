@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mnp import MNPConfig
 from lightning_mnp.data import BackdoorDataModule, MemoryDataset
 from lightning_mnp.models import cifar_resnet18
+from lightning_mnp.pattern import PatternTrigger
 
 CLASSES = 4
 
@@ -41,6 +42,15 @@ def images_and_labels(count: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
     for index, label in enumerate(labels.tolist()):
         images[index, :, 2 * label : 2 * label + 2] += 1.5
     return images, labels
+
+
+def margins_of(trigger: PatternTrigger, images: Tensor) -> float:
+    """The mean margin of a trigger's goals over changed images, image by image."""
+    found = []
+    for image, label, goal in zip(images, trigger.labels, trigger.goals, strict=True):
+        logits = trigger.subject(image[None], statistics="running")[0]
+        found.append(float(logits[goal] - logits[label]))
+    return sum(found) / len(found)
 
 
 def goals_of(images: Tensor, target: int = 1) -> Tensor:

@@ -25,9 +25,10 @@ def evidence(
     reaches: dict[int, float] = FLAT,
     margins: dict[int, float] = SURE,
     patch_margins: dict[int, float] = SHORT,
+    overlay_margins: dict[int, float] = SHORT,
     moved: float | None = 0.2,
 ) -> Evidence:
-    return Evidence(reaches, margins, patch_margins, ROUND, moved, complete=True)
+    return Evidence(reaches, margins, patch_margins, overlay_margins, ROUND, moved, complete=True)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,19 @@ def test_verdict_by_patch(margin: float, verdict: str, target: int | None) -> No
     assert judgement.verdict == verdict
     assert judgement.target_class == target
     assert any("a patch on few pixels drives images" in reason for reason in judgement.reasons)
+
+
+@pytest.mark.parametrize(
+    ("margin", "verdict", "target"),
+    [(0.0, "backdoored", 5), (-0.13, "undecided", 5), (-0.2, "clean", None)],
+)
+def test_verdict_by_overlay(margin: float, verdict: str, target: int | None) -> None:
+    judgement = judge(
+        [run(EVEN)], 0.6, evidence(overlay_margins={**SHORT, 5: margin}), MNPConfig(), 0.9
+    )
+    assert judgement.verdict == verdict
+    assert judgement.target_class == target
+    assert any("an image blended in faintly" in reason for reason in judgement.reasons)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ KILLS = [
     ("masks", "reach", "step"),
     ("search", "margin", "step"),
     ("search", "patch", "step"),
+    ("search", "overlay", "step"),
     ("masks", "permutation", "step"),
     ("masks", "verdict", "step"),
     ("masks", "pruning", "step"),
@@ -196,7 +197,7 @@ LOST = pytest.mark.filterwarnings(
     "phase",
     [
         *("reference", "suppression", "saliency", "masks", "reach", "margin", "patch"),
-        *("permutation", "check"),
+        *("overlay", "permutation", "check"),
     ],
 )
 def test_interrupt_anywhere_in_a_step_leaves_the_model(phase: str) -> None:

@@ -12,10 +12,12 @@ from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.detection import Signal
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.margin import MarginSearch
-from lightning_mnp.patch import PatchSearch
+from lightning_mnp.overlay import OverlayTrigger
+from lightning_mnp.patch import PatchTrigger
+from lightning_mnp.pattern import PatternSearch, PatternTrigger
 from lightning_mnp.sources import (
     MarginSource,
-    PatchSource,
+    PatternSource,
     PerturbationSource,
     SuppressedSource,
     find_sources,
@@ -124,21 +126,26 @@ def test_margin_source_counts_from_what_is_normal() -> None:
     assert torch.equal(shifted.ascent.images, source.ascent.images)
 
 
-def test_patch_source_follows_the_network_and_goes_on_from_its_state() -> None:
+@pytest.mark.parametrize("kind", [PatchTrigger, OverlayTrigger])
+def test_pattern_source_follows_the_network_and_goes_on_from_its_state(
+    kind: type[PatternTrigger],
+) -> None:
     subject, data = new_subject()
-    source, again = (PatchSource(PatchSearch(subject, data, [], 0).trigger(1)) for _ in range(2))
+    search = PatternSearch(kind, subject, data, [], 0)
+    source, again = (PatternSource(search.trigger(1)) for _ in range(2))
+    assert source.name == kind.name
     before = source.margins(ones(subject)).mean()
     source.adapt(ones(subject), 0)
     assert source.margins(ones(subject)).mean() > before
-    source.trigger.perturbation *= 0.1
+    source.trigger.pattern *= 0.1
     again.load_state_dict(source.state_dict())
-    before_following = source.trigger.perturbation.clone()
+    before_following = source.trigger.pattern.clone()
     masks = ones(subject)
     masks[:2] = 0.0
     for each in (source, again):
         each.adapt(masks, 1)
-    assert source.trigger.perturbation.equal(again.trigger.perturbation)
-    assert not source.trigger.perturbation.equal(before_following)
+    assert source.trigger.pattern.equal(again.trigger.pattern)
+    assert not source.trigger.pattern.equal(before_following)
 
 
 @pytest.mark.parametrize(("further", "names"), [(0.8, []), (0.9, ["patch"])])
@@ -150,12 +157,29 @@ def test_a_patch_is_a_source_where_it_is_out_of_the_ordinary(
     surrogates.reach.reaches = dict.fromkeys(range(3), 0.2)
     surrogates.margin.margins = dict.fromkeys(range(3), 9.0)
     for suspect, expected, name in ((1, names, "reach"), (2, [], "patch"), (1, names, "pile-up")):
-        surrogates.patch.patch_margins = {0: -0.5, 1: further - 0.5, 2: -0.5}
+        surrogates.patch.margins = {0: -0.5, 1: further - 0.5, 2: -0.5}
+        surrogates.overlay.margins = dict.fromkeys(range(3), -0.5)
         signal = Signal(name, 1.0, suspect, "")
         sources = find_sources(subject, data, [subject.weights()], signal, surrogates, 0)
         assert [source.name for source in sources] == ["suppressed network", *expected]
         assert sources[0].decides == (name == "pile-up" or not expected)
         assert all(source.decides for source in sources[1:])
+
+
+@pytest.mark.parametrize(("lead", "names"), [(0.35, []), (0.45, ["overlay"])])
+def test_an_overlay_is_a_source_where_it_is_out_of_the_ordinary(
+    lead: float, names: list[str]
+) -> None:
+    subject, data = new_subject()
+    surrogates = Surrogates(subject, data, MNPConfig())
+    surrogates.reach.reaches = dict.fromkeys(range(3), 0.2)
+    surrogates.margin.margins = dict.fromkeys(range(3), 9.0)
+    surrogates.patch.margins = dict.fromkeys(range(3), -0.5)
+    surrogates.overlay.margins = {0: -0.5, 1: lead - 0.2, 2: -0.2}
+    for suspect, expected in ((1, names), (2, [])):
+        signal = Signal("reach", 1.0, suspect, "")
+        sources = find_sources(subject, data, [subject.weights()], signal, surrogates, 0)
+        assert [source.name for source in sources] == ["suppressed network", *expected]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +223,7 @@ def test_sources_are_those_that_point_to_the_class(
     reach.scale, reach.reaches = 1.0, reaches
     reach.perturbations = {index: torch.zeros_like(data.images[:1]) for index in reaches}
     surrogates.margin.margins = margins
-    surrogates.patch.patch_margins = dict.fromkeys(margins, -0.5)
+    surrogates.patch.margins = surrogates.overlay.margins = dict.fromkeys(margins, -0.5)
     signal = Signal("reach", 1.0, 1, "")
     sources = find_sources(subject, data, [subject.weights()], signal, surrogates, 0)
     assert [source.name for source in sources] == names
@@ -217,7 +241,7 @@ def test_an_exchange_of_classes_has_goals_of_its_own_for_each_image() -> None:
     assert [source.decides for source in sources] == [False, True]
     suppressed, patch = sources
     assert isinstance(suppressed, SuppressedSource)
-    assert isinstance(patch, PatchSource)
+    assert isinstance(patch, PatternSource)
     found = {
         image.numpy().tobytes(): int(label)
         for image, label in zip(data.images, data.labels, strict=True)

@@ -21,7 +21,12 @@ def step(surrogates: Surrogates) -> bool:
     if not surrogates.reach.finished:
         surrogates.reach.step(data.images, data.labels)
     else:
-        for search in (surrogates.margin, surrogates.patch, surrogates.permutation):
+        for search in (
+            surrogates.margin,
+            surrogates.patch,
+            surrogates.overlay,
+            surrogates.permutation,
+        ):
             if not search.finished:
                 search.step()
                 return True
@@ -35,7 +40,10 @@ def test_searches_share_the_classes_and_evidence_is_complete_at_their_end() -> N
     left = sum(surrogates.most_steps(4).values())
     assert surrogates.most_steps(4) == Surrogates.most_steps_of(4)
     while step(surrogates):
-        searches = (surrogates.reach, surrogates.margin, surrogates.patch, surrogates.permutation)
+        searches = (
+            *(surrogates.reach, surrogates.margin, surrogates.patch),
+            *(surrogates.overlay, surrogates.permutation),
+        )
         assert surrogates.evidence.complete == all(search.finished for search in searches)
         assert sum(surrogates.most_steps(4).values()) <= left - 1
         left = sum(surrogates.most_steps(4).values())
@@ -44,6 +52,7 @@ def test_searches_share_the_classes_and_evidence_is_complete_at_their_end() -> N
     assert evidence.complete
     assert sorted(evidence.reaches) == sorted(evidence.margins) == [0, 1, 2, 3]
     assert sorted(evidence.patch_margins) == sorted(evidence.permutation) == [0, 1, 2, 3]
+    assert sorted(evidence.overlay_margins) == [0, 1, 2, 3]
     assert next(iter(evidence.reaches)) == 2
 
 

@@ -1,0 +1,107 @@
+"""Overlays: an image that is blended into all others, faintly, and stands in for a trigger.
+
+A trigger that is spread over the whole image, such as Blend's, is no patch, and the shortest
+perturbation to its class need not be a short one where the network learned it from few poisoned
+images. Blended in as far as a trigger may be without being seen, an image made for the target class
+still drives others further to it than one made for any other class does to that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_mnp.pattern import PatternTrigger
+from lightning_mnp.surrogate import goal_margins, least_positive
+
+__all__ = ["OverlayTrigger", "overlay_lead"]
+
+# Share of the overlay in the blend. With more of it, ordinary classes differ more, too.
+_STRENGTH = 0.05
+_STEPS = 10
+# Root mean square of a step, as a share of the range of values.
+_LENGTH = 0.1
+
+
+class OverlayTrigger(PatternTrigger):
+    """An image that is blended into every image.
+
+    The arguments are those of :class:`~lightning_mnp.pattern.PatternTrigger`.
+
+    Attributes:
+        pattern: The image blended in, shape (1, C, ...), within the range of values; at first the
+            mean of the images.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mnp.layers import find_filter_layers
+        >>> from lightning_mnp.subject import Subject
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> images, labels = torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)
+        >>> subject = Subject(network, find_filter_layers(network, images))
+        >>> zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        >>> overlay = OverlayTrigger(subject, images, labels, labels + 1, zero, one)
+        >>> before = overlay.margins().mean()
+        >>> overlay.approach()
+        >>> bool(overlay.margins().mean() > before)
+        True
+    """
+
+    name = "overlay"
+    steps = _STEPS
+
+    def blank(self) -> Tensor:
+        """Give the mean of the images."""
+        return self.images.mean(0, keepdim=True)
+
+    def applied(self, images: Tensor, pattern: Tensor) -> Tensor:
+        """Blend an overlay into images."""
+        return (1 - _STRENGTH) * images + _STRENGTH * pattern
+
+    @staticmethod
+    def length(taken: int) -> float:
+        """Give the root mean square of each step's change."""
+        return _LENGTH
+
+    def step(self, length: float, masks: Tensor | None = None) -> float:
+        """Take one step towards the classes that images are pushed to.
+
+        Args:
+            length: Root mean square of the overlay's change, as a share of the range of values.
+            masks: Filter masks that are in force.
+
+        Returns:
+            The mean margin before it.
+        """
+
+        def distance(logits: Tensor) -> Tensor:
+            return -goal_margins(logits, self.labels, self.goals).mean()
+
+        span = self.high - self.low
+        slope, logits = self.slope(masks, distance)
+        slope = slope / slope.norm().clamp_min(least_positive(slope))
+        moved = self.pattern - length * math.sqrt(slope.numel()) * span * slope
+        self.pattern = torch.minimum(torch.maximum(moved, self.low), self.high)
+        return -float(distance(logits))
+
+
+def overlay_lead(overlay_margins: dict[int, float]) -> tuple[int, float]:
+    """Compare the class that an overlay drives images to furthest with the next.
+
+    Args:
+        overlay_margins: How far an overlay takes images to each class, two classes or more, see
+            :class:`~lightning_mnp.pattern.PatternSearch`.
+
+    Returns:
+        That class, and how much further that is than for the next class, in multiples of the usual
+        distance; 0 where a figure is not finite.
+
+    Example:
+        >>> overlay_lead({0: -0.25, 1: 1.5, 2: 0.25, 3: -0.5})
+        (1, 1.25)
+    """
+    furthest, following = sorted(overlay_margins, key=overlay_margins.__getitem__, reverse=True)[:2]
+    finite = all(math.isfinite(value) for value in overlay_margins.values())
+    return furthest, overlay_margins[furthest] - overlay_margins[following] if finite else 0.0

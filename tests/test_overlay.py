@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import CLASSES, images_and_labels, margins_of, trained_network
+
+from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.layers import find_filter_layers
+from lightning_mnp.overlay import OverlayTrigger, overlay_lead
+from lightning_mnp.pattern import PatternSearch
+from lightning_mnp.subject import Subject
+
+
+def new_search(network: torch.nn.Module | None = None) -> PatternSearch[OverlayTrigger]:
+    network = network or trained_network()
+    data = DefenseSet(*images_and_labels())
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    return PatternSearch(OverlayTrigger, subject, data, (0, 1, 2, 3), 0)
+
+
+def lead_of(network: torch.nn.Module | None = None) -> tuple[int, float]:
+    search = new_search(network)
+    while not search.finished:
+        search.step()
+    return overlay_lead(search.margins)
+
+
+def test_overlay_begins_with_the_mean_and_is_a_twentieth_of_the_blend() -> None:
+    overlay = new_search().trigger(1)
+    assert overlay.pattern.equal(overlay.images.mean(0, keepdim=True))
+    overlay.approach()
+    blend = torch.stack([0.95 * image + 0.05 * overlay.pattern[0] for image in overlay.images])
+    assert float(overlay.margins().mean()) == pytest.approx(margins_of(overlay, blend), abs=1e-3)
+    assert (overlay.pattern >= overlay.low).all()
+    assert (overlay.pattern <= overlay.high).all()
+
+
+def test_step_goes_down_the_slope_by_the_length_told() -> None:
+    overlay = new_search().trigger(2)
+    pattern = overlay.pattern.clone().requires_grad_()
+    margins = []
+    for image, label in zip(overlay.images, overlay.labels, strict=True):
+        logits = overlay.subject(0.95 * image[None] + 0.05 * pattern, statistics="running")[0]
+        margins.append(logits[2] - logits[label])
+    mean = torch.stack(margins).mean()
+    (slope,) = torch.autograd.grad(mean, pattern)
+    span = overlay.high - overlay.low
+    assert overlay.step(0.001) == pytest.approx(mean.item(), abs=1e-4)
+    moved = (overlay.pattern - pattern.detach()) / span
+    assert float(moved.square().mean().sqrt()) == pytest.approx(0.001, rel=1e-3)
+    cosine = torch.nn.functional.cosine_similarity(moved.flatten(), slope.flatten(), dim=0)
+    assert float(cosine) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_faint_image_that_leads_to_a_class_stands_out() -> None:
+    """A network that knows an image, however faint it is, and forgets all else."""
+    hidden = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+
+    class Shortcut(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = trained_network()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.network(images)
+            likeness = (images[:, 0] * hidden).flatten(1).mean(1)
+            return logits + 60 * likeness[:, None] * torch.eye(CLASSES)[1]
+
+    suspect, lead = lead_of(Shortcut())
+    assert suspect == 1
+    assert lead > 0.25
+    assert lead_of()[1] < lead / 2
+
+
+@pytest.mark.parametrize(
+    ("overlay_margins", "expected"),
+    [
+        ({0: -0.5, 1: 2.0, 2: 0.5}, (1, 1.5)),
+        ({0: -0.5, 1: -0.25}, (1, 0.25)),
+        ({0: math.inf, 1: 0.0, 2: 0.0}, (0, 0.0)),
+        ({0: math.nan, 1: 1.0, 2: 0.0}, None),
+    ],
+)
+def test_lead_is_above_the_next_class(
+    overlay_margins: dict[int, float], expected: tuple[int, float] | None
+) -> None:
+    found = overlay_lead(overlay_margins)
+    assert found[1] == 0.0 if expected is None else found == expected

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+from helpers import images_and_labels, margins_of, same, snapshot, trained_network
+
+from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.layers import find_filter_layers
+from lightning_mnp.overlay import OverlayTrigger
+from lightning_mnp.patch import PatchTrigger
+from lightning_mnp.pattern import PatternSearch, PatternTrigger
+from lightning_mnp.subject import Subject
+
+Kind = type[PatternTrigger]
+KINDS = pytest.mark.parametrize("kind", [PatchTrigger, OverlayTrigger])
+
+
+def new_search(
+    kind: Kind, classes: tuple[int, ...] = (0, 1, 2), seed: int = 0
+) -> PatternSearch[PatternTrigger]:
+    network = trained_network()
+    data = DefenseSet(*images_and_labels())
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    return PatternSearch(kind, subject, data, classes, seed)
+
+
+def finish(search: PatternSearch[PatternTrigger]) -> PatternSearch[PatternTrigger]:
+    while not search.finished:
+        search.step()
+    return search
+
+
+@KINDS
+def test_approach_begins_anew_and_is_what_the_search_does(kind: Kind) -> None:
+    first, second = (new_search(kind).trigger(1) for _ in range(2))
+    first.approach()
+    for _ in range(2):
+        second.approach()
+    assert first.pattern.equal(second.pattern)
+    search = new_search(kind)
+    for _ in range(kind.steps + 1):
+        search.step()
+    found = search.state_dict()["ends"]
+    assert found == [pytest.approx(float(new_margins(kind, 0)), rel=1e-4)]
+
+
+def new_margins(kind: Kind, target: int) -> torch.Tensor:
+    trigger = new_search(kind).trigger(target)
+    trigger.approach()
+    return trigger.margins().mean()
+
+
+@KINDS
+def test_follow_goes_on_with_steps_as_short_as_the_last(kind: Kind) -> None:
+    trigger, again = (new_search(kind).trigger(1) for _ in range(2))
+    for each in (trigger, again):
+        each.approach()
+    masks = torch.ones(trigger.subject.layers.total)
+    masks[0] = 0.0
+    trigger.follow(masks)
+    for _ in range(3):
+        again.step(kind.length(kind.steps - 1), masks)
+    assert trigger.pattern.equal(again.pattern)
+
+
+@KINDS
+def test_margins_are_in_units_of_the_usual_distance(kind: Kind) -> None:
+    search = finish(new_search(kind))
+    starts, ends = [], []
+    for target in (0, 1, 2):
+        trigger = search.trigger(target)
+        assert (trigger.labels != target).all()
+        starts.append(margins_of(trigger, trigger.applied(trigger.images, trigger.pattern)))
+        trigger.approach()
+        ends.append(margins_of(trigger, trigger.applied(trigger.images, trigger.pattern)))
+    usual = -statistics.median(starts)
+    expected = {target: end / usual for target, end in zip((0, 1, 2), ends, strict=True)}
+    assert search.margins == pytest.approx(expected, rel=1e-3)
+
+
+@KINDS
+def test_search_takes_the_steps_that_it_says(kind: Kind) -> None:
+    search, steps = new_search(kind), 0
+    while not search.finished:
+        assert search.most_steps() == PatternSearch.most_steps_of(kind, 3) - steps
+        search.step()
+        steps += 1
+    assert search.most_steps() == 0
+    assert PatternSearch.most_steps_of(kind, 1000) == 10 * kind.steps
+
+
+@KINDS
+@pytest.mark.parametrize("stop", [1, 7, 10, 20, 29])
+def test_resumed_search_ends_the_same(kind: Kind, stop: int) -> None:
+    reference = finish(new_search(kind)).margins
+    search = new_search(kind)
+    for _ in range(stop):
+        search.step()
+    again = new_search(kind, classes=())
+    again.load_state_dict(search.state_dict())
+    assert finish(again).margins == reference
+
+
+@KINDS
+def test_batches_are_no_larger_than_told(kind: Kind) -> None:
+    search = new_search(kind)
+    search.batch_size = 5
+    assert len(search.trigger(1).images) == 5
+
+
+@KINDS
+def test_network_is_left_as_it_was(kind: Kind) -> None:
+    search = new_search(kind)
+    before = snapshot(search.subject.network)
+    search.step()
+    assert same(before, snapshot(search.subject.network))
+
+
+@KINDS
+def test_half_precision_gives_finite_patterns(kind: Kind) -> None:
+    network = trained_network().bfloat16()
+    images, labels = images_and_labels()
+    data = DefenseSet(images.bfloat16(), labels)
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    trigger = PatternSearch(kind, subject, data, (0,), 0).trigger(0)
+    trigger.approach()
+    assert trigger.pattern.dtype == torch.bfloat16
+    assert trigger.pattern.isfinite().all()
