@@ -64,8 +64,8 @@ class MNPConfig:
         attenuation_steps: Most steps in which the rule ``"auto"`` turns down filters that are left,
             by factors from 0 to 1, so that the clean loss and what is left of the backdoor get
             least together; 0 leaves them as they are.
-        verdict: ``"signals"`` judges by the score of six signals: pile-up, reach, greatest
-            margin, patch, overlay and permutation; ``"ratio"`` by Eq. 8.
+        verdict: ``"signals"`` judges by the score of seven signals: pile-up, reach, greatest
+            margin, patch, overlay, warp and permutation; ``"ratio"`` by Eq. 8.
         threshold: A network is backdoored where the score is at least this, above 0; see
             `lightning-mnp calibrate` for one of your own.
         delta: Detection threshold of Eq. 8.

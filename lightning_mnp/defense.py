@@ -51,6 +51,7 @@ Phase = Literal[
     "margin",
     "patch",
     "overlay",
+    "warp",
     "permutation",
     "verdict",
     "pruning",
@@ -66,11 +67,12 @@ class MNPDefense:
 
     The phases: ``reference`` (saliency and accuracy of the network as it is); for every run
     ``suppression``, ``saliency`` of the suppressed weights and, if the pruning rule ranks by
-    them, ``masks``; ``reach`` of the classes, their greatest ``margin``, how far a ``patch``
-    and an ``overlay`` drive images to them, and whether a patch exchanges them (``permutation``);
-    ``verdict``; ``pruning``; by the automatic rule, ``attenuation`` of the filters that are left;
-    ``check`` (accuracy after that); where anything was done, ``reaudit`` of the purified copy.
-    With ``when="flagged"``, masks come after the verdict, on runs that are repeated exactly.
+    them, ``masks``; ``reach`` of the classes, their greatest ``margin``, how far a ``patch``,
+    an ``overlay`` and a ``warp`` drive images to them, and whether a patch exchanges them
+    (``permutation``); ``verdict``; ``pruning``; by the automatic rule, ``attenuation`` of the
+    filters that are left; ``check`` (accuracy after that); where anything was done, ``reaudit`` of
+    the purified copy. With ``when="flagged"``, masks come after the verdict, on runs that are
+    repeated exactly.
 
     The model is not changed. Every random choice follows from the seed and the place in this
     order, so the state is tensors and primitives, and a run that was stopped goes on as if it
@@ -175,8 +177,10 @@ class MNPDefense:
             if self.when == "always" and self._ranks_by_masks:
                 plan.append(("masks", run))
         if self.config.verdict == "signals" or self._searches:
-            searches: tuple[Phase, ...] = ("reach", "margin", "patch", "overlay", "permutation")
-            plan += [(phase, 0) for phase in searches]
+            searches: tuple[Phase, ...] = (
+                *("reach", "margin", "patch", "overlay", "warp", "permutation"),
+            )
+            plan += [(phase, 0) for phase in searches if phase in self.surrogates.names]
         plan.append(("verdict", 0))
         if self.when == "always":
             plan += self._last_plan()
@@ -440,6 +444,10 @@ class MNPDefense:
 
     def _overlay(self, updates: Updates) -> dict[str, float]:
         return self._search(self.surrogates.overlay)
+
+    def _warp(self, updates: Updates) -> dict[str, float]:
+        assert self.surrogates.warp is not None  # the phase is left out then
+        return self._search(self.surrogates.warp)
 
     def _permutation(self, updates: Updates) -> dict[str, float]:
         return self._search(self.surrogates.permutation)

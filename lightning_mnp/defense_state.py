@@ -128,6 +128,7 @@ def make_report(defense: MNPDefense) -> DefenseReport:
         margins=dict(sorted(evidence.margins.items())),
         patch_margins=dict(sorted(evidence.patch_margins.items())),
         overlay_margins=dict(sorted(evidence.overlay_margins.items())),
+        warp_margins=dict(sorted(evidence.warp_margins.items())),
         permutation=dict(evidence.permutation),
         moved=evidence.moved,
         handicaps=dict(defense.handicaps),

@@ -10,8 +10,8 @@ from typing import Literal
 
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.margin import margin_ratio
-from lightning_mnp.overlay import overlay_lead
 from lightning_mnp.patch import patch_ratio
+from lightning_mnp.pattern import pattern_lead
 from lightning_mnp.permutation import permutation_excess
 from lightning_mnp.result import RunResult, Verdict
 from lightning_mnp.surrogate import reach_ratio
@@ -26,6 +26,7 @@ REACH_AT = 0.5
 MARGIN_AT = 2.0
 PATCH_AT = 0.85
 OVERLAY_AT = 0.4
+WARP_AT = 0.5
 PERMUTATION_AT = 0.4
 # From this share of the threshold on, a network is not called clean.
 UNDECIDED_FROM = 0.9
@@ -41,6 +42,7 @@ class Evidence:
         patch_margins: How far patches drive images to them, see
             :class:`~lightning_mnp.pattern.PatternSearch`.
         overlay_margins: How far overlays do.
+        warp_margins: How far warps do; empty where images cannot be warped.
         permutation: The class that one patch takes each class to, see
             :class:`~lightning_mnp.permutation.PermutationSearch`.
         moved: The share of images that it takes there, or None.
@@ -51,6 +53,7 @@ class Evidence:
     margins: dict[int, float] = field(default_factory=dict)
     patch_margins: dict[int, float] = field(default_factory=dict)
     overlay_margins: dict[int, float] = field(default_factory=dict)
+    warp_margins: dict[int, float] = field(default_factory=dict)
     permutation: dict[int, int] = field(default_factory=dict)
     moved: float | None = None
     complete: bool = False
@@ -88,7 +91,7 @@ class Judgement:
         return self.verdict != "clean" and self.suspect is None
 
 
-SignalName = Literal["pile-up", "reach", "margin", "patch", "overlay", "permutation"]
+SignalName = Literal["pile-up", "reach", "margin", "patch", "overlay", "warp", "permutation"]
 
 
 @dataclass(frozen=True)
@@ -125,21 +128,22 @@ def signals(runs: Sequence[RunResult], evidence: Evidence, threshold: float = 1.
         >>> runs = [RunResult(0.5, 0.3, (20, 10, 10), 9, 0.2, "")]
         >>> margins, driven = {0: 20.0, 1: 20.0, 2: 160.0}, {0: -0.5, 1: -0.5, 2: -0.25}
         >>> reaches, permutation = {0: 0.2, 1: 0.2, 2: 0.1}, {0: 1, 1: 2, 2: 0}
-        >>> found = signals(runs, Evidence(reaches, margins, driven, driven, permutation, 0.25))
-        >>> [(signal.name, signal.suspect) for signal in found[:5]]
-        [('margin', 2), ('pile-up', 0), ('reach', 2), ('overlay', 2), ('patch', 2)]
+        >>> evidence = Evidence(reaches, margins, driven, driven, {}, permutation, 0.25)
+        >>> found = signals(runs, evidence)
+        >>> [(signal.name, signal.suspect) for signal in found[:4]]
+        [('margin', 2), ('pile-up', 0), ('reach', 2), ('overlay', 2)]
     """
-    return sorted(
-        (
-            _pile_up_signal(runs),
-            _reach_signal(evidence.reaches),
-            _margin_signal(evidence.margins),
-            _patch_signal(evidence.patch_margins),
-            _overlay_signal(evidence.overlay_margins),
-            _permutation_signal(evidence.permutation, evidence.moved),
-        ),
-        key=lambda signal: (not _is_exchange(signal, threshold), -signal.strength),
-    )
+    found = [
+        _pile_up_signal(runs),
+        _reach_signal(evidence.reaches),
+        _margin_signal(evidence.margins),
+        _patch_signal(evidence.patch_margins),
+        _overlay_signal(evidence.overlay_margins),
+        _permutation_signal(evidence.permutation, evidence.moved),
+    ]
+    if evidence.warp_margins:
+        found.append(_warp_signal(evidence.warp_margins))
+    return sorted(found, key=lambda signal: (not _is_exchange(signal, threshold), -signal.strength))
 
 
 def _is_exchange(signal: Signal, threshold: float) -> bool:
@@ -192,12 +196,21 @@ def _patch_signal(patch_margins: dict[int, float]) -> Signal:
 
 
 def _overlay_signal(overlay_margins: dict[int, float]) -> Signal:
-    furthest, lead = overlay_lead(overlay_margins)
+    furthest, lead = pattern_lead(overlay_margins)
     reason = (
         f"an image blended in faintly drives images to class {furthest} by {lead:.2f} of the usual "
         f"distance further than to any other class (counts fully from {OVERLAY_AT:g})"
     )
     return Signal("overlay", lead / OVERLAY_AT, furthest, reason)
+
+
+def _warp_signal(warp_margins: dict[int, float]) -> Signal:
+    furthest, lead = pattern_lead(warp_margins)
+    reason = (
+        f"a warp by half a pixel at most drives images to class {furthest} by {lead:.2f} of the "
+        f"usual distance further than to any other class (counts fully from {WARP_AT:g})"
+    )
+    return Signal("warp", lead / WARP_AT, furthest, reason)
 
 
 def _permutation_signal(permutation: dict[int, int], moved: float | None) -> Signal:

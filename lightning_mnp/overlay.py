@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_mnp.pattern import PatternTrigger
 from lightning_mnp.surrogate import goal_margins, least_positive
 
-__all__ = ["OverlayTrigger", "overlay_lead"]
+__all__ = ["OverlayTrigger"]
 
 # Share of the overlay in the blend. With more of it, ordinary classes differ more, too.
 _STRENGTH = 0.05
@@ -81,27 +81,8 @@ class OverlayTrigger(PatternTrigger):
 
         span = self.high - self.low
         slope, logits = self.slope(masks, distance)
+        slope = slope * span
         slope = slope / slope.norm().clamp_min(least_positive(slope))
         moved = self.pattern - length * math.sqrt(slope.numel()) * span * slope
         self.pattern = torch.minimum(torch.maximum(moved, self.low), self.high)
         return -float(distance(logits))
-
-
-def overlay_lead(overlay_margins: dict[int, float]) -> tuple[int, float]:
-    """Compare the class that an overlay drives images to furthest with the next.
-
-    Args:
-        overlay_margins: How far an overlay takes images to each class, two classes or more, see
-            :class:`~lightning_mnp.pattern.PatternSearch`.
-
-    Returns:
-        That class, and how much further that is than for the next class, in multiples of the usual
-        distance; 0 where a figure is not finite.
-
-    Example:
-        >>> overlay_lead({0: -0.25, 1: 1.5, 2: 0.25, 3: -0.5})
-        (1, 1.25)
-    """
-    furthest, following = sorted(overlay_margins, key=overlay_margins.__getitem__, reverse=True)[:2]
-    finite = all(math.isfinite(value) for value in overlay_margins.values())
-    return furthest, overlay_margins[furthest] - overlay_margins[following] if finite else 0.0

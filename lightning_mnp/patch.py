@@ -107,6 +107,7 @@ class PatchTrigger(PatternTrigger):
         """Step down an objective of the logits, and give the logits before."""
         span = self.high - self.low
         slope, logits = self.slope(masks, objective)
+        slope = slope * span
         slope = slope / slope.abs().max().clamp_min(least_positive(slope))
         moved = self.pattern - length * span * slope
         self.pattern = torch.minimum(torch.maximum(moved, -span), span)

@@ -1,13 +1,14 @@
 """Patterns: one change of all images that stands in for an unknown trigger, and how far it drives.
 
 What a trigger does to images is not known, so that there are several kinds of patterns: a patch
-replaces a few pixels, an overlay is blended into all. Each is made by following the gradient to a
-class, and how far it drives images there, compared with other classes, says whether there is a
-trigger of its kind.
+replaces a few pixels, an overlay is blended into all, a warp moves them. Each is made by following
+the gradient to a class, and how far it drives images there, compared with other classes, says
+whether there is a trigger of its kind.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from lightning_mnp.defense_set import DefenseSet, value_range
 from lightning_mnp.subject import Subject
 from lightning_mnp.surrogate import MOST_CLASSES, goal_margins
 
-__all__ = ["PatternSearch", "PatternTrigger"]
+__all__ = ["PatternSearch", "PatternTrigger", "pattern_lead"]
 
 _IMAGES = 64
 # In logits. A network that knows little has its classes close together, and all are easily reached.
@@ -29,7 +30,7 @@ _FOLLOWING_STEPS = 3
 
 
 class PatternTrigger(ABC):
-    """A pattern that is put on every image, the same on all.
+    """A change that is made to every image, the same to all.
 
     Args:
         subject: The network, which runs in evaluation mode.
@@ -42,7 +43,7 @@ class PatternTrigger(ABC):
     Attributes:
         name: The kind of pattern.
         steps: The number of steps in which a pattern is made.
-        pattern: What is put on every image, shape (1, C, ...).
+        pattern: What is done to every image.
     """
 
     name: ClassVar[str]
@@ -65,23 +66,23 @@ class PatternTrigger(ABC):
 
     @abstractmethod
     def blank(self) -> Tensor:
-        """Give the pattern that all steps begin with, shape (1, C, ...)."""
+        """Give the pattern that all steps begin with."""
 
     @abstractmethod
     def applied(self, images: Tensor, pattern: Tensor) -> Tensor:
-        """Put a pattern on images, shape (N, C, ...)."""
+        """Do what a pattern says to images, shape (N, C, ...)."""
 
     @staticmethod
     @abstractmethod
     def length(taken: int) -> float:
-        """Give the length of the step that follows so many, as a share of the range of values."""
+        """Give the length of the step that follows so many."""
 
     @abstractmethod
     def step(self, length: float, masks: Tensor | None = None) -> float:
         """Take one step towards the classes that images are pushed to.
 
         Args:
-            length: How far the pattern is changed, as a share of the range of values.
+            length: How far the pattern is changed.
             masks: Filter masks that are in force.
 
         Returns:
@@ -100,21 +101,21 @@ class PatternTrigger(ABC):
     def slope(
         self, masks: Tensor | None, objective: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Give the slope of an objective of the logits, per range of values, and the logits.
+        """Give the slope of an objective of the logits in the pattern, and the logits.
 
         Args:
             masks: Filter masks that are in force.
             objective: Takes logits, shape (N, K), to a scalar.
 
         Returns:
-            Shapes (1, C, ...) and (N, K).
+            The pattern's shape, and (N, K).
         """
         with torch.enable_grad():
             pattern = self.pattern.clone().requires_grad_()
             changed = self.applied(self.images, pattern)
             logits = self.subject(changed, masks=masks, statistics="running")
             (gradient,) = torch.autograd.grad(objective(logits), pattern)
-        return gradient * (self.high - self.low), logits.detach()
+        return gradient, logits.detach()
 
     def approach(self, masks: Tensor | None = None) -> None:
         """Take all the steps from the beginning, with filter masks in force."""
@@ -252,3 +253,23 @@ class PatternSearch(Generic[Trigger]):
         if state["pattern"] is not None:
             self._trigger = self.trigger(self.classes[len(self._ends)])
             self._trigger.pattern = state["pattern"].to(self.subject.device)
+
+
+def pattern_lead(margins: dict[int, float]) -> tuple[int, float]:
+    """Compare the class that a pattern drives images to furthest with the next.
+
+    Args:
+        margins: How far a pattern takes images to each class, two classes or more, see
+            :class:`PatternSearch`.
+
+    Returns:
+        That class, and how much further that is than for the next class, in multiples of the usual
+        distance; 0 where a figure is not finite.
+
+    Example:
+        >>> pattern_lead({0: -0.25, 1: 1.5, 2: 0.25, 3: -0.5})
+        (1, 1.25)
+    """
+    furthest, following = sorted(margins, key=margins.__getitem__, reverse=True)[:2]
+    finite = all(math.isfinite(value) for value in margins.values())
+    return furthest, margins[furthest] - margins[following] if finite else 0.0

@@ -72,6 +72,8 @@ class DefenseReport:
         patch_margins: How far a patch on few pixels drives images of other classes to each class
             tried, as a multiple of the usual distance, negative where it does not get them there.
         overlay_margins: How far an image that is blended in faintly does, likewise.
+        warp_margins: How far a warp by half a pixel at most does; empty where images have no
+            height and width.
         permutation: The class that one patch for all classes was made to take each class to.
         moved: The share of images that it does take there, from 0 to 1; None where not measured.
         handicaps: Classes that are predicted far too rarely on clean images, with what their logit
@@ -117,6 +119,7 @@ class DefenseReport:
     margins: dict[int, float] = field(default_factory=dict)
     patch_margins: dict[int, float] = field(default_factory=dict)
     overlay_margins: dict[int, float] = field(default_factory=dict)
+    warp_margins: dict[int, float] = field(default_factory=dict)
     permutation: dict[int, int] = field(default_factory=dict)
     moved: float | None = None
     handicaps: dict[int, float] = field(default_factory=dict)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet, seeded_generator
-from lightning_mnp.detection import OVERLAY_AT, PATCH_AT, Signal
+from lightning_mnp.detection import OVERLAY_AT, PATCH_AT, WARP_AT, Signal
 from lightning_mnp.margin import MarginAscent, margin_ratio
-from lightning_mnp.overlay import overlay_lead
 from lightning_mnp.patch import patch_ratio
-from lightning_mnp.pattern import PatternTrigger
+from lightning_mnp.pattern import PatternTrigger, pattern_lead
 from lightning_mnp.subject import Subject, Weights
 from lightning_mnp.surrogate import SurrogateTrigger, goal_margins, leads, reach_ratio
 from lightning_mnp.surrogates import Surrogates
@@ -275,10 +274,10 @@ def find_sources(
     The suppressed network always does. Where the reach of the class is out of the ordinary, a
     universal perturbation of a length that does not suffice for other classes is added; where its
     margin is, images of greatest margin are, and with an ordinary reach a long perturbation; where
-    patches or overlays drive images to it further than to others, images under one are. Where a
-    patch exchanges classes, images under that patch are all there is beside the suppressed network.
-    The suppressed network decides on how long filters are turned down where the pile-up is that
-    signal or it is the only source: what is left of a pile-up need not be the backdoor.
+    patches, overlays or warps drive images to it further than to others, images under one are.
+    Where a patch exchanges classes, images under that patch are all there is beside the suppressed
+    network. The suppressed network decides on how long filters are turned down where the pile-up is
+    that signal or it is the only source: what is left of a pile-up need not be the backdoor.
 
     Args:
         subject: The network.
@@ -313,9 +312,12 @@ def find_sources(
     furthest, further = patch_ratio(surrogates.patch.margins)
     if furthest == target and further > PATCH_AT:
         sources.append(PatternSource(surrogates.patch.trigger(target)))
-    furthest, lead = overlay_lead(surrogates.overlay.margins)
-    if furthest == target and lead > OVERLAY_AT:
-        sources.append(PatternSource(surrogates.overlay.trigger(target)))
+    for search, value in ((surrogates.overlay, OVERLAY_AT), (surrogates.warp, WARP_AT)):
+        if search is None:
+            continue
+        furthest, lead = pattern_lead(search.margins)
+        if furthest == target and lead > value:
+            sources.append(PatternSource(search.trigger(target)))
     decides = believed.name == "pile-up" or not sources
     goals = torch.full_like(labels, target)
     return [SuppressedSource(subject, suppressed, images, goals, decides), *sources]

@@ -1,4 +1,4 @@
-"""All that stands in for an unknown trigger: reach, margin, patch, overlay and permutation."""
+"""All that stands in for an unknown trigger: reach, margin, patterns and permutation."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning_mnp.pattern import PatternSearch
 from lightning_mnp.permutation import PermutationSearch
 from lightning_mnp.subject import Subject
 from lightning_mnp.surrogate import ReachSearch, image_scale
+from lightning_mnp.warp import WarpTrigger
 
 __all__ = ["Surrogates"]
 
@@ -40,6 +41,7 @@ class Surrogates:
         margin: The greatest margin of each class.
         patch: How far a patch drives images to each class.
         overlay: How far an overlay does.
+        warp: How far a warp does; None where images are not of shape (N, C, H, W).
         permutation: Whether a patch exchanges classes.
 
     Example:
@@ -61,6 +63,9 @@ class Surrogates:
         self.margin = MarginSearch(subject, data.images, [], seed, size)
         self.patch = PatternSearch(PatchTrigger, subject, data, [], seed, size)
         self.overlay = PatternSearch(OverlayTrigger, subject, data, [], seed, size)
+        self.warp: PatternSearch[WarpTrigger] | None = None
+        if data.images.ndim == 4:
+            self.warp = PatternSearch(WarpTrigger, subject, data, [], seed, size)
         self.permutation = PermutationSearch(subject, data, seed, size)
         self._seed = seed
 
@@ -72,7 +77,8 @@ class Surrogates:
             total: Number of all classes.
         """
         classes = ReachSearch.choose_classes(first, total, self._seed)
-        for search in (self.reach, self.margin, self.patch, self.overlay):
+        self.reach.classes, self.margin.classes = list(classes), list(classes)
+        for search in self._patterns().values():
             search.classes = list(classes)
 
     @staticmethod
@@ -87,6 +93,7 @@ class Surrogates:
             "margin": MarginSearch.most_steps(),
             "patch": PatternSearch.most_steps_of(PatchTrigger, total),
             "overlay": PatternSearch.most_steps_of(OverlayTrigger, total),
+            "warp": PatternSearch.most_steps_of(WarpTrigger, total),
             "permutation": PermutationSearch.most_steps_of(),
         }
 
@@ -98,12 +105,10 @@ class Surrogates:
         """
         left = self.most_steps_of(total)
         if self.reach.classes:
-            for name, search in (
-                ("reach", self.reach),
-                ("patch", self.patch),
-                ("overlay", self.overlay),
-            ):
-                left[name] = search.most_steps()
+            left["reach"] = self.reach.most_steps()
+            left |= {name: search.most_steps() for name, search in self._patterns().items()}
+        if self.warp is None:
+            left["warp"] = 0
         left["margin"] -= self.margin.steps
         left["permutation"] = self.permutation.most_steps()
         return left
@@ -116,19 +121,24 @@ class Surrogates:
             self.margin.margins,
             self.patch.margins,
             self.overlay.margins,
+            {} if self.warp is None else self.warp.margins,
             self.permutation.permutation,
             self.permutation.moved,
             complete=all(search.finished for search in self._all().values()),
         )
 
+    @property
+    def names(self) -> list[str]:
+        """The searches that there are, in their order."""
+        return list(self._all())
+
+    def _patterns(self) -> dict[str, PatternSearch[Any]]:
+        searches = (self.patch, self.overlay, self.warp)
+        return {search.kind.name: search for search in searches if search is not None}
+
     def _all(self) -> dict[str, _Search]:
-        return {
-            "reach": self.reach,
-            "margin": self.margin,
-            "patch": self.patch,
-            "overlay": self.overlay,
-            "permutation": self.permutation,
-        }
+        searches: dict[str, _Search] = {"reach": self.reach, "margin": self.margin}
+        return {**searches, **self._patterns(), "permutation": self.permutation}
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as tensors and primitives."""

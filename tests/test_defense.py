@@ -46,7 +46,7 @@ def test_phases_of_the_published_procedure() -> None:
 def test_phases_of_an_audit() -> None:
     assert phases(new_defense(when="never", runs=2)) == [
         "reference", "suppression", "saliency", "suppression", "saliency", "reach", "margin",
-        "patch", "overlay", "permutation", "verdict",
+        "patch", "overlay", "warp", "permutation", "verdict",
     ]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_automatic_rule_needs_no_masks() -> None:
     changes = {"rule": "auto", "amount": 0.05}
     assert phases(new_defense(runs=1, **changes)) == [
         "reference", "suppression", "saliency", "reach", "margin", "patch", "overlay",
-        "permutation", "verdict", "pruning", "attenuation", "check",
+        "warp", "permutation", "verdict", "pruning", "attenuation", "check",
     ]  # fmt: skip
     assert "attenuation" not in phases(new_defense(runs=1, attenuation_steps=0, **changes))
 

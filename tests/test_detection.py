@@ -26,9 +26,12 @@ def evidence(
     margins: dict[int, float] = SURE,
     patch_margins: dict[int, float] = SHORT,
     overlay_margins: dict[int, float] = SHORT,
+    warp_margins: dict[int, float] = SHORT,
     moved: float | None = 0.2,
 ) -> Evidence:
-    return Evidence(reaches, margins, patch_margins, overlay_margins, ROUND, moved, complete=True)
+    return Evidence(
+        reaches, margins, patch_margins, overlay_margins, warp_margins, ROUND, moved, complete=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,25 @@ def test_verdict_by_overlay(margin: float, verdict: str, target: int | None) -> 
     assert judgement.verdict == verdict
     assert judgement.target_class == target
     assert any("an image blended in faintly" in reason for reason in judgement.reasons)
+
+
+@pytest.mark.parametrize(
+    ("margin", "verdict", "target"),
+    [(0.1, "backdoored", 5), (-0.03, "undecided", 5), (-0.2, "clean", None)],
+)
+def test_verdict_by_warp(margin: float, verdict: str, target: int | None) -> None:
+    judgement = judge(
+        [run(EVEN)], 0.6, evidence(warp_margins={**SHORT, 5: margin}), MNPConfig(), 0.9
+    )
+    assert judgement.verdict == verdict
+    assert judgement.target_class == target
+    assert any("a warp by half a pixel" in reason for reason in judgement.reasons)
+
+
+def test_images_that_are_not_warped_have_no_signal_of_it() -> None:
+    judgement = judge([run(EVEN)], 0.6, evidence(warp_margins={}), MNPConfig(), 0.9)
+    assert judgement.verdict == "clean"
+    assert not any("warp" in reason for reason in judgement.reasons)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ KILLS = [
     ("search", "margin", "step"),
     ("search", "patch", "step"),
     ("search", "overlay", "step"),
+    ("search", "warp", "step"),
     ("masks", "permutation", "step"),
     ("masks", "verdict", "step"),
     ("masks", "pruning", "step"),
@@ -197,7 +198,7 @@ LOST = pytest.mark.filterwarnings(
     "phase",
     [
         *("reference", "suppression", "saliency", "masks", "reach", "margin", "patch"),
-        *("overlay", "permutation", "check"),
+        *("overlay", "warp", "permutation", "check"),
     ],
 )
 def test_interrupt_anywhere_in_a_step_leaves_the_model(phase: str) -> None:

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from helpers import CLASSES, images_and_labels, margins_of, trained_network
 
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.layers import find_filter_layers
-from lightning_mnp.overlay import OverlayTrigger, overlay_lead
-from lightning_mnp.pattern import PatternSearch
+from lightning_mnp.overlay import OverlayTrigger
+from lightning_mnp.pattern import PatternSearch, pattern_lead
 from lightning_mnp.subject import Subject
 
 
@@ -25,7 +23,7 @@ def lead_of(network: torch.nn.Module | None = None) -> tuple[int, float]:
     search = new_search(network)
     while not search.finished:
         search.step()
-    return overlay_lead(search.margins)
+    return pattern_lead(search.margins)
 
 
 def test_overlay_begins_with_the_mean_and_is_a_twentieth_of_the_blend() -> None:
@@ -73,19 +71,3 @@ def test_a_faint_image_that_leads_to_a_class_stands_out() -> None:
     assert suspect == 2
     assert lead > 0.4
     assert lead_of()[0] != suspect
-
-
-@pytest.mark.parametrize(
-    ("overlay_margins", "expected"),
-    [
-        ({0: -0.5, 1: 2.0, 2: 0.5}, (1, 1.5)),
-        ({0: -0.5, 1: -0.25}, (1, 0.25)),
-        ({0: math.inf, 1: 0.0, 2: 0.0}, (0, 0.0)),
-        ({0: math.nan, 1: 1.0, 2: 0.0}, None),
-    ],
-)
-def test_lead_is_above_the_next_class(
-    overlay_margins: dict[int, float], expected: tuple[int, float] | None
-) -> None:
-    found = overlay_lead(overlay_margins)
-    assert found[1] == 0.0 if expected is None else found == expected

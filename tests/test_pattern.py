@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import statistics
 
 import pytest
@@ -10,11 +11,12 @@ from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.overlay import OverlayTrigger
 from lightning_mnp.patch import PatchTrigger
-from lightning_mnp.pattern import PatternSearch, PatternTrigger
+from lightning_mnp.pattern import PatternSearch, PatternTrigger, pattern_lead
 from lightning_mnp.subject import Subject
+from lightning_mnp.warp import WarpTrigger
 
 Kind = type[PatternTrigger]
-KINDS = pytest.mark.parametrize("kind", [PatchTrigger, OverlayTrigger])
+KINDS = pytest.mark.parametrize("kind", [PatchTrigger, OverlayTrigger, WarpTrigger])
 
 
 def new_search(
@@ -92,7 +94,7 @@ def test_search_takes_the_steps_that_it_says(kind: Kind) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("stop", [1, 7, 10, 20, 29])
+@pytest.mark.parametrize("stop", [1, 7, 10, 20, 23])
 def test_resumed_search_ends_the_same(kind: Kind, stop: int) -> None:
     reference = finish(new_search(kind)).margins
     search = new_search(kind)
@@ -128,3 +130,19 @@ def test_half_precision_gives_finite_patterns(kind: Kind) -> None:
     trigger.approach()
     assert trigger.pattern.dtype == torch.bfloat16
     assert trigger.pattern.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("margins", "expected"),
+    [
+        ({0: -0.5, 1: 2.0, 2: 0.5}, (1, 1.5)),
+        ({0: -0.5, 1: -0.25}, (1, 0.25)),
+        ({0: math.inf, 1: 0.0, 2: 0.0}, (0, 0.0)),
+        ({0: math.nan, 1: 1.0, 2: 0.0}, None),
+    ],
+)
+def test_lead_is_above_the_next_class(
+    margins: dict[int, float], expected: tuple[int, float] | None
+) -> None:
+    found = pattern_lead(margins)
+    assert found[1] == 0.0 if expected is None else found == expected

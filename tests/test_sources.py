@@ -25,6 +25,7 @@ from lightning_mnp.sources import (
 )
 from lightning_mnp.subject import Subject
 from lightning_mnp.surrogates import Surrogates
+from lightning_mnp.warp import WarpTrigger
 
 
 def new_subject() -> tuple[Subject, DefenseSet]:
@@ -126,7 +127,14 @@ def test_margin_source_counts_from_what_is_normal() -> None:
     assert torch.equal(shifted.ascent.images, source.ascent.images)
 
 
-@pytest.mark.parametrize("kind", [PatchTrigger, OverlayTrigger])
+def no_patterns(surrogates: Surrogates) -> None:
+    """No pattern drives images to any class."""
+    for search in (surrogates.patch, surrogates.overlay, surrogates.warp):
+        assert search is not None
+        search.margins = dict.fromkeys(range(3), -0.5)
+
+
+@pytest.mark.parametrize("kind", [PatchTrigger, OverlayTrigger, WarpTrigger])
 def test_pattern_source_follows_the_network_and_goes_on_from_its_state(
     kind: type[PatternTrigger],
 ) -> None:
@@ -157,8 +165,8 @@ def test_a_patch_is_a_source_where_it_is_out_of_the_ordinary(
     surrogates.reach.reaches = dict.fromkeys(range(3), 0.2)
     surrogates.margin.margins = dict.fromkeys(range(3), 9.0)
     for suspect, expected, name in ((1, names, "reach"), (2, [], "patch"), (1, names, "pile-up")):
+        no_patterns(surrogates)
         surrogates.patch.margins = {0: -0.5, 1: further - 0.5, 2: -0.5}
-        surrogates.overlay.margins = dict.fromkeys(range(3), -0.5)
         signal = Signal(name, 1.0, suspect, "")
         sources = find_sources(subject, data, [subject.weights()], signal, surrogates, 0)
         assert [source.name for source in sources] == ["suppressed network", *expected]
@@ -166,16 +174,24 @@ def test_a_patch_is_a_source_where_it_is_out_of_the_ordinary(
         assert all(source.decides for source in sources[1:])
 
 
-@pytest.mark.parametrize(("lead", "names"), [(0.35, []), (0.45, ["overlay"])])
-def test_an_overlay_is_a_source_where_it_is_out_of_the_ordinary(
-    lead: float, names: list[str]
+@pytest.mark.parametrize(
+    ("kind", "lead", "names"),
+    [
+        ("overlay", 0.35, []),
+        ("overlay", 0.45, ["overlay"]),
+        ("warp", 0.45, []),
+        ("warp", 0.55, ["warp"]),
+    ],
+)
+def test_patterns_are_sources_where_they_are_out_of_the_ordinary(
+    kind: str, lead: float, names: list[str]
 ) -> None:
     subject, data = new_subject()
     surrogates = Surrogates(subject, data, MNPConfig())
     surrogates.reach.reaches = dict.fromkeys(range(3), 0.2)
     surrogates.margin.margins = dict.fromkeys(range(3), 9.0)
-    surrogates.patch.margins = dict.fromkeys(range(3), -0.5)
-    surrogates.overlay.margins = {0: -0.5, 1: lead - 0.2, 2: -0.2}
+    no_patterns(surrogates)
+    getattr(surrogates, kind).margins = {0: -0.5, 1: lead - 0.2, 2: -0.2}
     for suspect, expected in ((1, names), (2, [])):
         signal = Signal("reach", 1.0, suspect, "")
         sources = find_sources(subject, data, [subject.weights()], signal, surrogates, 0)
@@ -223,7 +239,7 @@ def test_sources_are_those_that_point_to_the_class(
     reach.scale, reach.reaches = 1.0, reaches
     reach.perturbations = {index: torch.zeros_like(data.images[:1]) for index in reaches}
     surrogates.margin.margins = margins
-    surrogates.patch.margins = surrogates.overlay.margins = dict.fromkeys(margins, -0.5)
+    no_patterns(surrogates)
     signal = Signal("reach", 1.0, 1, "")
     sources = find_sources(subject, data, [subject.weights()], signal, surrogates, 0)
     assert [source.name for source in sources] == names

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from helpers import images_and_labels, quick_config, trained_network
+from torch import nn
 
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.layers import find_filter_layers
@@ -25,9 +26,10 @@ def step(surrogates: Surrogates) -> bool:
             surrogates.margin,
             surrogates.patch,
             surrogates.overlay,
+            surrogates.warp,
             surrogates.permutation,
         ):
-            if not search.finished:
+            if search is not None and not search.finished:
                 search.step()
                 return True
         return False
@@ -42,9 +44,11 @@ def test_searches_share_the_classes_and_evidence_is_complete_at_their_end() -> N
     while step(surrogates):
         searches = (
             *(surrogates.reach, surrogates.margin, surrogates.patch),
-            *(surrogates.overlay, surrogates.permutation),
+            *(surrogates.overlay, surrogates.warp, surrogates.permutation),
         )
-        assert surrogates.evidence.complete == all(search.finished for search in searches)
+        assert surrogates.evidence.complete == all(
+            search is not None and search.finished for search in searches
+        )
         assert sum(surrogates.most_steps(4).values()) <= left - 1
         left = sum(surrogates.most_steps(4).values())
     assert left == 0
@@ -52,7 +56,7 @@ def test_searches_share_the_classes_and_evidence_is_complete_at_their_end() -> N
     assert evidence.complete
     assert sorted(evidence.reaches) == sorted(evidence.margins) == [0, 1, 2, 3]
     assert sorted(evidence.patch_margins) == sorted(evidence.permutation) == [0, 1, 2, 3]
-    assert sorted(evidence.overlay_margins) == [0, 1, 2, 3]
+    assert sorted(evidence.overlay_margins) == sorted(evidence.warp_margins) == [0, 1, 2, 3]
     assert next(iter(evidence.reaches)) == 2
 
 
@@ -68,3 +72,24 @@ def test_goes_on_from_its_state() -> None:
         while step(each):
             pass
     assert again.evidence == whole.evidence
+
+
+def test_images_without_height_and_width_are_not_warped() -> None:
+    images, labels = images_and_labels()
+    network = nn.Sequential(
+        nn.Conv1d(8, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 4)
+    )
+    data = DefenseSet(images[:, 0], labels)
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    surrogates = Surrogates(subject, data, quick_config())
+    surrogates.choose_classes([], 4)
+    assert surrogates.warp is None
+    assert "warp" not in surrogates.names
+    assert surrogates.most_steps(4)["warp"] == 0
+    while step(surrogates):
+        pass
+    assert surrogates.evidence.complete
+    assert surrogates.evidence.warp_margins == {}
+    again = Surrogates(subject, data, quick_config())
+    again.load_state_dict(surrogates.state_dict())
+    assert again.evidence == surrogates.evidence
