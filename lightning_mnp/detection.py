@@ -20,8 +20,10 @@ __all__ = ["Evidence", "Judgement", "Signal", "SignalName", "judge", "signals", 
 
 # Where each signal counts 1; how they were chosen, and where that was not by the book, is told in
 # "The default" in the documentation. The pile-up is taken between chance, 0, and all predictions
-# on one class, 1.
-PILE_UP_AT = 0.235
+# on one class, 1. A backdoor leaves one class, where an ordinary network falls back to a few: half
+# of the next class's share is taken off.
+PILE_UP_AT = 0.19
+_NEXT = 0.5
 REACH_AT = 0.5
 MARGIN_AT = 2.0
 PATCH_AT = 0.85
@@ -151,15 +153,17 @@ def _is_exchange(signal: Signal, threshold: float) -> bool:
 
 
 def _pile_up_signal(runs: Sequence[RunResult]) -> Signal:
-    chance = 1 / len(runs[0].predictions)
     totals = [
         sum(shares) / len(runs) for shares in zip(*(_shares(run) for run in runs), strict=True)
     ]
     suspect = max(range(len(totals)), key=totals.__getitem__)
-    excess = max(0.0, (totals[suspect] - chance) / (1 - chance))
+    following = max((share for index, share in enumerate(totals) if index != suspect), default=0.0)
+    least = (1 - _NEXT) / len(totals)
+    excess = max(0.0, (totals[suspect] - _NEXT * following - least) / (1 - least))
+    counts = least + (1 - least) * PILE_UP_AT + _NEXT * following
     reason = (
         f"after clean suppression, {totals[suspect]:.0%} of the predictions fall on class "
-        f"{suspect} (counts fully from {chance + (1 - chance) * PILE_UP_AT:.0%})"
+        f"{suspect} and {following:.0%} on the next (counts fully from {counts:.0%} beside that)"
     )
     return Signal("pile-up", excess / PILE_UP_AT, suspect, reason)
 

@@ -149,7 +149,8 @@ def test_ratio_takes_the_class_from_the_signals_where_there_are_any() -> None:
     ("predictions", "verdict", "target"),
     [
         ((3, 3, 30, 3, 3, 3, 3, 3, 3, 3), "backdoored", 2),
-        ((7, 7, 30, 7, 7, 7, 7, 8, 8, 12), "undecided", 2),
+        ((7, 6, 30, 6, 7, 7, 7, 7, 7, 16), "undecided", 2),
+        ((5, 5, 33, 5, 5, 5, 6, 6, 6, 24), "clean", None),
         ((7, 7, 20, 7, 7, 7, 7, 7, 7, 7), "clean", None),
     ],
 )
