@@ -8,13 +8,10 @@ still drives others further to it than one made for any other class does to that
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from lightning_mnp.pattern import PatternTrigger
-from lightning_mnp.surrogate import goal_margins, least_positive
 
 __all__ = ["OverlayTrigger"]
 
@@ -75,14 +72,8 @@ class OverlayTrigger(PatternTrigger):
         Returns:
             The mean margin before it.
         """
-
-        def distance(logits: Tensor) -> Tensor:
-            return -goal_margins(logits, self.labels, self.goals).mean()
-
         span = self.high - self.low
-        slope, logits = self.slope(masks, distance)
-        slope = slope * span
-        slope = slope / slope.norm().clamp_min(least_positive(slope))
-        moved = self.pattern - length * math.sqrt(slope.numel()) * span * slope
+        direction, margin = self.ascent(masks, span)
+        moved = self.pattern + length * span * direction
         self.pattern = torch.minimum(torch.maximum(moved, self.low), self.high)
-        return -float(distance(logits))
+        return margin

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_mnp.defense_set import DefenseSet, value_range
 from lightning_mnp.subject import Subject
-from lightning_mnp.surrogate import MOST_CLASSES, goal_margins
+from lightning_mnp.surrogate import MOST_CLASSES, goal_margins, least_positive
 
 __all__ = ["PatternSearch", "PatternTrigger", "pattern_lead"]
 
@@ -116,6 +116,26 @@ class PatternTrigger(ABC):
             logits = self.subject(changed, masks=masks, statistics="running")
             (gradient,) = torch.autograd.grad(objective(logits), pattern)
         return gradient, logits.detach()
+
+    def ascent(self, masks: Tensor | None, span: Tensor | float = 1.0) -> tuple[Tensor, float]:
+        """Give the direction in which the mean margin rises most, and the margin.
+
+        Args:
+            masks: Filter masks that are in force.
+            span: The unit of the pattern's values.
+
+        Returns:
+            The direction, in these units, the root mean square of which is 1, in the pattern's
+            shape; and the mean margin.
+        """
+
+        def distance(logits: Tensor) -> Tensor:
+            return -goal_margins(logits, self.labels, self.goals).mean()
+
+        slope, logits = self.slope(masks, distance)
+        slope = slope * span
+        slope = slope / slope.norm().clamp_min(least_positive(slope))
+        return -math.sqrt(slope.numel()) * slope, -float(distance(logits))
 
     def approach(self, masks: Tensor | None = None) -> None:
         """Take all the steps from the beginning, with filter masks in force."""

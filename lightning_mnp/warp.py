@@ -7,14 +7,11 @@ following the gradient as any other pattern is.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_mnp.pattern import PatternTrigger
-from lightning_mnp.surrogate import goal_margins, least_positive
 
 __all__ = ["WarpTrigger"]
 
@@ -89,15 +86,10 @@ class WarpTrigger(PatternTrigger):
         Returns:
             The mean margin before it.
         """
-
-        def distance(logits: Tensor) -> Tensor:
-            return -goal_margins(logits, self.labels, self.goals).mean()
-
-        slope, logits = self.slope(masks, distance)
-        slope = slope / slope.norm().clamp_min(least_positive(slope))
-        moved = self.pattern - length * _FARTHEST * math.sqrt(slope.numel()) * slope
+        direction, margin = self.ascent(masks)
+        moved = self.pattern + length * _FARTHEST * direction
         self.pattern = moved.clamp(-_FARTHEST, _FARTHEST)
-        return -float(distance(logits))
+        return margin
 
 
 def _enlargement(size: int) -> Tensor:
