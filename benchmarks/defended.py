@@ -34,6 +34,7 @@ from lightning_mnp.margin import margin_ratio
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
 from lightning_mnp.models import cifar_resnet18
 from lightning_mnp.patch import patch_ratio
+from lightning_mnp.pattern import pattern_lead
 from lightning_mnp.surrogate import reach_ratio
 
 
@@ -152,6 +153,8 @@ def run(
             row.update(reach=reach_ratio(report.reaches)[:2])
             row.update(margin=margin_ratio(report.margins)[:2])
             row.update(patch=patch_ratio(report.patch_margins), moved=report.moved)
+            row.update(overlay=pattern_lead(report.overlay_rises))
+            row.update(warp=pattern_lead(report.warp_rises))
         if report.reaudit is not None:
             row["reaudit"] = (report.reaudit["verdict"], report.reaudit["score"])
     row["seconds"] = time.perf_counter() - started

@@ -27,8 +27,8 @@ _NEXT = 0.5
 REACH_AT = 0.5
 MARGIN_AT = 2.0
 PATCH_AT = 0.85
-OVERLAY_AT = 0.4
-WARP_AT = 0.5
+OVERLAY_AT = 0.3
+WARP_AT = 0.3
 PERMUTATION_AT = 0.4
 # From this share of the threshold on, a network is not called clean.
 UNDECIDED_FROM = 0.9
@@ -43,8 +43,8 @@ class Evidence:
         margins: Their greatest margins, see :class:`~lightning_mnp.margin.MarginSearch`.
         patch_margins: How far patches drive images to them, see
             :class:`~lightning_mnp.pattern.PatternSearch`.
-        overlay_margins: How far overlays do.
-        warp_margins: How far warps do; empty where images cannot be warped.
+        overlay_rises: By how much overlays raise the margins of the classes.
+        warp_rises: By how much warps do; empty where images cannot be warped.
         permutation: The class that one patch takes each class to, see
             :class:`~lightning_mnp.permutation.PermutationSearch`.
         moved: The share of images that it takes there, or None.
@@ -54,8 +54,8 @@ class Evidence:
     reaches: dict[int, float] = field(default_factory=dict)
     margins: dict[int, float] = field(default_factory=dict)
     patch_margins: dict[int, float] = field(default_factory=dict)
-    overlay_margins: dict[int, float] = field(default_factory=dict)
-    warp_margins: dict[int, float] = field(default_factory=dict)
+    overlay_rises: dict[int, float] = field(default_factory=dict)
+    warp_rises: dict[int, float] = field(default_factory=dict)
     permutation: dict[int, int] = field(default_factory=dict)
     moved: float | None = None
     complete: bool = False
@@ -140,11 +140,11 @@ def signals(runs: Sequence[RunResult], evidence: Evidence, threshold: float = 1.
         _reach_signal(evidence.reaches),
         _margin_signal(evidence.margins),
         _patch_signal(evidence.patch_margins),
-        _overlay_signal(evidence.overlay_margins),
+        _overlay_signal(evidence.overlay_rises),
         _permutation_signal(evidence.permutation, evidence.moved),
     ]
-    if evidence.warp_margins:
-        found.append(_warp_signal(evidence.warp_margins))
+    if evidence.warp_rises:
+        found.append(_warp_signal(evidence.warp_rises))
     return sorted(found, key=lambda signal: (not _is_exchange(signal, threshold), -signal.strength))
 
 
@@ -163,7 +163,7 @@ def _pile_up_signal(runs: Sequence[RunResult]) -> Signal:
     counts = least + (1 - least) * PILE_UP_AT + _NEXT * following
     reason = (
         f"after clean suppression, {totals[suspect]:.0%} of the predictions fall on class "
-        f"{suspect} and {following:.0%} on the next (counts fully from {counts:.0%} beside that)"
+        f"{suspect} and {following:.0%} on the next (with that, counts fully from {counts:.0%})"
     )
     return Signal("pile-up", excess / PILE_UP_AT, suspect, reason)
 
@@ -199,20 +199,20 @@ def _patch_signal(patch_margins: dict[int, float]) -> Signal:
     return Signal("patch", excess / PATCH_AT, furthest, reason)
 
 
-def _overlay_signal(overlay_margins: dict[int, float]) -> Signal:
-    furthest, lead = pattern_lead(overlay_margins)
+def _overlay_signal(overlay_rises: dict[int, float]) -> Signal:
+    furthest, lead = pattern_lead(overlay_rises)
     reason = (
-        f"an image blended in faintly drives images to class {furthest} by {lead:.2f} of the usual "
-        f"distance further than to any other class (counts fully from {OVERLAY_AT:g})"
+        f"an image blended in faintly brings images nearer to class {furthest} than to any other, "
+        f"by {lead:.2f} of the usual distance (counts fully from {OVERLAY_AT:g})"
     )
     return Signal("overlay", lead / OVERLAY_AT, furthest, reason)
 
 
-def _warp_signal(warp_margins: dict[int, float]) -> Signal:
-    furthest, lead = pattern_lead(warp_margins)
+def _warp_signal(warp_rises: dict[int, float]) -> Signal:
+    furthest, lead = pattern_lead(warp_rises)
     reason = (
-        f"a warp by half a pixel at most drives images to class {furthest} by {lead:.2f} of the "
-        f"usual distance further than to any other class (counts fully from {WARP_AT:g})"
+        f"a warp by half a pixel at most brings images nearer to class {furthest} than to any "
+        f"other, by {lead:.2f} of the usual distance (counts fully from {WARP_AT:g})"
     )
     return Signal("warp", lead / WARP_AT, furthest, reason)
 

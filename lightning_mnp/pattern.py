@@ -167,6 +167,8 @@ class PatternSearch(Generic[Trigger]):
         margins: For every class, when finished: the mean margin of the class over images of
             others under the pattern made for it, as a multiple of the usual distance to a class,
             so that it is about -1 without a pattern and 0 on the border.
+        rises: For every class, when finished: by how much the pattern raises that margin, in the
+            same unit. Classes need not be equally near without a pattern.
 
     Example:
         >>> from torch import nn
@@ -198,6 +200,7 @@ class PatternSearch(Generic[Trigger]):
         self.seed = seed
         self.batch_size = batch_size
         self.margins: dict[int, float] = {}
+        self.rises: dict[int, float] = {}
         self._starts: list[float] = []
         self._ends: list[float] = []
         self._taken = 0
@@ -234,8 +237,9 @@ class PatternSearch(Generic[Trigger]):
             self._trigger, self._taken = None, 0
         if len(self._ends) == len(self.classes):
             usual = max(-statistics.median(self._starts), _LEAST_DISTANCE)
-            relative = (end / usual for end in self._ends)
-            self.margins = dict(zip(self.classes, relative, strict=True))
+            passed = zip(self.classes, self._starts, self._ends, strict=True)
+            for index, start, end in passed:
+                self.margins[index], self.rises[index] = end / usual, (end - start) / usual
         return {"margin": margin}
 
     def trigger(self, target: int) -> Trigger:
@@ -256,6 +260,7 @@ class PatternSearch(Generic[Trigger]):
         return {
             "classes": list(self.classes),
             "margins": dict(self.margins),
+            "rises": dict(self.rises),
             "starts": list(self._starts),
             "ends": list(self._ends),
             "taken": self._taken,
@@ -266,6 +271,7 @@ class PatternSearch(Generic[Trigger]):
         """Go on where :meth:`state_dict` was taken."""
         self.classes = [int(index) for index in state["classes"]]
         self.margins = {int(index): float(value) for index, value in state["margins"].items()}
+        self.rises = {int(index): float(value) for index, value in state["rises"].items()}
         self._starts = [float(value) for value in state["starts"]]
         self._ends = [float(value) for value in state["ends"]]
         self._taken = int(state["taken"])
@@ -275,21 +281,21 @@ class PatternSearch(Generic[Trigger]):
             self._trigger.pattern = state["pattern"].to(self.subject.device)
 
 
-def pattern_lead(margins: dict[int, float]) -> tuple[int, float]:
-    """Compare the class that a pattern drives images to furthest with the next.
+def pattern_lead(rises: dict[int, float]) -> tuple[int, float]:
+    """Compare the class that a pattern brings images nearer to than to any other with the next.
 
     Args:
-        margins: How far a pattern takes images to each class, two classes or more, see
+        rises: By how much a pattern raises the margin of each class, two classes or more, see
             :class:`PatternSearch`.
 
     Returns:
-        That class, and how much further that is than for the next class, in multiples of the usual
+        That class, and how much more that is than for the next class, in multiples of the usual
         distance; 0 where a figure is not finite.
 
     Example:
-        >>> pattern_lead({0: -0.25, 1: 1.5, 2: 0.25, 3: -0.5})
+        >>> pattern_lead({0: 0.0, 1: 1.5, 2: 0.25, 3: 0.125})
         (1, 1.25)
     """
-    furthest, following = sorted(margins, key=margins.__getitem__, reverse=True)[:2]
-    finite = all(math.isfinite(value) for value in margins.values())
-    return furthest, margins[furthest] - margins[following] if finite else 0.0
+    furthest, following = sorted(rises, key=rises.__getitem__, reverse=True)[:2]
+    finite = all(math.isfinite(value) for value in rises.values())
+    return furthest, rises[furthest] - rises[following] if finite else 0.0

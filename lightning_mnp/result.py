@@ -71,9 +71,10 @@ class DefenseReport:
         margins: Greatest margin that an image can be given for each class tried, in logits.
         patch_margins: How far a patch on few pixels drives images of other classes to each class
             tried, as a multiple of the usual distance, negative where it does not get them there.
-        overlay_margins: How far an image that is blended in faintly does, likewise.
-        warp_margins: How far a warp by half a pixel at most does; empty where images have no
-            height and width.
+        overlay_rises: How much nearer an image that is blended in faintly brings images of other
+            classes to each class tried, as a multiple of the usual distance.
+        warp_rises: How much nearer a warp by half a pixel at most brings them; empty where images
+            are not of shape (N, C, H, W).
         permutation: The class that one patch for all classes was made to take each class to.
         moved: The share of images that it does take there, from 0 to 1; None where not measured.
         handicaps: Classes that are predicted far too rarely on clean images, with what their logit
@@ -118,8 +119,8 @@ class DefenseReport:
     reaches: dict[int, float] = field(default_factory=dict)
     margins: dict[int, float] = field(default_factory=dict)
     patch_margins: dict[int, float] = field(default_factory=dict)
-    overlay_margins: dict[int, float] = field(default_factory=dict)
-    warp_margins: dict[int, float] = field(default_factory=dict)
+    overlay_rises: dict[int, float] = field(default_factory=dict)
+    warp_rises: dict[int, float] = field(default_factory=dict)
     permutation: dict[int, int] = field(default_factory=dict)
     moved: float | None = None
     handicaps: dict[int, float] = field(default_factory=dict)

@@ -274,7 +274,8 @@ def find_sources(
     The suppressed network always does. Where the reach of the class is out of the ordinary, a
     universal perturbation of a length that does not suffice for other classes is added; where its
     margin is, images of greatest margin are, and with an ordinary reach a long perturbation; where
-    patches, overlays or warps drive images to it further than to others, images under one are.
+    patches drive images to it further than to others, or overlays or warps do and get them there,
+    images under one are.
     Where a patch exchanges classes, images under that patch are all there is beside the suppressed
     network. The suppressed network decides on how long filters are turned down where the pile-up is
     that signal or it is the only source: what is left of a pile-up need not be the backdoor.
@@ -315,8 +316,9 @@ def find_sources(
     for search, value in ((surrogates.overlay, OVERLAY_AT), (surrogates.warp, WARP_AT)):
         if search is None:
             continue
-        furthest, lead = pattern_lead(search.margins)
-        if furthest == target and lead > value:
+        nearest, lead = pattern_lead(search.rises)
+        # Where images do not arrive, there is nothing in them to be pruned away.
+        if nearest == target and lead > value and search.margins[target] > 0:
             sources.append(PatternSource(search.trigger(target)))
     decides = believed.name == "pile-up" or not sources
     goals = torch.full_like(labels, target)

@@ -28,7 +28,7 @@ class WarpTrigger(PatternTrigger):
     """A warp of every image by at most half a pixel.
 
     The arguments are those of :class:`~lightning_mnp.pattern.PatternTrigger`; images have shape
-    (N, C, H, W). Only operations whose gradients are deterministic on all devices are used.
+    (N, C, H, W). Gradients in the pattern are deterministic on all devices.
 
     Attributes:
         pattern: How far pixels are fetched from below and from the right, in pixels, at the points
@@ -62,7 +62,7 @@ class WarpTrigger(PatternTrigger):
         # As matrices, since interpolation has no deterministic gradient on every device.
         rows, columns = (_enlargement(size).to(pattern) for size in (height, width))
         moves = rows @ pattern @ columns.T
-        down, right = (_weights(moves[:, [axis]]) for axis in range(2))
+        down, right = (_weights(axis) for axis in moves.split(1, dim=1))
         padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
         warped = torch.zeros_like(images)
         for row, vertical in enumerate(down):

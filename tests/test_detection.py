@@ -25,12 +25,12 @@ def evidence(
     reaches: dict[int, float] = FLAT,
     margins: dict[int, float] = SURE,
     patch_margins: dict[int, float] = SHORT,
-    overlay_margins: dict[int, float] = SHORT,
-    warp_margins: dict[int, float] = SHORT,
+    overlay_rises: dict[int, float] = SHORT,
+    warp_rises: dict[int, float] = SHORT,
     moved: float | None = 0.2,
 ) -> Evidence:
     return Evidence(
-        reaches, margins, patch_margins, overlay_margins, warp_margins, ROUND, moved, complete=True
+        reaches, margins, patch_margins, overlay_rises, warp_rises, ROUND, moved, complete=True
     )
 
 
@@ -76,11 +76,11 @@ def test_verdict_by_patch(margin: float, verdict: str, target: int | None) -> No
 
 @pytest.mark.parametrize(
     ("margin", "verdict", "target"),
-    [(0.0, "backdoored", 5), (-0.13, "undecided", 5), (-0.2, "clean", None)],
+    [(-0.18, "backdoored", 5), (-0.22, "undecided", 5), (-0.3, "clean", None)],
 )
 def test_verdict_by_overlay(margin: float, verdict: str, target: int | None) -> None:
     judgement = judge(
-        [run(EVEN)], 0.6, evidence(overlay_margins={**SHORT, 5: margin}), MNPConfig(), 0.9
+        [run(EVEN)], 0.6, evidence(overlay_rises={**SHORT, 5: margin}), MNPConfig(), 0.9
     )
     assert judgement.verdict == verdict
     assert judgement.target_class == target
@@ -89,19 +89,17 @@ def test_verdict_by_overlay(margin: float, verdict: str, target: int | None) -> 
 
 @pytest.mark.parametrize(
     ("margin", "verdict", "target"),
-    [(0.1, "backdoored", 5), (-0.03, "undecided", 5), (-0.2, "clean", None)],
+    [(-0.18, "backdoored", 5), (-0.22, "undecided", 5), (-0.3, "clean", None)],
 )
 def test_verdict_by_warp(margin: float, verdict: str, target: int | None) -> None:
-    judgement = judge(
-        [run(EVEN)], 0.6, evidence(warp_margins={**SHORT, 5: margin}), MNPConfig(), 0.9
-    )
+    judgement = judge([run(EVEN)], 0.6, evidence(warp_rises={**SHORT, 5: margin}), MNPConfig(), 0.9)
     assert judgement.verdict == verdict
     assert judgement.target_class == target
     assert any("a warp by half a pixel" in reason for reason in judgement.reasons)
 
 
 def test_images_that_are_not_warped_have_no_signal_of_it() -> None:
-    judgement = judge([run(EVEN)], 0.6, evidence(warp_margins={}), MNPConfig(), 0.9)
+    judgement = judge([run(EVEN)], 0.6, evidence(warp_rises={}), MNPConfig(), 0.9)
     assert judgement.verdict == "clean"
     assert not any("warp" in reason for reason in judgement.reasons)
 

@@ -80,6 +80,11 @@ def test_margins_are_in_units_of_the_usual_distance(kind: Kind) -> None:
     usual = -statistics.median(starts)
     expected = {target: end / usual for target, end in zip((0, 1, 2), ends, strict=True)}
     assert search.margins == pytest.approx(expected, rel=1e-3)
+    risen = {
+        target: (end - start) / usual
+        for target, start, end in zip((0, 1, 2), starts, ends, strict=True)
+    }
+    assert search.rises == pytest.approx(risen, rel=1e-2, abs=1e-3)
 
 
 @KINDS
@@ -96,13 +101,14 @@ def test_search_takes_the_steps_that_it_says(kind: Kind) -> None:
 @KINDS
 @pytest.mark.parametrize("stop", [1, 7, 10, 20, 23])
 def test_resumed_search_ends_the_same(kind: Kind, stop: int) -> None:
-    reference = finish(new_search(kind)).margins
+    whole = finish(new_search(kind))
+    reference = (whole.margins, whole.rises)
     search = new_search(kind)
     for _ in range(stop):
         search.step()
     again = new_search(kind, classes=())
     again.load_state_dict(search.state_dict())
-    assert finish(again).margins == reference
+    assert (finish(again).margins, again.rises) == reference
 
 
 @KINDS
@@ -133,7 +139,7 @@ def test_half_precision_gives_finite_patterns(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize(
-    ("margins", "expected"),
+    ("rises", "expected"),
     [
         ({0: -0.5, 1: 2.0, 2: 0.5}, (1, 1.5)),
         ({0: -0.5, 1: -0.25}, (1, 0.25)),
@@ -142,7 +148,35 @@ def test_half_precision_gives_finite_patterns(kind: Kind) -> None:
     ],
 )
 def test_lead_is_above_the_next_class(
-    margins: dict[int, float], expected: tuple[int, float] | None
+    rises: dict[int, float], expected: tuple[int, float] | None
 ) -> None:
-    found = pattern_lead(margins)
+    found = pattern_lead(rises)
     assert found[1] == 0.0 if expected is None else found == expected
+
+
+@pytest.mark.parametrize("kind", [OverlayTrigger, WarpTrigger])
+def test_classes_that_are_not_equally_near_have_no_lead_by_that(kind: Kind) -> None:
+    """A network of two classes that is much surer of one."""
+
+    class Brightness(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(1, 2, 1)
+            self.head = torch.nn.Linear(2, 2)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            brightness = images.flatten(1).mean(1)
+            leaning = 8 * (brightness - 0.3)
+            nothing = 0 * self.head(self.conv(images).mean((2, 3)))
+            return nothing + torch.stack([-leaning, leaning], dim=1)
+
+    labels = torch.arange(40) % 2
+    images = 0.1 + 0.8 * labels[:, None, None, None] * torch.ones(1, 1, 8, 8)
+    images = images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    network = Brightness()
+    subject = Subject(network, find_filter_layers(network, images[:2]))
+    search = PatternSearch(kind, subject, DefenseSet(images, labels), (0, 1), 0)
+    while not search.finished:
+        search.step()
+    assert abs(search.margins[0] - search.margins[1]) > 0.5
+    assert pattern_lead(search.rises)[1] < 0.25

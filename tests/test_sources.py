@@ -132,6 +132,7 @@ def no_patterns(surrogates: Surrogates) -> None:
     for search in (surrogates.patch, surrogates.overlay, surrogates.warp):
         assert search is not None
         search.margins = dict.fromkeys(range(3), -0.5)
+        search.rises = dict.fromkeys(range(3), 0.5)
 
 
 @pytest.mark.parametrize("kind", [PatchTrigger, OverlayTrigger, WarpTrigger])
@@ -175,23 +176,26 @@ def test_a_patch_is_a_source_where_it_is_out_of_the_ordinary(
 
 
 @pytest.mark.parametrize(
-    ("kind", "lead", "names"),
+    ("kind", "lead", "margin", "names"),
     [
-        ("overlay", 0.35, []),
-        ("overlay", 0.45, ["overlay"]),
-        ("warp", 0.45, []),
-        ("warp", 0.55, ["warp"]),
+        ("overlay", 0.25, 0.1, []),
+        ("overlay", 0.35, 0.1, ["overlay"]),
+        ("overlay", 0.35, -0.1, []),
+        ("warp", 0.25, 0.1, []),
+        ("warp", 0.35, 0.1, ["warp"]),
+        ("warp", 0.35, -0.1, []),
     ],
 )
 def test_patterns_are_sources_where_they_are_out_of_the_ordinary(
-    kind: str, lead: float, names: list[str]
+    kind: str, lead: float, margin: float, names: list[str]
 ) -> None:
     subject, data = new_subject()
     surrogates = Surrogates(subject, data, MNPConfig())
     surrogates.reach.reaches = dict.fromkeys(range(3), 0.2)
     surrogates.margin.margins = dict.fromkeys(range(3), 9.0)
     no_patterns(surrogates)
-    getattr(surrogates, kind).margins = {0: -0.5, 1: lead - 0.2, 2: -0.2}
+    getattr(surrogates, kind).rises = {0: 0.1, 1: lead + 0.3, 2: 0.3}
+    getattr(surrogates, kind).margins = {0: 0.5, 1: margin, 2: 0.5}
     for suspect, expected in ((1, names), (2, [])):
         signal = Signal("reach", 1.0, suspect, "")
         sources = find_sources(subject, data, [subject.weights()], signal, surrogates, 0)

@@ -56,7 +56,7 @@ def test_searches_share_the_classes_and_evidence_is_complete_at_their_end() -> N
     assert evidence.complete
     assert sorted(evidence.reaches) == sorted(evidence.margins) == [0, 1, 2, 3]
     assert sorted(evidence.patch_margins) == sorted(evidence.permutation) == [0, 1, 2, 3]
-    assert sorted(evidence.overlay_margins) == sorted(evidence.warp_margins) == [0, 1, 2, 3]
+    assert sorted(evidence.overlay_rises) == sorted(evidence.warp_rises) == [0, 1, 2, 3]
     assert next(iter(evidence.reaches)) == 2
 
 
@@ -89,7 +89,7 @@ def test_images_without_height_and_width_are_not_warped() -> None:
     while step(surrogates):
         pass
     assert surrogates.evidence.complete
-    assert surrogates.evidence.warp_margins == {}
+    assert surrogates.evidence.warp_rises == {}
     again = Surrogates(subject, data, quick_config())
     again.load_state_dict(surrogates.state_dict())
     assert again.evidence == surrogates.evidence
