@@ -177,10 +177,8 @@ class MNPDefense:
             if self.when == "always" and self._ranks_by_masks:
                 plan.append(("masks", run))
         if self.config.verdict == "signals" or self._searches:
-            searches: tuple[Phase, ...] = (
-                *("reach", "margin", "patch", "overlay", "warp", "permutation"),
-            )
-            plan += [(phase, 0) for phase in searches if phase in self.surrogates.names]
+            searches = [phase for phase in get_args(Phase) if phase in self.surrogates.names]
+            plan += [(phase, 0) for phase in searches]
         plan.append(("verdict", 0))
         if self.when == "always":
             plan += self._last_plan()

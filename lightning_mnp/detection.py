@@ -140,11 +140,12 @@ def signals(runs: Sequence[RunResult], evidence: Evidence, threshold: float = 1.
         _reach_signal(evidence.reaches),
         _margin_signal(evidence.margins),
         _patch_signal(evidence.patch_margins),
-        _overlay_signal(evidence.overlay_rises),
+        _lead_signal("overlay", "an image blended in faintly", evidence.overlay_rises, OVERLAY_AT),
         _permutation_signal(evidence.permutation, evidence.moved),
     ]
     if evidence.warp_rises:
-        found.append(_warp_signal(evidence.warp_rises))
+        pattern = "a warp by half a pixel at most"
+        found.append(_lead_signal("warp", pattern, evidence.warp_rises, WARP_AT))
     return sorted(found, key=lambda signal: (not _is_exchange(signal, threshold), -signal.strength))
 
 
@@ -199,22 +200,15 @@ def _patch_signal(patch_margins: dict[int, float]) -> Signal:
     return Signal("patch", excess / PATCH_AT, furthest, reason)
 
 
-def _overlay_signal(overlay_rises: dict[int, float]) -> Signal:
-    furthest, lead = pattern_lead(overlay_rises)
+def _lead_signal(
+    name: SignalName, pattern: str, rises: dict[int, float], counts_from: float
+) -> Signal:
+    nearest, lead = pattern_lead(rises)
     reason = (
-        f"an image blended in faintly brings images nearer to class {furthest} than to any other, "
-        f"by {lead:.2f} of the usual distance (counts fully from {OVERLAY_AT:g})"
+        f"{pattern} brings images nearer to class {nearest} than to any other, by {lead:.2f} of "
+        f"the usual distance (counts fully from {counts_from:g})"
     )
-    return Signal("overlay", lead / OVERLAY_AT, furthest, reason)
-
-
-def _warp_signal(warp_rises: dict[int, float]) -> Signal:
-    furthest, lead = pattern_lead(warp_rises)
-    reason = (
-        f"a warp by half a pixel at most brings images nearer to class {furthest} than to any "
-        f"other, by {lead:.2f} of the usual distance (counts fully from {WARP_AT:g})"
-    )
-    return Signal("warp", lead / WARP_AT, furthest, reason)
+    return Signal(name, lead / counts_from, nearest, reason)
 
 
 def _permutation_signal(permutation: dict[int, int], moved: float | None) -> Signal:

@@ -8,7 +8,6 @@ still drives others further to it than one made for any other class does to that
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lightning_mnp.pattern import PatternTrigger
@@ -32,6 +31,7 @@ class OverlayTrigger(PatternTrigger):
             mean of the images.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from lightning_mnp.layers import find_filter_layers
         >>> from lightning_mnp.subject import Subject
@@ -61,19 +61,3 @@ class OverlayTrigger(PatternTrigger):
     def length(taken: int) -> float:
         """Give the root mean square of each step's change."""
         return _LENGTH
-
-    def step(self, length: float, masks: Tensor | None = None) -> float:
-        """Take one step towards the classes that images are pushed to.
-
-        Args:
-            length: Root mean square of the overlay's change, as a share of the range of values.
-            masks: Filter masks that are in force.
-
-        Returns:
-            The mean margin before it.
-        """
-        span = self.high - self.low
-        direction, margin = self.ascent(masks, span)
-        moved = self.pattern + length * span * direction
-        self.pattern = torch.minimum(torch.maximum(moved, self.low), self.high)
-        return margin

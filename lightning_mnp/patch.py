@@ -68,6 +68,11 @@ class PatchTrigger(PatternTrigger):
         """Add a patch to images, within the range of values."""
         return torch.minimum(torch.maximum(images + pattern, self.low), self.high)
 
+    @property
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """Any value can be made of any other."""
+        return -self.unit, self.unit
+
     @staticmethod
     def length(taken: int) -> float:
         """Give the largest change of a pixel in the step that follows so many."""
@@ -105,18 +110,14 @@ class PatchTrigger(PatternTrigger):
         self, length: float, masks: Tensor | None, objective: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """Step down an objective of the logits, and give the logits before."""
-        span = self.high - self.low
         slope, logits = self.slope(masks, objective)
-        slope = slope * span
         slope = slope / slope.abs().max().clamp_min(least_positive(slope))
-        moved = self.pattern - length * span * slope
-        self.pattern = torch.minimum(torch.maximum(moved, -span), span)
+        self.pattern = self.limited(self.pattern - length * self.unit * slope)
         return logits
 
     def _sparse(self, pattern: Tensor) -> Tensor:
         """Put back all pixels but those that are changed most."""
-        span = self.high - self.low
-        change = (pattern / span.clamp_min(least_positive(span))).abs().sum(1).flatten()
+        change = (pattern / self.unit.clamp_min(least_positive(self.unit))).abs().sum(1).flatten()
         kept = torch.zeros_like(change)
         kept[change.topk(max(1, round(_SHARE * len(change)))).indices] = 1.0
         return pattern * kept.reshape(1, 1, *pattern.shape[2:])

@@ -77,17 +77,40 @@ class PatternTrigger(ABC):
     def length(taken: int) -> float:
         """Give the length of the step that follows so many."""
 
-    @abstractmethod
+    @property
+    def unit(self) -> Tensor:
+        """What lengths of steps are shares of; the range of values by default."""
+        return self.high - self.low
+
+    @property
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest values of the pattern; those of images by default."""
+        return self.low, self.high
+
+    def limited(self, pattern: Tensor) -> Tensor:
+        """Keep a pattern to its limits."""
+        least, greatest = self.limits
+        return torch.minimum(torch.maximum(pattern, least), greatest)
+
     def step(self, length: float, masks: Tensor | None = None) -> float:
-        """Take one step towards the classes that images are pushed to.
+        """Take one step towards the classes that images are pushed to, up the mean margin.
 
         Args:
-            length: How far the pattern is changed.
+            length: Root mean square of the pattern's change, as a share of the ``unit``.
             masks: Filter masks that are in force.
 
         Returns:
             The mean margin before it.
         """
+
+        def distance(logits: Tensor) -> Tensor:
+            return -goal_margins(logits, self.labels, self.goals).mean()
+
+        slope, logits = self.slope(masks, distance)
+        slope = slope / slope.norm().clamp_min(least_positive(slope))
+        change = length * self.unit * math.sqrt(slope.numel()) * slope
+        self.pattern = self.limited(self.pattern - change)
+        return -float(distance(logits))
 
     def logits(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Run the network on images under the pattern, shape (N, K)."""
@@ -101,7 +124,7 @@ class PatternTrigger(ABC):
     def slope(
         self, masks: Tensor | None, objective: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Give the slope of an objective of the logits in the pattern, and the logits.
+        """Give the slope of an objective of the logits, per unit of the pattern, and the logits.
 
         Args:
             masks: Filter masks that are in force.
@@ -115,27 +138,7 @@ class PatternTrigger(ABC):
             changed = self.applied(self.images, pattern)
             logits = self.subject(changed, masks=masks, statistics="running")
             (gradient,) = torch.autograd.grad(objective(logits), pattern)
-        return gradient, logits.detach()
-
-    def ascent(self, masks: Tensor | None, span: Tensor | float = 1.0) -> tuple[Tensor, float]:
-        """Give the direction in which the mean margin rises most, and the margin.
-
-        Args:
-            masks: Filter masks that are in force.
-            span: The unit of the pattern's values.
-
-        Returns:
-            The direction, in these units, the root mean square of which is 1, in the pattern's
-            shape; and the mean margin.
-        """
-
-        def distance(logits: Tensor) -> Tensor:
-            return -goal_margins(logits, self.labels, self.goals).mean()
-
-        slope, logits = self.slope(masks, distance)
-        slope = slope * span
-        slope = slope / slope.norm().clamp_min(least_positive(slope))
-        return -math.sqrt(slope.numel()) * slope, -float(distance(logits))
+        return gradient * self.unit, logits.detach()
 
     def approach(self, masks: Tensor | None = None) -> None:
         """Take all the steps from the beginning, with filter masks in force."""

@@ -60,7 +60,7 @@ class WarpTrigger(PatternTrigger):
         """Fetch each pixel from where a warp says, between pixels by bilinear interpolation."""
         height, width = images.shape[2:]
         # As matrices, since interpolation has no deterministic gradient on every device.
-        rows, columns = (_enlargement(size).to(pattern) for size in (height, width))
+        rows, columns = (_enlargement(size, pattern.device).to(pattern) for size in (height, width))
         moves = rows @ pattern @ columns.T
         down, right = (_weights(axis) for axis in moves.split(1, dim=1))
         padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
@@ -71,30 +71,25 @@ class WarpTrigger(PatternTrigger):
                 warped = warped + vertical * horizontal * shifted
         return warped
 
+    @property
+    def unit(self) -> Tensor:
+        """The farthest move, in pixels."""
+        return self.images.new_tensor(_FARTHEST)
+
+    @property
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """The farthest moves in both directions."""
+        return -self.unit, self.unit
+
     @staticmethod
     def length(taken: int) -> float:
         """Give the root mean square of each step's change."""
         return _LENGTH
 
-    def step(self, length: float, masks: Tensor | None = None) -> float:
-        """Take one step towards the classes that images are pushed to.
 
-        Args:
-            length: Root mean square of the change of moves, as a share of the farthest.
-            masks: Filter masks that are in force.
-
-        Returns:
-            The mean margin before it.
-        """
-        direction, margin = self.ascent(masks)
-        moved = self.pattern + length * _FARTHEST * direction
-        self.pattern = moved.clamp(-_FARTHEST, _FARTHEST)
-        return margin
-
-
-def _enlargement(size: int) -> Tensor:
+def _enlargement(size: int, device: torch.device) -> Tensor:
     """Give the matrix that interpolates between control points, shape (size, points)."""
-    points = torch.eye(_GRID)[None]
+    points = torch.eye(_GRID, device=device)[None]
     lines = F.interpolate(points, size=size, mode="linear", align_corners=True)
     return lines[0].T
 

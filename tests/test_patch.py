@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import CLASSES, images_and_labels, margins_of, trained_network
+from helpers import Shortcut, images_and_labels, margins_of, trained_network
 
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.layers import find_filter_layers
@@ -66,17 +66,12 @@ def test_margins_are_those_of_images_that_keep_to_the_range_of_values() -> None:
 def test_a_pixel_that_leads_to_a_class_stands_out() -> None:
     """A network that sees a bright pixel and forgets all else."""
 
-    class Shortcut(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = trained_network()
+    def way(images: torch.Tensor) -> torch.Tensor:
+        return 20 * torch.nn.functional.softplus(4 * (images[:, 0, 7, 7] - 2.0))
 
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.network(images)
-            bright = torch.nn.functional.softplus(4 * (images[:, 0, 7, 7] - 2.0))
-            return logits + 20 * bright[:, None] * torch.eye(CLASSES)[1]
-
-    furthest, excess = patch_ratio(finish(new_search((0, 1, 2, 3), network=Shortcut())).margins)
+    furthest, excess = patch_ratio(
+        finish(new_search((0, 1, 2, 3), network=Shortcut(1, way))).margins
+    )
     assert furthest == 1
     assert excess > 1
     assert patch_ratio(finish(new_search((0, 1, 2, 3))).margins)[1] < excess / 2
