@@ -79,6 +79,7 @@ class Task:
     data: Path
     out: Path
     clean: Path | None = None  # folder of the clean network that attacks are made with
+    precision: str | None = None  # of the trainer, where it is not the base's
 
     @property
     def folder(self) -> Path:
@@ -97,10 +98,13 @@ class Task:
 
     def command(self, subcommand: str) -> list[str]:
         """Give the start of a command line for this network."""
-        return [
+        command = [
             *(sys.executable, "-m", "lightning_mnp.cli", subcommand),
             *("--config", str(EXAMPLES / f"{self.base}.yaml")),
         ]
+        if self.precision is not None:
+            command += ["--trainer.precision", self.precision]
+        return command
 
     def width(self) -> list[str]:
         """Give the option of the network's width, where it is not the base's."""
@@ -237,6 +241,16 @@ def finish_all(tasks: Sequence[Task], jobs: int) -> None:
         sys.exit("\n".join(failed))
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how networks are trained."""
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one core each")
+    parser.add_argument(
+        "--precision",
+        help="of the trainer, such as 32-true: on a CPU without bf16 instructions, the bf16-mixed "
+        "of the examples takes ten times as long",
+    )
+
+
 def main() -> None:
     """Train and measure every network that is missing, then print the table."""
     parser = argparse.ArgumentParser(
@@ -246,7 +260,7 @@ def main() -> None:
     parser.add_argument("--base", choices=sorted(RECIPES), default="cifar10-2core")
     parser.add_argument("--out", type=Path, help="where networks go; runs/attacks/<base>")
     parser.add_argument("--only", nargs="*", help="names of networks; without it, all")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one core each")
+    add_options(parser)
     options = parser.parse_args()
     recipes = RECIPES[options.base]
     out = (options.out or Path("runs/attacks") / options.base).absolute()
@@ -254,12 +268,14 @@ def main() -> None:
     unknown = sorted(set(wanted) - set(recipes))
     if unknown:
         parser.error(f"--only: expected names out of {list(recipes)}, but got {unknown}")
-    tasks = [
-        Task(name, options.base, recipes[name], options.data.expanduser(), out) for name in wanted
-    ]
+
+    def task_of(name: str) -> Task:
+        data, precision = options.data.expanduser(), options.precision
+        return Task(name, options.base, recipes[name], data, out, precision=precision)
+
+    tasks = [task_of(name) for name in wanted]
     if any(task.recipe.needs_clean for task in tasks):
-        clean = Task("clean", options.base, recipes["clean"], options.data.expanduser(), out)
-        clean.finish()
+        task_of("clean").finish()
     finish_all(tasks, options.jobs)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.attacks import Recipe, Task, finish_all
+from benchmarks.attacks import Recipe, Task, add_options, finish_all
 
 
 def _recipe(
@@ -69,6 +69,9 @@ TUNE = {
     "tune-blend-1percent-b": _recipe(
         "blend", seed=132, target=8, more=("--data.attack.poison_rate", "0.01")
     ),
+    "tune-blend-1percent-8": _recipe(
+        "blend", seed=134, target=4, width=8, more=("--data.attack.poison_rate", "0.01")
+    ),
     "tune-blend-0.5percent": _recipe(
         "blend", seed=131, target=2, more=("--data.attack.poison_rate", "0.005")
     ),
@@ -100,6 +103,12 @@ REPORT = {
     "clean-16": _recipe(seed=16, width=8),
     "blend-1percent": _recipe(
         "blend", seed=110, target=3, more=("--data.attack.poison_rate", "0.01")
+    ),
+    "blend-1percent-8": _recipe(
+        "blend", seed=135, target=7, width=8, more=("--data.attack.poison_rate", "0.01")
+    ),
+    "blend-1percent-8-b": _recipe(
+        "blend", seed=136, target=0, width=8, more=("--data.attack.poison_rate", "0.01")
     ),
     "badnets-all-to-all": _recipe("badnets", "badnets-all-to-all", seed=111, width=8, epochs=20),
     "badnets-all-to-all-b": _recipe(
@@ -152,7 +161,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where networks go")
     parser.add_argument("--reference", type=Path, default=Path("runs/attacks/cifar10-2core/clean"))
     parser.add_argument("--only", nargs="*", help="names of networks; without it, all")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one core each")
+    add_options(parser)
     options = parser.parse_args()
     unknown = sorted(set(options.only or ()) - set(NETWORKS))
     if unknown:
@@ -160,7 +169,7 @@ def main() -> None:
     data, out = options.data.expanduser(), options.out.absolute()
     reference = options.reference.absolute()
     tasks = [
-        Task(name, "cifar10-2core", NETWORKS[name], data, out, reference)
+        Task(name, "cifar10-2core", NETWORKS[name], data, out, reference, options.precision)
         for name in options.only or NETWORKS
     ]
     finish_all(tasks, options.jobs)

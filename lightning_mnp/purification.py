@@ -23,6 +23,9 @@ from lightning_mnp.subject import Subject
 
 __all__ = ["Purification"]
 
+# Masks that do too much harm are turned back to a share known to 1 / 2 ** this.
+_HALVINGS = 4
+
 
 class Purification:
     """Finds what to change in a network, and changes it.
@@ -155,15 +158,27 @@ class Purification:
         )
 
     def _harmless(self, masks: Tensor) -> Tensor | None:
-        """The masks, or None where they do more harm than pruning is allowed to do."""
-        rise = self._begun.harm_of(masks) - self._begun.curve[-1][0]
-        if rise <= self.config.harm:
+        """The masks, turned back as far as they do more harm than pruning is allowed to do.
+
+        None where nothing is left of them.
+        """
+        search, most = self._begun, self.config.harm
+        rise = search.harm_of(masks) - search.curve[-1][0]
+        if rise <= most:
             return masks
+        begun = search.masks()
+        share, width = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            width /= 2
+            tried = search.harm_of(begun.lerp(masks, share + width)) - search.curve[-1][0]
+            if tried <= most:  # not so where it is NaN
+                share += width
+        done = f"filters were turned down by {share:.0%} of what was found"
         self.warnings.append(
-            f"filters were not turned down: that did {rise:.3g} nats more harm, and `harm` is "
-            f"{self.config.harm:g}"
+            f"{done if share else 'filters were not turned down'}: all of it did {rise:.3g} nats "
+            f"more harm than pruning, and `harm` is {most:g}"
         )
-        return None
+        return begun.lerp(masks, share) if share else None
 
     def factors(self) -> Tensor:
         """Give what every filter is multiplied by, 0 for those pruned, shape (total filters,)."""

@@ -183,10 +183,15 @@ def test_attenuation_turns_down_what_is_left() -> None:
         torch.testing.assert_close(defense.purified()(images), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_attenuation_that_does_harm_is_dropped_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def at_attenuation() -> MNPDefense:
     defense = new_defense(**AUTO)
     while defense.phase != "attenuation":
         defense.step()
+    return defense
+
+
+def test_attenuation_that_does_harm_is_dropped_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    defense = at_attenuation()
     assert defense.purification.search is not None
     pruned = defense.purification.search.harm_of(defense.purification.search.masks())
     assert pruned == pytest.approx(defense.purification.search.curve[-1][0], abs=1e-6)
@@ -194,7 +199,34 @@ def test_attenuation_that_does_harm_is_dropped_and_told(monkeypatch: pytest.Monk
     report = finished(defense).report()
     assert report.masks == {}
     [told] = [text for text in report.warnings if "turned down" in text]
-    assert told == ("filters were not turned down: that did 50.1 nats more harm, and `harm` is 50")
+    assert told == (
+        "filters were not turned down: all of it did 50.1 nats more harm than pruning, and `harm` "
+        "is 50"
+    )
+
+
+def test_attenuation_that_does_too_much_harm_is_turned_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = finished(at_attenuation()).purification.factors()
+    defense = at_attenuation()
+    search = defense.purification.search
+    assert search is not None
+    pruned, begun = search.curve[-1][0], search.masks()
+
+    def harm_of(masks: torch.Tensor) -> float:  # in proportion to how far filters are turned down
+        return pruned + 79.0 * float((begun - masks).sum() / (begun - whole).sum())
+
+    monkeypatch.setattr(search, "harm_of", harm_of)
+    report = finished(defense).report()
+    share = 0.625  # the largest sixteenth below 50 / 79
+    expected = torch.lerp(begun, whole, share)
+    torch.testing.assert_close(defense.purification.factors(), expected)
+    [told] = [text for text in report.warnings if "turned down" in text]
+    assert told == (
+        "filters were turned down by 62% of what was found: all of it did 79 nats more harm than "
+        "pruning, and `harm` is 50"
+    )
 
 
 def test_attenuation_leaves_alone_what_cannot_be_scaled() -> None:
