@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 import torchvision
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +28,9 @@ Schedule = Literal["cosine", "onecycle", "none"]
 Trainable = Literal["all", "head"]
 
 _CIFAR = {"cifar_resnet18": cifar_resnet18, "cifar_resnet34": cifar_resnet34}
+
+# What torch calls x86 processors that compute in bf16 only by way of float32.
+_WITHOUT_BF16 = ("NO AVX", "AVX2")
 
 # In training, their auxiliary heads would give more than logits.
 _AUXILIARY = {"googlenet", "inception_v3"}
@@ -257,6 +261,15 @@ class Classifier(LightningModule):
             x = x.contiguous(memory_format=torch.channels_last)
         logits: Tensor = self.network(x)
         return logits
+
+    def on_fit_start(self) -> None:
+        """Tell where the precision makes training slow."""
+        bf16 = self.device.type == "cpu" and "bf16" in str(self.trainer.precision)
+        if bf16 and torch.backends.cpu.get_cpu_capability() in _WITHOUT_BF16:
+            rank_zero_info(
+                f"This CPU has no instructions for {self.trainer.precision}, which takes about ten "
+                "times as long as float32 here: use `--trainer.precision 32-true`."
+            )
 
     def on_train_start(self) -> None:
         """Put what is not trained into evaluation mode, where Lightning leaves modes alone."""

@@ -337,3 +337,23 @@ def test_a_network_without_a_head_to_train() -> None:
         Classifier(nn.Conv2d(1, 10, 8), trainable="head")
     with pytest.raises(ValueError, match=r"`trainable` to be one of .* but got 'tail'"):
         Classifier(trainable="tail")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "told"),
+    [("bf16-mixed", "AVX2", True), ("bf16-mixed", "AVX512", False), ("32-true", "AVX2", False)],
+)
+def test_a_slow_precision_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: Any,
+    capability: str,
+    told: bool,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    run = trainer(tmp_path, fast_dev_run=True, precision=precision)
+    with caplog.at_level("INFO"):
+        run.fit(Classifier(Linear()), DigitsDataModule())
+    message = "no instructions for bf16-mixed, which takes about ten times as long as float32"
+    assert (message in caplog.text) == told
