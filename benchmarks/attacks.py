@@ -129,6 +129,8 @@ class Task:
                 command += ["--model.checkpoint", str(clean)]
         if self.checkpoint.exists():
             command += ["--ckpt_path", str(self.checkpoint)]
+        else:  # stopped before the first checkpoint
+            (self.folder / "config.yaml").unlink(missing_ok=True)
         started = time.perf_counter() - self.spent()
 
         def note(finished: bool = False) -> None:

@@ -30,6 +30,12 @@ _WRONG_INPUT = (
     MisconfigurationException,
     torch.OutOfMemoryError,
 )
+_CONFIG_EXISTS = "SaveConfigCallback expected"
+_TRAINED_BEFORE = (
+    "Expected argument `--trainer.default_root_dir` to be a folder without an earlier training, "
+    "but it holds a `config.yaml`. Name another folder, or go on with that training by "
+    "`--ckpt_path`."
+)
 _INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 
@@ -71,9 +77,11 @@ class MNPCLI(LightningCLI):
             super().parse_arguments(parser, _join_files(args) if isinstance(args, list) else args)
 
     def before_instantiate_classes(self) -> None:
-        """Write the configuration beside the logs of `fit` only."""
+        """Write the configuration beside the logs of `fit` only, anew where a training goes on."""
         if self.subcommand != "fit":
             self.save_config_callback = None
+        elif self.config["fit"].get("ckpt_path") is not None:
+            self.save_config_kwargs["overwrite"] = True
 
     def _parse_ckpt_path(self) -> None:
         """Leave hyperparameters in checkpoints alone: Lightning would build the model by them."""
@@ -137,10 +145,16 @@ def main(args: list[str] | None = None) -> int:
         print("error: " + "\n".join([*lines, hint]), file=sys.stderr)
         return _WRONG_USE
     except RuntimeError as error:
-        # What torch says of a checkpoint of another architecture has no type of its own.
-        if os.environ.get("LIGHTNING_MNP_DEBUG") or "loading state_dict" not in str(error):
+        # What torch says of a checkpoint of another architecture has no type of its own, nor has
+        # what Lightning says of a folder with another training.
+        if os.environ.get("LIGHTNING_MNP_DEBUG"):
             raise
-        print(f"error: {printable(str(error), 600)}", file=sys.stderr)
+        if _CONFIG_EXISTS in str(error):
+            print(f"error: {_TRAINED_BEFORE}", file=sys.stderr)
+        elif "loading state_dict" in str(error):
+            print(f"error: {printable(str(error), 600)}", file=sys.stderr)
+        else:
+            raise
         return _WRONG_USE
     except KeyboardInterrupt:
         if os.environ.get("LIGHTNING_MNP_DEBUG"):

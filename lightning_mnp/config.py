@@ -27,6 +27,8 @@ class MNPConfig:
     Args:
         seed: Seed of batch order and augmentation. The same seed gives the same masks.
         runs: Number of suppression runs, whose masks and signals are averaged.
+        more_runs: Most further ones of which the pile-up is taken, where it alone speaks for a
+            backdoor and does not speak clearly; 0 for none.
         batch_size: Most images in a batch, at least 3; batches of a pass are made equally large.
             Below 128, what stands in for a trigger is made on fewer images, and signals get weaker.
         augment: Shifts and mirrors images of the defense set in the first two stages:
@@ -85,6 +87,7 @@ class MNPConfig:
 
     seed: int = 0
     runs: int = 2
+    more_runs: int = 6
     batch_size: int = 128
     augment: Augmentation = "crop-flip"
     site: Site = "norm"
@@ -136,9 +139,9 @@ class MNPConfig:
                 least, why = 3, ", so that no batch holds a single image"
             fits = isinstance(value, int) and value >= least
             require_option(fits, self, name, f"at least {least}{why}")
-        steps = self.attenuation_steps
-        fits = isinstance(steps, int) and steps >= 0
-        require_option(fits, self, "attenuation_steps", "at least 0")
+        for name in ("more_runs", "attenuation_steps"):
+            value = getattr(self, name)
+            require_option(isinstance(value, int) and value >= 0, self, name, "at least 0")
         for name in ("suppression_lr", "mask_lr"):
             value = getattr(self, name)
             require_option(math.isfinite(value) and value > 0, self, name, "above 0")
@@ -189,6 +192,7 @@ class MNPConfig:
         """
         options: dict[str, Any] = {
             "runs": 1,
+            "more_runs": 0,
             "augment": "none",
             "suppression_lr": 0.01,
             "suppression_epochs": 20,

@@ -17,7 +17,7 @@ from lightning_mnp.alone import refuse_wrappers, running_alone
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet
 from lightning_mnp.defense_state import dump_state, load_state, make_report
-from lightning_mnp.detection import Judgement, Signal, judge, signals
+from lightning_mnp.detection import Judgement, Signal, in_doubt, judge, signals
 from lightning_mnp.forward import Forward
 from lightning_mnp.handicap import find_handicaps
 from lightning_mnp.layers import find_filter_layers
@@ -222,7 +222,10 @@ class MNPDefense:
         return self.data.passes(self.config.batch_size)
 
     def most_steps(self) -> int:
-        """An upper bound on the steps still to do, for progress bars."""
+        """An upper bound on the steps still to do, for progress bars.
+
+        A verdict may add to them: pruning with ``when="flagged"``, and further runs.
+        """
         lengths: dict[str, int] = {
             "reference": self.passes,
             "suppression": self._suppression_passes * self.config.suppression_epochs,
@@ -368,6 +371,7 @@ class MNPDefense:
         return metrics
 
     def _saliency(self, updates: Updates) -> dict[str, float]:
+        run = self.run
         images, labels = self._batch()
         weights = {name: weight.detach() for name, weight in self.suppression.weights.items()}
         self.tally.add(*batch_clc(self.balanced, weights, images, labels), labels)
@@ -383,7 +387,7 @@ class MNPDefense:
             stopped=self.suppression.stopped,
         )
         self.tally.reset()
-        if len(self.runs) < self.config.runs:  # a repeated run is known already
+        if run == len(self.runs):  # a repeated run is known already
             self.runs.append(result)
         if self._searches and len(self.suppressed) < self.config.runs - 1:
             self.suppressed.append({name: weight.clone() for name, weight in weights.items()})
@@ -412,7 +416,13 @@ class MNPDefense:
     def _verdict(self, updates: Updates) -> dict[str, float]:
         self.judgement = self.judge()
         self._advance()
-        if self.when == "flagged" and self.judgement.verdict == "backdoored":
+        further = self._further_runs()
+        if further:
+            phases: list[tuple[Phase, int]] = []
+            for run in further:
+                phases += [("suppression", run), ("saliency", run)]
+            self.plan[self.position : self.position] = [*phases, ("verdict", 0)]
+        elif self.when == "flagged" and self.judgement.verdict == "backdoored":
             for run in range(self.config.runs if self._ranks_by_masks else 0):
                 self.plan += [("suppression", run), ("saliency", run), ("masks", run)]
             self.plan += self._last_plan()
@@ -421,6 +431,13 @@ class MNPDefense:
             "detection_ratio": self.judgement.detection_ratio,
             "pile_up": self.judgement.pile_up,
         }
+
+    def _further_runs(self) -> range:
+        """The runs to make before a verdict that hangs on an unclear pile-up: one for each part."""
+        config, made = self.config, len(self.runs)
+        unclear = config.verdict == "signals" and in_doubt(self.signals(), config.threshold)
+        most = config.runs + config.more_runs
+        return range(made, min(made + self._parts, most) if unclear else made)
 
     def _reach(self, updates: Updates) -> dict[str, float]:
         reach = self.surrogates.reach

@@ -16,7 +16,16 @@ from lightning_mnp.permutation import permutation_excess
 from lightning_mnp.result import RunResult, Verdict
 from lightning_mnp.surrogate import reach_ratio
 
-__all__ = ["Evidence", "Judgement", "Signal", "SignalName", "judge", "signals", "top_class"]
+__all__ = [
+    "Evidence",
+    "Judgement",
+    "Signal",
+    "SignalName",
+    "in_doubt",
+    "judge",
+    "signals",
+    "top_class",
+]
 
 # Where each signal counts 1; how they were chosen, and where that was not by the book, is told in
 # "The default" in the documentation. The pile-up is taken between chance, 0, and all predictions
@@ -32,6 +41,8 @@ WARP_AT = 0.3
 PERMUTATION_AT = 0.4
 # From this share of the threshold on, a network is not called clean.
 UNDECIDED_FROM = 0.9
+# A pile-up between these shares of the threshold, of a few runs, may be chance, or hide by chance.
+_DOUBT_FROM, _DOUBT_TO = 0.6, 2.0
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,26 @@ def signals(runs: Sequence[RunResult], evidence: Evidence, threshold: float = 1.
         pattern = "a warp by half a pixel at most"
         found.append(_lead_signal("warp", pattern, evidence.warp_rises, WARP_AT))
     return sorted(found, key=lambda signal: (not _is_exchange(signal, threshold), -signal.strength))
+
+
+def in_doubt(found: Sequence[Signal], threshold: float = 1.0) -> bool:
+    """Tell whether the verdict hangs on a pile-up that more suppression runs would make clearer.
+
+    Args:
+        found: All signals.
+        threshold: The score from which a network is backdoored, above 0.
+
+    Example:
+        >>> weak, strong = (Signal("reach", value, 0, "") for value in (0.7, 1.2))
+        >>> pile_up = Signal("pile-up", 1.1, 0, "")
+        >>> in_doubt([pile_up, weak]), in_doubt([strong, pile_up])
+        (True, False)
+    """
+    low, high = _DOUBT_FROM * threshold, _DOUBT_TO * threshold
+    return all(
+        low <= signal.strength < high if signal.name == "pile-up" else signal.strength < threshold
+        for signal in found
+    )
 
 
 def _is_exchange(signal: Signal, threshold: float) -> bool:

@@ -21,6 +21,7 @@ CLASSES = 4
 # Short, but through every phase.
 QUICK: dict[str, Any] = {
     "runs": 2,
+    "more_runs": 0,
     "batch_size": 16,
     "suppression_epochs": 3,
     "mask_epochs": 2,

@@ -176,6 +176,23 @@ def test_no_command_runs_code_from_a_checkpoint(command: str, tmp_path: Path) ->
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_training_goes_on_in_its_folder_and_another_is_kept_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = [option for option in TRAINER if "checkpointing" not in option]
+    fit = ["fit", *MODEL, *DATA, *trainer, "--trainer.limit_train_batches=2"]
+    fit += [f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    assert main([*fit, "--trainer.max_epochs=1"]) == 0
+    [stopped] = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
+    assert main([*fit, "--trainer.max_epochs=1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: Expected argument `--trainer.default_root_dir` to be a folder")
+    assert "go on with that training by `--ckpt_path`" in told
+    assert main([*fit, "--trainer.max_epochs=2", f"--ckpt_path={stopped}"]) == 0
+    assert "max_epochs: 2" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def test_fit_then_audit_and_defend(tmp_path: Path) -> None:
     """The three commands one after the other, as in the README."""
     attack = ["--data.attack=lightning_mnp.attacks.BadNets", "--data.attack.patch_size=2"]

@@ -25,6 +25,7 @@ OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
     ("balance", [True, False], [1, None, "no"], "True or False"),
     ("repair", [True, False], [1, None, "no"], "True or False"),
     ("attenuation_steps", [0, 1, 100], [-1, 0.5, None], "at least 0"),
+    ("more_runs", [0, 1, 6], [-1, 0.5, None], "at least 0"),
     ("runs", [1, 7], [0, -1, 1.0], "at least 1"),
     ("batch_size", [3, 512], [2, 1, 0, 3.0], "at least 3, so that no batch holds a single image"),
     ("suppression_epochs", [1, 20], [0, 0.5], "at least 1"),

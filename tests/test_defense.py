@@ -59,6 +59,51 @@ def test_automatic_rule_needs_no_masks() -> None:
     assert "attenuation" not in phases(new_defense(runs=1, attenuation_steps=0, **changes))
 
 
+def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[list[int]] = []
+
+    def unclear(found: Any, threshold: float) -> bool:
+        judged.append([run.steps for run in defense.runs])
+        return True
+
+    monkeypatch.setattr("lightning_mnp.defense.in_doubt", unclear)
+    defense = new_defense(when="never", more_runs=3)
+    assert phases(defense)[10:] == [
+        "permutation", "verdict", *("suppression", "saliency") * 2, "verdict", "suppression",
+        "saliency", "verdict",
+    ]  # fmt: skip
+    assert [len(runs) for runs in judged] == [2, 4, 5]
+    at_once = finished(new_defense(when="never", runs=5))
+    assert defense.runs == at_once.runs
+    assert defense.judgement == at_once.judgement
+
+
+def test_further_runs_are_resumed_and_leave_the_masks_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_mnp.defense.in_doubt", lambda found, threshold: True)
+    defense = new_defense(more_runs=2)
+    while len(defense.runs) < 3:
+        defense.step()
+    again = new_defense(more_runs=2)
+    again.load_state_dict(copy.deepcopy(defense.state_dict()))
+    assert finished(again).runs == finished(defense).runs
+    assert len(again.runs) == 4
+    plain = finished(new_defense())
+    torch.testing.assert_close(again.scores, plain.scores)
+    assert again.report().pruned == plain.report().pruned
+
+
+@pytest.mark.parametrize("changes", [{"verdict": "ratio", "rule": "auto", "amount": 0.05}, {}])
+def test_there_are_no_further_runs(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(
+        "lightning_mnp.defense.in_doubt", lambda found, threshold: "verdict" in changes
+    )
+    assert len(finished(new_defense(more_runs=2, **changes)).runs) == 2
+
+
 @pytest.mark.parametrize("changes", [{}, {"rule": "auto", "amount": 0.05}, {"verdict": "ratio"}])
 @pytest.mark.parametrize("when", ["never", "flagged", "always"])
 def test_most_steps_is_an_upper_bound(changes: dict[str, Any], when: Any) -> None:

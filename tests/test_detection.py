@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lightning_mnp import MNPConfig, RunResult
-from lightning_mnp.detection import Evidence, judge
+from lightning_mnp.detection import Evidence, in_doubt, judge, signals
 
 FLAT = dict.fromkeys(range(10), 0.15)
 SURE = dict.fromkeys(range(10), 20.0)
@@ -164,6 +164,24 @@ def test_pile_up_is_taken_over_the_runs() -> None:
     apart = judge([run(first), run(second)], 0.6, evidence(), MNPConfig(), 0.9)
     alike = judge([run(first), run(first)], 0.6, evidence(), MNPConfig(), 0.9)
     assert apart.score < 1 < alike.score
+
+
+@pytest.mark.parametrize(
+    ("top", "reach", "threshold", "expected"),
+    [
+        (19, 0.15, 1.0, False),
+        (28, 0.15, 1.0, True),
+        (37, 0.15, 1.0, True),
+        (55, 0.15, 1.0, False),
+        (28, 0.05, 1.0, False),
+        (28, 0.05, 4.0, False),
+        (55, 0.05, 4.0, True),
+    ],
+)
+def test_a_pile_up_is_in_doubt(top: int, reach: float, threshold: float, expected: bool) -> None:
+    pile_up = run((top,) + ((100 - top) // 9,) * 9)
+    found = signals([pile_up], evidence({**FLAT, 4: reach}), threshold)
+    assert in_doubt(found, threshold) == expected
 
 
 def test_score_is_the_strongest_signal_and_the_threshold_is_an_option() -> None:
