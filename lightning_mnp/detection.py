@@ -30,9 +30,13 @@ __all__ = [
 # Where each signal counts 1; how they were chosen, and where that was not by the book, is told in
 # "The default" in the documentation. The pile-up is taken between chance, 0, and all predictions
 # on one class, 1. A backdoor leaves one class, where an ordinary network falls back to a few: half
-# of the next class's share is taken off.
+# of the next class's share is taken off. An ordinary network comes to about the usual one; what
+# chance adds to it falls with the root of the number of runs, of which there are mostly two.
 PILE_UP_AT = 0.19
+_PILE_UP_USUAL = 0.07
 _NEXT = 0.5
+# So that one run without a single prediction on a class does not decide alone.
+_LEAST_SHARE = 0.01
 REACH_AT = 0.5
 MARGIN_AT = 2.0
 PATCH_AT = 0.85
@@ -185,23 +189,29 @@ def _is_exchange(signal: Signal, threshold: float) -> bool:
 
 
 def _pile_up_signal(runs: Sequence[RunResult]) -> Signal:
-    totals = [
-        sum(shares) / len(runs) for shares in zip(*(_shares(run) for run in runs), strict=True)
-    ]
-    suspect = max(range(len(totals)), key=totals.__getitem__)
-    following = max((share for index, share in enumerate(totals) if index != suspect), default=0.0)
-    least = (1 - _NEXT) / len(totals)
-    excess = max(0.0, (totals[suspect] - _NEXT * following - least) / (1 - least))
-    counts = least + (1 - least) * PILE_UP_AT + _NEXT * following
+    usual = _usual_shares(runs)
+    suspect = max(range(len(usual)), key=usual.__getitem__)
+    following = max((share for index, share in enumerate(usual) if index != suspect), default=0.0)
+    least = (1 - _NEXT) / len(usual)
+    excess = max(0.0, (usual[suspect] - _NEXT * following - least) / (1 - least))
+    chance = (PILE_UP_AT - _PILE_UP_USUAL) * math.sqrt(2 / max(2, len(runs)))
+    counts_from = _PILE_UP_USUAL + chance
+    share = least + (1 - least) * counts_from + _NEXT * following
     reason = (
-        f"after clean suppression, {totals[suspect]:.0%} of the predictions fall on class "
-        f"{suspect} and {following:.0%} on the next (with that, counts fully from {counts:.0%})"
+        f"after clean suppression, {usual[suspect]:.0%} of the predictions fall on class "
+        f"{suspect} and {following:.0%} on the next (geometric mean of {len(runs)} runs; with "
+        f"that, counts fully from {share:.0%})"
     )
-    return Signal("pile-up", excess / PILE_UP_AT, suspect, reason)
+    return Signal("pile-up", excess / counts_from, suspect, reason)
 
 
-def _shares(run: RunResult) -> list[float]:
-    return [count / sum(run.predictions) for count in run.predictions]
+def _usual_shares(runs: Sequence[RunResult]) -> list[float]:
+    """The geometric mean of each class's share: a backdoor's class is the same in every run."""
+    logs = [
+        [math.log(count / sum(run.predictions) + _LEAST_SHARE) for count in run.predictions]
+        for run in runs
+    ]
+    return [math.exp(sum(each) / len(runs)) - _LEAST_SHARE for each in zip(*logs, strict=True)]
 
 
 def _reach_signal(reaches: dict[int, float]) -> Signal:

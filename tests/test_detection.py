@@ -166,6 +166,30 @@ def test_pile_up_is_taken_over_the_runs() -> None:
     assert apart.score < 1 < alike.score
 
 
+def test_pile_up_is_the_formula() -> None:
+    runs = [run((25, 15, *[0] * 8)), run((10, 20, *[1] * 8)), run((16, 4, *[2] * 8))]
+    shares = [[count / sum(each.predictions) for count in each.predictions] for each in runs]
+    usual = [math.prod(part[index] + 0.01 for part in shares) ** (1 / 3) - 0.01 for index in (0, 1)]
+    excess = (usual[0] - usual[1] / 2 - 0.05) / 0.95
+    counts_from = 0.07 + 0.12 * math.sqrt(2 / 3)
+    [found] = [each for each in signals(runs, evidence()) if each.name == "pile-up"]
+    assert found.suspect == 0
+    assert found.strength == pytest.approx(excess / counts_from)
+    assert found.reason == (
+        f"after clean suppression, {usual[0]:.0%} of the predictions fall on class 0 and "
+        f"{usual[1]:.0%} on the next (geometric mean of 3 runs; with that, counts fully from "
+        f"{0.05 + 0.95 * counts_from + usual[1] / 2:.0%})"
+    )
+
+
+def test_more_runs_that_agree_say_more_and_one_that_does_not_says_less() -> None:
+    piled, even = run((26, *[7] * 9)), run((*[7] * 9, 26))
+    counts = [judge([piled] * n, 0.6, evidence(), MNPConfig(), 0.9).score for n in (1, 2, 4, 8)]
+    assert counts[0] == counts[1] < counts[2] < counts[3]
+    odd = judge([*[piled] * 3, even], 0.6, evidence(), MNPConfig(), 0.9).score
+    assert odd < counts[2]
+
+
 @pytest.mark.parametrize(
     ("top", "reach", "threshold", "expected"),
     [
