@@ -199,8 +199,8 @@ def _pile_up_signal(runs: Sequence[RunResult]) -> Signal:
     share = least + (1 - least) * counts_from + _NEXT * following
     reason = (
         f"after clean suppression, {usual[suspect]:.0%} of the predictions fall on class "
-        f"{suspect} and {following:.0%} on the next (geometric mean of {len(runs)} runs; with "
-        f"that, counts fully from {share:.0%})"
+        f"{suspect} and {following:.0%} on the next (mean of {len(runs)} runs; with that, counts "
+        f"fully from {share:.0%})"
     )
     return Signal("pile-up", excess / counts_from, suspect, reason)
 

@@ -177,7 +177,7 @@ def test_pile_up_is_the_formula() -> None:
     assert found.strength == pytest.approx(excess / counts_from)
     assert found.reason == (
         f"after clean suppression, {usual[0]:.0%} of the predictions fall on class 0 and "
-        f"{usual[1]:.0%} on the next (geometric mean of 3 runs; with that, counts fully from "
+        f"{usual[1]:.0%} on the next (mean of 3 runs; with that, counts fully from "
         f"{0.05 + 0.95 * counts_from + usual[1] / 2:.0%})"
     )
 
