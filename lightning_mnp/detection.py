@@ -30,10 +30,8 @@ __all__ = [
 # Where each signal counts 1; how they were chosen, and where that was not by the book, is told in
 # "The default" in the documentation. The pile-up is taken between chance, 0, and all predictions
 # on one class, 1. A backdoor leaves one class, where an ordinary network falls back to a few: half
-# of the next class's share is taken off. An ordinary network comes to about the usual one; what
-# chance adds to it falls with the root of the number of runs, of which there are mostly two.
+# of the next class's share is taken off.
 PILE_UP_AT = 0.19
-_PILE_UP_USUAL = 0.07
 _NEXT = 0.5
 # So that one run without a single prediction on a class does not decide alone.
 _LEAST_SHARE = 0.01
@@ -194,15 +192,13 @@ def _pile_up_signal(runs: Sequence[RunResult]) -> Signal:
     following = max((share for index, share in enumerate(usual) if index != suspect), default=0.0)
     least = (1 - _NEXT) / len(usual)
     excess = max(0.0, (usual[suspect] - _NEXT * following - least) / (1 - least))
-    chance = (PILE_UP_AT - _PILE_UP_USUAL) * math.sqrt(2 / max(2, len(runs)))
-    counts_from = _PILE_UP_USUAL + chance
-    share = least + (1 - least) * counts_from + _NEXT * following
+    counts = least + (1 - least) * PILE_UP_AT + _NEXT * following
     reason = (
         f"after clean suppression, {usual[suspect]:.0%} of the predictions fall on class "
         f"{suspect} and {following:.0%} on the next (mean of {len(runs)} runs; with that, counts "
-        f"fully from {share:.0%})"
+        f"fully from {counts:.0%})"
     )
-    return Signal("pile-up", excess / counts_from, suspect, reason)
+    return Signal("pile-up", excess / PILE_UP_AT, suspect, reason)
 
 
 def _usual_shares(runs: Sequence[RunResult]) -> list[float]:

@@ -171,23 +171,24 @@ def test_pile_up_is_the_formula() -> None:
     shares = [[count / sum(each.predictions) for count in each.predictions] for each in runs]
     usual = [math.prod(part[index] + 0.01 for part in shares) ** (1 / 3) - 0.01 for index in (0, 1)]
     excess = (usual[0] - usual[1] / 2 - 0.05) / 0.95
-    counts_from = 0.07 + 0.12 * math.sqrt(2 / 3)
     [found] = [each for each in signals(runs, evidence()) if each.name == "pile-up"]
     assert found.suspect == 0
-    assert found.strength == pytest.approx(excess / counts_from)
+    assert found.strength == pytest.approx(excess / 0.19)
     assert found.reason == (
         f"after clean suppression, {usual[0]:.0%} of the predictions fall on class 0 and "
         f"{usual[1]:.0%} on the next (mean of 3 runs; with that, counts fully from "
-        f"{0.05 + 0.95 * counts_from + usual[1] / 2:.0%})"
+        f"{0.05 + 0.95 * 0.19 + usual[1] / 2:.0%})"
     )
 
 
-def test_more_runs_that_agree_say_more_and_one_that_does_not_says_less() -> None:
-    piled, even = run((26, *[7] * 9)), run((*[7] * 9, 26))
-    counts = [judge([piled] * n, 0.6, evidence(), MNPConfig(), 0.9).score for n in (1, 2, 4, 8)]
-    assert counts[0] == counts[1] < counts[2] < counts[3]
-    odd = judge([*[piled] * 3, even], 0.6, evidence(), MNPConfig(), 0.9).score
-    assert odd < counts[2]
+def test_a_run_without_the_class_says_more_than_its_share() -> None:
+    piled, other = run((40, *[6] * 9)), run((0, 40, *[6] * 8))
+    [alike, apart] = [
+        next(each for each in signals(runs, evidence()) if each.name == "pile-up")
+        for runs in ([piled] * 4, [*[piled] * 3, other])
+    ]
+    assert apart.suspect == alike.suspect == 0
+    assert apart.strength < alike.strength * 3 / 4
 
 
 @pytest.mark.parametrize(
