@@ -49,3 +49,28 @@ def test_what_counts_as_trained(task: Task, figures: dict[str, Any], trained: bo
     if figures:
         (task.folder / "seconds.json").write_text(json.dumps(figures))
     assert task.is_trained() == trained
+
+
+def test_a_training_without_a_checkpoint_begins_anew_and_one_with_it_goes_on(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task.precision = "32-true"
+    commands: list[list[str]] = []
+    monkeypatch.setattr(task, "run", lambda command, *rest: commands.append(command))
+    task.folder.mkdir(parents=True)
+    config = task.folder / "config.yaml"
+    config.write_text("of a training that was stopped at once")
+
+    task.fit()
+
+    assert not config.exists()
+    assert "--ckpt_path" not in commands[0]
+    assert commands[0][commands[0].index("--trainer.precision") + 1] == "32-true"
+
+    config.write_text("of a training that was stopped")
+    task.checkpoint.parent.mkdir()
+    task.checkpoint.write_bytes(b"")
+    task.fit()
+
+    assert config.exists()
+    assert commands[1][commands[1].index("--ckpt_path") + 1] == str(task.checkpoint)
