@@ -148,7 +148,7 @@ class MNPDefense:
         if self.config.rule != "auto":
             pruned_count(torch.ones(self.layers.total), self.config.rule, self.config.amount)
         self.surrogates = Surrogates(self.balanced, data, self.config)
-        self.purification = Purification(self.subject, data, self.config)
+        self.purification = Purification(self.subject, data, self.config, self.balanced)
         self.second: MNPDefense | None = None
         self.optimizers = (
             self.suppression.optimizer,

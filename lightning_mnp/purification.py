@@ -39,6 +39,9 @@ class Purification:
         subject: The network as it is, on its device.
         data: The defense set.
         config: Options.
+        balanced: The same network with the logits of starved classes raised, whose filters are
+            turned down: raising such a class again would cost least if its backdoor were kept.
+            None for the network as it is.
 
     Attributes:
         removed: Positions of the filters to prune, worst first.
@@ -61,8 +64,15 @@ class Purification:
         (True, True)
     """
 
-    def __init__(self, subject: Subject, data: DefenseSet, config: MNPConfig) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        data: DefenseSet,
+        config: MNPConfig,
+        balanced: Subject | None = None,
+    ) -> None:
         self.subject = subject
+        self.balanced = subject if balanced is None else balanced
         self.data = data
         self.config = config
         self.removed = torch.empty(0, dtype=torch.long, device=subject.device)
@@ -144,7 +154,7 @@ class Purification:
     def _new_attenuation(self) -> Attenuation:
         search, config = self._begun, self.config
         return Attenuation(
-            self.subject,
+            self.balanced,
             self.data,
             search.sources,
             search.references,

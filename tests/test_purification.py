@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import goals_of, images_and_labels, quick_config, same, snapshot, trained_network
+from torch.nn import functional as F
 
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.layers import find_filter_layers
@@ -52,6 +53,25 @@ def test_search_must_have_begun() -> None:
         purification.search_step()
     with pytest.raises(RuntimeError, match=r"search has not begun; call `begin` first\."):
         purification.attenuation_step()
+
+
+def test_filters_are_turned_down_with_the_logits_of_starved_classes_raised() -> None:
+    plain = new_purification(augment="none", attenuation_steps=1, batch_size=40)
+    subject, data = plain.subject, plain.data
+    balanced = Subject(subject.network, subject.layers)
+    balanced.offset = torch.tensor([0.0, 3.0, 0.0, 0.0])
+    raised = Purification(subject, data, plain.config, balanced)
+    for purification in (plain, raised):
+        purification.begin(sources_of(purification))
+        while not purification.search_step() or not purification._begun.stopped:
+            pass
+    masks = raised._begun.masks()
+    torch.testing.assert_close(masks, plain._begun.masks())  # harm is that of the network as it is
+    with torch.no_grad():
+        logits = subject(data.images, masks=masks, statistics="running")
+        expected = [F.cross_entropy(logits + shift, data.labels) for shift in (0, balanced.offset)]
+    found = [purification.attenuation_step()["loss"] for purification in (plain, raised)]
+    assert found == pytest.approx([float(value) for value in expected], rel=1e-4)
 
 
 def test_factors_are_zero_for_pruned_filters_and_masks_for_the_others() -> None:
