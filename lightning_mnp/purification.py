@@ -39,9 +39,9 @@ class Purification:
         subject: The network as it is, on its device.
         data: The defense set.
         config: Options.
-        balanced: The same network with the logits of starved classes raised, whose filters are
-            turned down: raising such a class again would cost least if its backdoor were kept.
-            None for the network as it is.
+        balanced: The same network with the logits of starved classes raised, by which filters are
+            pruned and turned down: else the backdoor's would be kept for the little that they do
+            for such a class. None for the network as it is.
 
     Attributes:
         removed: Positions of the filters to prune, worst first.
@@ -109,7 +109,7 @@ class Purification:
             sources: Where the backdoor shows.
         """
         self.search = FilterSearch(
-            self.subject,
+            self.balanced,
             self._clean.sets,
             sources,
             self.most_filters,
