@@ -70,8 +70,8 @@ class MNPDefense:
     them, ``masks``; ``reach`` of the classes, their greatest ``margin``, how far a ``patch``,
     an ``overlay`` and a ``warp`` drive images to them, and whether a patch exchanges them
     (``permutation``); ``verdict``, which asks for further ``suppression`` and ``saliency`` where it
-    hangs on an unclear pile-up, and then for another ``verdict``; ``pruning``; by the automatic rule, ``attenuation`` of the
-    filters that are left; ``check`` (accuracy after that); where anything was done, ``reaudit`` of
+    hangs on an unclear pile-up, and then for another ``verdict``; ``pruning``; by the automatic
+    rule, ``attenuation`` of the filters that are left; ``check`` (accuracy after that); where anything was done, ``reaudit`` of
     the purified copy. With ``when="flagged"``, masks come after the verdict, on runs that are
     repeated exactly.
 
