@@ -71,8 +71,8 @@ class MNPDefense:
     an ``overlay`` and a ``warp`` drive images to them, and whether a patch exchanges them
     (``permutation``); ``verdict``, which asks for further ``suppression`` and ``saliency`` where it
     hangs on an unclear pile-up, and then for another ``verdict``; ``pruning``; by the automatic
-    rule, ``attenuation`` of the filters that are left; ``check`` (accuracy after that); where anything was done, ``reaudit`` of
-    the purified copy. With ``when="flagged"``, masks come after the verdict, on runs that are
+    rule, ``attenuation`` of the filters that are left; ``check`` (accuracy after that); where
+    anything was done, ``reaudit`` of the purified copy. With ``when="flagged"``, masks come after the verdict, on runs that are
     repeated exactly.
 
     The model is not changed. Every random choice follows from the seed and the place in this
