@@ -66,14 +66,14 @@ class MNPDefense:
     """Audits a network and finds the filters to prune, one batch a step.
 
     The phases: ``reference`` (saliency and accuracy of the network as it is); for every run
-    ``suppression``, ``saliency`` of the suppressed weights and, if the pruning rule ranks by
-    them, ``masks``; ``reach`` of the classes, their greatest ``margin``, how far a ``patch``,
-    an ``overlay`` and a ``warp`` drive images to them, and whether a patch exchanges them
+    ``suppression``, ``saliency`` of the suppressed weights and, if the pruning rule ranks by them,
+    ``masks``; ``reach`` of the classes, their greatest ``margin``, how far a ``patch``, an
+    ``overlay`` and a ``warp`` drive images to them, and whether a patch exchanges them
     (``permutation``); ``verdict``, which asks for further ``suppression`` and ``saliency`` where it
     hangs on an unclear pile-up, and then for another ``verdict``; ``pruning``; by the automatic
     rule, ``attenuation`` of the filters that are left; ``check`` (accuracy after that); where
-    anything was done, ``reaudit`` of the purified copy. With ``when="flagged"``, masks come after the verdict, on runs that are
-    repeated exactly.
+    anything was done, ``reaudit`` of the purified copy. With ``when="flagged"``, masks come after
+    the verdict, on runs that are repeated exactly.
 
     The model is not changed. Every random choice follows from the seed and the place in this
     order, so the state is tensors and primitives, and a run that was stopped goes on as if it
