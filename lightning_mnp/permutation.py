@@ -79,6 +79,7 @@ class PermutationSearch:
     Example:
         >>> from torch import nn
         >>> from lightning_mnp.layers import find_filter_layers
+        >>> generator = torch.manual_seed(0)
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
         >>> subject = Subject(network, find_filter_layers(network, data.images))
