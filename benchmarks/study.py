@@ -69,9 +69,6 @@ TUNE = {
     "tune-blend-1percent-b": _recipe(
         "blend", seed=132, target=8, more=("--data.attack.poison_rate", "0.01")
     ),
-    "tune-blend-1percent-8": _recipe(
-        "blend", seed=134, target=4, width=8, more=("--data.attack.poison_rate", "0.01")
-    ),
     "tune-blend-0.5percent": _recipe(
         "blend", seed=131, target=2, more=("--data.attack.poison_rate", "0.005")
     ),
@@ -103,12 +100,6 @@ REPORT = {
     "clean-16": _recipe(seed=16, width=8),
     "blend-1percent": _recipe(
         "blend", seed=110, target=3, more=("--data.attack.poison_rate", "0.01")
-    ),
-    "blend-1percent-8": _recipe(
-        "blend", seed=135, target=7, width=8, more=("--data.attack.poison_rate", "0.01")
-    ),
-    "blend-1percent-8-b": _recipe(
-        "blend", seed=136, target=0, width=8, more=("--data.attack.poison_rate", "0.01")
     ),
     "badnets-all-to-all": _recipe("badnets", "badnets-all-to-all", seed=111, width=8, epochs=20),
     "badnets-all-to-all-b": _recipe(
