@@ -2,12 +2,14 @@
 
     python -m benchmarks.attacks --data ~/data/cifar10
     python -m benchmarks.study --data ~/data/cifar10
+    python -m benchmarks.study --data ~/data/imagenette --base imagenette-2core
 
 Constants of the method are chosen on the networks of `benchmarks.attacks`, `benchmarks.networks`
 and on those whose names begin with `tune` here; tables report the others. Those have other seeds,
 target classes, triggers and widths, with and without weight decay. The `imbalanced` networks are
 clean and saw few images of one class. Clean reference networks for Trojan and CL come from
-`benchmarks.attacks`. The command goes on where it stopped.
+`benchmarks.attacks`. Nothing is chosen on those of Imagenette. The command goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -140,7 +142,17 @@ REPORT = {
     "imbalanced-8": _imbalanced(rare_class=6, rare_share=0.15, seed=28, width=8),
 }
 
-NETWORKS = {**TUNE, **REPORT}
+IMAGENETTE = {
+    "clean-41": _recipe(seed=41, width=8, epochs=10),
+    "badnets-64": _recipe("badnets-imagenette", seed=141, target=3, width=8, epochs=10),
+    "clean-42": _recipe(seed=42, width=8, epochs=10, decay=False),
+    "blend-64": _recipe("blend", seed=142, target=6, width=8, epochs=10),
+    "wanet-64": _recipe("wanet", seed=143, target=2, width=8, epochs=10),
+    "sig-64": _recipe("sig", seed=144, target=8, width=8, epochs=10),
+    "clean-43": _recipe(seed=43, width=8, epochs=10),
+}
+
+NETWORKS = {"cifar10-2core": {**TUNE, **REPORT}, "imagenette-2core": IMAGENETTE}
 
 
 def main() -> None:
@@ -149,19 +161,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with the images")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where networks go")
+    parser.add_argument("--base", choices=sorted(NETWORKS), default="cifar10-2core")
+    parser.add_argument("--out", type=Path, help="where networks go; runs/study[-imagenette]")
     parser.add_argument("--reference", type=Path, default=Path("runs/attacks/cifar10-2core/clean"))
     parser.add_argument("--only", nargs="*", help="names of networks; without it, all")
     add_options(parser)
     options = parser.parse_args()
-    unknown = sorted(set(options.only or ()) - set(NETWORKS))
+    recipes = NETWORKS[options.base]
+    unknown = sorted(set(options.only or ()) - set(recipes))
     if unknown:
-        parser.error(f"--only: expected names out of {list(NETWORKS)}, but got {unknown}")
-    data, out = options.data.expanduser(), options.out.absolute()
+        parser.error(f"--only: expected names out of {list(recipes)}, but got {unknown}")
+    folder = "study" if options.base == "cifar10-2core" else "study-imagenette"
+    data, out = options.data.expanduser(), (options.out or Path("runs") / folder).absolute()
     reference = options.reference.absolute()
     tasks = [
-        Task(name, "cifar10-2core", NETWORKS[name], data, out, reference, options.precision)
-        for name in options.only or NETWORKS
+        Task(name, options.base, recipes[name], data, out, reference, options.precision)
+        for name in options.only or recipes
     ]
     finish_all(tasks, options.jobs)
 
