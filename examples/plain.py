@@ -52,6 +52,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/plain"), help="folder")
     options = parser.parse_args()
+    output = options.output / "purified.safetensors"
+    if output.exists():  # nothing is overwritten, so it is better known before the work
+        parser.error(f"--output: expected a folder without {output.name}, but got {output.parent}")
 
     torch.manual_seed(options.seed)
     data = DigitsDataModule(attack=BadNets(), image_size=16, batch_size=64)
@@ -68,7 +71,7 @@ def main() -> None:
 
     options.output.mkdir(parents=True, exist_ok=True)
     report.save(options.output / "report.json")
-    write_state_dict(options.output / "purified.safetensors", report.model.state_dict())
+    write_state_dict(output, report.model.state_dict())
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
+from torch.utils.data import Dataset
 
 from lightning_mnp.archive import CheckpointError, printable
 from lightning_mnp.checkpoint import read_checkpoint
-from lightning_mnp.config import MNPConfig
+from lightning_mnp.config import MNPConfig, require_config
 from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.forward import Forward
@@ -30,7 +31,7 @@ _MOST_STATE_BYTES = 64 * 2**30  # suppressed weights, gradients and momentum bes
 
 def audit(
     model: nn.Module,
-    loader: Iterable[Any] | DefenseSet,
+    loader: Iterable[Any] | Dataset[Any] | DefenseSet,
     *,
     seed: int | None = None,
     config: MNPConfig | None = None,
@@ -45,7 +46,7 @@ def audit(
     Args:
         model: The network, or a LightningModule around it, on the device to work on.
         loader: Yields batches of clean, labeled images as the network takes them; a few hundred
-            are enough. Or a :class:`~lightning_mnp.defense_set.DefenseSet`.
+            are enough. Or a data set of them, or a :class:`~lightning_mnp.defense_set.DefenseSet`.
         seed: Replaces the seed of ``config``.
         config: Options.
         network: Dotted name of the submodule that classifies, where the model has no ``forward``.
@@ -80,7 +81,7 @@ def audit(
 
 def defend(
     model: nn.Module,
-    loader: Iterable[Any] | DefenseSet,
+    loader: Iterable[Any] | Dataset[Any] | DefenseSet,
     *,
     when: When = "flagged",
     seed: int | None = None,
@@ -132,7 +133,7 @@ def defend(
 
 
 def _seeded(config: MNPConfig | None, seed: int | None) -> MNPConfig:
-    config = config or MNPConfig()
+    config = require_config(config)
     return config if seed is None else replace(config, seed=seed)
 
 

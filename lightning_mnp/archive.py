@@ -6,6 +6,7 @@ import io
 import pickletools
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 __all__ = ["CheckpointError", "check_archive", "printable"]
 
@@ -13,6 +14,7 @@ ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_MAGIC = b"\x80"
 LEGACY_PICKLES = 5  # magic number, protocol, system, the object, storage keys
 MAX_PICKLE_BYTES = 64 * 2**20  # the structure of a checkpoint, not its weights
+MAX_DEPTH = 1000  # of tuples in tuples
 MAX_SHARED_ITEMS = 10**7  # items in tuples that are used again, counted as often as they are
 
 _ALLOWED_GLOBALS = frozenset(
@@ -165,10 +167,16 @@ def _check_zip(path: Path, max_bytes: int) -> None:
 def _check_pickle(stream: io.BytesIO, path: Path) -> None:
     """Walk over the instructions of one pickle, run none, refuse what could do harm."""
     shown = printable(str(path))
-    tuples = _SharedTuples()
+    tuples = _Tuples()
     try:
         for opcode, argument, _ in pickletools.genops(stream):
             tuples.follow(opcode, argument)
+            if tuples.deepest > MAX_DEPTH:
+                raise CheckpointError(
+                    f"{shown} is refused: its pickle puts tuples into tuples more than "
+                    f"{MAX_DEPTH:,} deep, which checkpoints do not need, and which would break "
+                    "what reads them."
+                )
             if tuples.shared > MAX_SHARED_ITEMS:
                 raise CheckpointError(
                     f"{shown} is refused: its pickle puts tuples into tuples again and again, "
@@ -201,39 +209,53 @@ def _check_pickle(stream: io.BytesIO, path: Path) -> None:
         ) from error
 
 
-class _SharedTuples:
-    """Counts the items of tuples that a pickle uses more than once.
+class _Size(NamedTuple):
+    """What is below an object: items of tuples, and how deep they are in each other."""
+
+    items: int = 0
+    depth: int = 0
+
+
+class _Tuples:
+    """Counts the items of tuples that a pickle uses more than once, and how deep tuples are.
 
     A tuple that holds one tuple twice, which holds another twice, and so on, is written in a few
     bytes. As a key of a dict it is hashed, item by item, as often as it occurs: without an end.
+    Hashing goes down into tuples by calls in C, which exhaust the stack of the process.
     """
 
     def __init__(self) -> None:
         self.shared = 0
-        self._stack: list[int | None] = []  # items below each object, None for a mark
-        self._memo: dict[object, int] = {}
+        self.deepest = 0
+        self._stack: list[_Size | None] = []  # None for a mark
+        self._memo: dict[object, _Size] = {}
 
     def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
         """Follow one instruction; IndexError or KeyError where it has nothing to work on."""
         name = opcode.name
         if name.endswith("PUT"):
-            self._memo[argument] = self._stack[-1] or 0
+            self._memo[argument] = self._stack[-1] or _Size()
         elif name.endswith("GET"):
             self._use(self._memo[argument])
         elif name == "DUP":
-            self._use(self._stack[-1] or 0)
+            self._use(self._stack[-1] or _Size())
         elif name == "MARK":
             self._stack.append(None)
         else:
             items = self._pop(opcode)
-            size = len(items) + sum(items) if name.startswith("TUPLE") else 0
+            size = _Size()
+            if name.startswith("TUPLE"):
+                below = sum(item.items for item in items)
+                depth = 1 + max((item.depth for item in items), default=0)
+                size = _Size(len(items) + below, depth)
+                self.deepest = max(self.deepest, depth)
             self._stack.extend(size for _ in opcode.stack_after)
 
-    def _use(self, size: int) -> None:
-        self.shared += size
+    def _use(self, size: _Size) -> None:
+        self.shared += size.items
         self._stack.append(size)
 
-    def _pop(self, opcode: pickletools.OpcodeInfo) -> list[int]:
+    def _pop(self, opcode: pickletools.OpcodeInfo) -> list[_Size]:
         """Take from the stack what an instruction takes, and give it without marks."""
         before = opcode.stack_before
         items = []
@@ -242,5 +264,5 @@ class _SharedTuples:
                 items.append(item)
             before = before[: before.index(pickletools.markobject)]
         for _ in before:
-            items.append(self._stack.pop() or 0)
+            items.append(self._stack.pop() or _Size())
         return items

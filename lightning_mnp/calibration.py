@@ -82,7 +82,8 @@ def calibrate_threshold(scores: Iterable[float], rate: float = 0.05) -> Calibrat
 
     Args:
         scores: What :attr:`DefenseReport.score <lightning_mnp.result.DefenseReport>` is for each
-            network, finite, from 0; all from the same options and the same defense set.
+            network that could be judged, finite, from 0; all from the same options and the same
+            defense set. The score does not depend on the threshold in force.
         rate: The most that the probability of flagging a clean network may be, between 0 and 1.
 
     Returns:
@@ -104,8 +105,8 @@ def calibrate_threshold(scores: Iterable[float], rate: float = 0.05) -> Calibrat
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(
                 f"Expected argument `scores` to hold finite numbers from 0, but number {index} is "
-                f"{value!r}. A report has no score where the verdict is by Eq. 8, or where the "
-                "network could not be judged: leave that network out."
+                f"{value!r}. A report has no score where the verdict is by Eq. 8. Leave that "
+                "network out, and those whose report says that they could not be `judged`."
             )
     check_count(len(values), rate)
     above = math.floor((len(values) + 1) * _exact(rate))  # n + 1 - k

@@ -121,10 +121,11 @@ def collect_scores(
 
 
 def _check_score(file: str, report: DefenseReport) -> None:
-    if not math.isfinite(report.score):
+    if not (math.isfinite(report.score) and report.judged):
+        found = f"{report.score:.4g}" if report.judged else "of no meaning"
         raise ValueError(
-            f"Expected the score of every network to be finite, but that of {printable(file)} is "
-            f"{report.score} (verdict: {report.verdict}; {'; '.join(report.reasons)}). Leave the "
+            f"Expected every network to have a score, but that of {printable(file)} is {found} "
+            f"(verdict: {report.verdict}; {'; '.join(reversed(report.reasons))}). Leave the "
             "network out; the scores of the others are kept."
         )
 

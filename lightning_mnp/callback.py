@@ -16,7 +16,7 @@ from torch.nn.utils.prune import is_pruned
 from torch.utils.data import Dataset
 
 from lightning_mnp.api import run_defense
-from lightning_mnp.config import MNPConfig
+from lightning_mnp.config import MNPConfig, require_config
 from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.forward import Forward
@@ -92,7 +92,7 @@ class MNPCallback(Callback):
             )
         self.when = when
         self.defense_loader = defense_loader
-        self.config = config or MNPConfig()
+        self.config = require_config(config)
         self.network = network
         self.forward = forward
         self.unpack = unpack

@@ -34,7 +34,11 @@ WRITTEN_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 
 
 def read_state_dict(
-    path: str | os.PathLike[str], *, key: str | None = None, max_bytes: int = MAX_BYTES
+    path: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    max_bytes: int = MAX_BYTES,
+    argument: str = "path",
 ) -> dict[str, Tensor]:
     """Read the weights, and nothing else, from a checkpoint that nobody vouches for.
 
@@ -50,6 +54,7 @@ def read_state_dict(
             ``None`` finds it at the top or under ``state_dict``, ``model_state_dict``, ``model``,
             ``net`` or ``sd``.
         max_bytes: Largest accepted size in bytes, of the file and of its tensors.
+        argument: Name of the argument, for messages.
 
     Returns:
         Contiguous tensors on the CPU by name, independent of the file and of each other.
@@ -66,7 +71,7 @@ def read_state_dict(
         {'weight': (1, 2), 'bias': (1,)}
     """
     shown = printable(os.fspath(path))
-    content = _read_mapped(Path(path), max_bytes)
+    content = _read_mapped(Path(path), max_bytes, argument)
     named = _strip_wrappers(_find_state_dict(content, key, shown), shown)
     return _detach_from_file(named, shown, max_bytes)
 
@@ -116,7 +121,8 @@ def _read_mapped(
     shown = printable(str(path))
     if not path.is_file():
         raise CheckpointError(
-            f"Expected argument `{argument}` to be an existing file, but got {shown}."
+            f"Expected argument `{argument}` to be an existing file, but got {shown}. Check the "
+            f"name and the folder; this is {printable(str(Path.cwd()))}."
         )
     size = path.stat().st_size
     if size > max_bytes:
@@ -168,8 +174,8 @@ def check_output(
         argument: Name of the argument, for messages.
 
     Raises:
-        CheckpointError: If the path exists, its ending is unknown, its folder does not exist or
-            cannot be written to, or has too little space.
+        CheckpointError: If the path exists, its ending is unknown, or its folder cannot be made or
+            written to, or has too little space.
 
     Example:
         >>> check_output("weights.onnx", {})
@@ -187,10 +193,6 @@ def check_output(
     size = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
     try:
         check_new(path, argument)
-        if not path.parent.is_dir():
-            raise OutputError(
-                f"Expected argument `{argument}` to be in an existing folder, but got {shown}."
-            )
         check_writable(path, argument, size)
     except OutputError as error:
         raise CheckpointError(str(error)) from error
@@ -206,17 +208,17 @@ def write_state_dict(
     """Write weights to a new file that appears whole or not at all.
 
     Args:
-        path: The file, in an existing folder. The ending says the format: ``.safetensors``,
-            ``.ckpt`` (weights under ``state_dict``, as Lightning reads them for validating,
-            testing and predicting) or ``.pt`` and ``.pth`` (the plain state dict).
+        path: The file; its folder is made where it is missing. The ending says the format:
+            ``.safetensors``, ``.ckpt`` (weights under ``state_dict``, as Lightning reads them for
+            validating, testing and predicting) or ``.pt`` and ``.pth`` (the plain state dict).
         state_dict: Tensors by name, written as contiguous copies: tied weights come out equal,
             no longer shared, and load strictly into the class that ties them.
         metadata: Strings to keep beside the weights; ``.pt`` and ``.pth`` have no place for them.
         argument: Name of the argument, for messages.
 
     Raises:
-        CheckpointError: If the path exists, its ending is unknown, its folder does not exist or
-            cannot be written to, there is too little space, or there is nothing to write.
+        CheckpointError: If the path exists, its ending is unknown, its folder cannot be made or
+            written to, there is too little space, or there is nothing to write.
 
     Example:
         >>> import tempfile
@@ -241,6 +243,7 @@ def write_state_dict(
 
     def write(partial: Path) -> None:
         try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
             _write(partial, path.suffix, tensors, dict(metadata or {}))
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error

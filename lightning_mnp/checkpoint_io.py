@@ -10,10 +10,20 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 
+from lightning_mnp.archive import printable
 from lightning_mnp.checkpoint import CheckpointError, check_finite, read_checkpoint
 from lightning_mnp.state_dict import first_names
 
 __all__ = ["CheckedCheckpointIO", "read_checked"]
+
+_EXPECTED = (
+    "Expected argument `ckpt_path` to be a Lightning checkpoint, with the weights under "
+    "`state_dict`"
+)
+_REMEDY = (
+    "For other files use `audit` or `defend`; `defend` writes a Lightning checkpoint where its "
+    "`--output` ends in .ckpt."
+)
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
@@ -24,7 +34,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         Traceback (most recent call last):
         ...
         lightning_mnp.archive.CheckpointError: Expected argument `ckpt_path` to be an existing file,
-        but got missing.ckpt.
+        but got missing.ckpt. Check the name and the folder; this is ...
     """
 
     def load_checkpoint(
@@ -44,13 +54,12 @@ class CheckedCheckpointIO(TorchCheckpointIO):
             CheckpointError: If the file is refused, holds no weights under ``state_dict``, holds
                 weights that are not finite, or names that cannot be printed.
         """
+        if Path(path).suffix == ".safetensors":
+            raise CheckpointError(f"{_EXPECTED}, but got {printable(str(path))}. {_REMEDY}")
         content = read_checkpoint(path, argument="ckpt_path")
         weights = content.get("state_dict") if isinstance(content, dict) else None
         if not isinstance(weights, dict):
-            raise CheckpointError(
-                "Expected argument `ckpt_path` to be a Lightning checkpoint, with the weights "
-                "under `state_dict`. For other files use `audit` or `defend`."
-            )
+            raise CheckpointError(f"{_EXPECTED}. {_REMEDY}")
         odd = [name for name in weights if not (isinstance(name, str) and name.isprintable())]
         if odd:
             raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class MNPCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={
                 "description": "Tell whether a CNN carries a backdoor, and remove it.",
+                "version": f"lightning-mnp {version('lightning-mnp')}",
                 "demo": {"default_config_files": [str(_DEMO)]},
             },
             args=args,
@@ -133,7 +135,7 @@ def main(args: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; for ``audit``, 3 for a backdoored network; for ``audit`` and
-        ``defend``, 4 for an undecided one and 130 after Ctrl-C; 2 for wrong use.
+        ``defend``, 4 for an undecided one; 130 after Ctrl-C, 2 for wrong use.
     """
     try:
         cli = MNPCLI(args)

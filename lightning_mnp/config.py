@@ -10,11 +10,35 @@ from typing import Any, Literal, get_args
 from lightning_mnp.layers import Site
 from lightning_mnp.subject import Statistics
 
-__all__ = ["Augmentation", "MNPConfig", "PruningRule", "VerdictRule", "require_option"]
+__all__ = [
+    "Augmentation",
+    "MNPConfig",
+    "PruningRule",
+    "VerdictRule",
+    "require_config",
+    "require_option",
+]
 
 Augmentation = Literal["none", "crop", "crop-flip"]
 PruningRule = Literal["auto", "count", "share", "threshold"]
 VerdictRule = Literal["signals", "ratio"]
+
+# Options that are whole numbers, with the least of each.
+_WHOLE = {
+    "runs": 1,
+    "more_runs": 0,
+    "most_classes": 3,
+    "batch_size": 3,
+    "suppression_epochs": 1,
+    "suppression_parts": 1,
+    "mask_epochs": 1,
+    "attenuation_steps": 0,
+}
+_NUMBERS = (
+    *("suppression_lr", "suppression_momentum", "stop_accuracy", "mu"),
+    *("mask_lr", "mask_momentum", "penalty"),
+    *("amount", "harm", "impurity", "threshold", "delta"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,20 +46,24 @@ class MNPConfig:
     """All options of an audit or a defense.
 
     How the defaults were chosen, with the measurements and where they were not kept apart from the
-    networks reported on, is told by the page "The default and how it was chosen".
+    networks reported on, is told by the page "What was tried for the default".
 
     Args:
-        seed: Seed of batch order and augmentation. The same seed gives the same masks.
+        seed: Seed of everything that is drawn: batch order, augmentation, parts of the defense
+            set, where searches begin. The same seed gives the same outcome.
         runs: Number of suppression runs, whose masks and signals are averaged.
-        more_runs: Most further ones of which the pile-up is taken, where it alone speaks for a
-            backdoor and does not speak clearly; 0 for none.
+        more_runs: Most further suppression runs, made where the pile-up is between 0.6 and 2 times
+            what counts fully and no other signal counts fully; 0 for none.
+        most_classes: Most classes for which reach, margin, patch, overlay and warp are tried, at
+            least 3; those that predictions pile up on come first, others are drawn.
         batch_size: Most images in a batch, at least 3; batches of a pass are made equally large.
             Below 128, what stands in for a trigger is made on fewer images, and signals get weaker.
-        augment: Shifts and mirrors images of the defense set in the first two stages:
-            ``"none"``, ``"crop"`` (shifts only) or ``"crop-flip"``.
+        augment: Shifts and mirrors images of the defense set in suppression, masks and
+            attenuation, and in the copies by which harm is measured: ``"none"``, ``"crop"`` (shifts
+            only) or ``"crop-flip"``.
         site: Where a mask acts: ``"norm"``, behind the normalization layer, or ``"filter"``.
-        statistics: ``"batch"`` normalizes by batch statistics in all stages, ``"running"`` by
-            the stored ones.
+        statistics: ``"batch"`` normalizes by batch statistics in suppression, saliency and masks,
+            ``"running"`` by the stored ones, as everything else does.
         include: Name patterns of the convolutions to take.
         exclude: Name patterns of the convolutions to leave out.
         suppression_lr: Learning rate of clean suppression, eta_1 in the paper.
@@ -49,7 +77,8 @@ class MNPConfig:
             this share; None for all T passes.
         mu: Weight of the squared norm in clean suppression (Eq. 6); as much as a weight decay
             of 2 mu. Twice its product with `suppression_lr` is below 1.
-        mask_lr: Learning rate of both masks, eta_2 in the paper.
+        mask_lr: Learning rate of both masks, eta_2 in the paper. The rule ``"auto"`` makes no such
+            masks and does not use this and the next three.
         mask_momentum: Momentum of both masks, from 0 to below 1.
         mask_epochs: Passes over the defense set for the masks.
         penalty: Weight of the magnitude term of both masks, lambda in Eq. 5 and 7.
@@ -57,9 +86,11 @@ class MNPConfig:
             one, as many as `harm` and `amount` allow; ``"count"``, ``"share"`` and
             ``"threshold"`` take the lowest M1 + M2, as in the paper.
         amount: The count, the share of all filters, or the threshold on M1 + M2; for ``"auto"``
-            the most that may be pruned, as a share of all filters.
+            the most that may be pruned, as a share of all filters, above 0 (of very few filters,
+            one may be in any case).
         harm: Most harm to clean images by the rule ``"auto"``, in nats: the rise of their loss,
-            with fewer than 500 images also how far predictions move.
+            with fewer than 500 images also how far predictions move. Filters that are turned down
+            after pruning may do as much once more.
         impurity: Share of the defense set that may be poisoned, from 0 to below 0.5. The rule
             ``"auto"`` leaves out as many images, those that suffer most, where it measures harm,
             rounded up in each batch: a few poisoned images would protect the backdoor.
@@ -88,6 +119,7 @@ class MNPConfig:
     seed: int = 0
     runs: int = 2
     more_runs: int = 6
+    most_classes: int = 20
     batch_size: int = 128
     augment: Augmentation = "crop-flip"
     site: Site = "norm"
@@ -131,17 +163,13 @@ class MNPConfig:
             patterns = getattr(self, name)
             listed = not isinstance(patterns, str) and all(isinstance(p, str) for p in patterns)
             require_option(listed, self, name, "a list of name patterns")
-        whole = ("runs", "batch_size", "suppression_epochs", "suppression_parts", "mask_epochs")
-        for name in whole:
-            value = getattr(self, name)
-            least, why = 1, ""
-            if name == "batch_size":  # two would leave a batch of one of an odd number of images
-                least, why = 3, ", so that no batch holds a single image"
-            fits = isinstance(value, int) and value >= least
-            require_option(fits, self, name, f"at least {least}{why}")
-        for name in ("more_runs", "attenuation_steps"):
-            value = getattr(self, name)
-            require_option(isinstance(value, int) and value >= 0, self, name, "at least 0")
+        self._require_numbers()
+        # Batches of two would leave a batch of one of an odd number of images.
+        why = {"batch_size": ", so that no batch holds a single image"}
+        for name, least in _WHOLE.items():
+            value, expected = getattr(self, name), f"a whole number, at least {least}"
+            fits = _is_number(value, int) and value >= least
+            require_option(fits, self, name, expected + why.get(name, ""))
         for name in ("suppression_lr", "mask_lr"):
             value = getattr(self, name)
             require_option(math.isfinite(value) and value > 0, self, name, "above 0")
@@ -166,15 +194,25 @@ class MNPConfig:
         require_option(0 <= self.impurity < 0.5, self, "impurity", "from 0 to below 0.5")
         require_option(0 < self.threshold < math.inf, self, "threshold", "above 0")
         require_option(0 <= self.delta <= 1, self, "delta", "from 0 to 1")
+        amount = self.amount
         if self.rule == "threshold":
-            require_option(
-                1 <= self.amount <= 3, self, "amount", "from 1 to 3, the range of M1 + M2"
-            )
+            fits, expected = 1 <= amount <= 3, "from 1 to 3, the range of M1 + M2"
         elif self.rule == "count":
-            counts = self.amount >= 0 and float(self.amount).is_integer()
-            require_option(counts, self, "amount", "a whole number of filters, at least 0")
+            fits = amount >= 0 and float(amount).is_integer()
+            expected = "a whole number of filters, at least 0"
+        elif self.rule == "share":
+            fits, expected = 0 <= amount < 1, "a share from 0 to below 1"
         else:
-            require_option(0 <= self.amount < 1, self, "amount", "a share from 0 to below 1")
+            fits, expected = 0 < amount < 1, "a share above 0 and below 1"
+        require_option(fits, self, "amount", f"{expected} (`rule` is {self.rule!r})")
+
+    def _require_numbers(self) -> None:
+        """Refuse what is no number, before anything is compared."""
+        require_option(_is_number(self.seed, int), self, "seed", "a whole number")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            none = name == "stop_accuracy" and value is None
+            require_option(none or _is_number(value, int, float), self, name, "a number")
 
     @classmethod
     def paper(cls, **changes: Any) -> MNPConfig:
@@ -213,6 +251,33 @@ class MNPConfig:
         options = asdict(self)
         options["include"], options["exclude"] = list(self.include), list(self.exclude)
         return options
+
+
+def require_config(config: MNPConfig | None) -> MNPConfig:
+    """Give the options, the default's where there are none.
+
+    Args:
+        config: Options, or None.
+
+    Raises:
+        TypeError: If it is something else.
+
+    Example:
+        >>> require_config(None) == MNPConfig()
+        True
+    """
+    if config is None:
+        return MNPConfig()
+    if not isinstance(config, MNPConfig):
+        raise TypeError(
+            f"Expected argument `config` to be an MNPConfig, but got {type(config).__name__}. "
+            "Write MNPConfig(runs=4), say, with the options as arguments."
+        )
+    return config
+
+
+def _is_number(value: object, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def require_option(condition: bool, options: object, name: str, expected: str) -> None:

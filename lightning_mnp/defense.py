@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mnp.alone import refuse_wrappers, running_alone
-from lightning_mnp.config import MNPConfig
+from lightning_mnp.config import MNPConfig, require_config
 from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet
 from lightning_mnp.defense_state import dump_state, load_state, make_report
 from lightning_mnp.detection import Judgement, Signal, in_doubt, judge, signals
@@ -118,7 +118,7 @@ class MNPDefense:
             raise ValueError(
                 f"Expected argument `when` to be one of {get_args(When)}, but got {when!r}."
             )
-        self.config = config or MNPConfig()
+        self.config = require_config(config)
         self.model = model
         self.data = data
         self.when = when
@@ -165,7 +165,7 @@ class MNPDefense:
         self.judgement: Judgement
         self.accuracy_before = float("nan")
         self.correlation = float("nan")
-        self.warnings: list[str] = []
+        self.warnings: list[str] = [*_coarse_weights(model)]
         self.seconds: dict[str, float] = defaultdict(float)
         self.masks_sum = torch.zeros(self.layers.total, device=device)
         self.masks_count = 0
@@ -245,7 +245,7 @@ class MNPDefense:
             audit = ("reference", *("suppression", "saliency") * self.config.runs, "verdict")
             lengths["reaudit"] += sum(lengths[phase] for phase in audit)
             if self.config.verdict == "signals":
-                lengths["reaudit"] += sum(Surrogates.most_steps_of(self.classes).values())
+                lengths["reaudit"] += sum(self.surrogates.all_steps(self.classes).values())
         left = sum(lengths[phase] for phase, _ in self.plan[self.position :])
         return left - self.batches_done
 
@@ -436,7 +436,7 @@ class MNPDefense:
     def _further_runs(self) -> range:
         """The runs to make before a verdict that hangs on an unclear pile-up: one for each part."""
         config, made = self.config, len(self.runs)
-        unclear = config.verdict == "signals" and in_doubt(self.signals(), config.threshold)
+        unclear = config.verdict == "signals" and in_doubt(self.signals())
         most = config.runs + config.more_runs
         return range(made, min(made + self._parts, most) if unclear else made)
 
@@ -444,6 +444,13 @@ class MNPDefense:
         reach = self.surrogates.reach
         if not reach.classes:
             self.surrogates.choose_classes([run.top_class for run in self.runs], self.classes)
+            if len(reach.classes) < self.classes:
+                self.warnings.append(
+                    f"what stands in for a trigger was tried for {len(reach.classes)} of "
+                    f"{self.classes} classes, those that predictions pile up on among them: a "
+                    "target among the others shows in the pile-up only; raise `most_classes` to "
+                    "try more"
+                )
         size, device = self.config.batch_size, self.subject.device
         epoch, index = divmod(reach.steps_in_class, self.passes)
         key = (self.config.seed, "reach", reach.current, epoch)
@@ -558,6 +565,7 @@ class MNPDefense:
             self.data,
             replace(self.config, reaudit=False),
             when="never",
+            network="",  # the function descends to the network by itself
             forward=self.subject.forward,
             autocast=self.subject.autocast,
         )
@@ -613,3 +621,15 @@ class MNPDefense:
             ValueError: If the state is of another format, model, defense set or options.
         """
         load_state(self, state)
+
+
+def _coarse_weights(model: nn.Module) -> Iterator[str]:
+    """Warn of weights in which small steps of unlearning are lost."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() < 4:
+            yield (
+                f"weights are {str(parameter.dtype).removeprefix('torch.')} ({name!r}), in which "
+                "small steps are lost to rounding: signals are weaker, and figures are not those "
+                "of float32; call `model.float()` before"
+            )
+            return

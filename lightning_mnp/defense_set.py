@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_mnp.augment import random_crop_flip
+from lightning_mnp.augment import random_crop_flip, usual_padding
 from lightning_mnp.batches import Unpack, check_batch, read_batches, unpack_batch
 from lightning_mnp.memory import memory_told
 from lightning_mnp.processes import process_count, read_together, whole_loader
@@ -122,7 +122,7 @@ class DefenseSet:
     @classmethod
     def from_loader(
         cls,
-        loader: Iterable[Any] | DefenseSet,
+        loader: Iterable[Any] | Dataset[Any] | DefenseSet,
         unpack: Unpack = unpack_batch,
         limit: int | None = None,
         gather: bool = False,
@@ -130,8 +130,9 @@ class DefenseSet:
         """Read a data loader to its end, once.
 
         Args:
-            loader: Yields batches; or a :class:`DefenseSet`. Of a data loader with a
-                ``DistributedSampler`` every process reads the whole data set.
+            loader: Yields batches; or a :class:`DefenseSet`; or a data set, of which batches are
+                made. Of a data loader with a ``DistributedSampler`` every process reads the whole
+                data set.
             unpack: Takes images and labels out of a batch.
             limit: Most batches to read.
             gather: Whether to put together what the loaders of all processes yield; all of them
@@ -144,6 +145,8 @@ class DefenseSet:
             torch.OutOfMemoryError: If the images do not fit in memory.
             RuntimeError: If reading failed in another process.
         """
+        if isinstance(loader, Dataset):
+            loader = DataLoader(loader, batch_size=100)
         several = gather and process_count() > 1
         if isinstance(loader, DefenseSet) and not several:
             return loader
@@ -303,7 +306,7 @@ class DefenseSet:
 def _augment(images: Tensor, augment: str, key: tuple[int | str, ...]) -> Tensor:
     if augment == "none" or images.ndim != 4:
         return images
-    padding = max(1, images.shape[-1] // 8)
+    padding = usual_padding(images)
     return random_crop_flip(images, padding, augment == "crop-flip", seeded_generator(*key))
 
 

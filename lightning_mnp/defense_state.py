@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dump_state", "load_state", "make_report"]
 
-_FORMAT = 7
+_FORMAT = 8
 
 
 def dump_state(defense: MNPDefense) -> dict[str, Any]:
@@ -120,6 +120,7 @@ def make_report(defense: MNPDefense) -> DefenseReport:
         detection_ratio=defense.judgement.detection_ratio,
         pile_up=defense.judgement.pile_up,
         score=defense.judgement.score,
+        judged=defense.judgement.judged,
         target_class=defense.judgement.target_class,
         all_to_all=defense.judgement.all_to_all,
         reasons=list(defense.judgement.reasons),
@@ -185,4 +186,6 @@ def _identity(defense: MNPDefense) -> dict[str, Any]:
         "occasion": defense.when,
         "layers": [[layer.name, layer.filters] for layer in defense.layers],
         "weights": weights_digest(defense.model),
+        "precision": defense.subject.precision,
+        "version": version("lightning-mnp"),
     }

@@ -73,6 +73,22 @@ class Evidence:
     moved: float | None = None
     complete: bool = False
 
+    @property
+    def failed(self) -> list[str]:
+        """Names of the searches that met figures of no meaning (NaN)."""
+        found = {
+            "reach": self.reaches,
+            "margin": self.margins,
+            "patch": self.patch_margins,
+            "overlay": self.overlay_rises,
+            "warp": self.warp_rises,
+        }
+        return [
+            name
+            for name, values in found.items()
+            if any(math.isnan(value) for value in values.values())
+        ]
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -86,6 +102,7 @@ class Judgement:
         suspect: The class that a backdoor would aim at, whatever the verdict; None for one that
             exchanges classes (all-to-all).
         reasons: In words.
+        judged: Whether the network could be judged at all; undecided where it could not.
     """
 
     verdict: Verdict
@@ -94,6 +111,7 @@ class Judgement:
     score: float
     suspect: int | None
     reasons: tuple[str, ...]
+    judged: bool = True
 
     @property
     def target_class(self) -> int | None:
@@ -162,12 +180,14 @@ def signals(runs: Sequence[RunResult], evidence: Evidence, threshold: float = 1.
     return sorted(found, key=lambda signal: (not _is_exchange(signal, threshold), -signal.strength))
 
 
-def in_doubt(found: Sequence[Signal], threshold: float = 1.0) -> bool:
-    """Tell whether the verdict hangs on a pile-up that more suppression runs would make clearer.
+def in_doubt(found: Sequence[Signal]) -> bool:
+    """Tell whether the score hangs on a pile-up that more suppression runs would make clearer.
+
+    It does not depend on the threshold of the verdict: the score would, then, and a threshold that
+    was found from the scores of clean networks would be one for other scores.
 
     Args:
         found: All signals.
-        threshold: The score from which a network is backdoored, above 0.
 
     Example:
         >>> weak, strong = (Signal("reach", value, 0, "") for value in (0.7, 1.2))
@@ -175,9 +195,10 @@ def in_doubt(found: Sequence[Signal], threshold: float = 1.0) -> bool:
         >>> in_doubt([pile_up, weak]), in_doubt([strong, pile_up])
         (True, False)
     """
-    low, high = _DOUBT_FROM * threshold, _DOUBT_TO * threshold
     return all(
-        low <= signal.strength < high if signal.name == "pile-up" else signal.strength < threshold
+        _DOUBT_FROM <= signal.strength < _DOUBT_TO
+        if signal.name == "pile-up"
+        else signal.strength < 1
         for signal in found
     )
 
@@ -288,12 +309,14 @@ def judge(
     pile_up = sum(run.pile_up for run in runs) / len(runs)
     score = math.nan
     verdict: Verdict
+    judged = True
     suspect: int | None = top_class(runs)
     found = signals(runs, evidence, config.threshold) if evidence.complete else []
     if found:
         suspect = found[0].suspect
     if config.verdict == "ratio":
         verdict, reasons = _by_ratio(ratio, correlation, config.delta)
+        judged = verdict != "undecided"
         reasons.append(
             f"after clean suppression, {pile_up:.0%} of the predictions fall on class "
             f"{top_class(runs)}, with a detection ratio of {ratio:.2f}"
@@ -303,6 +326,13 @@ def judge(
         score = max(signal.strength for signal in found)
         reasons = [signal.reason for signal in found]
         verdict = _by_score(score, config.threshold)
+        if evidence.failed and verdict == "clean":
+            verdict, judged = "undecided", False
+            reasons.append(
+                f"gradients with respect to the images are not finite, so that nothing is known of "
+                f"{', '.join(evidence.failed)}; check the layers in front, and whether images hold "
+                "values that they cannot take"
+            )
     reasons += [
         f"class {index} is predicted far too rarely on clean images, so that its logit was raised "
         f"by {lack:.2f} for the audit; it had few training images, or poisoned ones with their "
@@ -313,12 +343,12 @@ def judge(
     # Twice the chance level, or halfway to perfect where there are only a few classes.
     known = max(min(2 / classes, (1 + 1 / classes) / 2), config.stop_accuracy or 0.0)
     if accuracy <= known or not any(run.steps for run in runs):
-        verdict = "undecided"
+        verdict, judged = "undecided", False
         reasons.append(
             f"the network's accuracy on the defense set is {accuracy:.0%}, which is too low for a "
             "verdict; check that images are normalized and labeled as in training"
         )
-    return Judgement(verdict, ratio, pile_up, score, suspect, tuple(reasons))
+    return Judgement(verdict, ratio, pile_up, score, suspect, tuple(reasons), judged)
 
 
 def top_class(runs: Sequence[RunResult]) -> int:

@@ -13,7 +13,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_mnp.defense import MNPDefense
 from lightning_mnp.defense_set import DefenseSet, Unpack
@@ -121,8 +120,6 @@ def find_defense_set(
                 "LightningModule. The training set is not used: it may be poisoned."
             )
         given = hook()
-    if isinstance(given, Dataset):
-        given = DataLoader(given, batch_size=100)
     return DefenseSet.from_loader(given, unpack, gather=True)
 
 

@@ -236,5 +236,5 @@ def margin_ratio(margins: dict[int, float]) -> tuple[int, float, float]:
     """
     greatest, following = sorted(margins, key=margins.__getitem__, reverse=True)[:2]
     first, second = margins[greatest], margins[following]
-    comparable = second > 0 and math.isfinite(first)
+    comparable = second > 0 and all(math.isfinite(value) for value in margins.values())
     return greatest, first / second if comparable else 0.0, second

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_mnp.config import MNPConfig
+from lightning_mnp.config import MNPConfig, require_config
 from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.forward import Forward
@@ -80,15 +80,15 @@ class MNPModule(LightningModule):
             )
         super().__init__()
         self.automatic_optimization = False
-        # Lightning warns of layers in evaluation mode; the engine sets the modes it needs itself.
-        self.network = network.train()
-        self.config = config or MNPConfig()
+        self.network = network
+        self.config = require_config(config)
         self.when = when
         self.unpack = unpack
         self.output_dir = output_dir
         self._folder: Path | None = None
         self._call = forward
         self._resumed: dict[str, Any] | None = None
+        self._modes: dict[nn.Module, bool] = {}
         self.defense: MNPDefense | None = None
         self.report: DefenseReport | None = None
 
@@ -157,6 +157,17 @@ class MNPModule(LightningModule):
                 f"Expected the loader to have the same number of batches in every process, but "
                 f"got {numbers}. Give one with a length, and let the Trainer shard it."
             )
+
+    def on_fit_start(self) -> None:
+        """Keep Lightning from warning of layers in evaluation mode: the engine sets all modes."""
+        self._modes = {module: module.training for module in self.network.modules()}
+        self.network.train()
+
+    def on_train_start(self) -> None:
+        """Set the network's modes back, for whoever looks at it from now on."""
+        for module, training in self._modes.items():
+            module.training = training
+        self._modes = {}
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Take one step of the engine, whatever the batch."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,36 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_mnp.forward import Forward, NoLogitsError, call_network, probe_network
 
-__all__ = ["check_network", "network_forward", "weights_digest"]
+__all__ = ["check_network", "copy_network", "network_forward", "weights_digest"]
+
+
+def copy_network(network: nn.Module) -> nn.Module:
+    """Copy a network, with results of earlier computations that its modules may keep.
+
+    PyTorch refuses to copy a tensor that belongs to a graph, such as a loss that a module has put
+    into an attribute or a list of its own. Such tensors are copied without their graph.
+
+    Args:
+        network: The network.
+
+    Example:
+        >>> network = nn.Linear(2, 1)
+        >>> network.losses = [network(torch.zeros(1, 2)).sum()]
+        >>> copy_network(network).losses[0].grad_fn is None
+        True
+    """
+    memo: dict[int, Any] = {}
+    seen: set[int] = set()
+    waiting: list[Any] = [vars(module) for module in network.modules()]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, Tensor):
+            if found.grad_fn is not None:
+                memo[id(found)] = found.detach().clone()
+        elif isinstance(found, (dict, list, tuple)) and id(found) not in seen:
+            seen.add(id(found))
+            waiting += found.values() if isinstance(found, dict) else found
+    return copy.deepcopy(network, memo)
 
 
 def weights_digest(model: nn.Module) -> str:

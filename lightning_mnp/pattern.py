@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_mnp.defense_set import DefenseSet, value_range
 from lightning_mnp.subject import Subject
-from lightning_mnp.surrogate import MOST_CLASSES, goal_margins, least_positive
+from lightning_mnp.surrogate import goal_margins, least_positive
 
 __all__ = ["PatternSearch", "PatternTrigger", "pattern_lead"]
 
@@ -215,9 +215,9 @@ class PatternSearch(Generic[Trigger]):
         return bool(self.margins)
 
     @staticmethod
-    def most_steps_of(kind: type[PatternTrigger], total: int) -> int:
-        """The number of steps for a kind of pattern and a network of so many classes."""
-        return min(total, MOST_CLASSES) * kind.steps
+    def most_steps_of(kind: type[PatternTrigger], tried: int) -> int:
+        """The number of steps for a kind of pattern and so many classes."""
+        return tried * kind.steps
 
     def most_steps(self) -> int:
         """The number of steps left."""

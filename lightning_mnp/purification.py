@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_mnp.copies import CleanSets, clean_sets, known_clean_sets
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.masks import scalable
+from lightning_mnp.network import copy_network
 from lightning_mnp.pruning import Pruning, prune
 from lightning_mnp.repair import LogitShift, find_logit_bias, fit_shift
 from lightning_mnp.search import FilterSearch
@@ -92,7 +93,8 @@ class Purification:
     @property
     def most_filters(self) -> int:
         """The most filters that the automatic rule prunes."""
-        return max(1, int(self.config.amount * self.subject.layers.total))
+        share = self.config.amount * self.subject.layers.total
+        return max(1, math.floor(share + 1e-9))  # 0.29 times 100 is not quite 29
 
     def remove(self, positions: Tensor) -> None:
         """Name the filters to prune.
@@ -240,7 +242,7 @@ class Purification:
 
     def purified(self) -> nn.Module:
         """Give a changed copy of the network."""
-        network = copy.deepcopy(self.subject.network)
+        network = copy_network(self.subject.network)
         self.apply(network)
         return network
 

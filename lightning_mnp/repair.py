@@ -81,6 +81,7 @@ def find_logit_bias(network: nn.Module, images: Tensor, forward: Forward) -> str
     with evaluating(network), torch.random.fork_rng(devices=[]):
         logits = call_apart(network, images.clone(), forward, weights)
         shift = torch.linspace(0.5, 1.5, logits.shape[1]).to(logits)
+        close = max(1e-3, 4 * torch.finfo(logits.dtype).eps)
         modules = list(network.named_modules())
         for prefix, layer in reversed(modules):  # heads come last
             name = f"{prefix}.bias" if prefix else "bias"
@@ -90,6 +91,6 @@ def find_logit_bias(network: nn.Module, images: Tensor, forward: Forward) -> str
                 continue
             changed = {**weights, name: weights[name] + shift.to(weights[name])}
             found = call_apart(network, images.clone(), forward, changed)
-            if torch.allclose(found, logits + shift, rtol=1e-3, atol=1e-3):
+            if torch.allclose(found, logits + shift, rtol=close, atol=close):
                 return name
     return None

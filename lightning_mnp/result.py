@@ -62,6 +62,9 @@ class DefenseReport:
         pile_up: Mean share of the suppressed network's predictions on its top class.
         score: What the signals say together, from 0; the network is flagged from the threshold
             on. NaN where the verdict is by Eq. 8.
+        judged: Whether the network could be judged at all. Where it knows too little, say, or is
+            given images of another kind than in training, the verdict is ``"undecided"`` whatever
+            the score.
         target_class: The class that the backdoor is thought to aim at, or None.
         all_to_all: Whether the backdoor is thought to take each class to another one, as
             ``permutation`` has it.
@@ -113,6 +116,7 @@ class DefenseReport:
     detection_ratio: float
     pile_up: float
     score: float = float("nan")
+    judged: bool = True
     target_class: int | None = None
     all_to_all: bool = False
     reasons: list[str] = field(default_factory=list)

@@ -177,10 +177,12 @@ class FilterSearch:
             masks = self.masks().requires_grad_()
             with torch.enable_grad():
                 effect += torch.autograd.grad(strength(source, masks), masks)[0] / reference
+        effect = effect.nan_to_num(0.0, 0.0, 0.0)  # nothing is known of such filters
         effect[self.taken] = 0.0
         effect[self._waiting()] = 0.0
         effect = effect.where(effect >= _LEAST_EFFECT * effect.max(), 0.0).clamp_min(0.0)
-        return effect / (_HARM_WEIGHT * self._clean_slope().abs() + _HARM_FLOOR), effect
+        promise = effect / (_HARM_WEIGHT * self._clean_slope().abs() + _HARM_FLOOR)
+        return promise.nan_to_num(0.0), effect
 
     def _clean_slope(self) -> Tensor:
         """Gradient, with respect to the masks, of the mean clean margin, shape (total filters,)."""

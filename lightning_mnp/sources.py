@@ -13,7 +13,7 @@ from lightning_mnp.detection import OVERLAY_AT, PATCH_AT, WARP_AT, Signal
 from lightning_mnp.margin import MarginAscent, margin_ratio
 from lightning_mnp.patch import patch_ratio
 from lightning_mnp.pattern import PatternTrigger, pattern_lead
-from lightning_mnp.subject import Subject, Weights
+from lightning_mnp.subject import Statistics, Subject, Weights
 from lightning_mnp.surrogate import SurrogateTrigger, goal_margins, leads, reach_ratio
 from lightning_mnp.surrogates import Surrogates
 
@@ -123,9 +123,11 @@ class SuppressedSource:
     def margins(self, masks: Tensor) -> Tensor:
         """Logit of the goal above all others together (their log-sum-exp), shape (N,)."""
         parts = self.images.tensor_split(len(self.weights))
+        few = len(self.images) < LEAST_BATCH  # to be normalized by their own statistics
+        statistics: Statistics | None = "running" if few else None
         logits = torch.cat(
             [
-                self.subject(part, weights=weights, masks=masks)
+                self.subject(part, weights=weights, masks=masks, statistics=statistics)
                 for part, weights in zip(parts, self.weights, strict=True)
             ]
         )

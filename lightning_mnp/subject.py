@@ -74,6 +74,15 @@ class Subject:
         """Where the network lives."""
         return next(self.network.parameters()).device
 
+    @property
+    def precision(self) -> str:
+        """What the network computes in: the data type of autocast, or else of its weights."""
+        kind = self.device.type
+        with self.autocast():
+            if torch.is_autocast_enabled(kind):
+                return str(torch.get_autocast_dtype(kind))
+        return str(next(self.network.parameters()).dtype)
+
     def weights(self) -> Weights:
         """The network's own parameters by name, without gradients, sharing their memory."""
         return {name: parameter.detach() for name, parameter in self.network.named_parameters()}

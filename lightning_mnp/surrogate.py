@@ -23,7 +23,6 @@ from lightning_mnp.defense_set import seeded_generator
 from lightning_mnp.subject import Subject
 
 __all__ = [
-    "MOST_CLASSES",
     "ReachSearch",
     "SurrogateTrigger",
     "goal_margins",
@@ -41,7 +40,6 @@ _GROWTH = 1.1
 _MOST_STEPS = 20
 # Success at which a class counts as reached.
 _LEVEL = 0.5
-MOST_CLASSES = 10
 # Where most images have arrived, cross-entropy has no slope left; the margin has.
 _ARRIVED = 0.9
 
@@ -245,23 +243,24 @@ class ReachSearch:
         self._trigger: SurrogateTrigger | None = None
 
     @staticmethod
-    def choose_classes(first: Sequence[int], total: int, seed: int) -> list[int]:
-        """Choose at most ten classes: suspected ones first, then others drawn from the seed.
+    def choose_classes(first: Sequence[int], total: int, most: int, seed: int) -> list[int]:
+        """Choose classes: suspected ones first, then others drawn from the seed.
 
         Args:
             first: Suspected classes, most suspected first.
             total: Number of all classes.
+            most: The most to choose.
             seed: Seed of the draw.
 
         Example:
-            >>> sorted(ReachSearch.choose_classes([3], 4, seed=0))
+            >>> sorted(ReachSearch.choose_classes([3], 4, most=20, seed=0))
             [0, 1, 2, 3]
-            >>> len(ReachSearch.choose_classes([7], 1000, seed=0))
-            10
+            >>> len(ReachSearch.choose_classes([7], 1000, most=20, seed=0))
+            20
         """
         generator = seeded_generator(seed, "classes")
         drawn = torch.randperm(total, generator=generator).tolist()
-        return list(dict.fromkeys([*first, *drawn]))[:MOST_CLASSES]
+        return list(dict.fromkeys([*first, *drawn]))[:most]
 
     @property
     def finished(self) -> bool:
@@ -269,9 +268,9 @@ class ReachSearch:
         return bool(self.classes) and len(self.reaches) == len(self.classes)
 
     @staticmethod
-    def most_steps_of(total: int) -> int:
-        """An upper bound on the steps for a network of so many classes."""
-        return min(total, MOST_CLASSES) * (_MOST_STEPS + 1)
+    def most_steps_of(tried: int) -> int:
+        """An upper bound on the steps for so many classes."""
+        return tried * (_MOST_STEPS + 1)
 
     def most_steps(self) -> int:
         """An upper bound on the steps left."""
@@ -298,11 +297,11 @@ class ReachSearch:
             The ``length`` so far in units of the scale, and the ``success`` on this batch.
         """
         target = self.current
+        if self._trigger is None:
+            start = torch.zeros_like(images[:1])
+            self._trigger = SurrogateTrigger(self.subject, target, start, math.inf)
         others = labels != target
         images, labels = images[others], labels[others]
-        if self._trigger is None:
-            start = torch.zeros_like(images[:1]) if len(images) else torch.zeros(1)
-            self._trigger = SurrogateTrigger(self.subject, target, start, math.inf)
         length = float(self._trigger.perturbation.norm()) / self.scale
         last = len(self._trace) >= _MOST_STEPS
         success = 0.0
@@ -360,14 +359,16 @@ def reach_ratio(reaches: dict[int, float]) -> tuple[int, float, float]:
 
     Returns:
         That class, its reach divided by the median reach of the others, and that median. A class
-        that was never reached counts with the greatest length that was tried.
+        that was never reached counts with the greatest length that was tried, and so does one
+        whose reach is not known (NaN).
 
     Example:
         >>> reach_ratio({0: 0.0625, 1: 0.25, 2: 0.125, 3: math.inf})
         (0, 0.25, 0.25)
     """
     tried = _STEP * (_GROWTH**_MOST_STEPS - 1) / (_GROWTH - 1)
-    finite = {index: min(reach, tried) for index, reach in reaches.items()}
+    known = {i: tried if math.isnan(reach) else reach for i, reach in reaches.items()}
+    finite = {index: min(reach, tried) for index, reach in known.items()}
     soonest = min(finite, key=finite.__getitem__)
     median = statistics.median(reach for index, reach in finite.items() if index != soonest)
     return soonest, finite[soonest] / max(median, 1e-12), median

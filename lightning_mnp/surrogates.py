@@ -68,6 +68,7 @@ class Surrogates:
             self.warp = PatternSearch(WarpTrigger, subject, data, [], seed, size)
         self.permutation = PermutationSearch(subject, data, seed, size)
         self._seed = seed
+        self._most = config.most_classes
 
     def choose_classes(self, first: list[int], total: int) -> None:
         """Choose the classes to look at, see :meth:`ReachSearch.choose_classes`.
@@ -76,24 +77,26 @@ class Surrogates:
             first: Suspected classes, most suspected first.
             total: Number of all classes.
         """
-        classes = ReachSearch.choose_classes(first, total, self._seed)
+        classes = ReachSearch.choose_classes(first, total, self._most, self._seed)
         self.reach.classes, self.margin.classes = list(classes), list(classes)
         for search in self._patterns().values():
             search.classes = list(classes)
 
-    @staticmethod
-    def most_steps_of(total: int) -> dict[str, int]:
-        """Give an upper bound on the steps of each search, by its name.
+    def all_steps(self, total: int) -> dict[str, int]:
+        """Give an upper bound on the steps of each search as a whole, by its name.
 
         Args:
             total: Number of all classes of the network.
         """
+        tried = min(total, self._most)
+        patterns = {
+            name: PatternSearch.most_steps_of(search.kind, tried)
+            for name, search in self._patterns().items()
+        }
         return {
-            "reach": ReachSearch.most_steps_of(total),
+            "reach": ReachSearch.most_steps_of(tried),
             "margin": MarginSearch.most_steps(),
-            "patch": PatternSearch.most_steps_of(PatchTrigger, total),
-            "overlay": PatternSearch.most_steps_of(OverlayTrigger, total),
-            "warp": PatternSearch.most_steps_of(WarpTrigger, total),
+            **patterns,
             "permutation": PermutationSearch.most_steps_of(),
         }
 
@@ -103,12 +106,10 @@ class Surrogates:
         Args:
             total: Number of all classes of the network.
         """
-        left = self.most_steps_of(total)
+        left = self.all_steps(total)
         if self.reach.classes:
             left["reach"] = self.reach.most_steps()
             left |= {name: search.most_steps() for name, search in self._patterns().items()}
-        if self.warp is None:
-            left["warp"] = 0
         left["margin"] -= self.margin.steps
         left["permutation"] = self.permutation.most_steps()
         return left

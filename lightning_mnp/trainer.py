@@ -129,15 +129,17 @@ class MNPTrainer(Trainer):
         """Audit the network in a checkpoint, prune it where asked, and write its weights.
 
         Only the weights in the file are read; nothing in it is run, and it is never written to.
-        The output loads strictly into the same class. The exit code is 0, or 4 where the verdict
-        stays undecided, 2 for wrong use.
+        The output loads strictly into the same class, and is written whatever the verdict. The
+        exit code is 0, or 4 where the verdict stays undecided, 2 for wrong use. What the second
+        audit says of the purified network is in the report, and no part of the exit code.
 
         Args:
             model: The model that the weights belong to.
             ckpt_path: The checkpoint: .ckpt, .pt, .pth or .safetensors.
             output: File to write the weights to, in the format of its ending; must not exist.
             datamodule: Its ``defense_dataloader`` gives the clean images.
-            when: ``flagged`` prunes if the verdict is backdoored, ``always`` in any case.
+            when: ``flagged`` prunes if the verdict is backdoored, ``always`` in any case,
+                ``never`` audits only.
             mnp: Options of the method.
             report: File to write the report to, as JSON; must not exist.
             key: Where in the file the weights are, if they are not found by themselves.
@@ -210,7 +212,7 @@ class MNPTrainer(Trainer):
         check_writable(output, "output")
 
         def digest(file: str) -> str:
-            self._load(model, Path(file), key)
+            self._load(model, Path(file), key, "ckpt_paths")
             return weights_digest(model)
 
         digests = digest_networks(files, digest)
@@ -223,7 +225,7 @@ class MNPTrainer(Trainer):
         }
 
         def audit(file: str) -> DefenseReport:
-            self._load(model, Path(file), key)
+            self._load(model, Path(file), key, "ckpt_paths")
             defense = self._defense(model, data, mnp, network)
             run_defense(defense, progress=self.progress_bar_callback is not None)
             return defense.report()
@@ -328,8 +330,10 @@ class MNPTrainer(Trainer):
         if state_file is not None:
             check_writable(state_file, "state_file")
 
-    def _load(self, model: LightningModule, path: Path, key: str | None) -> PrefixMatch:
-        weights = read_state_dict(path, key=key)
+    def _load(
+        self, model: LightningModule, path: Path, key: str | None, argument: str = "ckpt_path"
+    ) -> PrefixMatch:
+        weights = read_state_dict(path, key=key, argument=argument)
         check_finite(weights)
         return load_into(model, weights)
 

@@ -173,3 +173,71 @@ def test_bad_input_is_told_before_any_work(change: str, message: str) -> None:
 def test_threshold_out_of_range() -> None:
     with pytest.raises(ValueError, match="from 1 to 3"):
         MNPConfig(rule="threshold", amount=3.5)
+
+
+@pytest.mark.parametrize("network", [None, "net"])
+def test_purified_module_without_forward_is_audited_again(network: str | None) -> None:
+    module = UserModule(trained_network())
+    if network is not None:
+        module.other = nn.Linear(1, 1)  # so that the network has to be named
+    config = quick_config(reaudit=True)
+    report = lightning_mnp.defend(
+        module, loader(), network=network, config=config, when="always", seed=0
+    )
+    assert report.reaudit is not None
+    assert report.reaudit["verdict"] in ("clean", "backdoored", "undecided")
+
+
+def test_module_that_keeps_results_is_purified() -> None:
+    module = UserModule(trained_network())
+    module.losses = [module.training_step((images_and_labels()[0], images_and_labels()[1]), 0)]
+    config = quick_config(reaudit=True)
+    report = lightning_mnp.defend(module, loader(), config=config, when="always")
+    assert isinstance(report.model, UserModule)
+    assert len(report.pruned) == 5
+
+
+@pytest.mark.parametrize("call", [lightning_mnp.audit, lightning_mnp.defend])
+def test_config_of_another_kind_is_refused(call: Any) -> None:
+    for options in ({}, {"seed": 1}):
+        with pytest.raises(TypeError, match="`config` to be an MNPConfig, but got dict"):
+            call(trained_network(), loader(), config={"runs": 1}, **options)
+
+
+def test_a_data_set_serves_as_well_as_a_loader() -> None:
+    config, dataset = quick_config(), loader().dataset
+    reports = [
+        lightning_mnp.audit(trained_network(), data, config=config) for data in (loader(), dataset)
+    ]
+    assert reports[0].score == reports[1].score
+
+
+def test_classes_that_are_not_tried_are_told() -> None:
+    def warnings(most: int) -> list[str]:
+        config = quick_config(most_classes=most)
+        report = lightning_mnp.audit(trained_network(), loader(), config=config)
+        assert len(report.reaches) == len(report.patch_margins) == min(most, 4)
+        return report.warnings
+
+    assert warnings(4) == []
+    assert "was tried for 3 of 4 classes" in warnings(3)[0]
+
+
+def test_weights_of_low_precision_are_told() -> None:
+    network = trained_network().to(torch.bfloat16)
+    images, labels = images_and_labels()
+    data = DefenseSet(images.to(torch.bfloat16), labels)
+    report = lightning_mnp.audit(network, data, config=quick_config())
+    assert report.warnings[0].startswith("weights are bfloat16 ('conv1.weight')")
+
+
+def test_state_of_another_precision_is_refused() -> None:
+    data = DefenseSet(*images_and_labels())
+    network = trained_network()
+
+    def autocast() -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    state = MNPDefense(network, data, quick_config(), autocast=autocast).state_dict()
+    with pytest.raises(ValueError, match=r"same precision, but it was 'torch.float32' and is"):
+        MNPDefense(network, data, quick_config()).load_state_dict(state)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
-from lightning_mnp.data import random_crop_flip
+from lightning_mnp.augment import random_crop_flip, usual_padding
 
 
 def candidates(image: Tensor, padding: int, flip: bool) -> list[Tensor]:
@@ -50,3 +50,23 @@ def test_the_argument_stays_and_the_generator_decides() -> None:
     assert first.equal(second)
     assert not first.equal(third)
     assert torch.get_rng_state().equal(state)
+
+
+def test_height_and_width_are_shifted_by_amounts_of_their_own() -> None:
+    image = torch.arange(1.0, 31.0).reshape(1, 5, 6)
+    generator = torch.Generator().manual_seed(1)
+    result = random_crop_flip(image.expand(500, -1, -1, -1), (0, 2), False, generator)
+    allowed = {
+        tuple(torch.nn.functional.pad(image, (2, 2))[..., left : left + 6].flatten().tolist())
+        for left in range(5)
+    }
+    assert {tuple(part.flatten().tolist()) for part in result} == allowed
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (16, 224), (40, 400), (2, 2), (8, 8), (4, 32)])
+def test_no_image_is_shifted_out_of_sight(shape: tuple[int, int]) -> None:
+    images = torch.ones(200, 1, *shape)
+    generator = torch.Generator().manual_seed(0)
+    shifted = random_crop_flip(images, usual_padding(images), False, generator)
+    # At most an eighth of each side goes, or one row of four.
+    assert float(shifted.mean((1, 2, 3)).min()) >= 0.75**2

@@ -107,7 +107,7 @@ def test_rate_out_of_range(rate: float) -> None:
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, -0.1])
 def test_scores_that_are_none(score: float) -> None:
-    match = r"`scores` to hold finite numbers from 0, but number 2 is .*leave that network out"
+    match = r"`scores` to hold finite numbers from 0, but number 2 is .*Leave that network out"
     with pytest.raises(ValueError, match=match):
         calibrate_threshold([0.1, 0.2, score, *[0.3] * 20])
 

@@ -15,6 +15,7 @@ from lightning_mnp import DefenseReport, MNPConfig, calibrate_threshold
 from lightning_mnp.calibration_file import CalibrationFile, NetworkScore
 from lightning_mnp.calibration_run import check_networks, digest_networks, score_table
 from lightning_mnp.cli import main
+from lightning_mnp.data import DigitsDataModule
 from lightning_mnp.models import Classifier
 from lightning_mnp.trainer import MNPTrainer
 
@@ -104,11 +105,36 @@ def test_calibrate_prints_and_writes_the_threshold(
     assert found["settings"]["seed"] == 3
 
 
-def test_real_audits_give_scores() -> None:
+QUICK = ["--mnp.suppression_epochs=1", "--mnp.include=['*conv1']", "--rate=0.5"]
+
+
+def write_trained_network() -> str:
+    """A network that knows the digits a little."""
+    torch.manual_seed(0)
+    model = Classifier(width=4, in_channels=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    loader = DigitsDataModule(batch_size=64).train_dataloader()
+    for _ in range(2):
+        for images, labels in loader:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    torch.save(model.state_dict(), "trained.pt")
+    return "trained.pt"
+
+
+def test_networks_that_cannot_be_judged_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     [file] = write_networks(0.0)
-    quick = ["--mnp.suppression_epochs=1", "--mnp.include=['*conv1']"]
-    assert main([*COMMAND, *quick, "--ckpt_paths", file, "--rate=0.5"]) == 0
+    assert main([*COMMAND, *QUICK, "--ckpt_paths", file]) == 2
+    told = capsys.readouterr().err
+    assert f"that of {file} is of no meaning (verdict: undecided; the network's accuracy" in told
+    assert content()["networks"] == []
+
+
+def test_real_audits_give_scores() -> None:
+    file = write_trained_network()
+    assert main([*COMMAND, *QUICK, "--ckpt_paths", file]) == 0
     [network] = content()["networks"]
     assert network["score"] >= 0
     assert network["seconds"] > 0
@@ -121,7 +147,7 @@ def test_a_repeated_command_goes_on(
     files = write_networks(0.25, 0.5, NO_SCORE, 0.75)
     command = [*COMMAND, "--rate=0.34", "--ckpt_paths"]
     assert main([*command, *files]) == 2
-    message = "score of every network to be finite, but that of score 9.pt is nan"
+    message = "Expected every network to have a score, but that of score 9.pt is nan"
     assert (
         f"{message} (verdict: backdoored; as it is). Leave the network" in capsys.readouterr().err
     )
@@ -182,7 +208,7 @@ def test_other_weights_or_options_are_refused(
         (["--ckpt_paths", "score 0.5.pt"], "Expected at least 3 clean networks for a `rate`"),
         (["--ckpt_paths"], "Expected at least 3 clean networks for a `rate` of 0.25, but got 0"),
         (["--ckpt_paths", "a.pt", "b.pt", "./a.pt"], "name every file once, but got a.pt again"),
-        (["--ckpt_paths", "a.pt", "b.pt", "c.pt"], "`path` to be an existing file"),
+        (["--ckpt_paths", "a.pt", "b.pt", "c.pt"], "`ckpt_paths` to be an existing file"),
         (["--ckpt_paths", "a.pt", "--rate=2"], "`rate` to be between 0 and 1, but got 2.0"),
         (
             ["--ckpt_paths", "a.pt", "b.pt", "c.pt", "--mnp.verdict=ratio"],

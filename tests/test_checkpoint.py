@@ -665,7 +665,6 @@ def test_full_disk_leaves_nothing(
     ("name", "weights", "metadata", "message"),
     [
         ("model.onnx", {"a": torch.ones(1)}, None, r"`path` to end in one of.*\.safetensors"),
-        ("none/model.pt", {"a": torch.ones(1)}, None, "`path` to be in an existing folder"),
         ("model.pt", {}, None, "`state_dict` to hold tensors"),
         ("model.pt", {"a": torch.ones(1)}, {"seed": 0}, "`metadata` to map to strings.*int"),
     ],
@@ -680,6 +679,14 @@ def test_wrong_arguments_write_nothing(
     with pytest.raises(CheckpointError, match=message):
         write_state_dict(tmp_path / name, weights, metadata)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".safetensors"])
+def test_a_missing_folder_is_made(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "runs" / "first" / f"model{suffix}"
+    write_state_dict(path, {"a": torch.ones(1)})
+    assert read_state_dict(path)["a"].item() == 1
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
 def test_version_without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from helpers import UserModule, loader, quiet_trainer, trained_network
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from test_checkpoint import rewrite_member
 
-from lightning_mnp.checkpoint import CheckpointError
+from lightning_mnp.checkpoint import CheckpointError, write_state_dict
 from lightning_mnp.checkpoint_io import CheckedCheckpointIO, read_checked
 
 
@@ -61,6 +61,13 @@ def test_what_is_read_does_not_hang_on_the_file(tmp_path: Path) -> None:
     assert torch.equal(found["state_dict"]["weight"], torch.ones(2))
 
 
+def test_safetensors_are_no_lightning_checkpoint(tmp_path: Path) -> None:
+    write_state_dict(tmp_path / "a.safetensors", {"weight": torch.ones(1)})
+    message = r"Lightning checkpoint, .*, but got .*a\.safetensors\. For other files use `audit`"
+    with pytest.raises(CheckpointError, match=message):
+        CheckedCheckpointIO().load_checkpoint(tmp_path / "a.safetensors")
+
+
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     weight = torch.ones(2)
     torch.save(content(state_dict={"a": weight, "b": weight}), tmp_path / "run.ckpt")
@@ -88,7 +95,7 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
 
 def test_plain_state_dict_is_no_lightning_checkpoint(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(1)}, tmp_path / "run.pt")
-    with pytest.raises(CheckpointError, match=r"For other files use `audit` or `defend`\."):
+    with pytest.raises(CheckpointError, match="For other files use `audit` or `defend`;"):
         CheckedCheckpointIO().load_checkpoint(tmp_path / "run.pt")
     torch.save([1], tmp_path / "run.pt")
     with pytest.raises(CheckpointError, match="to be a Lightning checkpoint"):

@@ -229,6 +229,13 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "The checkpoint: .ckpt, .pt, .pth or .safetensors." in " ".join(text.split())
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("lightning-mnp 0.")
+
+
 def test_reading_of_hyperparameters_is_still_where_it_is_switched_off() -> None:
     """The override has no effect should Lightning rename what it overrides."""
     from lightning.pytorch.cli import LightningCLI

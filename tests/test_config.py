@@ -26,11 +26,15 @@ OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
     ("repair", [True, False], [1, None, "no"], "True or False"),
     ("attenuation_steps", [0, 1, 100], [-1, 0.5, None], "at least 0"),
     ("more_runs", [0, 1, 6], [-1, 0.5, None], "at least 0"),
-    ("runs", [1, 7], [0, -1, 1.0], "at least 1"),
+    ("most_classes", [3, 1000], [2, 3.5, None], "a whole number, at least 3"),
+    ("seed", [0, -1, 2**63], [1.5, "0", None, True], "a whole number"),
+    ("runs", [1, 7], [0, -1, 1.0, True, "2"], "a whole number, at least 1"),
     ("batch_size", [3, 512], [2, 1, 0, 3.0], "at least 3, so that no batch holds a single image"),
     ("suppression_epochs", [1, 20], [0, 0.5], "at least 1"),
     ("mask_epochs", [1, 20], [0, 0.5], "at least 1"),
     ("suppression_lr", [1e-6, 1], [0, -0.1, math.nan, math.inf], "above 0"),
+    ("suppression_lr", [], ["0.1", None, True], "a number"),
+    ("threshold", [], ["1", None], "a number"),
     ("mask_lr", [1e-6, 1], [0, -0.1, math.nan, math.inf], "above 0"),
     ("mu", [0, 0.1], [-1e-9, math.nan, math.inf], "at least 0"),
     ("penalty", [0, 0.1], [-1e-9, math.nan, math.inf], "at least 0"),
@@ -38,12 +42,12 @@ OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
     ("mask_momentum", [0, 0.99], [1, -0.1, math.nan], "from 0 to below 1"),
     ("stop_accuracy", [None, 0.01, 0.99], [0, 1, -1, math.nan], "between 0 and 1, or None"),
     ("delta", [0, 0.2, 1], [-0.1, 1.1, math.nan], "from 0 to 1"),
-    ("amount", [0, 0.05, 0.99], [1, -0.1, math.nan], "a share from 0 to below 1"),
+    ("amount", [0.001, 0.05, 0.99], [0, 1, -0.1, math.nan, "a"], "a share above 0 and below 1"),
     ("include", [["*"], ("a*", "b"), []], ["layer*", "*", [1], (None,)], "a list of name patterns"),
     ("exclude", [["*"], ("a*", "b"), []], ["layer*", "*", [1], (None,)], "a list of name patterns"),
 ]
 AMOUNTS: list[tuple[str, list[Any], list[Any], str]] = [
-    ("auto", [0.0, 0.5], [1.0, 30], "a share from 0 to below 1"),
+    ("auto", [0.001, 0.5], [0, 1.0, 30], "a share above 0 and below 1"),
     ("share", [0.0, 0.5], [1.0, 30], "a share from 0 to below 1"),
     ("count", [0, 30, 30.0], [-1, 2.5, math.nan, math.inf], "a whole number of filters"),
     ("threshold", [1, 1.5, 3], [0.99, 3.01, math.nan], "from 1 to 3, the range of M1"),
@@ -51,7 +55,7 @@ AMOUNTS: list[tuple[str, list[Any], list[Any], str]] = [
 
 
 def test_the_tables_cover_every_option() -> None:
-    assert {name for name, *_ in OPTIONS} | {"seed"} == set(MNPConfig().to_dict())
+    assert {name for name, *_ in OPTIONS} == set(MNPConfig().to_dict())
 
 
 @pytest.mark.parametrize(("name", "good", "bad", "expected"), OPTIONS)

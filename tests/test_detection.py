@@ -192,21 +192,22 @@ def test_a_run_without_the_class_says_more_than_its_share() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top", "reach", "threshold", "expected"),
+    ("top", "reach", "expected"),
     [
-        (19, 0.15, 1.0, False),
-        (28, 0.15, 1.0, True),
-        (37, 0.15, 1.0, True),
-        (55, 0.15, 1.0, False),
-        (28, 0.05, 1.0, False),
-        (28, 0.05, 4.0, False),
-        (55, 0.05, 4.0, True),
+        (19, 0.15, False),
+        (28, 0.15, True),
+        (37, 0.15, True),
+        (55, 0.15, False),
+        (28, 0.05, False),
     ],
 )
-def test_a_pile_up_is_in_doubt(top: int, reach: float, threshold: float, expected: bool) -> None:
+@pytest.mark.parametrize("threshold", [0.5, 1.0, 4.0])
+def test_a_pile_up_is_in_doubt_whatever_the_threshold(
+    top: int, reach: float, expected: bool, threshold: float
+) -> None:
     pile_up = run((top,) + ((100 - top) // 9,) * 9)
     found = signals([pile_up], evidence({**FLAT, 4: reach}), threshold)
-    assert in_doubt(found, threshold) == expected
+    assert in_doubt(found) == expected
 
 
 def test_score_is_the_strongest_signal_and_the_threshold_is_an_option() -> None:
@@ -253,3 +254,29 @@ def test_pile_up_and_its_class_are_told() -> None:
     judgement = judge(runs, 0.6, evidence(margins={0: 1.0, 1: 1.0}), MNPConfig(), 0.9)
     assert judgement.pile_up == pytest.approx((30 + 35 + 36) / 120)
     assert any("fall on class 1" in reason for reason in judgement.reasons)
+
+
+@pytest.mark.parametrize(
+    ("name", "unknown"),
+    [
+        ("reach", evidence({**FLAT, 4: math.nan})),
+        ("margin", evidence(margins={**SURE, 0: math.nan})),
+        ("patch", evidence(patch_margins={**SHORT, 9: math.nan})),
+        ("overlay", evidence(overlay_rises={**SHORT, 3: math.nan})),
+        ("warp", evidence(warp_rises=dict.fromkeys(range(10), math.nan))),
+    ],
+)
+def test_what_is_not_known_leaves_it_undecided(name: str, unknown: Evidence) -> None:
+    judgement = judge([run(EVEN)], 0.6, unknown, MNPConfig(), 0.9)
+    assert (judgement.verdict, judgement.judged) == ("undecided", False)
+    assert judgement.reasons[-1].startswith("gradients with respect to the images are not finite")
+    assert f"nothing is known of {name};" in judgement.reasons[-1]
+    # A signal that counts fully is believed all the same, and comes first.
+    judgement = judge([run((91,) + (1,) * 9)], 0.6, unknown, MNPConfig(), 0.9)
+    assert (judgement.verdict, judgement.target_class, judgement.judged) == ("backdoored", 0, True)
+
+
+def test_margins_that_are_not_all_known_are_not_compared() -> None:
+    found = signals([run(EVEN)], evidence(margins={**SURE, 0: math.nan, 7: 900.0}))
+    assert next(signal for signal in found if signal.name == "margin").strength == 0
+    assert all(math.isfinite(signal.strength) for signal in found)

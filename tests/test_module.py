@@ -123,3 +123,20 @@ def test_datamodule_without_hook_is_refused() -> None:
     module = MNPModule(trained_network(), quick_config())
     with pytest.raises(MisconfigurationException, match="The training set is not used"):
         quiet_trainer(max_epochs=-1).fit(module, datamodule=Plain())
+
+
+@pytest.mark.parametrize("when", ["never", "always"])
+def test_network_keeps_its_modes(when: Any) -> None:
+    network = trained_network()
+    network.get_submodule("conv1").train()
+    before = [module.training for module in network.modules()]
+    module = MNPModule(network, quick_config(), when=when)
+    assert [part.training for part in network.modules()] == before
+    quiet_trainer().fit(module, loader())
+    assert module.report is not None
+    assert [part.training for part in network.modules()] == before
+
+
+def test_config_of_another_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"`config` to be an MNPConfig, but got dict\. Write MNPC"):
+        MNPModule(trained_network(), {"runs": 1})  # type: ignore[arg-type]

@@ -12,7 +12,12 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from lightning_mnp.forward import NoLogitsError, call_network
-from lightning_mnp.network import check_network, network_forward, weights_digest
+from lightning_mnp.network import (
+    check_network,
+    copy_network,
+    network_forward,
+    weights_digest,
+)
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 1])
@@ -299,3 +304,31 @@ def test_an_extra_state_is_no_weight() -> None:
     assert "2._extra_state" in model.state_dict()
     assert len(weights_digest(model)) == 64
     assert check(model) == 2
+
+
+class Keeper(nn.Module):
+    """Keeps what it has computed, as training steps do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+        self.kept: list[Any] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layer(images)
+        self.last = logits
+        self.kept.append({"loss": (logits.sum(), logits)})
+        return logits
+
+
+def test_a_network_that_keeps_results_is_copied() -> None:
+    network = Keeper()
+    expected = network(torch.ones(2, 2))
+    copied = copy_network(network)
+    assert isinstance(copied, Keeper)
+    assert copied.last.grad_fn is None
+    assert copied.last.equal(expected)
+    assert copied.kept[0]["loss"][1] is copied.last
+    assert copied.layer.weight is not network.layer.weight
+    assert copied.layer.weight.equal(network.layer.weight)
+    assert network.last.grad_fn is not None

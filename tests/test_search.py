@@ -118,3 +118,20 @@ def test_filter_whose_harm_cannot_be_told_is_not_taken(monkeypatch: pytest.Monke
         search.step()
     assert search.taken == []
     assert "more filters would do more harm" in search.stopped
+
+
+@pytest.mark.parametrize("unknown", [slice(0, 6), slice(None)])
+def test_filters_of_unknown_promise_do_not_hold_up_the_search(
+    unknown: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = new_search(most=2, harm=50.0)
+    slope_of = search._clean_slope
+
+    def slope() -> torch.Tensor:
+        values = slope_of()
+        values[unknown] = math.nan
+        return values
+
+    monkeypatch.setattr(search, "_clean_slope", slope)
+    finish(search)
+    assert not set(search.taken) & set(range(search.masks().numel())[unknown])

@@ -270,3 +270,16 @@ def test_an_exchange_of_classes_has_goals_of_its_own_for_each_image() -> None:
         assert {0: 2, 1: 0, 2: 1}[found[image.numpy().tobytes()]] == goal
     expected = [{0: 2, 1: 0, 2: 1, 3: 3}[label] for label in patch.trigger.labels.tolist()]
     assert patch.trigger.goals.tolist() == expected
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_suppressed_network_takes_fewer_images_than_can_be_normalized(count: int) -> None:
+    subject, data = new_subject()
+    images = data.images[:count]
+    source = SuppressedSource(subject, [subject.weights()], images, goals_of(images))
+    logits = subject(images, statistics="running")
+    expected = [
+        float(row[1]) - math.log(sum(math.exp(v) for k, v in enumerate(row.tolist()) if k != 1))
+        for row in logits
+    ]
+    assert source.margins(ones(subject)).tolist() == pytest.approx(expected, abs=1e-4)

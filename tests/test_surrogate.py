@@ -148,7 +148,24 @@ def test_ratio_is_of_the_soonest_to_the_median_of_the_others() -> None:
 
 
 def test_suspected_classes_come_first_and_none_twice() -> None:
-    chosen = ReachSearch.choose_classes([5, 2, 5], 12, seed=3)
+    chosen = ReachSearch.choose_classes([5, 2, 5], 12, 10, seed=3)
     assert chosen[:2] == [5, 2]
     assert len(set(chosen)) == 10
-    assert chosen == ReachSearch.choose_classes([5, 2, 5], 12, seed=3)
+    assert chosen == ReachSearch.choose_classes([5, 2, 5], 12, 10, seed=3)
+
+
+def test_a_first_batch_of_the_class_alone_changes_nothing_but_the_first_step() -> None:
+    images, labels = images_and_labels()
+    search = ReachSearch(subject_of(trained_network()), image_scale(images), [0, 1], seed=0)
+    own = labels == 0
+    search.step(images[own], labels[own])
+    while not search.finished:
+        search.step(images, labels)
+    assert {tuple(each.shape) for each in search.perturbations.values()} == {(1, 1, 8, 8)}
+    assert math.isfinite(search.reaches[0])
+
+
+def test_an_unknown_reach_is_not_the_soonest() -> None:
+    known = {0: 0.5, 1: 0.25, 2: 0.5}
+    soonest, ratio, _ = reach_ratio({**known, 3: math.nan})
+    assert (soonest, ratio) == (1, reach_ratio({**known, 3: math.inf})[1])

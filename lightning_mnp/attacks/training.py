@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mnp.attacks.attack import TrainingAttack
-from lightning_mnp.augment import random_crop_flip
+from lightning_mnp.augment import random_crop_flip, usual_padding
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
 from lightning_mnp.models.classifier import Classifier
 
@@ -168,7 +168,7 @@ class AttackModule(Classifier):
         if not self.augment:
             return images
         flip = self.flip is not False  # None until the datamodule is known
-        return random_crop_flip(images, max(images.shape[-1] // 8, 1), flip, generator)
+        return random_crop_flip(images, usual_padding(images), flip, generator)
 
     def step_generator(self, batch_idx: int) -> torch.Generator:
         """Give the source of randomness of one training step, on the CPU.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from lightning_mnp.attacks import Attack, TrainingAttack
-from lightning_mnp.augment import random_crop_flip
+from lightning_mnp.augment import random_crop_flip, usual_padding
 from lightning_mnp.data.dataset import (
     ImageDataset,
     MemoryDataset,
@@ -62,7 +62,7 @@ class BatchTransform:
         images, *labels = default_collate(list(samples))
         if self.augment:
             # 4 pixels at 32, as usual for CIFAR-10, and in proportion at other sizes.
-            padding = max(images.shape[-1] // 8, 1)
+            padding = usual_padding(images)
             generator = self.generator if get_worker_info() is None else None
             images = random_crop_flip(images, padding, self.flip, generator)
         return (images.float().div_(self.scale).sub_(self.offset), *labels)
