@@ -58,7 +58,7 @@ class MNPCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={
                 "description": "Tell whether a CNN carries a backdoor, and remove it.",
-                "version": f"lightning-mnp {version('lightning-mnp')}",
+                "version": version("lightning-mnp"),
                 "demo": {"default_config_files": [str(_DEMO)]},
             },
             args=args,

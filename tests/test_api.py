@@ -180,7 +180,7 @@ def test_purified_module_without_forward_is_audited_again(network: str | None) -
     module = UserModule(trained_network())
     if network is not None:
         module.other = nn.Linear(1, 1)  # so that the network has to be named
-    config = quick_config(reaudit=True)
+    config = quick_config(reaudit=True, verdict="ratio")
     report = lightning_mnp.defend(
         module, loader(), network=network, config=config, when="always", seed=0
     )
@@ -191,7 +191,7 @@ def test_purified_module_without_forward_is_audited_again(network: str | None) -
 def test_module_that_keeps_results_is_purified() -> None:
     module = UserModule(trained_network())
     module.losses = [module.training_step((images_and_labels()[0], images_and_labels()[1]), 0)]
-    config = quick_config(reaudit=True)
+    config = quick_config(reaudit=True, verdict="ratio")
     report = lightning_mnp.defend(module, loader(), config=config, when="always")
     assert isinstance(report.model, UserModule)
     assert len(report.pruned) == 5
@@ -205,11 +205,12 @@ def test_config_of_another_kind_is_refused(call: Any) -> None:
 
 
 def test_a_data_set_serves_as_well_as_a_loader() -> None:
-    config, dataset = quick_config(), loader().dataset
+    config, dataset = quick_config(verdict="ratio"), loader().dataset
     reports = [
         lightning_mnp.audit(trained_network(), data, config=config) for data in (loader(), dataset)
     ]
-    assert reports[0].score == reports[1].score
+    assert reports[0].defense_set == reports[1].defense_set
+    assert reports[0].detection_ratio == reports[1].detection_ratio
 
 
 def test_classes_that_are_not_tried_are_told() -> None:
@@ -227,7 +228,7 @@ def test_weights_of_low_precision_are_told() -> None:
     network = trained_network().to(torch.bfloat16)
     images, labels = images_and_labels()
     data = DefenseSet(images.to(torch.bfloat16), labels)
-    report = lightning_mnp.audit(network, data, config=quick_config())
+    report = lightning_mnp.audit(network, data, config=quick_config(verdict="ratio"))
     assert report.warnings[0].startswith("weights are bfloat16 ('conv1.weight')")
 
 

@@ -35,6 +35,7 @@ OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
     ("suppression_lr", [1e-6, 1], [0, -0.1, math.nan, math.inf], "above 0"),
     ("suppression_lr", [], ["0.1", None, True], "a number"),
     ("threshold", [], ["1", None], "a number"),
+    ("amount", [], ["a", None, True], "a number"),
     ("mask_lr", [1e-6, 1], [0, -0.1, math.nan, math.inf], "above 0"),
     ("mu", [0, 0.1], [-1e-9, math.nan, math.inf], "at least 0"),
     ("penalty", [0, 0.1], [-1e-9, math.nan, math.inf], "at least 0"),
@@ -42,7 +43,7 @@ OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
     ("mask_momentum", [0, 0.99], [1, -0.1, math.nan], "from 0 to below 1"),
     ("stop_accuracy", [None, 0.01, 0.99], [0, 1, -1, math.nan], "between 0 and 1, or None"),
     ("delta", [0, 0.2, 1], [-0.1, 1.1, math.nan], "from 0 to 1"),
-    ("amount", [0.001, 0.05, 0.99], [0, 1, -0.1, math.nan, "a"], "a share above 0 and below 1"),
+    ("amount", [0.001, 0.05, 0.99], [0, 1, -0.1, math.nan], "a share above 0 and below 1"),
     ("include", [["*"], ("a*", "b"), []], ["layer*", "*", [1], (None,)], "a list of name patterns"),
     ("exclude", [["*"], ("a*", "b"), []], ["layer*", "*", [1], (None,)], "a list of name patterns"),
 ]

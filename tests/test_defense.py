@@ -62,7 +62,7 @@ def test_automatic_rule_needs_no_masks() -> None:
 def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[list[int]] = []
 
-    def unclear(found: Any, threshold: float) -> bool:
+    def unclear(found: Any) -> bool:
         judged.append([run.steps for run in defense.runs])
         return True
 
@@ -81,7 +81,7 @@ def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> N
 def test_further_runs_are_resumed_and_leave_the_masks_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lightning_mnp.defense.in_doubt", lambda found, threshold: True)
+    monkeypatch.setattr("lightning_mnp.defense.in_doubt", lambda found: True)
     defense = new_defense(more_runs=2)
     while len(defense.runs) < 3:
         defense.step()
@@ -99,7 +99,7 @@ def test_there_are_no_further_runs(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(
-        "lightning_mnp.defense.in_doubt", lambda found, threshold: "verdict" in changes
+        "lightning_mnp.defense.in_doubt", lambda found: "verdict" in changes
     )
     assert len(finished(new_defense(more_runs=2, **changes)).runs) == 2
 

@@ -162,7 +162,7 @@ def test_a_first_batch_of_the_class_alone_changes_nothing_but_the_first_step() -
     while not search.finished:
         search.step(images, labels)
     assert {tuple(each.shape) for each in search.perturbations.values()} == {(1, 1, 8, 8)}
-    assert math.isfinite(search.reaches[0])
+    assert float(search.perturbations[0].std()) > 0  # not the same for all pixels
 
 
 def test_an_unknown_reach_is_not_the_soonest() -> None:
