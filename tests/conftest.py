@@ -53,6 +53,22 @@ def isolated() -> Iterator[None]:
     assert not found, f"the test left behind: {found}"
 
 
+@pytest.fixture
+def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make searches for surrogate triggers short, where what they find is of no account."""
+    for name, steps in {
+        "margin._STEPS": 4,
+        "overlay.OverlayTrigger.steps": 2,
+        "patch.PatchTrigger.steps": 3,
+        "permutation._AWAY_STEPS": 2,
+        "permutation._FAR_STEPS": 2,
+        "permutation._NEAR_STEPS": 3,
+        "surrogate._MOST_STEPS": 3,
+        "warp.WarpTrigger.steps": 2,
+    }.items():
+        monkeypatch.setattr(f"lightning_mnp.{name}", steps)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Give the folder with real networks and images, or skip."""

@@ -20,6 +20,8 @@ import lightning_mnp
 from lightning_mnp import DefenseSet, MNPConfig, MNPDefense, api
 from lightning_mnp.api import run_defense
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 
 def test_user_module_without_forward_is_called_by_its_network() -> None:
     module = UserModule(trained_network())

@@ -19,7 +19,10 @@ from lightning_mnp.data import DigitsDataModule
 from lightning_mnp.models import Classifier
 from lightning_mnp.trainer import MNPTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
+    pytest.mark.usefixtures("short_searches"),
+]
 
 COMMAND = [
     "calibrate",

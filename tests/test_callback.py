@@ -23,6 +23,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_mnp import MNPCallback, MNPModule
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 
 class WithHook(L.LightningDataModule):
     def train_dataloader(self) -> Any:

@@ -16,6 +16,7 @@ from lightning_mnp.detection import Judgement
 from lightning_mnp.models import Classifier
 
 pytestmark = [
+    pytest.mark.usefixtures("short_searches"),
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
 ]
 
@@ -137,7 +138,10 @@ def test_wrong_use_is_told_and_ends_with_2(
 
 def test_wrong_option_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", *COMMON, "--mnp.runs=0", "--ckpt_path=suspicious.pt"]) == 2
-    assert "Expected argument `runs` to be a whole number, at least 1, but got 0." in capsys.readouterr().err
+    assert (
+        "Expected argument `runs` to be a whole number, at least 1, but got 0."
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit) as stop:
         main(["audit", *COMMON, "--mnp.walks=3", "--ckpt_path=suspicious.pt"])
     assert stop.value.code == 2

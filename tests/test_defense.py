@@ -14,6 +14,8 @@ from lightning_mnp.detection import Judgement
 from lightning_mnp.masks import FilterMasks
 from lightning_mnp.saliency import approximate_clc, filter_magnitudes, saliency_correlation
 
+short = pytest.mark.usefixtures("short_searches")
+
 
 def new_defense(
     network: nn.Module | None = None, when: Any = "always", **changes: Any
@@ -37,12 +39,14 @@ def phases(defense: MNPDefense) -> list[str]:
     return seen
 
 
+@short
 def test_phases_of_the_published_procedure() -> None:
     assert phases(new_defense(verdict="ratio", runs=1)) == [
         "reference", "suppression", "saliency", "masks", "verdict", "pruning", "check",
     ]  # fmt: skip
 
 
+@short
 def test_phases_of_an_audit() -> None:
     assert phases(new_defense(when="never", runs=2)) == [
         "reference", "suppression", "saliency", "suppression", "saliency", "reach", "margin",
@@ -50,6 +54,7 @@ def test_phases_of_an_audit() -> None:
     ]  # fmt: skip
 
 
+@short
 def test_automatic_rule_needs_no_masks() -> None:
     changes = {"rule": "auto", "amount": 0.05}
     assert phases(new_defense(runs=1, **changes)) == [
@@ -59,6 +64,7 @@ def test_automatic_rule_needs_no_masks() -> None:
     assert "attenuation" not in phases(new_defense(runs=1, attenuation_steps=0, **changes))
 
 
+@short
 def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[list[int]] = []
 
@@ -78,6 +84,7 @@ def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> N
     assert defense.judgement == at_once.judgement
 
 
+@short
 def test_further_runs_are_resumed_and_leave_the_masks_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -94,16 +101,16 @@ def test_further_runs_are_resumed_and_leave_the_masks_alone(
     assert again.report().pruned == plain.report().pruned
 
 
+@short
 @pytest.mark.parametrize("changes", [{"verdict": "ratio", "rule": "auto", "amount": 0.05}, {}])
 def test_there_are_no_further_runs(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(
-        "lightning_mnp.defense.in_doubt", lambda found: "verdict" in changes
-    )
+    monkeypatch.setattr("lightning_mnp.defense.in_doubt", lambda found: "verdict" in changes)
     assert len(finished(new_defense(more_runs=2, **changes)).runs) == 2
 
 
+@short
 @pytest.mark.parametrize("changes", [{}, {"rule": "auto", "amount": 0.05}, {"verdict": "ratio"}])
 @pytest.mark.parametrize("when", ["never", "flagged", "always"])
 def test_most_steps_is_an_upper_bound(changes: dict[str, Any], when: Any) -> None:
@@ -122,6 +129,7 @@ def test_most_steps_is_an_upper_bound(changes: dict[str, Any], when: Any) -> Non
     assert bounds[-1] == 0
 
 
+@short
 def test_reference_and_ratio_are_those_of_the_formulas() -> None:
     network = trained_network()
     defense = finished(new_defense(network, when="never", runs=1))
@@ -141,6 +149,7 @@ def test_reference_and_ratio_are_those_of_the_formulas() -> None:
     assert defense.accuracy_before == pytest.approx(float(hits))
 
 
+@short
 def test_scores_are_the_mean_of_m1_plus_m2_over_the_runs() -> None:
     both = new_defense(runs=2, verdict="ratio")
     sums = []
@@ -152,6 +161,7 @@ def test_scores_are_the_mean_of_m1_plus_m2_over_the_runs() -> None:
     torch.testing.assert_close(both.scores, (sums[0] + sums[1]) / 2)
 
 
+@short
 def test_accuracy_after_is_that_of_the_pruned_network() -> None:
     defense = finished(new_defense())
     purified = defense.purified()
@@ -161,6 +171,7 @@ def test_accuracy_after_is_that_of_the_pruned_network() -> None:
     assert defense.purification.accuracy == pytest.approx(float(hits))
 
 
+@short
 @pytest.mark.parametrize(
     ("verdict", "when", "pruned"),
     [
@@ -179,6 +190,7 @@ def test_occasion_of_the_automatic_rule(
     assert bool(defense.report().pruned) == pruned
 
 
+@short
 def test_pruned_network_is_audited_again() -> None:
     changes = {"rule": "auto", "amount": 0.05, "harm": 50.0, "runs": 1, "reaudit": True}
     defense = finished(new_defense(**changes))
@@ -191,6 +203,7 @@ def test_pruned_network_is_audited_again() -> None:
     assert report.reaudit["reasons"] == expected.reasons
 
 
+@short
 def test_repair_shifts_the_logits_of_all_but_the_suspect() -> None:
     defense = finished(new_defense(amount=150))
     plain = finished(new_defense(amount=150, repair=False))
@@ -274,6 +287,7 @@ def test_attenuation_that_does_too_much_harm_is_turned_back(
     )
 
 
+@short
 def test_attenuation_leaves_alone_what_cannot_be_scaled() -> None:
     network = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(),
@@ -287,6 +301,7 @@ def test_attenuation_leaves_alone_what_cannot_be_scaled() -> None:
     assert all(report.masks["0"][index] == (index not in pruned) for index in range(4))
 
 
+@short
 def test_a_starved_class_is_raised_for_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -316,6 +331,7 @@ def test_a_starved_class_is_raised_for_the_audit(monkeypatch: pytest.MonkeyPatch
     assert plain.balanced.offset is None
 
 
+@short
 def test_each_run_sees_its_part_of_the_defense_set(monkeypatch: pytest.MonkeyPatch) -> None:
     defense = new_defense(when="never", runs=3, suppression_parts=2, augment="none")
     seen: dict[int, set[bytes]] = {}
@@ -335,6 +351,7 @@ def test_each_run_sees_its_part_of_the_defense_set(monkeypatch: pytest.MonkeyPat
     assert seen[2] not in (seen[0], seen[1])
 
 
+@short
 def test_few_images_are_not_parted() -> None:
     data = DefenseSet(*images_and_labels(5))
     defense = MNPDefense(trained_network(), data, quick_config(runs=1), when="never")
@@ -342,12 +359,14 @@ def test_few_images_are_not_parted() -> None:
     assert finished(defense).report().runs[0].steps > 0
 
 
+@short
 def test_a_network_without_a_bias_is_not_repaired() -> None:
     network = trained_network()
     network.fc = nn.Linear(network.fc.in_features, 4, bias=False)
     assert finished(new_defense(network)).report().shift == []
 
 
+@short
 def test_purified_network_that_is_still_flagged_is_told() -> None:
     changes = {"rule": "auto", "amount": 0.05, "harm": 50.0, "runs": 1, "reaudit": True}
     report = finished(new_defense(threshold=1e-3, **changes)).report()
@@ -363,6 +382,7 @@ def test_nothing_pruned_nothing_audited_again() -> None:
     assert finished(new_defense(rule="count", amount=0, reaudit=True)).report().reaudit is None
 
 
+@short
 def test_results_need_a_finished_defense() -> None:
     defense = new_defense()
     for result in (defense.report, defense.purified, defense.prune_):
@@ -373,11 +393,13 @@ def test_results_need_a_finished_defense() -> None:
         defense.step()
 
 
+@short
 def test_unknown_occasion() -> None:
     with pytest.raises(ValueError, match="Expected argument `when` to be one of"):
         new_defense(when="sometimes")
 
 
+@short
 def test_state_is_readable_with_weights_only(tmp_path: Any) -> None:
     defense = new_defense(rule="auto", amount=0.02, runs=1)
     number = 0
@@ -389,6 +411,7 @@ def test_state_is_readable_with_weights_only(tmp_path: Any) -> None:
             torch.load(tmp_path / "state.pt", weights_only=True)
 
 
+@short
 @pytest.mark.parametrize("changes", [{}, {"rule": "auto", "amount": 0.02, "runs": 1}])
 def test_resumed_at_any_step_ends_the_same(changes: dict[str, Any]) -> None:
     """In each phase twice: before its second step and after its last."""
@@ -411,6 +434,7 @@ def test_resumed_at_any_step_ends_the_same(changes: dict[str, Any]) -> None:
         assert found == expected, moment
 
 
+@short
 def test_masks_that_stop_early_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """An infinite loss of one mask ends its optimization and leaves a warning."""
     defense = new_defense(runs=1, verdict="ratio")
@@ -427,6 +451,7 @@ def test_masks_that_stop_early_are_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert "M1 of run 1 stopped early: the loss became inf" in defense.report().warnings[0]
 
 
+@short
 def test_autocast_is_used_in_every_pass() -> None:
     images, labels = images_and_labels()
     entered = 0

@@ -27,7 +27,10 @@ from lightning_mnp.cli import main
 from lightning_mnp.models import Classifier
 from lightning_mnp.trainer import MNPTrainer
 
-pytestmark = [pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
+    pytest.mark.usefixtures("short_searches"),
+]
 
 QUICK = [*SHORT, "--mnp.verdict=ratio"]
 HOSTILE_NAMES = ["\x1b[31mred\x07", "<script>alert(1)</script>", "/etc/up", "a&b\u202e\x9b2J"]

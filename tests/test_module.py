@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_mnp import MNPModule
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 # The engine draws its own batches, so it does not matter where the Trainer's loader stands.
 mid_epoch = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 
