@@ -147,9 +147,10 @@ class Signal:
 def signals(runs: Sequence[RunResult], evidence: Evidence, threshold: float = 1.0) -> list[Signal]:
     """Weigh what speaks for a backdoor, what is most to be believed first.
 
-    That is the strongest, but for an exchange of classes that counts fully, which comes before
-    all others: no backdoor with one target class has one, while an all-to-all backdoor may make
-    some class stand out as well.
+    That is the strongest of those that point to the class to which most signals point that count
+    fully: a network may have a short way to some class besides that of its backdoor. An exchange
+    of classes that counts fully comes before all others: no backdoor with one target class has
+    one, while an all-to-all backdoor may make some class stand out as well.
 
     Args:
         runs: The suppression runs, at least one.
@@ -164,7 +165,7 @@ def signals(runs: Sequence[RunResult], evidence: Evidence, threshold: float = 1.
         >>> evidence = Evidence(reaches, margins, driven, driven, {}, permutation, 0.25)
         >>> found = signals(runs, evidence)
         >>> [(signal.name, signal.suspect) for signal in found[:4]]
-        [('margin', 2), ('pile-up', 0), ('reach', 2), ('overlay', 2)]
+        [('margin', 2), ('reach', 2), ('pile-up', 0), ('overlay', 2)]
     """
     found = [
         _pile_up_signal(runs),
@@ -177,7 +178,14 @@ def signals(runs: Sequence[RunResult], evidence: Evidence, threshold: float = 1.
     if evidence.warp_rises:
         pattern = "a warp by half a pixel at most"
         found.append(_lead_signal("warp", pattern, evidence.warp_rises, WARP_AT))
-    return sorted(found, key=lambda signal: (not _is_exchange(signal, threshold), -signal.strength))
+    full = max(1.0, threshold)
+    votes = Counter(signal.suspect for signal in found if signal.strength >= full)
+
+    def order(signal: Signal) -> tuple[bool, int, float]:
+        agreeing = votes[signal.suspect] if signal.strength >= full else 0
+        return not _is_exchange(signal, threshold), -agreeing, -signal.strength
+
+    return sorted(found, key=order)
 
 
 def in_doubt(found: Sequence[Signal]) -> bool:

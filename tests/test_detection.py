@@ -280,3 +280,22 @@ def test_margins_that_are_not_all_known_are_not_compared() -> None:
     found = signals([run(EVEN)], evidence(margins={**SURE, 0: math.nan, 7: 900.0}))
     assert next(signal for signal in found if signal.name == "margin").strength == 0
     assert all(math.isfinite(signal.strength) for signal in found)
+
+
+def test_the_class_that_most_signals_point_to_is_suspected() -> None:
+    """A short way to one class, and a backdoor to another that shows in two ways."""
+    shown = evidence(
+        reaches={**FLAT, 5: 0.003}, margins={**SURE, 3: 200.0}, patch_margins={**SHORT, 3: 2.0}
+    )
+    found = signals([run(EVEN)], shown)
+    assert [(signal.name, signal.suspect) for signal in found[:3]] == [
+        ("margin", 3), ("patch", 3), ("reach", 5),
+    ]  # fmt: skip
+    judgement = judge([run(EVEN)], 0.6, shown, MNPConfig(), 0.9)
+    assert judgement.target_class == 3
+    assert judgement.score == found[2].strength == max(signal.strength for signal in found)
+    # Signals that do not count fully have no say.
+    weak = evidence(
+        reaches={**FLAT, 5: 0.003}, margins={**SURE, 3: 30.0}, patch_margins={**SHORT, 3: 0.3}
+    )
+    assert signals([run(EVEN)], weak)[0].suspect == 5
