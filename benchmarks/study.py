@@ -8,7 +8,7 @@ Constants of the method are chosen on the networks of `benchmarks.attacks`, `ben
 and on those whose names begin with `tune` here; tables report the others. Those have other seeds,
 target classes, triggers and widths, with and without weight decay. The `imbalanced` networks are
 clean and saw few images of one class. Clean reference networks for Trojan and CL come from
-`benchmarks.attacks`. Nothing is chosen on those of Imagenette. The command goes on where it
+`benchmarks.attacks`. No constant is chosen on those of Imagenette. The command goes on where it
 stopped.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,13 @@ from torch import Tensor
 
 from lightning_mnp.archive import CheckpointError, check_archive, printable
 from lightning_mnp.output import OutputError, check_new, check_writable, write_whole
-from lightning_mnp.state_dict import PrefixMatch, check_finite, first_names, load_into
+from lightning_mnp.state_dict import (
+    PrefixMatch,
+    all_tensors,
+    check_finite,
+    first_names,
+    load_into,
+)
 
 __all__ = [
     "CheckpointError",
@@ -105,7 +111,7 @@ def read_checkpoint(
     """
     shown = printable(os.fspath(path))
     content = _read_mapped(Path(path), max_bytes, argument, by_suffix=False)
-    _check_declared(list(_all_tensors(content)), shown, max_bytes)
+    _check_declared(list(all_tensors(content)), shown, max_bytes)
     try:
         return copy.deepcopy(content)
     except Exception as error:  # nested deeper than Python goes, say
@@ -148,19 +154,6 @@ def _reason(error: Exception) -> str:
         _, found, text = text.partition("WeightsUnpickler error: ")
         text = text.splitlines()[0] if found else "PyTorch refused it"
     return printable(text, 300)
-
-
-def _all_tensors(content: object) -> Iterator[Tensor]:
-    """Find the tensors in nested containers, each container once, however often it is in there."""
-    seen: set[int] = set()
-    waiting = [content]
-    while waiting:
-        found = waiting.pop()
-        if isinstance(found, Tensor):
-            yield found
-        elif isinstance(found, (dict, list, tuple)) and id(found) not in seen:
-            seen.add(id(found))
-            waiting.extend(found.values() if isinstance(found, dict) else found)
 
 
 def check_output(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_mnp.forward import Forward, NoLogitsError, call_network, probe_network
+from lightning_mnp.state_dict import all_tensors
 
 __all__ = ["check_network", "copy_network", "network_forward", "weights_digest"]
 
@@ -30,17 +31,10 @@ def copy_network(network: nn.Module) -> nn.Module:
         >>> copy_network(network).losses[0].grad_fn is None
         True
     """
-    memo: dict[int, Any] = {}
-    seen: set[int] = set()
-    waiting: list[Any] = [vars(module) for module in network.modules()]
-    while waiting:
-        found = waiting.pop()
-        if isinstance(found, Tensor):
-            if found.grad_fn is not None:
-                memo[id(found)] = found.detach().clone()
-        elif isinstance(found, (dict, list, tuple)) and id(found) not in seen:
-            seen.add(id(found))
-            waiting += found.values() if isinstance(found, dict) else found
+    kept = all_tensors([vars(module) for module in network.modules()])
+    memo: dict[int, Any] = {
+        id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None
+    }
     return copy.deepcopy(network, memo)
 
 

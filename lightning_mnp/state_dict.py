@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_mnp.archive import CheckpointError, printable
 
-__all__ = ["PrefixMatch", "check_finite", "first_names", "load_into"]
+__all__ = ["PrefixMatch", "all_tensors", "check_finite", "first_names", "load_into"]
 
 SHOWN_NAMES = 5
 
@@ -35,6 +35,27 @@ class PrefixMatch:
             'network.conv1.weight'
         """
         return self.file + name.removeprefix(self.module)
+
+
+def all_tensors(content: object) -> Iterator[Tensor]:
+    """Find the tensors in nested containers, each container once, however often it is in there.
+
+    Args:
+        content: Tensors in dicts, lists and tuples.
+
+    Example:
+        >>> len(list(all_tensors({"a": torch.zeros(1), "b": [torch.ones(1), "text"]})))
+        2
+    """
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, Tensor):
+            yield found
+        elif isinstance(found, (dict, list, tuple)) and id(found) not in seen:
+            seen.add(id(found))
+            waiting.extend(found.values() if isinstance(found, dict) else found)
 
 
 def check_finite(state_dict: Mapping[str, Tensor]) -> None:
