@@ -9,7 +9,11 @@ __all__ = ["balanced_indices"]
 
 
 def balanced_indices(
-    labels: Tensor, size: int, seed: int = 0, num_classes: int | None = None
+    labels: Tensor,
+    size: int,
+    seed: int = 0,
+    num_classes: int | None = None,
+    argument: str = "size",
 ) -> Tensor:
     """Draw a subset with the same number of images of each class.
 
@@ -21,6 +25,7 @@ def balanced_indices(
         size: Number of images to draw, at least one of each class.
         seed: Seed of the draw.
         num_classes: Number of classes K; without it, the distinct values in ``labels``.
+        argument: What the caller's user knows ``size`` as, for messages.
 
     Returns:
         ``size`` distinct indices into ``labels``, on the CPU, in an order drawn from the seed:
@@ -53,7 +58,7 @@ def balanced_indices(
     classes = [label for label in range(count) if num_classes is not None or len(members[label])]
     if size < len(classes):
         raise ValueError(
-            f"Expected argument `size` to be at least {len(classes)}, one image of each "
+            f"Expected argument `{argument}` to be at least {len(classes)}, one image of each "
             f"class, but got {size}."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -65,9 +70,9 @@ def balanced_indices(
         found, wanted = members[label], share + more
         if len(found) < wanted:
             raise ValueError(
-                f"Expected argument `size` to need at most the {len(found)} images of class "
+                f"Expected argument `{argument}` to need at most the {len(found)} images of class "
                 f"{label}, but {size} images of {len(classes)} classes need {wanted} of it. "
-                "Choose a smaller `size` or add images of this class."
+                f"Choose a smaller `{argument}` or add images of this class."
             )
         parts.append(found[torch.randperm(len(found), generator=generator)[:wanted]])
     chosen = torch.cat(parts)

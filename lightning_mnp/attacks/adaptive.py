@@ -39,7 +39,7 @@ def equal_norms_penalty(network: nn.Module) -> Tensor:
         >>> round(equal_norms_penalty(layer).item(), 4)
         0.25
     """
-    layers = [module for module in network.modules() if isinstance(module, _ConvNd)]
+    layers = _layers(network)
     if not layers:
         raise ValueError(
             f"Expected argument `network` to hold a convolution, but {type(network).__name__} has "
@@ -61,7 +61,7 @@ class AdaptiveTraining(Callback):
     class are penalized on images with another label, and the gradient goes to the weights
     themselves, as in sharpness-aware minimization (Foret et al., 2021).
 
-    Add it to a Trainer whose datamodule has an all-to-one attack.
+    Add it to a Trainer of one process whose datamodule has an all-to-one attack.
 
     Args:
         norms: Weight of :func:`equal_norms_penalty`; 0 leaves it out.
@@ -73,7 +73,8 @@ class AdaptiveTraining(Callback):
 
     Raises:
         ValueError: If an argument is out of range, or, when training starts, if the datamodule has
-            no attack with a single target class.
+            no attack with a single target class, the Trainer has several processes or scales its
+            gradients (``16-mixed``), or no convolution is trained whose norms could be equal.
 
     Example:
         >>> AdaptiveTraining(norms=1.0, pile_up=0.5).margin
@@ -113,12 +114,27 @@ class AdaptiveTraining(Callback):
         self._target = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the attack's target class.
+        """Find the attack's target class, and check that the terms can be added.
 
         Args:
             trainer: The Trainer.
             pl_module: The module that is trained.
         """
+        if trainer.world_size > 1:  # the terms come after the mean over processes has been taken
+            raise ValueError(
+                "Expected the Trainer to have one process for AdaptiveTraining, but got "
+                f"{trainer.world_size}. Set `devices` to 1."
+            )
+        if str(trainer.precision) == "16-mixed":  # the terms would be lost beside a scaled loss
+            raise ValueError(
+                "Expected the Trainer's `precision` not to scale gradients for AdaptiveTraining, "
+                "but got '16-mixed'. Set it to 'bf16-mixed' or '32-true'."
+            )
+        if self.norms and not any(layer.weight.requires_grad for layer in _layers(pl_module)):
+            raise ValueError(
+                "Expected the module to train a convolution, because `norms` of AdaptiveTraining "
+                f"is {self.norms}, but got none. Set `norms` to 0, or train the whole network."
+            )
         attack = getattr(getattr(trainer, "datamodule", None), "attack", None)
         self._target = _target_class(attack)
 
@@ -136,17 +152,20 @@ class AdaptiveTraining(Callback):
             pl_module: The module that is trained; called with images, it gives logits.
         """
         images, labels = self._batch[0], self._batch[1]
+        share = 1.0 / trainer.accumulate_grad_batches  # as Lightning divides the loss
         if self.norms:
-            penalty = self.norms * equal_norms_penalty(pl_module)
+            penalty = share * self.norms * equal_norms_penalty(pl_module)
             penalty.backward()
         with trainer.precision_plugin.forward_context():
             if self.margin:
-                self._add_margin(pl_module, images, labels)
+                self._add_margin(pl_module, images, labels, share)
             if self.pile_up:
-                self._add_pile_up(pl_module, images, labels)
+                self._add_pile_up(pl_module, images, labels, share)
         self._batch = None
 
-    def _add_margin(self, module: LightningModule, images: Tensor, labels: Tensor) -> None:
+    def _add_margin(
+        self, module: LightningModule, images: Tensor, labels: Tensor, share: float
+    ) -> None:
         own = images[labels == self._target]
         if len(own) < 2:  # too few for the statistics of a batch
             return
@@ -154,9 +173,11 @@ class AdaptiveTraining(Callback):
         rivals = logits.scatter(1, torch.full_like(labels[: len(own), None], self._target), -1e4)
         margins = logits[:, self._target] - rivals.amax(1)
         excess = F.relu(margins - self.most_margin).mean()
-        (self.margin * excess).backward()
+        (share * self.margin * excess).backward()
 
-    def _add_pile_up(self, module: LightningModule, images: Tensor, labels: Tensor) -> None:
+    def _add_pile_up(
+        self, module: LightningModule, images: Tensor, labels: Tensor, share: float
+    ) -> None:
         weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
         for weight in weights.values():
             weight.requires_grad_()
@@ -176,7 +197,7 @@ class AdaptiveTraining(Callback):
         log_shares = logits[others].log_softmax(1)[:, self._target]
         odds = log_shares - torch.log1p(-log_shares.exp().clamp_max(1 - 1e-6))
         chance = -math.log(logits.shape[1] - 1)
-        loss = self.pile_up * F.relu(odds - chance).mean()
+        loss = share * self.pile_up * F.relu(odds - chance).mean()
         gradients = torch.autograd.grad(loss, list(moved.values()))
         parameters = dict(module.named_parameters())
         for name, gradient in zip(moved, gradients, strict=True):
@@ -190,6 +211,10 @@ class AdaptiveTraining(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the radius of :meth:`state_dict`."""
         self.radius = float(state_dict["radius"])
+
+
+def _layers(network: nn.Module) -> list[_ConvNd]:
+    return [module for module in network.modules() if isinstance(module, _ConvNd)]
 
 
 def _target_class(attack: Attack | None) -> int:

@@ -100,7 +100,7 @@ class Blend(Attack):
             try:
                 with Image.open(self.image) as image:
                     pixels = np.array(image.convert("RGB"))
-            except (OSError, Image.DecompressionBombError) as error:
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise ValueError(
                     f"Expected argument `image` to be an image file, but got {str(self.image)!r}: "
                     f"{error}."

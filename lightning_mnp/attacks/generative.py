@@ -115,8 +115,9 @@ class GenerativeModule(AttackModule):
     """Train a network and the generator of its trigger, each with an optimizer of its own.
 
     The network has SGD and the schedule of :class:`~lightning_mnp.models.classifier.Classifier`.
-    Each generator has Adam, its learning rate falling to 0 by half a cosine over the epochs in
-    which it is trained. Steps are made by hand (Lightning's manual optimization), in one process.
+    Each generator has Adam, its learning rate following half a cosine that ends at 0 with the
+    epochs in which it may be trained; one that stops learning before that (DFST's injectors) ends
+    at a higher rate. Steps are made by hand (Lightning's manual optimization), in one process.
 
     Args:
         attack: The attack, whose generator is trained.
@@ -168,7 +169,9 @@ class GenerativeModule(AttackModule):
                 f"Expected the Trainer to have one process for {type(self).__name__}, but got "
                 f"{self.trainer.world_size}. Set `devices` to 1."
             )
-        if stage == "fit" and self.trainer.max_steps != -1:
+        # A trial by `fast_dev_run` sets a limit by itself, and needs no schedule to be right.
+        limited = self.trainer.max_steps != -1 and not getattr(self.trainer, "fast_dev_run", False)
+        if stage == "fit" and limited:
             raise ValueError(
                 f"Expected the Trainer's `max_steps` to be -1 for {type(self).__name__}, but got "
                 f"{self.trainer.max_steps}: Lightning would count the steps of each optimizer. "
@@ -201,7 +204,8 @@ class GenerativeModule(AttackModule):
         super().on_train_start()
         epochs = self.trainer.max_epochs
         latest = max(start if stop is None else stop for _, start, stop in self.phases())
-        if epochs is not None and 0 <= epochs <= latest:
+        trial = bool(getattr(self.trainer, "fast_dev_run", False))
+        if epochs is not None and 0 <= epochs <= latest and not trial:
             rank_zero_warn(
                 f"{type(self).__name__} ends after {epochs} epochs, before its last phase, which "
                 f"starts after {latest}: the backdoor will be weak."

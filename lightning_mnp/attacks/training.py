@@ -40,6 +40,11 @@ class AttackModule(Classifier):
         kwargs: See :class:`~lightning_mnp.models.classifier.Classifier`. Without a datamodule,
             ``num_classes`` also is the K of the attacker's labels, so give it with ``network``.
 
+    Attributes:
+        mean: Mean of each channel in force: the argument, or that of the present datamodule.
+        std: Standard deviation of each channel in force, likewise.
+        flip: Whether images are mirrored, likewise.
+
     Raises:
         ValueError: If an argument is out of range, or, when training starts, if ``mean`` and
             ``std`` are neither given nor known from the datamodule, or it augments or poisons by
@@ -69,6 +74,8 @@ class AttackModule(Classifier):
         self.flip = flip
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
+        # What was asked for, apart from what is in force: another datamodule is asked again.
+        self._given = (self.mean, self.std, flip)
 
     def setup(self, stage: str) -> None:
         """Learn from the datamodule how images are normalized.
@@ -81,6 +88,7 @@ class AttackModule(Classifier):
                 target class is none of its classes, or the poison rate gives no image of it.
         """
         datamodule: Any = getattr(self.trainer, "datamodule", None)
+        self.mean, self.std, self.flip = self._given
         if self.mean is None:
             if not hasattr(datamodule, "mean") or not hasattr(datamodule, "std"):
                 raise ValueError(
@@ -122,6 +130,7 @@ class AttackModule(Classifier):
         weights = checkpoint["state_dict"]
         own = [name for name in weights if not name.startswith("network.")]
         checkpoint["attack"] = {name: weights.pop(name) for name in own}
+        checkpoint["attack_options"] = self._attack_options()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put weights and what belongs to the attack together again.
@@ -130,13 +139,20 @@ class AttackModule(Classifier):
             checkpoint: What was read.
 
         Raises:
-            ValueError: If there is nothing of the attack, as in a checkpoint of a purified network.
+            ValueError: If there is nothing of the attack, as in a checkpoint of a purified network,
+                or the attack there is another one than here.
         """
         if "attack" not in checkpoint:
             raise ValueError(
                 f"Expected a checkpoint that {type(self).__name__} has written, with its attack, "
                 "but got one with a network alone. Load it into a Classifier, and measure with "
                 "the trigger file: `SavedTrigger` as the datamodule's `attack`."
+            )
+        there, here = checkpoint.get("attack_options"), self._attack_options()
+        if there is not None and there != here:  # None where an earlier version has written it
+            raise ValueError(
+                f"Expected argument `attack` to be the one in the checkpoint, {there}, but got "
+                f"{here}: another trigger would be measured. Build the module with that attack."
             )
         checkpoint["state_dict"].update(checkpoint["attack"])
         self.attack.mark_trained()
@@ -225,6 +241,9 @@ class AttackModule(Classifier):
         datamodule = getattr(self.trainer, "datamodule", None)
         return int(getattr(datamodule, "num_classes", self.hparams["num_classes"]))
 
+    def _attack_options(self) -> dict[str, Any]:
+        return {"attack": type(self.attack).__name__, **self.attack.options()}
+
     def _evaluate(
         self,
         stage: str,
@@ -232,16 +251,18 @@ class AttackModule(Classifier):
         success: AttackSuccessRate,
         batch: Sequence[Tensor],
         dataloader_idx: int,
+        counted: int,
     ) -> None:
-        super()._evaluate(stage, accuracy, success, batch, dataloader_idx)
-        images, labels = batch[0], batch[1]
+        super()._evaluate(stage, accuracy, success, batch, dataloader_idx, counted)
+        images, labels = batch[0][:counted], batch[1][:counted]
         others = self.attack.target_labels(labels, self.num_classes) != labels
         if dataloader_idx == 0 and others.any():
             targets = self.attack.target_labels(labels[others], self.num_classes)
             # With 8 bits, as images with the trigger are stored and as it is measured elsewhere.
             clean = (self.stored(images[others]) * 255.0).round().to(torch.uint8)
             triggered = self.normalized(self.attack.apply(clean).float() / 255.0)
-            super()._evaluate(stage, accuracy, success, (triggered, targets, labels[others]), 1)
+            triple = (triggered, targets, labels[others])
+            super()._evaluate(stage, accuracy, success, triple, 1, len(triggered))
 
     def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
         assert self.mean is not None

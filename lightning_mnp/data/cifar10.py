@@ -40,7 +40,8 @@ class CIFAR10DataModule(BackdoorDataModule):
     Args:
         root: Folder with one of the two layouts, or to download to.
         attack: See :class:`BackdoorDataModule`.
-        download: Whether to download the data where neither layout is found.
+        download: Whether to download the data where neither layout is found, or what is missing
+            of a download that was interrupted.
         batch_size: See :class:`BackdoorDataModule`.
         num_workers: See :class:`BackdoorDataModule`.
         image_size: See :class:`BackdoorDataModule`; None for 32.
@@ -54,7 +55,7 @@ class CIFAR10DataModule(BackdoorDataModule):
 
     Raises:
         ValueError: If an argument is out of range.
-        FileNotFoundError: When prepared or set up, if there is no data.
+        FileNotFoundError: When prepared or set up, if there is no data, or not all of it.
     """
 
     def __init__(
@@ -95,19 +96,19 @@ class CIFAR10DataModule(BackdoorDataModule):
         return list(CLASSES)
 
     def prepare_data(self) -> None:
-        """Download the data where it is missing and ``download`` is set.
+        """Download what is missing of the data where ``download`` is set.
 
         Raises:
             FileNotFoundError: If it is missing and ``download`` is not set.
         """
-        if self._layout() is None:
-            assert self.root is not None
-            if not self.download:
-                raise FileNotFoundError(
-                    f"CIFAR-10 not found in root={str(self.root)!r} and download=False, either "
-                    "set `root` to a folder with `cifar-10-batches-py` or with image folders "
-                    "`train/<class>` and `test/<class>`, or set `download=True`."
-                )
+        layout = self._layout()
+        if layout is None and not self.download:
+            raise FileNotFoundError(
+                f"CIFAR-10 not found in root={str(self.root)!r} and download=False, either "
+                "set `root` to a folder with `cifar-10-batches-py` or with image folders "
+                "`train/<class>` and `test/<class>`, or set `download=True`."
+            )
+        if layout != "folders" and self.download:  # does nothing where all files are there
             CIFAR10(str(self.root), train=True, download=True)
 
     def load(self, split: Split) -> ImageDataset:
@@ -116,7 +117,13 @@ class CIFAR10DataModule(BackdoorDataModule):
         assert self.root is not None
         if self._layout() == "folders":
             return FolderDataset(self.root / split, CLASSES, self.image_size or 32)
-        stored = CIFAR10(str(self.root), train=split == "train")
+        try:
+            stored = CIFAR10(str(self.root), train=split == "train")
+        except RuntimeError as error:  # torchvision compares checksums
+            raise FileNotFoundError(
+                f"Expected {str(self.root / CIFAR10.base_folder)!r} to hold all files of CIFAR-10, "
+                "but some are missing or damaged. Set `download=True`, or copy them again."
+            ) from error
         images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
         if self.image_size is not None:
             images = torch.cat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -41,6 +42,8 @@ class BatchTransform:
         flip: Whether mirroring is part of the augmentation.
         generator: Source of the augmentation's randomness in the main process; a worker uses its
             own global one, which the data loader seeds.
+        rank: Which of several training processes this is, so that each augments in its own way
+            though their generators are alike; None where there is one process.
     """
 
     def __init__(
@@ -50,12 +53,14 @@ class BatchTransform:
         augment: bool = False,
         flip: bool = True,
         generator: torch.Generator | None = None,
+        rank: int | None = None,
     ) -> None:
         self.scale = (255.0 * torch.tensor(std)).reshape(1, -1, 1, 1)
         self.offset = (torch.tensor(mean) / torch.tensor(std)).reshape(1, -1, 1, 1)
         self.augment = augment
         self.flip = flip
         self.generator = generator
+        self.rank = rank
 
     def __call__(self, samples: Sequence[tuple[Any, ...]]) -> tuple[Tensor, ...]:
         """Return (images, labels, …) with float32 images of shape (N, C, H, W)."""
@@ -64,6 +69,10 @@ class BatchTransform:
             # 4 pixels at 32, as usual for CIFAR-10, and in proportion at other sizes.
             padding = usual_padding(images)
             generator = self.generator if get_worker_info() is None else None
+            if self.rank is not None:
+                # One draw for each batch, so that generators stay alike: one checkpoint is for all.
+                drawn = int(torch.randint(2**48, (), generator=generator))
+                generator = torch.Generator().manual_seed(drawn + self.rank)
             images = random_crop_flip(images, padding, self.flip, generator)
         return (images.float().div_(self.scale).sub_(self.offset), *labels)
 
@@ -97,7 +106,8 @@ class BackdoorDataModule(LightningDataModule, ABC):
         defense_size: Number of images in the defense set.
         defense_batch_size: Images per batch of the defense set.
         defense_seed: Seed that draws the defense set.
-        seed: Seed of the order and the augmentation of training images.
+        seed: Seed of the order and the augmentation of training images; in several processes, the
+            order follows Lightning's ``seed_everything`` instead.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -246,7 +256,11 @@ class BackdoorDataModule(LightningDataModule, ABC):
     def defense_indices(self) -> Tensor:
         """Indices of the defense set among the training images, in the order of its loader."""
         return balanced_indices(
-            self._stored_train_set.labels, self.defense_size, self.defense_seed, self.num_classes
+            self._stored_train_set.labels,
+            self.defense_size,
+            self.defense_seed,
+            self.num_classes,
+            argument="defense_size",
         )
 
     @cached_property
@@ -269,9 +283,14 @@ class BackdoorDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Give (images, labels), shuffled, augmented and poisoned."""
-        transform = BatchTransform(self.mean, self.std, self.augment, self.flip, self._generator)
+        processes = getattr(self.trainer, "world_size", 1)
+        rank = getattr(self.trainer, "global_rank", 0) if processes > 1 else None
+        transform = BatchTransform(
+            self.mean, self.std, self.augment, self.flip, self._generator, rank
+        )
         # A last batch of one image is left out: batch normalization may not be able to take it.
-        single = len(self.train_set) % self.batch_size == 1 and len(self.train_set) > 1
+        share = math.ceil(len(self.train_set) / processes)  # Lightning gives each process as many
+        single = share % self.batch_size == 1 and share > 1
         return self._loader(
             self.train_set,
             transform,

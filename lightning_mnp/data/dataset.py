@@ -29,6 +29,9 @@ __all__ = [
 # A trigger works on float32 images, four times the bytes: never on all of them at once.
 _PART = 1024
 
+# Sides of an image that are further from being equal are cut to it.
+_STRIP = 4
+
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
     """Scale images until the shorter side fits, then cut out the center square.
@@ -46,6 +49,9 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
     """
     if tuple(images.shape[-2:]) == (size, size):
         return images
+    # A strip is cut first, far from what stays: scaled as it is, it could take all memory.
+    most = _STRIP * min(images.shape[-2:])
+    images = V.center_crop(images, [min(side, most) for side in images.shape[-2:]])
     scaled: Tensor = V.center_crop(V.resize(images, [size], antialias=True), [size, size])
     return scaled
 
@@ -324,7 +330,7 @@ def _read(path: Path) -> Tensor:
             f"Expected {str(path)!r} to be an image of ordinary size, but reading it could take "
             f"all memory: {error} Shrink or remove it."
         ) from error
-    except (OSError, SyntaxError) as error:  # the second is how Pillow tells of a broken PNG
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow tells of broken headers by all
         raise ValueError(
             f"Expected {str(path)!r} to be a readable image, but it is not. Repair or remove it."
         ) from error

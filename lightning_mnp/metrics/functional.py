@@ -228,7 +228,14 @@ def _check_classes(values: Tensor, name: str) -> None:
 
 def _classes(preds: Tensor, labels: Tensor) -> Tensor:
     if preds.is_floating_point() and preds.ndim == 2 and len(preds) == len(labels):
-        return preds.argmax(1)
+        undefined = preds.isnan().any(1)
+        if undefined.any():  # argmax would take them for the first NaN's class
+            rank_zero_warn(
+                f"{int(undefined.sum())} of {len(preds)} images have NaN logits and count as "
+                "misses.",
+                UserWarning,
+            )
+        return preds.argmax(1).masked_fill(undefined, -1)
     if preds.is_floating_point() or preds.dtype == torch.bool or preds.shape != labels.shape:
         count = len(labels)
         raise ValueError(

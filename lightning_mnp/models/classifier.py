@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torchvision
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
+from torch.utils.data import DistributedSampler
 
 from lightning_mnp.checkpoint import load_into, read_state_dict
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
@@ -287,11 +288,15 @@ class Classifier(LightningModule):
         self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Count hits: clean images in the first loader, triggered ones in the second."""
-        self._evaluate("val", self.val_accuracy, self.val_success, batch, dataloader_idx)
+        counted = _counted(self.trainer.val_dataloaders, batch, batch_idx, dataloader_idx)
+        self._evaluate("val", self.val_accuracy, self.val_success, batch, dataloader_idx, counted)
 
     def test_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count hits: clean images in the first loader, triggered ones in the second."""
-        self._evaluate("test", self.test_accuracy, self.test_success, batch, dataloader_idx)
+        counted = _counted(self.trainer.test_dataloaders, batch, batch_idx, dataloader_idx)
+        self._evaluate(
+            "test", self.test_accuracy, self.test_success, batch, dataloader_idx, counted
+        )
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the classes of images, or of a batch that begins with images; shape (N,)."""
@@ -306,8 +311,9 @@ class Classifier(LightningModule):
         success: AttackSuccessRate,
         batch: Sequence[Tensor],
         dataloader_idx: int,
+        counted: int,
     ) -> None:
-        logits = self(batch[0])
+        logits = self(batch[0])[:counted]
         count = len(batch[0])
         options: dict[str, Any] = {
             "on_step": False,
@@ -317,10 +323,10 @@ class Classifier(LightningModule):
             "prog_bar": True,
         }
         if dataloader_idx == 0:
-            accuracy.update(logits, batch[1])
+            accuracy.update(logits, batch[1][:counted])
             self.log(f"{stage}/CA", accuracy, **options)
         else:
-            success.update(logits, batch[1], batch[2])
+            success.update(logits, batch[1][:counted], batch[2][:counted])
             self.log(f"{stage}/ASR", success, **options)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -354,3 +360,17 @@ class Classifier(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+def _counted(loaders: Any, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int) -> int:
+    """Tell how many images of a batch count: those at its end may stand in another process, too.
+
+    Lightning's sampler repeats the first images so that all processes get as many.
+    """
+    loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+    sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+    if not isinstance(sampler, DistributedSampler) or size is None:
+        return len(batch[0])
+    total = len(cast(Sized, sampler.dataset))
+    own = math.ceil((total - sampler.rank) / sampler.num_replicas)
+    return min(max(own - batch_idx * int(size), 0), len(batch[0]))

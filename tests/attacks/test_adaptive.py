@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from helpers import TinyDataModule, quiet_trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_mnp.attacks import AdaptiveTraining, BadNets
 from lightning_mnp.attacks.adaptive import equal_norms_penalty
@@ -67,7 +70,7 @@ def test_the_term_of_the_pile_up_has_the_gradient_of_the_formula() -> None:
     excess = (shares / (1 - shares)).log() - torch.tensor(1 / 3).log()
     (2.0 * excess.clamp_min(0).mean()).backward()
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    callback._add_pile_up(module, images, labels)
+    callback._add_pile_up(module, images, labels, share=1.0)
     for (name, found), expected in zip(
         module.named_parameters(), reference.parameters(), strict=True
     ):
@@ -120,3 +123,49 @@ def test_it_needs_one_target_class() -> None:
     trainer = quiet_trainer(callbacks=[AdaptiveTraining(norms=1.0)])
     with pytest.raises(ValueError, match="datamodule, but there is none"):
         trainer.fit(classifier(), TinyDataModule())
+
+
+def test_the_terms_weigh_the_same_with_batches_gathered() -> None:
+    """Four equal batches to a step have the gradient of one, but for what rounding does."""
+
+    class Keep(Callback):
+        gradient = torch.zeros(0)
+
+        def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
+            self.gradient = module.network.conv1.weight.grad.clone()
+
+    class OneBatch(TinyDataModule):
+        def train_dataloader(self) -> Any:
+            batch = next(iter(super().train_dataloader()))
+            return DataLoader([batch] * 4, batch_size=None)  # type: ignore[arg-type]
+
+    found = []
+    for count in (1, 4):
+        keep = Keep()
+        module = classifier()
+        trainer = quiet_trainer(
+            callbacks=[AdaptiveTraining(norms=5.0, margin=1.0, most_margin=0.01), keep],
+            accumulate_grad_batches=count,
+            max_steps=1,
+            max_epochs=-1,
+            limit_val_batches=0,
+        )
+        trainer.fit(module, OneBatch(BadNets(poison_rate=0.25)))
+        found.append(keep.gradient)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
+
+
+def test_trainers_that_it_cannot_add_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = quiet_trainer(callbacks=[AdaptiveTraining(norms=1.0)])
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    with pytest.raises(ValueError, match=r"one process for AdaptiveTraining, but got 2. Set `devi"):
+        trainer.fit(classifier(), TinyDataModule(BadNets()))
+    monkeypatch.undo()
+    monkeypatch.setattr(type(trainer), "precision", "16-mixed")
+    with pytest.raises(ValueError, match=r"not to scale gradients .*'16-mixed'. Set it to 'bf16-"):
+        trainer.fit(classifier(), TinyDataModule(BadNets()))
+    monkeypatch.undo()
+    head = Classifier(num_classes=4, width=4, trainable="head")
+    with pytest.raises(ValueError, match=r"train a convolution, because `norms` .* is 1.0, but go"):
+        quiet_trainer(callbacks=[AdaptiveTraining(norms=1.0)]).fit(head, TinyDataModule(BadNets()))

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
 
 from lightning_mnp.attacks import Blend
 
@@ -53,6 +54,12 @@ def test_what_cannot_be_blended_in(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "pattern.png"
     path.write_text("no image")
     with pytest.raises(ValueError, match=r"`image` to be an image file, but got .*pattern.png"):
+        Blend(image=path).apply(torch.zeros(1, 3, 6, 6))
+    Image.new("RGB", (4, 5)).save(path)
+    text = PngInfo()
+    text.add_text("long", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    Image.new("RGB", (4, 5)).save(path, pnginfo=text)
+    with pytest.raises(ValueError, match=r"an image file, but got .*pattern.png': Decompressed"):
         Blend(image=path).apply(torch.zeros(1, 3, 6, 6))
     Image.new("RGB", (4, 5)).save(path)
     with pytest.raises(ValueError, match=r"`images` to have 1 or 3 channels, .*, but got 4"):

@@ -240,6 +240,14 @@ def test_a_limit_by_steps_is_an_error(kind: Any) -> None:
 
 
 @BOTH
+def test_a_trial_by_fast_dev_run(kind: Any) -> None:
+    module = small_module(kind)
+    before = weights(module)
+    quiet_trainer(fast_dev_run=True).fit(module, datamodule=Bars())
+    assert changed(before, weights(module), "network")
+
+
+@BOTH
 def test_several_processes_are_an_error(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = quiet_trainer()
     monkeypatch.setattr(type(trainer), "world_size", 2)

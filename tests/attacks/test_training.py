@@ -206,3 +206,35 @@ def test_a_checkpoint_without_the_attack_is_refused(tmp_path: Path) -> None:
         quiet_trainer().test(
             module(), TinyDataModule(), ckpt_path=tmp_path / "plain.ckpt", weights_only=True
         )
+
+
+def test_a_checkpoint_of_another_attack_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "one.ckpt"
+    options: dict[str, Any] = {"num_classes": 4, "width": 4, "lr": 0.05}
+    trainer = quiet_trainer(limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(WaNetModule(WaNet(target_class=3, strength=2.0), **options), TinyDataModule())
+    trainer.save_checkpoint(path)
+    for attack in (WaNet(target_class=3), WaNet(target_class=2, strength=2.0), WaNet()):
+        with pytest.raises(ValueError, match=r"be the one in the checkpoint, .*'target_class': 3"):
+            quiet_trainer().test(
+                WaNetModule(attack, **options), TinyDataModule(), ckpt_path=path, weights_only=True
+            )
+    with pytest.raises(ValueError, match="another trigger would be measured"):
+        WaNetModule.load_from_checkpoint(path, weights_only=True)
+    right = WaNet(target_class=3, strength=2.0)
+    WaNetModule.load_from_checkpoint(path, weights_only=True, attack=right)
+    # An earlier version told nothing of the attack.
+    content = torch.load(path, weights_only=True)
+    del content["attack_options"]
+    torch.save(content, path)
+    WaNetModule.load_from_checkpoint(path, weights_only=True)
+
+
+def test_another_datamodule_is_asked_again() -> None:
+    each = module()
+    quiet_trainer().validate(each, TinyDataModule(), verbose=False)
+    assert each.mean == (0.5,) * 3
+    other = TinyDataModule(mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
+    other.flip = False  # type: ignore[misc]
+    quiet_trainer().test(each, other, verbose=False)
+    assert (each.mean, each.std, each.flip) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0), False)

@@ -80,23 +80,25 @@ def test_the_classes_are_in_alphabetical_order() -> None:
     assert CIFAR10DataModule().num_classes == 10
 
 
-def test_download_is_asked_for_only_where_data_is_missing(
+def test_download_is_asked_for_only_where_it_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, bool]] = []
 
     def download(root: str, train: bool, download: bool = False) -> None:
         calls.append((root, download))
-        write_batches(Path(root))
+        if not (Path(root) / CIFAR10.base_folder).exists():
+            write_batches(Path(root))
 
     monkeypatch.setattr("lightning_mnp.data.cifar10.CIFAR10", download)
     download.base_folder = CIFAR10.base_folder  # type: ignore[attr-defined]
     datamodule = CIFAR10DataModule(tmp_path, download=True)
 
     datamodule.prepare_data()
-    datamodule.prepare_data()
+    datamodule.prepare_data()  # torchvision fetches what is missing, if anything is
+    CIFAR10DataModule(tmp_path).prepare_data()
 
-    assert calls == [(str(tmp_path), True)]
+    assert calls == [(str(tmp_path), True)] * 2
 
 
 def test_errors(tmp_path: Path) -> None:
@@ -106,6 +108,10 @@ def test_errors(tmp_path: Path) -> None:
     assert f"not found in root={str(tmp_path)!r} and download=False" in message
     assert "`cifar-10-batches-py`" in message
     assert "set `download=True`" in message
+    interrupted = tmp_path / "half"
+    (interrupted / CIFAR10.base_folder).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"half.*some are missing or damaged. Set `downloa"):
+        CIFAR10DataModule(interrupted).setup("fit")
     write_folders(tmp_path)
     (tmp_path / "test" / "zebra").mkdir()
     with pytest.raises(ValueError, match=r"zebra.*For other classes use ImageFolderDataModule"):

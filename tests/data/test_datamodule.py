@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DistributedSampler
 
 from lightning_mnp.attacks import BadNets
 from lightning_mnp.augment import random_crop_flip
@@ -189,6 +191,30 @@ def test_a_last_batch_of_one_image_is_left_out() -> None:
     assert len(sizes) == 60
 
 
+@pytest.mark.parametrize(("size", "sizes"), [(59, [30]), (29, [29]), (15, [15, 15])])
+def test_the_last_batch_is_that_of_a_process(size: int, sizes: list[int]) -> None:
+    """Of 60 images, each of two processes gets 30."""
+    datamodule = RandomDataModule(batch_size=size)
+    datamodule.trainer = SimpleNamespace(world_size=2, global_rank=1)  # type: ignore[assignment]
+    loader = datamodule.train_dataloader()
+    sampler = DistributedSampler(datamodule.train_set, 2, 1)  # type: ignore[var-annotated]
+    found = BatchSampler(sampler, size, loader.drop_last)
+    assert [len(batch) for batch in found] == sizes
+
+
+def test_processes_augment_in_their_own_ways() -> None:
+    white = [(torch.full((3, 8, 8), 255, dtype=torch.uint8), 0)] * 30
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    one, two = (
+        BatchTransform(MEAN, STD, True, True, generator, rank)
+        for rank, generator in enumerate(generators)
+    )
+    for _ in range(2):
+        assert not one(white)[0].equal(two(white)[0])
+        # So that the state of one, in a checkpoint, serves both.
+        assert generators[0].get_state().equal(generators[1].get_state())
+
+
 def test_workers_draw_their_own_augmentation() -> None:
     datamodule = RandomDataModule(batch_size=30, num_workers=2)
     images, labels = batches(datamodule.train_dataloader())
@@ -288,9 +314,15 @@ def test_data_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     gray = RandomDataModule(mean=(0.5,), std=(0.5,))
     with pytest.raises(ValueError, match=r"`mean` and `std` to have 3 numbers, .* but got 1"):
         gray.setup("fit")
-    with pytest.raises(ValueError, match="`size` to be at least 3"):
+    with pytest.raises(ValueError, match="`defense_size` to be at least 3"):
         RandomDataModule(defense_size=2).defense_dataloader()
     empty = MemoryDataset(torch.zeros(0, 3, 8, 8).to(torch.uint8), torch.zeros(0).long())
     monkeypatch.setattr(RandomDataModule, "load", lambda self, split: empty)
     with pytest.raises(ValueError, match="test set in None to hold images, but got 0"):
         RandomDataModule().setup("test")
+
+
+@pytest.mark.parametrize("size", [2, 70])
+def test_the_defense_set_is_named_as_the_user_knows_it(size: int) -> None:
+    with pytest.raises(ValueError, match="Expected argument `defense_size` to"):
+        _ = RandomDataModule(defense_size=size).defense_indices

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -112,6 +114,28 @@ def test_resize_and_crop_keeps_the_center() -> None:
     assert resize_and_crop(image[:, :, :10], 10).data_ptr() == image.data_ptr()
 
 
+@pytest.mark.parametrize("shape", [(3, 4000, 1), (3, 1, 4000), (2, 3, 1, 4001)])
+def test_a_strip_is_cut_before_it_is_scaled(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    original = V.resize
+
+    def resize(images: Tensor, *args: Any, **options: Any) -> Tensor:
+        scaled: Tensor = original(images, *args, **options)
+        made.append(scaled.numel())
+        return scaled
+
+    monkeypatch.setattr("lightning_mnp.data.dataset.V.resize", resize)
+    images = torch.full(shape, 7, dtype=torch.uint8)
+    images[..., shape[-2] // 2, shape[-1] // 2] = 100
+    result = resize_and_crop(images, 64)
+    assert result.shape[-2:] == (64, 64)
+    assert result.max() > 50
+    assert made[0] <= 6 * 64 * 4 * 64
+
+
 def test_image_that_could_take_all_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +160,12 @@ def test_folder_errors(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{name}' to be a readable image"):
             FolderDataset(root, ["a", "b"]).fetch([1])
         (root / "a" / name).unlink()
+    text = PngInfo()
+    text.add_text("long", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    Image.new("RGB", (4, 4)).save(root / "a" / "text.png", pnginfo=text)
+    with pytest.raises(ValueError, match=r"text.png' to be a readable image"):
+        FolderDataset(root, ["a", "b"]).fetch([1])
+    (root / "a" / "text.png").unlink()
     (root / "c").mkdir()
     with pytest.raises(FileNotFoundError, match="c"):
         FolderDataset(root, ["a", "b", "c"])

@@ -190,3 +190,14 @@ def test_metrics_do_not_import_lightning() -> None:
         "sys.exit(any(name in sys.modules for name in ('lightning', 'pytorch_lightning')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_undefined_logits_are_misses(label: int) -> None:
+    """Not hits of class 0, where argmax finds the first NaN."""
+    logits = torch.tensor([[math.nan, math.nan], [1.0, 0.0], [0.0, 1.0], [0.0, math.nan]])
+    labels = torch.full((4,), label)
+    with pytest.warns(UserWarning, match="2 of 4 images have NaN logits and count as misses"):
+        assert clean_accuracy(logits, labels) == 0.25
+    with pytest.warns(UserWarning, match="NaN logits"):
+        assert attack_success_rate(logits, labels, 1 - labels) == 0.25

@@ -10,11 +10,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_mnp.attacks import BadNets
 from lightning_mnp.checkpoint import CheckpointError, write_state_dict
 from lightning_mnp.data import DigitsDataModule
 from lightning_mnp.models import CifarResNet, Classifier, build_network
+from lightning_mnp.models.classifier import _counted
 
 
 class Linear(nn.Module):
@@ -357,3 +359,24 @@ def test_a_slow_precision_is_told(
         run.fit(Classifier(Linear()), DigitsDataModule())
     message = "no instructions for bf16-mixed, which takes about ten times as long as float32"
     assert (message in caplog.text) == told
+
+
+@pytest.mark.parametrize(("images", "processes"), [(5, 2), (9, 4), (3, 5), (8, 2), (2, 3)])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_an_image_counts_in_one_process(images: int, processes: int, size: int) -> None:
+    seen = []
+    for rank in range(processes):
+        data = TensorDataset(torch.arange(images))
+        sampler = DistributedSampler(data, processes, rank, shuffle=False)
+        loader: DataLoader[Any] = DataLoader(data, size, sampler=sampler)
+        for index, (batch,) in enumerate(loader):
+            for loaders in (loader, [None, loader]):
+                counted = _counted(loaders, (batch,), index, dataloader_idx=1)
+            seen += batch[:counted].tolist()
+    assert sorted(seen) == list(range(images))
+
+
+def test_a_loader_of_ones_own_counts_as_it_is() -> None:
+    batch = (torch.zeros(3),)
+    for loader in (DataLoader(TensorDataset(torch.zeros(3)), 3), [batch], iter([batch])):
+        assert _counted([loader], batch, 0, 0) == 3
