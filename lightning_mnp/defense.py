@@ -13,13 +13,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_mnp.alone import refuse_wrappers, running_alone
 from lightning_mnp.config import MNPConfig, require_config
 from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet
 from lightning_mnp.defense_state import dump_state, load_state, make_report
 from lightning_mnp.detection import Judgement, Signal, in_doubt, judge, signals
 from lightning_mnp.forward import Forward
 from lightning_mnp.handicap import find_handicaps
+from lightning_mnp.isolation import refuse_wrappers, running_alone
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.margin import MarginSearch
 from lightning_mnp.memory import memory_told
@@ -30,13 +30,13 @@ from lightning_mnp.pruning import Pruning, pruned_count, pruning_order
 from lightning_mnp.purification import Purification
 from lightning_mnp.recovery import FilterMask
 from lightning_mnp.result import DefenseReport, RunResult
+from lightning_mnp.safeguard import unchanged_on_error
 from lightning_mnp.saliency import batch_clc
 from lightning_mnp.sources import Source, find_sources
 from lightning_mnp.subject import Subject, Weights
 from lightning_mnp.suppression import CleanSuppression
 from lightning_mnp.surrogates import Surrogates
 from lightning_mnp.tally import PassTally
-from lightning_mnp.unchanged import unchanged_on_error
 from lightning_mnp.updates import PlainUpdates, Updates
 
 __all__ = ["MNPDefense", "Phase", "When"]

@@ -18,8 +18,8 @@ from torch.utils.data import DistributedSampler, SubsetRandomSampler
 
 import lightning_mnp
 from lightning_mnp import MNPModule, processes
-from lightning_mnp.alone import refuse_wrappers, running_alone
 from lightning_mnp.cli import main
+from lightning_mnp.isolation import refuse_wrappers, running_alone
 from lightning_mnp.models import Classifier
 from lightning_mnp.processes import whole_loader
 

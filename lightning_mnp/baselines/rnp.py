@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_mnp.alone import refuse_wrappers, running_alone
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.config import Augmentation, require_option
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.forward import Forward, call_apart, find_logits
+from lightning_mnp.isolation import refuse_wrappers, running_alone
 from lightning_mnp.layers import FilterLayers, find_filter_layers
 from lightning_mnp.network import check_network, network_forward
+from lightning_mnp.safeguard import unchanged_on_error
 from lightning_mnp.subject import Subject, Weights
-from lightning_mnp.unchanged import unchanged_on_error
 
 __all__ = ["RNPConfig", "RNPRule", "rnp"]
 

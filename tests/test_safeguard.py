@@ -5,7 +5,7 @@ import torch
 from helpers import same, snapshot
 from torch import nn
 
-from lightning_mnp.unchanged import unchanged_on_error
+from lightning_mnp.safeguard import unchanged_on_error
 
 
 def network() -> nn.Module:
