@@ -127,8 +127,8 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
         The model's number of classes.
 
     Raises:
-        ValueError: If the model has no parameters, its weights or logits are not finite, or the
-            images or labels do not fit it.
+        ValueError: If the model has no parameters, its weights or logits are not finite, it gives
+            probabilities, or the images or labels do not fit it.
         NoLogitsError: If its output holds no logits; it is a TypeError.
     """
     if next(model.parameters(), None) is None:
@@ -176,5 +176,12 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
         raise ValueError(
             "Expected the model's outputs on the defense set to be finite, but some are NaN or "
             "infinity. Its normalization statistics may be damaged."
+        )
+    sums = logits.float().sum(1)
+    if bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+        raise ValueError(
+            "Expected the model to return logits, but its outputs look like probabilities: none is "
+            "below 0, and each row sums to 1. Searches fail on these. Name the part before the "
+            "softmax with the argument `network`, or give their logarithm with `forward`."
         )
     return classes

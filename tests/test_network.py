@@ -212,6 +212,10 @@ def failing(error: BaseException) -> nn.Module:
         (broken_weight(classifier()), "finite, but '0.weight' holds NaN or infinity"),
         (broken_statistics(classifier()), "finite, but '1.running_var' holds NaN or infinity"),
         (overflowing(classifier()), "outputs on the defense set to be finite, but some are NaN"),
+        (
+            nn.Sequential(classifier(4), nn.Softmax(1)),
+            r"outputs look like probabilities: .* part before the softmax with the argument `netwo",
+        ),
         (lazy(classifier()), "'4' is a lazy module that has not seen data. Run one batch"),
         (nn.Linear(7, 2), r"images of shape \(3, 8, 8\) and torch.float32, .* it failed: mat1"),
         (classifier().double(), "torch.float32, as the defense set has them, but it failed: "),
