@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.errors import LiveError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 from torch.utils.data import Dataset
@@ -20,6 +21,7 @@ from lightning_mnp.config import MNPConfig, require_config
 from lightning_mnp.defense import MNPDefense, When
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.forward import Forward
+from lightning_mnp.network import check_copy
 from lightning_mnp.output import OutputError, check_writable, write_whole
 from lightning_mnp.processes import process_rank
 from lightning_mnp.result import DefenseReport
@@ -122,6 +124,7 @@ def defend(
         >>> len(report.pruned), report.model is network
         (1, False)
     """
+    check_copy(model)
     data = DefenseSet.from_loader(loader, unpack)
     config = _seeded(config, seed)
     defense = MNPDefense(model, data, config, when=when, network=network, forward=forward)
@@ -165,13 +168,7 @@ def run_defense(
         check_writable(path, "state_file")
         if path.exists():
             _load_state(defense, path)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with guard(), Progress(*columns, disable=not progress, transient=True) as bar:
+    with guard(), _progress_bar(progress) as bar:
         task = bar.add_task("reference", total=defense.most_steps())
         done = 0
         while not defense.finished:
@@ -184,6 +181,25 @@ def run_defense(
                 observe(defense, phase, metrics)
             if path is not None and defense.position != position and process_rank() == 0:
                 _save_state(defense, path)
+
+
+@contextmanager
+def _progress_bar(progress: bool) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    bar = Progress(*columns, disable=not progress, transient=True)
+    try:
+        bar.start()
+    except LiveError:  # early versions of rich show one bar at a time, such as Lightning's own
+        bar = Progress(*columns, disable=True)
+    try:
+        yield bar
+    finally:
+        bar.stop()
 
 
 def forget_state(state_file: Path | str | None) -> None:

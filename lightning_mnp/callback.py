@@ -29,6 +29,7 @@ from lightning_mnp.host import (
     refuse_other_processes,
     write_outcome,
 )
+from lightning_mnp.network import weights_digest
 from lightning_mnp.result import DefenseReport
 
 __all__ = ["MNPCallback"]
@@ -100,6 +101,8 @@ class MNPCallback(Callback):
         self.report: DefenseReport | None = None
         self._data: DefenseSet | None = None
         self._folder: Path | None = None
+        self._failure: Exception | None = None
+        self._pruned: str | None = None  # digest of the weights that pruning left
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what does not leave the whole network, and go behind the other callbacks.
@@ -130,7 +133,7 @@ class MNPCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the defense set and try it on the network, so that mistakes show before training."""
-        self.report = None
+        self.report = self._failure = self._pruned = None
         if not _is_trial(trainer):
             self._folder = output_folder(trainer, self.output_dir)
         with isolate_rng():
@@ -139,7 +142,16 @@ class MNPCallback(Callback):
                 self._defense(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Audit the trained network, prune it where asked, log and write the outcome."""
+        """Audit the trained network, prune it where asked, log and write the outcome.
+
+        An error waits until :meth:`on_fit_end`, so that what saves when training ends does so.
+        """
+        try:
+            self._audit(trainer, pl_module)
+        except Exception as error:  # raised again when all have saved
+            self._failure = error
+
+    def _audit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with isolate_rng():
             defense = self._defense(trainer, pl_module)
             bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
@@ -147,6 +159,7 @@ class MNPCallback(Callback):
             report = follow_first(defense)
             if report.changes:
                 defense.prune_()
+                self._pruned = weights_digest(pl_module)
         self.report = report
         for logger in trainer.loggers:
             logger.log_metrics(report.metrics(), step=trainer.global_step)
@@ -155,7 +168,20 @@ class MNPCallback(Callback):
             write_outcome(trainer, report, self._folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn where there was no audit, because there was nothing to train."""
+        """Raise what the audit raised; warn where there was none, or its outcome was undone.
+
+        Raises:
+            Exception: Whatever the audit raised when training ended.
+        """
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        if self._pruned is not None and self._pruned != weights_digest(pl_module):
+            rank_zero_warn(
+                "MNPCallback has pruned the network, but its weights were changed after that: "
+                "something that runs when training ends, such as the module's `on_train_end`, has "
+                "put others in place. Audit the network again with `lightning_mnp.audit`."
+            )
         if self.report is None:
             rank_zero_warn(
                 "MNPCallback has not audited the network: there was nothing to train. Call "

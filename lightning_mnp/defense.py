@@ -19,11 +19,11 @@ from lightning_mnp.defense_state import dump_state, load_state, make_report
 from lightning_mnp.detection import Judgement, Signal, in_doubt, judge, signals
 from lightning_mnp.forward import Forward
 from lightning_mnp.handicap import find_handicaps
-from lightning_mnp.isolation import refuse_wrappers, running_alone
+from lightning_mnp.isolation import refuse_scripts, refuse_wrappers, running_alone
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.margin import MarginSearch
 from lightning_mnp.memory import memory_told
-from lightning_mnp.network import check_network, network_forward
+from lightning_mnp.network import check_copy, check_network, network_forward
 from lightning_mnp.pattern import PatternSearch
 from lightning_mnp.permutation import PermutationSearch
 from lightning_mnp.pruning import Pruning, pruned_count, pruning_order
@@ -128,8 +128,11 @@ class MNPDefense:
         sample = data.images[:2].to(device)
         remedy = "The model needs more than there is even for so few."
         refuse_wrappers(model)
+        refuse_scripts(model)
         told = memory_told(f"on {len(sample)} images", remedy)
         with told, unchanged_on_error(model), running_alone(model):
+            if when != "never" and self.config.reaudit:
+                check_copy(model)
             self.classes = check_network(model, sample, data.labels, call)
             self.layers = find_filter_layers(
                 model,

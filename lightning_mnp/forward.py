@@ -140,7 +140,8 @@ def call_apart(
     called = _Called(network, forward)
     state = {name: buffer.clone() for name, buffer in called.named_buffers()}
     state.update({f"network.{name}": weight for name, weight in (weights or {}).items()})
-    return find_logits(functional_call(called, state, (images,)))
+    # A copy, as some networks normalize what they are given in place.
+    return find_logits(functional_call(called, state, (images.clone(),)))
 
 
 def probe_network(network: nn.Module, images: Tensor, forward: Forward = call_network) -> Tensor:
@@ -165,4 +166,4 @@ def probe_network(network: nn.Module, images: Tensor, forward: Forward = call_ne
     """
     devices = [images.device] if images.device.type == "cuda" else []
     with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices):
-        return call_apart(network, images.clone(), forward)
+        return call_apart(network, images, forward)

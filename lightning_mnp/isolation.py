@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["refuse_wrappers", "running_alone"]
+__all__ = ["refuse_scripts", "refuse_wrappers", "running_alone"]
 
 # By name, so that nothing is imported which the model does not use.
 _WRAPPERS = {
@@ -44,6 +44,24 @@ def refuse_wrappers(model: nn.Module) -> None:
                     f"Expected the model not to be spread over devices or processes, but {found} "
                     f"a {cls.__name__}. {_WRAPPERS[cls.__name__]}."
                 )
+
+
+def refuse_scripts(model: nn.Module) -> None:
+    """Raise where a part of a model is TorchScript, whose layers cannot be masked.
+
+    Raises:
+        ValueError: If it is, or has in it, a scripted or traced module.
+
+    Example:
+        >>> refuse_scripts(nn.Sequential(nn.ReLU()))
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            found = f"{name!r} in it is" if name else "it is"
+            raise ValueError(
+                f"Expected the model to be made of Python modules, but {found} TorchScript. Give "
+                "the network that it was made from."
+            )
 
 
 @contextmanager

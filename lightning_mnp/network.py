@@ -9,11 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lightning_mnp.forward import Forward, NoLogitsError, call_network, probe_network
+from lightning_mnp.forward import (
+    Forward,
+    NoLogitsError,
+    call_apart,
+    call_network,
+    evaluating,
+    probe_network,
+)
 from lightning_mnp.state_dict import all_tensors
 
-__all__ = ["check_network", "copy_network", "network_forward", "weights_digest"]
+__all__ = ["check_copy", "check_network", "copy_network", "network_forward", "weights_digest"]
 
 
 def copy_network(network: nn.Module) -> nn.Module:
@@ -36,6 +44,28 @@ def copy_network(network: nn.Module) -> nn.Module:
         id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None
     }
     return copy.deepcopy(network, memo)
+
+
+def check_copy(model: nn.Module) -> None:
+    """Check that a model can be copied, before work whose outcome goes into a copy.
+
+    Raises:
+        ValueError: If it holds what cannot be copied, such as an open file.
+
+    Example:
+        >>> check_copy(nn.Linear(2, 1))
+    """
+    try:
+        copy_network(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # anything that a model's attributes may raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            "Expected the model to be one that can be copied, because what is pruned is audited "
+            f"again as a copy, but it failed: {reason}. Give the network within it, or remove the "
+            "attribute (open files, locks and generators cannot be copied)."
+        ) from error
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -128,7 +158,7 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
 
     Raises:
         ValueError: If the model has no parameters, its weights or logits are not finite, it gives
-            probabilities, or the images or labels do not fit it.
+            probabilities or no gradients, or the images or labels do not fit it.
         NoLogitsError: If its output holds no logits; it is a TypeError.
     """
     if next(model.parameters(), None) is None:
@@ -147,7 +177,7 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(
                 f"Expected the model's weights to be finite, but {name!r} holds NaN or infinity. "
-                "The file may be damaged."
+                "Training may have diverged, or the file is damaged."
             )
     try:
         logits = probe_network(model, images, forward)
@@ -184,4 +214,44 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
             "below 0, and each row sums to 1. Searches fail on these. Name the part before the "
             "softmax with the argument `network`, or give their logarithm with `forward`."
         )
+    _check_gradients(model, images, forward)
     return classes
+
+
+def _check_gradients(model: nn.Module, images: Tensor, forward: Forward) -> None:
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "Expected to be called outside of torch.inference_mode(), which leaves no gradients. "
+            "Lightning's Trainer tests and validates in it, unless `inference_mode` is False."
+        )
+    devices = [images.device] if images.device.type == "cuda" else []
+    rerun: list[str] = []
+    with evaluating(model), torch.enable_grad(), torch.random.fork_rng(devices):
+        sample = images.detach().clone().requires_grad_()
+        logits = call_apart(model, sample, forward)
+        if not logits.requires_grad:
+            raise ValueError(
+                "Expected gradients to lead from the model's outputs to its images, but there are "
+                "none: it may run under torch.no_grad(), or be quantized. Name the network within "
+                "with the argument `network`, or tell how it is called with `forward`."
+            )
+        hook = register_module_forward_pre_hook(
+            lambda module, _: rerun.append(type(module).__name__)
+        )
+        try:
+            torch.autograd.grad(logits.float().sum(), sample, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ValueError(
+                f"Expected gradients of the model's outputs, but they failed: {reason}. Turn "
+                "gradient checkpointing off for the audit, where the model uses it."
+            ) from error
+        finally:
+            hook.remove()
+    if rerun:  # with other weights by then, which a search has swapped back
+        raise ValueError(
+            f"Expected the model not to run again while gradients are computed, but {rerun[0]} "
+            "did. Turn gradient checkpointing off for the audit."
+        )

@@ -14,6 +14,7 @@ from helpers import (
     snapshot,
     trained_network,
 )
+from rich.errors import LiveError
 from torch import nn
 
 import lightning_mnp
@@ -244,3 +245,35 @@ def test_state_of_another_precision_is_refused() -> None:
     state = MNPDefense(network, data, quick_config(), autocast=autocast).state_dict()
     with pytest.raises(ValueError, match=r"same precision, but it was 'torch.float32' and is"):
         MNPDefense(network, data, quick_config()).load_state_dict(state)
+
+
+def test_what_cannot_be_copied_is_told_before_any_work(tmp_path: Path) -> None:
+    module = UserModule(trained_network())
+    with (tmp_path / "log").open("w") as file:
+        module.log_file = file  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="can be copied"):
+            lightning_mnp.defend(module, loader(), config=quick_config())
+        report = lightning_mnp.audit(module, loader(), config=quick_config())
+    assert report.model is None
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda n: torch.jit.trace(n, torch.rand(2, 4))])
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning"
+)
+def test_torchscript_is_refused(make: Any) -> None:
+    scripted = make(nn.Linear(4, 2))
+    for model, found in ((scripted, "it is"), (nn.Sequential(scripted), "'0' in it is")):
+        with pytest.raises(ValueError, match=f"made of Python modules, but {found} TorchScript"):
+            MNPDefense(model, DefenseSet(torch.rand(4, 1, 4), torch.arange(4) % 2))
+
+
+def test_another_display_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rich 13, a second bar beside Lightning's is an error."""
+
+    def start(self: Any) -> None:
+        raise LiveError("Only one live display may be active at once")
+
+    monkeypatch.setattr(api.Progress, "start", start)
+    report = lightning_mnp.audit(trained_network(), loader(), config=quick_config(), progress=True)
+    assert report.runs

@@ -18,6 +18,7 @@ from helpers import (
     trained_network,
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import TensorDataset
 
@@ -152,3 +153,30 @@ def test_sharded_strategies_are_refused(
         setup, arguments = module.setup, ("fit",)
     with pytest.raises(MisconfigurationException, match=f"but got {name}. Train with it, save"):
         setup(*arguments)
+
+
+def test_a_failed_audit_loses_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("the audit failed")
+
+    monkeypatch.setattr("lightning_mnp.callback.run_defense", fail)
+    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=100)
+    callback = MNPCallback("always", loader(), quick_config())
+    module = UserModule(trained_network().train())
+    trainer = quiet_trainer(callbacks=[callback, saver], enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match="the audit failed"):
+        trainer.fit(module, loader())
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert callback.report is None
+
+
+def test_weights_put_in_place_afterwards_are_told() -> None:
+    class Averaging(UserModule):
+        def on_train_end(self) -> None:
+            self.net.load_state_dict(trained_network().state_dict())
+
+    callback = MNPCallback("always", loader(), quick_config(rule="count", amount=3, reaudit=False))
+    with pytest.warns(UserWarning, match="its weights were changed after that: .*`on_train_end`"):
+        quiet_trainer(callbacks=[callback]).fit(Averaging(trained_network().train()), loader())

@@ -192,3 +192,18 @@ def test_a_probe_leaves_everything() -> None:
     assert traces(network) == before
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(images, IMAGES)
+
+
+def test_a_network_that_works_in_place_leaves_the_images() -> None:
+    class InPlace(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            x -= 0.5
+            return super().forward(x)
+
+    images = torch.rand(3, 2)
+    before = images.clone()
+    network = InPlace(2, 4)
+    expected = network(images.clone())
+    assert call_apart(network, images).equal(expected)
+    assert call_apart(network, images.requires_grad_()).equal(expected)
+    assert images.detach().equal(before)

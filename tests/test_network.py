@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,9 +11,11 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_mnp.forward import NoLogitsError, call_network
 from lightning_mnp.network import (
+    check_copy,
     check_network,
     copy_network,
     network_forward,
@@ -197,6 +200,25 @@ class TwoInputs(nn.Linear):
         return super().forward(x) * mask
 
 
+class WithoutGradient(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(*classifier(3))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.layers = classifier(3)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layers, x, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+
+
 def failing(error: BaseException) -> nn.Module:
     def answer(x: Tensor) -> Tensor:
         torch.rand(1)
@@ -216,6 +238,15 @@ def failing(error: BaseException) -> nn.Module:
             nn.Sequential(classifier(4), nn.Softmax(1)),
             r"outputs look like probabilities: .* part before the softmax with the argument `netwo",
         ),
+        (WithoutGradient(), "gradients to lead from the model's outputs to its images"),
+        (
+            Checkpointed(False),
+            "not to run again while gradients are computed, but Sequential did",
+        ),
+        (
+            Checkpointed(True),
+            r"gradients of the model's outputs, but they failed: .* Turn gradient",
+        ),
         (lazy(classifier()), "'4' is a lazy module that has not seen data. Run one batch"),
         (nn.Linear(7, 2), r"images of shape \(3, 8, 8\) and torch.float32, .* it failed: mat1"),
         (classifier().double(), "torch.float32, as the defense set has them, but it failed: "),
@@ -230,6 +261,7 @@ def failing(error: BaseException) -> nn.Module:
         (Answering(lambda x: torch.zeros(3, 2)), "each of 2 images, but got 3"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_models_that_do_not_fit(model: nn.Module, message: str) -> None:
     model.train()
     before = None if "lazy" in message else traces(model)
@@ -336,3 +368,21 @@ def test_a_network_that_keeps_results_is_copied() -> None:
     assert copied.layer.weight is not network.layer.weight
     assert copied.layer.weight.equal(network.layer.weight)
     assert network.last.grad_fn is not None
+
+
+def test_inference_mode_is_told() -> None:
+    with (
+        torch.inference_mode(),
+        pytest.raises(ValueError, match=r"outside of torch.inference_mode\(\), .*`inference_mode`"),
+    ):
+        check(classifier(3))
+    with torch.no_grad():  # from which a check gets out by itself
+        assert check(classifier(3)) == 3
+
+
+def test_a_network_that_cannot_be_copied(tmp_path: Path) -> None:
+    network = classifier()
+    with (tmp_path / "log").open("w") as file:
+        network.log = file  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=r"can be copied, .* failed: cannot pickle '_io"):
+            check_copy(network)

@@ -18,7 +18,7 @@ from lightning_mnp.config import Augmentation, require_option
 from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.evaluation import accuracy, clean_logits
 from lightning_mnp.forward import Forward, call_apart, find_logits
-from lightning_mnp.isolation import refuse_wrappers, running_alone
+from lightning_mnp.isolation import refuse_scripts, refuse_wrappers, running_alone
 from lightning_mnp.layers import FilterLayers, find_filter_layers
 from lightning_mnp.network import check_network, network_forward
 from lightning_mnp.safeguard import unchanged_on_error
@@ -173,6 +173,7 @@ def rnp(
     config = config or RNPConfig()
     data = DefenseSet.from_loader(loader, unpack)
     refuse_wrappers(model)
+    refuse_scripts(model)
     call = network_forward(model, network, forward)
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
