@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -50,11 +51,22 @@ def check_copy(model: nn.Module) -> None:
     """Check that a model can be copied, before work whose outcome goes into a copy.
 
     Raises:
-        ValueError: If it holds what cannot be copied, such as an open file.
+        ValueError: If it holds what cannot be copied, such as an open file, or a ``forward`` that
+            would go on with the weights of the original.
 
     Example:
         >>> check_copy(nn.Linear(2, 1))
     """
+    for name, module in model.named_modules():
+        own = vars(module).get("forward")  # a method would be copied with its module
+        if isinstance(own, FunctionType) and type(module).__name__ != "OptimizedModule":
+            found = f"{name!r}" if name else f"the {type(module).__name__}"
+            raise ValueError(
+                f"Expected a `forward` that a copy of the model can run, but {found} has a "
+                "function put in its place, which would go on with the weights of the original. "
+                "Define it in the class, pass it as the argument `forward`, or compile the network "
+                "within a LightningModule and not the module itself."
+            )
     try:
         copy_network(model)
     except torch.OutOfMemoryError:

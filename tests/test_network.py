@@ -386,3 +386,17 @@ def test_a_network_that_cannot_be_copied(tmp_path: Path) -> None:
         network.log = file  # type: ignore[assignment]
         with pytest.raises(ValueError, match=r"can be copied, .* failed: cannot pickle '_io"):
             check_copy(network)
+
+
+def test_a_function_in_place_of_forward_cannot_be_copied() -> None:
+    network = classifier()
+    original = network.forward
+    for whole, found in ((network, "the Sequential has"), (nn.Sequential(network), "'0' has")):
+        network.forward = lambda x: original(x)  # type: ignore[method-assign]
+        with pytest.raises(
+            ValueError, match=f"a copy of the model can run, but {found} a function"
+        ):
+            check_copy(whole)
+    network.forward = original  # type: ignore[method-assign]
+    check_copy(network)
+    check_copy(torch.compile(network, backend="eager"))  # type: ignore[arg-type]
