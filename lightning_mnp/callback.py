@@ -144,11 +144,14 @@ class MNPCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Audit the trained network, prune it where asked, log and write the outcome.
 
-        An error waits until :meth:`on_fit_end`, so that what saves when training ends does so.
+        An error waits until :meth:`on_fit_end`, so that what saves when training ends does so;
+        not where other processes would wait for this one meanwhile.
         """
         try:
             self._audit(trainer, pl_module)
-        except Exception as error:  # raised again when all have saved
+        except Exception as error:
+            if trainer.world_size > 1:
+                raise
             self._failure = error
 
     def _audit(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -180,3 +181,19 @@ def test_weights_put_in_place_afterwards_are_told() -> None:
     callback = MNPCallback("always", loader(), quick_config(rule="count", amount=3, reaudit=False))
     with pytest.warns(UserWarning, match="its weights were changed after that: .*`on_train_end`"):
         quiet_trainer(callbacks=[callback]).fit(Averaging(trained_network().train()), loader())
+
+
+def test_an_error_in_one_of_several_processes_waits_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("the audit failed")
+
+    callback = MNPCallback("always", loader())
+    monkeypatch.setattr(callback, "_audit", fail)
+    module = UserModule(trained_network())
+    callback.on_train_end(SimpleNamespace(world_size=1), module)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="the audit failed"):
+        callback.on_fit_end(SimpleNamespace(world_size=1), module)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="the audit failed"):
+        callback.on_train_end(SimpleNamespace(world_size=2), module)  # type: ignore[arg-type]
