@@ -173,12 +173,13 @@ def test_a_failed_audit_loses_no_checkpoint(
     assert callback.report is None
 
 
-def test_weights_put_in_place_afterwards_are_told() -> None:
+def test_weights_put_in_place_afterwards_are_told(tmp_path: Path) -> None:
     class Averaging(UserModule):
         def on_train_end(self) -> None:
             self.net.load_state_dict(trained_network().state_dict())
 
-    callback = MNPCallback("always", loader(), quick_config(rule="count", amount=3, reaudit=False))
+    config = quick_config(rule="count", amount=3, reaudit=False)
+    callback = MNPCallback("always", loader(), config, output_dir=tmp_path)
     with pytest.warns(UserWarning, match="its weights were changed after that: .*`on_train_end`"):
         quiet_trainer(callbacks=[callback]).fit(Averaging(trained_network().train()), loader())
 
