@@ -124,9 +124,10 @@ def defend(
         >>> len(report.pruned), report.model is network
         (1, False)
     """
-    check_copy(model)
-    data = DefenseSet.from_loader(loader, unpack)
     config = _seeded(config, seed)
+    if when == "never" or not config.reaudit:  # else the engine does
+        check_copy(model)
+    data = DefenseSet.from_loader(loader, unpack)
     defense = MNPDefense(model, data, config, when=when, network=network, forward=forward)
     run_defense(defense, state_file=state_file, progress=progress)
     report = defense.report()

@@ -253,6 +253,8 @@ def test_what_cannot_be_copied_is_told_before_any_work(tmp_path: Path) -> None:
         module.log_file = file  # type: ignore[assignment]
         with pytest.raises(ValueError, match="can be copied"):
             lightning_mnp.defend(module, loader(), config=quick_config())
+        with pytest.raises(ValueError, match="can be copied"):
+            lightning_mnp.defend(module, loader(), config=quick_config(reaudit=False))
         report = lightning_mnp.audit(module, loader(), config=quick_config())
     assert report.model is None
 
