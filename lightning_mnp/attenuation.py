@@ -26,8 +26,6 @@ __all__ = ["Attenuation"]
 _WEIGHT = 0.1
 # Length of a step: the root mean square over all filters, where gradients agree.
 _STEP = 0.03
-# Sources that are down to this share of their strength at the start have nothing more to tell.
-_ENOUGH = 0.25
 _MOMENTUM = 0.9
 # Of the masks, whose mean over the latest steps is the outcome.
 _AVERAGE = 0.9
@@ -130,6 +128,8 @@ class Attenuation:
             that at the start.
         """
         if not self._now:
+            for source in self.sources:
+                source.settle(self._values)
             with torch.no_grad():
                 begun = [float(strength(source, self._values)) for source in self.sources]
             self._now = [max(each, LEAST_STRENGTH) for each in begun]
@@ -153,7 +153,7 @@ class Attenuation:
             level = float(found.detach()) / before
             greatest = max(greatest, level)
             if source.decides:
-                enough = enough and level <= _ENOUGH  # not so where it is NaN
+                enough = enough and level <= source.enough  # not so where it is NaN
         self.enough = enough
         if not self.enough:
             self._move(gradient)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mnp.config import MNPConfig, require_config
-from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet
+from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.defense_state import dump_state, load_state, make_report
 from lightning_mnp.detection import Judgement, Signal, in_doubt, judge, signals
 from lightning_mnp.forward import Forward
@@ -34,7 +34,7 @@ from lightning_mnp.safeguard import unchanged_on_error
 from lightning_mnp.saliency import batch_clc
 from lightning_mnp.sources import Source, find_sources
 from lightning_mnp.subject import Subject, Weights
-from lightning_mnp.suppression import CleanSuppression
+from lightning_mnp.suppression import CleanSuppression, RunImages, suppression_parts
 from lightning_mnp.surrogates import Surrogates
 from lightning_mnp.tally import PassTally
 from lightning_mnp.updates import PlainUpdates, Updates
@@ -163,7 +163,6 @@ class MNPDefense:
         self.position = 0
         self.batches_done = 0
         self.runs: list[RunResult] = []
-        self.handicaps: dict[int, float] = {}
         self.suppressed: list[Weights] = []
         self.judgement: Judgement
         self.accuracy_before = float("nan")
@@ -333,41 +332,27 @@ class MNPDefense:
         Args:
             handicaps: By how much, for each of these classes.
         """
-        self.handicaps = handicaps
-        self.balanced.offset = None
-        if handicaps:
-            offset = torch.zeros(self.classes, device=self.subject.device)
-            offset[list(handicaps)] = torch.tensor(list(handicaps.values())).to(offset)
-            self.balanced.offset = offset
+        self.balanced.handicaps = dict(handicaps)
 
     @property
-    def _parts(self) -> int:
-        """The number of parts of the defense set: as asked for, or as there are images for."""
-        return max(1, min(self.config.suppression_parts, len(self.data) // LEAST_BATCH))
+    def handicaps(self) -> dict[int, float]:
+        """By how much the logits of some classes are raised, for each of these."""
+        return self.balanced.handicaps
 
     @property
     def _suppression_passes(self) -> int:
         """Number of batches in one pass over the largest part."""
-        largest = math.ceil(len(self.data) / self._parts)
+        largest = math.ceil(len(self.data) / suppression_parts(self.data, self.config))
         return math.ceil(largest / self.config.batch_size)
 
     def _suppression(self, updates: Updates) -> dict[str, float]:
         if self.batches_done == 0:
             self.suppression.restart()
-        config, parts = self.config, self._parts
-        draw, number = divmod(self.run, parts)
-        seen = None if parts == 1 else self.data.part(number, parts, (config.seed, draw))
-        size = len(self.data) if seen is None else len(seen)
-        passes = math.ceil(size / config.batch_size)
-        epoch, index = divmod(self.batches_done, passes)
-        key = (config.seed, "suppression", self.run, epoch)
-        device = self.subject.device
-        images, labels = self.data.batch(
-            index, config.batch_size, device, config.augment, key, seen
-        )
-        metrics = self.suppression.step(images, labels, size, updates)
+        seen = RunImages(self.data, self.config, self.run)
+        images, labels = seen.batch(self.batches_done, self.subject.device)
+        metrics = self.suppression.step(images, labels, seen.size, updates)
         self.batches_done += 1
-        if self.batches_done >= passes * config.suppression_epochs:
+        if self.batches_done >= seen.most_steps:
             self.suppression.finish("all passes were made")
         if self.suppression.stopped:
             self.suppression.finish("")
@@ -439,9 +424,10 @@ class MNPDefense:
     def _further_runs(self) -> range:
         """The runs to make before a verdict that hangs on an unclear pile-up: one for each part."""
         config, made = self.config, len(self.runs)
+        parts = suppression_parts(self.data, config)
         unclear = config.verdict == "signals" and in_doubt(self.signals())
         most = config.runs + config.more_runs
-        return range(made, min(made + self._parts, most) if unclear else made)
+        return range(made, min(made + parts, most) if unclear else made)
 
     def _reach(self, updates: Updates) -> dict[str, float]:
         reach = self.surrogates.reach
@@ -528,7 +514,8 @@ class MNPDefense:
             [*self.suppressed, self.suppression.weights],
             self.signals()[0],
             self.surrogates,
-            self.config.seed,
+            self.config,
+            len(self.runs),
         )
 
     def _attenuation(self, updates: Updates) -> dict[str, float]:

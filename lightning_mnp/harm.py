@@ -16,7 +16,7 @@ from lightning_mnp.subject import Subject
 __all__ = ["CleanHarm", "trimmed_mean"]
 
 # From so many images on, the rise of their loss is trusted alone.
-_ENOUGH_IMAGES = 500
+_ENOUGH_IMAGES = 2500
 # What a nat of divergence counts: part of it is the backdoor's own doing on clean images.
 _DIVERGENCE = 0.5
 

@@ -24,6 +24,8 @@ from lightning_mnp.subject import Subject
 
 __all__ = ["Purification"]
 
+# Harm that masks may do beside that of pruning, in units of what pruning may.
+_MASKS_HARM = 2
 # Masks that do too much harm are turned back to a share known to 1 / 2 ** this.
 _HALVINGS = 4
 
@@ -170,11 +172,11 @@ class Purification:
         )
 
     def _harmless(self, masks: Tensor) -> Tensor | None:
-        """The masks, turned back as far as they do more harm than pruning is allowed to do.
+        """The masks, turned back as far as they do more harm than is allowed.
 
         None where nothing is left of them.
         """
-        search, most = self._begun, self.config.harm
+        search, most = self._begun, _MASKS_HARM * self.config.harm
         rise = search.harm_of(masks) - search.curve[-1][0]
         if rise <= most:
             return masks
@@ -188,7 +190,7 @@ class Purification:
         done = f"filters were turned down by {share:.0%} of what was found"
         self.warnings.append(
             f"{done if share else 'filters were not turned down'}: all of it did {rise:.3g} nats "
-            f"more harm than pruning, and `harm` is {most:g}"
+            f"more harm than pruning, and {most:g}, {_MASKS_HARM} times `harm`, is allowed"
         )
         return begun.lerp(masks, share) if share else None
 
@@ -209,15 +211,16 @@ class Purification:
         Returns:
             The accuracy on the defense set, from 0 to 1.
         """
-        factors, repairing = self.factors(), self.config.repair and self.changes
-        sets = self._clean.sets if repairing else [self.data]  # the defense set comes first
-        passed = [
-            clean_logits(self.subject, data, self.config.batch_size, masks=factors) for data in sets
-        ]
-        logits, labels = passed[0]
-        if repairing:
+        factors, size = self.factors(), self.config.batch_size
+        if self.config.repair and self.changes:
+            # As clean images would have it, a starved class that a backdoor aims at would be
+            # raised against all others: its handicap is not for the repair to mend.
+            passed = [
+                clean_logits(self.balanced, data, size, masks=factors) for data in self._clean.sets
+            ]
             seen, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
             self.shift = self._shift_of(fit_shift(seen, classes, target))
+        logits, labels = clean_logits(self.subject, self.data, size, masks=factors)
         if self.shift is not None:
             logits = logits + self.shift.values.to(logits)
         self.accuracy = accuracy(logits, labels)

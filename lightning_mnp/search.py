@@ -28,6 +28,10 @@ _HARM_WEIGHT = 0.1
 _HARM_FLOOR = 0.005
 # A filter that does no more harm than this is taken without looking further.
 _HARMLESS = 0.001
+# From when all sources that decide are down to this share of their strength, filters may do this
+# share of the harm allowed.
+_LITTLE = 0.1
+_LITTLE_HARM = 0.25
 
 
 class FilterSearch:
@@ -145,13 +149,12 @@ class FilterSearch:
             self.stopped = "no filter is left that lowers the margins"
             return None
         harm_now = self.curve[-1][0]
-        lowest = min(point[0] for point in self.curve)
-        most = lowest + self.harm
+        most = min(self._most_harm(), harm_now + self.harm / 2)
         best: tuple[float, int, float] | None = None
         order = promise.argsort(descending=True, stable=True)[:_CANDIDATES].tolist()
         for index in (index for index in order if promise[index] > 0):
             harm = self.harm_of(self.masks(without=[index]))
-            if not harm <= min(most, harm_now + self.harm / 2):  # not so where it is NaN
+            if not harm <= most:  # not so where it is NaN
                 self._rejected[index] = len(self.taken)
                 continue
             value = float(effect[index]) / (max(harm - harm_now, 0.0) + _HARM_FLOOR)
@@ -164,6 +167,17 @@ class FilterSearch:
                 self.stopped = f"more filters would do more harm than {self.harm:g} nats"
             return None
         return best[1], best[2]
+
+    def _most_harm(self) -> float:
+        """The most harm that the next filter may lead to."""
+        most = min(point[0] for point in self.curve) + self.harm
+        for harm, *levels in self.curve:
+            decisive = [
+                level for level, source in zip(levels, self.sources, strict=True) if source.decides
+            ]
+            if decisive and max(decisive) <= _LITTLE:  # not so where it is NaN
+                return min(most, harm + _LITTLE_HARM * self.harm)
+        return most
 
     def _waiting(self) -> list[int]:
         """Filters that were too harmful a short while ago."""

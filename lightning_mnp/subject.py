@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ class Subject:
         autocast: Makes the context in which the network runs, for lower precision.
 
     Attributes:
-        offset: What is added to the logits, shape (K,); nothing where None.
+        handicaps: What is added to the logits of some classes.
 
     Example:
         >>> from lightning_mnp.layers import find_filter_layers
@@ -67,7 +68,25 @@ class Subject:
         self.forward = forward
         self.statistics = statistics
         self.autocast = autocast
-        self.offset: Tensor | None = None
+        self.handicaps: dict[int, float] = {}
+
+    def raised(self, handicaps: Mapping[int, float]) -> Subject:
+        """Give the same network with some logits raised, and no others.
+
+        Args:
+            handicaps: By how much, for each of these classes.
+
+        Example:
+            >>> from lightning_mnp.layers import find_filter_layers
+            >>> network = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten())
+            >>> images = torch.rand(1, 1, 2, 2)
+            >>> subject = Subject(network, find_filter_layers(network, images))
+            >>> bool(subject.raised({1: 9.0})(images)[0, 1] > subject(images)[0, 1])
+            True
+        """
+        other = copy.copy(self)
+        other.handicaps = dict(handicaps)
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -121,7 +140,11 @@ class Subject:
                 if layers:
                     stack.enter_context(FilterMasks(self.network, layers, left))
             logits = call_apart(self.network, images, self.forward, weights).float()
-        return logits if self.offset is None else logits + self.offset
+        if not self.handicaps:
+            return logits
+        offset = logits.new_zeros(logits.shape[1])
+        offset[list(self.handicaps)] = logits.new_tensor(list(self.handicaps.values()))
+        return logits + offset
 
     def _folded(self, weights: Weights, masks: Tensor) -> tuple[Weights, FilterLayers, Tensor]:
         """Multiply masks into the scale and shift of the normalization layers they act behind.

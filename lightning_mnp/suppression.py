@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +11,74 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_mnp.config import MNPConfig
+from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet
+from lightning_mnp.evaluation import clean_logits
+from lightning_mnp.handicap import find_handicaps
 from lightning_mnp.subject import Subject, Weights
-from lightning_mnp.updates import Updates
+from lightning_mnp.updates import PlainUpdates, Updates
 
-__all__ = ["CleanSuppression"]
+__all__ = ["CleanSuppression", "RunImages", "suppress_anew", "suppression_parts"]
 
 # A step longer than the weights themselves no longer follows a gradient.
 _LONGEST_STEP = 1.0
+
+
+def suppression_parts(data: DefenseSet, config: MNPConfig) -> int:
+    """Tell into how many parts runs divide a defense set: as asked for, or as there are images for.
+
+    Args:
+        data: The defense set.
+        config: Options.
+
+    Example:
+        >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
+        >>> suppression_parts(data, MNPConfig(suppression_parts=2))
+        2
+    """
+    return max(1, min(config.suppression_parts, len(data) // LEAST_BATCH))
+
+
+class RunImages:
+    """The images of one suppression run: a part of the defense set, in an order of its own.
+
+    Args:
+        data: The defense set.
+        config: Options.
+        run: Number of the run, from 0.
+
+    Attributes:
+        size: Number of images in a pass.
+        most_steps: Number of batches in all passes that a run may make.
+
+    Example:
+        >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
+        >>> images = RunImages(data, MNPConfig(suppression_epochs=3), run=1)
+        >>> images.size, images.most_steps, images.batch(0, torch.device("cpu"))[0].shape
+        (4, 3, torch.Size([4, 1, 2, 2]))
+    """
+
+    def __init__(self, data: DefenseSet, config: MNPConfig, run: int) -> None:
+        self.data = data
+        self.config = config
+        self.run = run
+        parts = suppression_parts(data, config)
+        draw, number = divmod(run, parts)
+        self._seen = None if parts == 1 else data.part(number, parts, (config.seed, draw))
+        self.size = len(data) if self._seen is None else len(self._seen)
+        self._passes = math.ceil(self.size / config.batch_size)
+        self.most_steps = self._passes * config.suppression_epochs
+
+    def batch(self, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give the images and labels of a step.
+
+        Args:
+            step: Which step, from 0.
+            device: Where they are to be.
+        """
+        config = self.config
+        epoch, index = divmod(step, self._passes)
+        key = (config.seed, "suppression", self.run, epoch)
+        return self.data.batch(index, config.batch_size, device, config.augment, key, self._seen)
 
 
 class CleanSuppression:
@@ -34,6 +96,7 @@ class CleanSuppression:
     Attributes:
         weights: The suppressed parameters, theta_s, by name.
         optimizer: Their optimizer.
+        masks: Filter masks that the network has meanwhile, shape (total filters,); none where None.
         steps: Steps taken in this run.
         accuracy: Accuracy over the latest pass, from 0 to 1; NaN before the first step.
         stopped: Why the stage ended, or "" while it goes on.
@@ -64,6 +127,7 @@ class CleanSuppression:
             momentum=config.suppression_momentum,
             weight_decay=2 * config.mu,
         )
+        self.masks: Tensor | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -100,7 +164,7 @@ class CleanSuppression:
         Returns:
             The ``loss`` before the step and the ``accuracy`` over the latest pass.
         """
-        logits = self.subject(images, weights=self.weights)
+        logits = self.subject(images, weights=self.weights, masks=self.masks)
         loss = F.cross_entropy(logits, labels)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -188,3 +252,47 @@ class CleanSuppression:
         self._window = [(int(hits), int(count)) for hits, count in state["window"]]
         self.steps = int(state["steps"])
         self.stopped = str(state["stopped"])
+
+
+def suppress_anew(
+    subject: Subject, data: DefenseSet, config: MNPConfig, runs: Sequence[int], masks: Tensor
+) -> tuple[Subject, list[Weights]]:
+    """Suppress a network under filter masks, as if it were audited for the first time.
+
+    Args:
+        subject: The network; its own weights are left alone.
+        data: The defense set.
+        config: Options.
+        runs: Numbers of the runs, which tell the images that each sees and their order.
+        masks: Filter masks, shape (total filters,).
+
+    Returns:
+        The network, with the logits raised of the classes that are starved now, and the suppressed
+        weights of each run, by name.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mnp.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
+        >>> subject = Subject(network, find_filter_layers(network, data.images))
+        >>> len(suppress_anew(subject, data, MNPConfig(), [0, 1], torch.ones(4))[1])
+        2
+    """
+    masks = masks.detach()
+    raised = subject.raised({})
+    if config.balance:
+        passed = clean_logits(raised, data, config.batch_size, masks=masks)
+        raised = subject.raised(find_handicaps(*passed))
+    stage, updates, found = CleanSuppression(raised, config), PlainUpdates(), []
+    stage.masks = masks
+    for run in runs:
+        stage.restart()
+        seen = RunImages(data, config, run)
+        with torch.enable_grad():
+            for step in range(seen.most_steps):
+                stage.step(*seen.batch(step, subject.device), seen.size, updates)
+                if stage.stopped:
+                    break
+        found.append({name: weight.detach().clone() for name, weight in stage.weights.items()})
+    return raised, found

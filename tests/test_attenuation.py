@@ -19,16 +19,21 @@ class Fixed:
 
     name = "fixed"
 
-    def __init__(self, slopes: Tensor, decides: bool = True) -> None:
+    def __init__(self, slopes: Tensor, decides: bool = True, enough: float = 0.25) -> None:
         self.slopes = slopes
         self.decides = decides
+        self.enough = enough
         self.followed: list[int] = []
+        self.settled: list[Tensor] = []
 
     def margins(self, masks: Tensor) -> Tensor:
         return (self.slopes @ masks)[None]
 
     def adapt(self, masks: Tensor, taken: int) -> None:
         self.followed.append(taken)
+
+    def settle(self, masks: Tensor) -> None:
+        self.settled.append(masks.clone())
 
     def state_dict(self) -> dict[str, object]:
         return {}
@@ -159,6 +164,32 @@ def test_sources_that_decide_tell_the_end(levels: dict[bool, float], enough: boo
     attenuation.step()
     assert attenuation.enough == enough
     assert attenuation.taken == (0 if enough else 1)
+
+
+@pytest.mark.parametrize("level", [0.1, 0.3])
+def test_each_source_has_an_end_of_its_own(level: float) -> None:
+    subject, _ = new_subject()
+    total = subject.layers.total
+    sources: list[Source] = [Fixed(torch.ones(total), enough=limit) for limit in (0.2, 0.4)]
+    attenuation = new_attenuation(steps=1, sources=sources)
+    attenuation.references = [(total + 1) / level, (total + 1) / 0.35]
+    attenuation.step()
+    assert attenuation.enough == (level == 0.1)
+
+
+def test_sources_settle_once_before_the_first_step() -> None:
+    subject, _ = new_subject()
+    first, second = Fixed(torch.ones(subject.layers.total)), Fixed(torch.ones(subject.layers.total))
+    attenuation = new_attenuation(steps=3, sources=[first])
+    before = attenuation.masks.clone()
+    attenuation.step()
+    resumed = new_attenuation(steps=3, sources=[second])
+    resumed.load_state_dict(attenuation.state_dict())
+    finish(attenuation)
+    finish(resumed)
+    assert len(first.settled) == 1
+    assert first.settled[0].equal(before)
+    assert second.settled == []  # its state tells
 
 
 def test_sources_follow_the_network() -> None:

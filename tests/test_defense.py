@@ -253,13 +253,13 @@ def test_attenuation_that_does_harm_is_dropped_and_told(monkeypatch: pytest.Monk
     assert defense.purification.search is not None
     pruned = defense.purification.search.harm_of(defense.purification.search.masks())
     assert pruned == pytest.approx(defense.purification.search.curve[-1][0], abs=1e-6)
-    monkeypatch.setattr(defense.purification.search, "harm_of", lambda masks: pruned + 50.1)
+    monkeypatch.setattr(defense.purification.search, "harm_of", lambda masks: pruned + 100.1)
     report = finished(defense).report()
     assert report.masks == {}
     [told] = [text for text in report.warnings if "turned down" in text]
     assert told == (
-        "filters were not turned down: all of it did 50.1 nats more harm than pruning, and `harm` "
-        "is 50"
+        "filters were not turned down: all of it did 100 nats more harm than pruning, and 100, 2 "
+        "times `harm`, is allowed"
     )
 
 
@@ -273,17 +273,17 @@ def test_attenuation_that_does_too_much_harm_is_turned_back(
     pruned, begun = search.curve[-1][0], search.masks()
 
     def harm_of(masks: torch.Tensor) -> float:  # in proportion to how far filters are turned down
-        return pruned + 79.0 * float((begun - masks).sum() / (begun - whole).sum())
+        return pruned + 158.0 * float((begun - masks).sum() / (begun - whole).sum())
 
     monkeypatch.setattr(search, "harm_of", harm_of)
     report = finished(defense).report()
-    share = 0.625  # the largest sixteenth below 50 / 79
+    share = 0.625  # the largest sixteenth below 100 / 158
     expected = torch.lerp(begun, whole, share)
     torch.testing.assert_close(defense.purification.factors(), expected)
     [told] = [text for text in report.warnings if "turned down" in text]
     assert told == (
-        "filters were turned down by 62% of what was found: all of it did 79 nats more harm than "
-        "pruning, and `harm` is 50"
+        "filters were turned down by 62% of what was found: all of it did 158 nats more harm "
+        "than pruning, and 100, 2 times `harm`, is allowed"
     )
 
 
@@ -325,10 +325,10 @@ def test_a_starved_class_is_raised_for_the_audit(monkeypatch: pytest.MonkeyPatch
     again = new_defense(when="never")
     again.load_state_dict(defense.state_dict())
     assert again.report().handicaps == report.handicaps
-    assert again.balanced.offset is not None
+    assert again.balanced.handicaps == {2: 1.5}
     plain = finished(new_defense(when="never", balance=False))
     assert plain.report().handicaps == {}
-    assert plain.balanced.offset is None
+    assert plain.balanced.handicaps == {}
 
 
 @short

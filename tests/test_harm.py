@@ -33,11 +33,11 @@ def probabilities(harm: CleanHarm, masks: torch.Tensor | None) -> list[list[floa
 @pytest.mark.parametrize(
     ("count", "share", "impurity", "left_out"),
     [
-        (500, 1.0, 0.0, 0),
-        (600, 1.0, 0.05, 60),
-        (50, 0.1, 0.0, 0),
-        (40, 0.08, 0.01, 1),
-        (40, 0.08, 0.4, 32),
+        (500, 0.2, 0.0, 0),
+        (600, 0.24, 0.05, 60),
+        (50, 0.02, 0.0, 0),
+        (40, 0.016, 0.01, 1),
+        (40, 0.016, 0.4, 32),
     ],
 )
 def test_harm_is_the_rise_of_the_loss_and_with_few_images_half_of_the_divergence(
@@ -58,6 +58,19 @@ def test_harm_is_the_rise_of_the_loss_and_with_few_images_half_of_the_divergence
     counted = sorted(harms)[: 2 * count - left_out]
     expected = sum(counted) / len(counted)
     assert harm.of(masks) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_harm_is_the_rise_of_the_loss_where_there_are_images_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_mnp.harm._ENOUGH_IMAGES", 40)
+    harm = new_harm(40)
+    masks = torch.ones(harm.subject.layers.total)
+    masks[::3] = 0.3
+    labels = [int(label) for data in harm.clean for label in data.labels]
+    rows = zip(probabilities(harm, None), probabilities(harm, masks), labels, strict=True)
+    rises = [math.log(old[label]) - math.log(new[label]) for old, new, label in rows]
+    assert harm.of(masks) == pytest.approx(sum(rises) / len(rises), rel=1e-3, abs=1e-5)
 
 
 def test_one_value_at_least_is_left_of_a_trimmed_mean() -> None:

@@ -8,9 +8,11 @@ from helpers import goals_of, images_and_labels, quick_config, same, snapshot, t
 from torch.nn import functional as F
 
 from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.evaluation import clean_logits
 from lightning_mnp.harm import CleanHarm
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.purification import Purification
+from lightning_mnp.repair import fit_shift
 from lightning_mnp.sources import Source, SuppressedSource
 from lightning_mnp.subject import Subject
 
@@ -60,13 +62,14 @@ def test_filters_are_taken_and_turned_down_with_the_logits_of_starved_classes_ra
     plain = new_purification(augment="none", attenuation_steps=1, batch_size=40)
     subject, data = plain.subject, plain.data
     balanced = Subject(subject.network, subject.layers)
-    balanced.offset = torch.tensor([0.0, 3.0, 0.0, 0.0])
+    balanced.handicaps = {1: 3.0}
     raised = Purification(subject, data, plain.config, balanced)
     for purification in (plain, raised):
         purification.begin(sources_of(purification))
         while not purification.search_step() or not purification._begun.stopped:
             pass
-    for purification, offset in ((plain, torch.zeros(4)), (raised, balanced.offset)):
+    for purification, lack in ((plain, 0.0), (raised, 3.0)):
+        offset = torch.tensor([0.0, lack, 0.0, 0.0])
         masks = purification._begun.masks()
         with torch.no_grad():
             before = F.cross_entropy(
@@ -74,7 +77,7 @@ def test_filters_are_taken_and_turned_down_with_the_logits_of_starved_classes_ra
             )
             logits = subject(data.images, masks=masks, statistics="running")
             after = F.cross_entropy(logits + offset, data.labels)
-        share = len(data) / 500
+        share = len(data) / 2500
         harm = CleanHarm(purification.balanced, [data], 40)
         assert purification._begun.harm_of(masks) == pytest.approx(harm.of(masks), abs=1e-5)
         assert harm.of(masks) >= share * float(after - before) - 1e-5  # the rest is a divergence
@@ -108,6 +111,25 @@ def test_purified_copy_gives_what_the_factors_and_the_shift_say() -> None:
     hits = (expected.argmax(1) == labels).float().mean()
     assert found == purification.accuracy == pytest.approx(float(hits))
     assert same(before, snapshot(network))
+
+
+def test_repair_leaves_the_handicap_of_a_starved_class() -> None:
+    plain = new_purification()
+    starved = Purification(plain.subject, plain.data, plain.config, plain.subject.raised({1: 3.0}))
+    found = []
+    for purification in (plain, starved):
+        purification.remove(torch.tensor([0, 5]))
+        purification.check(target=1)
+        assert purification.shift is not None
+        sets = purification._clean.sets
+        masks = purification.factors()
+        passed = [clean_logits(purification.balanced, data, 128, masks=masks) for data in sets]
+        logits, labels = (torch.cat(parts) for parts in zip(*passed, strict=True))
+        torch.testing.assert_close(purification.shift.values, fit_shift(logits, labels, 1))
+        found.append(purification.shift.values)
+    others = [0, 2, 3]
+    # Against a raised target they need not be lowered as well.
+    assert float(found[1][others].mean()) > float(found[0][others].mean()) + 0.5
 
 
 def test_nothing_changed_needs_no_repair() -> None:

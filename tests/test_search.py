@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -74,6 +75,29 @@ def test_a_small_allowance_ends_the_search_and_a_large_one_does_not() -> None:
     strict, lenient = (finish(new_search(most=50, harm=harm)) for harm in (1e-6, 50.0))
     assert "more filters would do more harm than 1e-06 nats" in strict.stopped
     assert "more harm" not in lenient.stopped
+
+
+@pytest.mark.parametrize(
+    ("levels", "decides", "most"),
+    [
+        ([(0.0, 1.0, 1.0), (0.1, 0.2, 0.0)], (True, True), 0.4),
+        ([(0.0, 1.0, 1.0), (0.1, 0.1, 0.0)], (True, True), 0.2),  # 0.1 and a quarter of 0.4
+        ([(0.0, 1.0, 1.0), (0.1, 0.1, 0.0), (0.15, 0.3, 0.0)], (True, True), 0.2),
+        ([(0.0, 1.0, 1.0), (0.1, 0.1, 0.9)], (True, False), 0.2),
+        ([(0.0, 1.0, 1.0), (0.1, 0.0, 0.0)], (False, False), 0.4),
+        ([(0.0, 1.0, 1.0), (0.1, math.nan, 0.0)], (True, True), 0.4),
+        ([(0.0, 1.0, 1.0), (-0.3, 0.5, 0.5), (0.0, 0.1, 0.1)], (True, True), 0.1),  # 0.4 above -0.3
+    ],
+)
+def test_a_quarter_is_allowed_from_when_the_deciding_sources_show_little(
+    levels: list[tuple[float, ...]], decides: tuple[bool, ...], most: float
+) -> None:
+    search = new_search(harm=0.4)
+    search.sources = [copy.copy(search.sources[0]) for _ in decides]
+    for source, each in zip(search.sources, decides, strict=True):
+        source.decides = each
+    search.curve = list(levels)
+    assert search._most_harm() == pytest.approx(most)
 
 
 def test_first_order_effect_is_the_slope_of_the_margins() -> None:

@@ -241,3 +241,13 @@ def test_masks_in_scale_and_shift_equal_masks_on_maps(norm: nn.Module, statistic
         results.append((logits, *torch.autograd.grad(logits.square().sum(), masks)))
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_raised_logits_are_those_of_a_subject_of_its_own(network: Net) -> None:
+    subject = make(network)
+    raised = subject.raised({1: 2.5, 0: 1.0})
+    again = raised.raised({2: 4.0})
+    for other, expected in ((raised, {0: 1.0, 1: 2.5}), (again, {2: 4.0})):
+        difference = (other(IMAGES) - subject(IMAGES)).mean(0).tolist()
+        wanted = [expected.get(index, 0.0) for index in range(len(difference))]
+        assert difference == pytest.approx(wanted, abs=1e-4)
