@@ -175,10 +175,20 @@ def main() -> None:
     folder = "study" if options.base == "cifar10-2core" else "study-imagenette"
     data, out = options.data.expanduser(), (options.out or Path("runs") / folder).absolute()
     reference = options.reference.absolute()
-    tasks = [
-        Task(name, options.base, recipes[name], data, out, reference, options.precision)
-        for name in options.only or recipes
-    ]
+
+    def task_of(name: str) -> Task:
+        return Task(name, options.base, recipes[name], data, out, reference, options.precision)
+
+    tasks = [task_of(name) for name in options.only or recipes]
+    if any(task.recipe.needs_clean for task in tasks):
+        if reference.parent == out and reference.name in recipes:
+            task_of(reference.name).finish()  # others read its last checkpoint, finished or not
+        elif not (reference / "result.json").exists():
+            parser.error(
+                f"--reference: expected the folder of a clean network that was trained to its end, "
+                f"but {reference} has no result.json. Train it with benchmarks.attacks, or name "
+                f"one of this study, such as {out / 'clean-12'}."
+            )
     finish_all(tasks, options.jobs)
 
 
