@@ -78,6 +78,7 @@ TUNE = {
         "blend", seed=133, target=5, epochs=9, more=("--data.attack.poison_rate", "0.005")
     ),
     "tune-cl": _recipe("cl", seed=134, target=0, width=8),
+    "tune-badnets": _recipe("badnets", seed=135, target=3, width=8, decay=False),
     "tune-imbalanced": _imbalanced(rare_class=3, rare_share=0.2, seed=7, width=8),
     "tune-all-to-all": _recipe("badnets", "badnets-all-to-all", seed=127, width=8, epochs=20),
     "tune-blend-all-to-all": _recipe(

@@ -40,8 +40,7 @@ class Attenuation:
     the clean loss is not the norm of the filters but the margin of the target class where the
     backdoor shows, and the masks stay as they are instead of being cut at a threshold. Steps have
     a length that does not depend on the scale of the gradients: momentum, divided by the running
-    root mean square over all filters. They end when no source that decides shows more than 0.25
-    of its strength before pruning.
+    root mean square over all filters. They end when all sources that decide are weak.
 
     Args:
         subject: The network.
@@ -61,7 +60,7 @@ class Attenuation:
     Attributes:
         steps: Number of steps.
         taken: Steps taken.
-        enough: Whether the sources that decide show no more than that.
+        enough: Whether the sources that decide are weak.
         masks: Mean of the masks over the latest steps, shape (total filters,).
 
     Example:
@@ -153,7 +152,7 @@ class Attenuation:
             level = float(found.detach()) / before
             greatest = max(greatest, level)
             if source.decides:
-                enough = enough and level <= source.enough  # not so where it is NaN
+                enough = enough and source.is_weak(float(found.detach()), before)
         self.enough = enough
         if not self.enough:
             self._move(gradient)

@@ -28,9 +28,7 @@ _HARM_WEIGHT = 0.1
 _HARM_FLOOR = 0.005
 # A filter that does no more harm than this is taken without looking further.
 _HARMLESS = 0.001
-# From when all sources that decide are down to this share of their strength, filters may do this
-# share of the harm allowed.
-_LITTLE = 0.1
+# From when all sources that decide show little, filters may do this share of the harm allowed.
 _LITTLE_HARM = 0.25
 
 
@@ -172,10 +170,13 @@ class FilterSearch:
         """The most harm that the next filter may lead to."""
         most = min(point[0] for point in self.curve) + self.harm
         for harm, *levels in self.curve:
+            shown = zip(self.sources, levels, self.references, strict=True)
             decisive = [
-                level for level, source in zip(levels, self.sources, strict=True) if source.decides
+                source.shows_little(level * before, before)
+                for source, level, before in shown
+                if source.decides
             ]
-            if decisive and max(decisive) <= _LITTLE:  # not so where it is NaN
+            if decisive and all(decisive):
                 return min(most, harm + _LITTLE_HARM * self.harm)
         return most
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -62,7 +63,12 @@ class Source(Protocol):
 
     name: str
     decides: bool
-    enough: float
+
+    def is_weak(self, found: float, before: float) -> bool:
+        """Whether a strength, of so much at the start, is no reason to turn filters down."""
+
+    def shows_little(self, found: float, before: float) -> bool:
+        """Whether such a strength is next to nothing."""
 
     def margins(self, masks: Tensor) -> Tensor:
         """Margins of the target class under filter masks, shape (N,); large for a backdoor."""
@@ -93,7 +99,23 @@ def strength(source: Source, masks: Tensor) -> Tensor:
     return source.margins(masks).clamp_min(_LOWEST_MARGIN).mean() - _LOWEST_MARGIN
 
 
-class SuppressedSource:
+class _Judged:
+    """Judges by the share of its strength at the start, and by strength itself; NaN is neither."""
+
+    weak_at = 0.25
+    little_at = 0.1
+    weak_below = math.inf
+
+    def is_weak(self, found: float, before: float) -> bool:
+        """Whether a strength, of so much at the start, is no reason to turn filters down."""
+        return found <= min(self.weak_at * before, self.weak_below)
+
+    def shows_little(self, found: float, before: float) -> bool:
+        """Whether such a strength is next to nothing."""
+        return found <= min(self.little_at * before, self.weak_below)
+
+
+class SuppressedSource(_Judged):
     """Clean images in the suppressed network, whose predictions pile up on the target class.
 
     Clean suppression leaves the filters of a backdoor as they are and breaks others; what then
@@ -110,7 +132,7 @@ class SuppressedSource:
     """
 
     name = "suppressed network"
-    enough = 0.1
+    weak_at = 0.1
 
     def __init__(
         self,
@@ -178,7 +200,7 @@ class SuppressedSource:
             self.settle(state["masks"].to(self.images.device))
 
 
-class PerturbationSource:
+class PerturbationSource(_Judged):
     """Clean images under one perturbation for all of them.
 
     Args:
@@ -193,7 +215,6 @@ class PerturbationSource:
 
     name = "universal perturbation"
     decides = True
-    enough = 0.25
 
     def __init__(
         self,
@@ -234,7 +255,7 @@ class PerturbationSource:
         self.trigger.perturbation = state["perturbation"].to(self.images.device)
 
 
-class MarginSource:
+class MarginSource(_Judged):
     """Images of greatest margin for the target class, as far as they exceed what is normal.
 
     Args:
@@ -244,7 +265,6 @@ class MarginSource:
 
     name = "greatest margin"
     decides = True
-    enough = 0.25
 
     def __init__(self, ascent: MarginAscent, normal: float) -> None:
         self.ascent = ascent
@@ -272,7 +292,7 @@ class MarginSource:
         self.ascent.images = state["images"].to(self.ascent.images.device)
 
 
-class PatternSource:
+class PatternSource(_Judged):
     """Clean images under one pattern for all of them.
 
     Args:
@@ -280,7 +300,9 @@ class PatternSource:
     """
 
     decides = True
-    enough = 0.25
+    # A tenth of what a strong backdoor shows still takes most images to the target. This is half a
+    # logit above their own class, where no pattern of that size gets images in an ordinary network.
+    weak_below = 1.5
 
     def __init__(self, trigger: PatternTrigger) -> None:
         self.trigger = trigger

@@ -78,8 +78,8 @@ class Subject:
 
         Example:
             >>> from lightning_mnp.layers import find_filter_layers
-            >>> network = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten())
-            >>> images = torch.rand(1, 1, 2, 2)
+            >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+            >>> images = torch.rand(2, 1, 4, 4)
             >>> subject = Subject(network, find_filter_layers(network, images))
             >>> bool(subject.raised({1: 9.0})(images)[0, 1] > subject(images)[0, 1])
             True

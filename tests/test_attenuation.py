@@ -19,10 +19,10 @@ class Fixed:
 
     name = "fixed"
 
-    def __init__(self, slopes: Tensor, decides: bool = True, enough: float = 0.25) -> None:
+    def __init__(self, slopes: Tensor, decides: bool = True, weak_at: float = 0.25) -> None:
         self.slopes = slopes
         self.decides = decides
-        self.enough = enough
+        self.weak_at = weak_at
         self.followed: list[int] = []
         self.settled: list[Tensor] = []
 
@@ -31,6 +31,12 @@ class Fixed:
 
     def adapt(self, masks: Tensor, taken: int) -> None:
         self.followed.append(taken)
+
+    def is_weak(self, found: float, before: float) -> bool:
+        return found <= self.weak_at * before
+
+    def shows_little(self, found: float, before: float) -> bool:
+        return found <= 0.1 * before
 
     def settle(self, masks: Tensor) -> None:
         self.settled.append(masks.clone())
@@ -167,10 +173,10 @@ def test_sources_that_decide_tell_the_end(levels: dict[bool, float], enough: boo
 
 
 @pytest.mark.parametrize("level", [0.1, 0.3])
-def test_each_source_has_an_end_of_its_own(level: float) -> None:
+def test_each_source_tells_when_it_is_weak(level: float) -> None:
     subject, _ = new_subject()
     total = subject.layers.total
-    sources: list[Source] = [Fixed(torch.ones(total), enough=limit) for limit in (0.2, 0.4)]
+    sources: list[Source] = [Fixed(torch.ones(total), weak_at=limit) for limit in (0.2, 0.4)]
     attenuation = new_attenuation(steps=1, sources=sources)
     attenuation.references = [(total + 1) / level, (total + 1) / 0.35]
     attenuation.step()

@@ -128,8 +128,8 @@ def test_repair_leaves_the_handicap_of_a_starved_class() -> None:
         torch.testing.assert_close(purification.shift.values, fit_shift(logits, labels, 1))
         found.append(purification.shift.values)
     others = [0, 2, 3]
-    # Against a raised target they need not be lowered as well.
-    assert float(found[1][others].mean()) > float(found[0][others].mean()) + 0.5
+    # Against a raised target they need not be lowered as much.
+    assert float(found[1][others].mean()) > float(found[0][others].mean()) + 0.05
 
 
 def test_nothing_changed_needs_no_repair() -> None:

@@ -96,6 +96,7 @@ def test_a_quarter_is_allowed_from_when_the_deciding_sources_show_little(
     search.sources = [copy.copy(search.sources[0]) for _ in decides]
     for source, each in zip(search.sources, decides, strict=True):
         source.decides = each
+    search.references = [1.0] * len(decides)
     search.curve = list(levels)
     assert search._most_harm() == pytest.approx(most)
 

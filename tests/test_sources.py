@@ -107,6 +107,29 @@ def test_weights_are_suppressed_anew_for_the_network_that_pruning_left() -> None
     assert fixed.state_dict() == {}
 
 
+@pytest.mark.parametrize(
+    ("kind", "found", "before", "weak", "little"),
+    [
+        (PerturbationSource, 25.0, 100.0, True, False),
+        (PerturbationSource, 25.1, 100.0, False, False),
+        (PerturbationSource, 10.0, 100.0, True, True),
+        (MarginSource, 9.0, 100.0, True, True),
+        (SuppressedSource, 0.9, 8.0, False, False),
+        (SuppressedSource, 0.8, 8.0, True, True),
+        (PatternSource, 1.6, 100.0, False, False),  # little of a strong backdoor is enough for it
+        (PatternSource, 1.5, 100.0, True, True),
+        (PatternSource, 1.0, 4.0, True, False),
+        (PatternSource, math.nan, 4.0, False, False),
+    ],
+)
+def test_what_is_weak_and_what_is_little(
+    kind: Any, found: float, before: float, weak: bool, little: bool
+) -> None:
+    source = kind.__new__(kind)  # of its class alone
+    assert source.is_weak(found, before) == weak
+    assert source.shows_little(found, before) == little
+
+
 def test_strength_is_what_is_left_of_the_margins() -> None:
     class Given:
         def margins(self, masks: torch.Tensor) -> torch.Tensor:
