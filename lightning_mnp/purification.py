@@ -206,20 +206,21 @@ class Purification:
         """Fit the repair, if one is wanted, and measure what is left.
 
         Args:
-            target: The class whose logit stays as it is; None for no class in particular.
+            target: The class whose logit stays as it is, unless it is starved; None for none.
 
         Returns:
             The accuracy on the defense set, from 0 to 1.
         """
         factors, size = self.factors(), self.config.batch_size
         if self.config.repair and self.changes:
-            # As clean images would have it, a starved class that a backdoor aims at would be
-            # raised against all others: its handicap is not for the repair to mend.
+            # With starved classes raised: a target among them is to get back what pruning took from
+            # it, but not, as clean images would have it, what it never had.
             passed = [
                 clean_logits(self.balanced, data, size, masks=factors) for data in self._clean.sets
             ]
             seen, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
-            self.shift = self._shift_of(fit_shift(seen, classes, target))
+            fixed = None if target in self.balanced.handicaps else target
+            self.shift = self._shift_of(fit_shift(seen, classes, fixed))
         logits, labels = clean_logits(self.subject, self.data, size, masks=factors)
         if self.shift is not None:
             logits = logits + self.shift.values.to(logits)

@@ -355,7 +355,7 @@ def test_each_run_sees_its_part_of_the_defense_set(monkeypatch: pytest.MonkeyPat
 def test_few_images_are_not_parted() -> None:
     data = DefenseSet(*images_and_labels(5))
     defense = MNPDefense(trained_network(), data, quick_config(runs=1), when="never")
-    assert defense._parts == 1
+    assert suppression_parts(data, defense.config) == 1
     assert finished(defense).report().runs[0].steps > 0
 
 

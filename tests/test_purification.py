@@ -113,23 +113,26 @@ def test_purified_copy_gives_what_the_factors_and_the_shift_say() -> None:
     assert same(before, snapshot(network))
 
 
-def test_repair_leaves_the_handicap_of_a_starved_class() -> None:
+def test_repair_gives_a_starved_target_back_what_pruning_took_and_no_more() -> None:
     plain = new_purification()
+    images, labels = plain.data.images, plain.data.labels
     starved = Purification(plain.subject, plain.data, plain.config, plain.subject.raised({1: 3.0}))
-    found = []
-    for purification in (plain, starved):
+    for purification, fixed in ((plain, 1), (starved, None)):
         purification.remove(torch.tensor([0, 5]))
         purification.check(target=1)
         assert purification.shift is not None
         sets = purification._clean.sets
         masks = purification.factors()
         passed = [clean_logits(purification.balanced, data, 128, masks=masks) for data in sets]
-        logits, labels = (torch.cat(parts) for parts in zip(*passed, strict=True))
-        torch.testing.assert_close(purification.shift.values, fit_shift(logits, labels, 1))
-        found.append(purification.shift.values)
-    others = [0, 2, 3]
-    # Against a raised target they need not be lowered as much.
-    assert float(found[1][others].mean()) > float(found[0][others].mean()) + 0.05
+        logits, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
+        expected = fit_shift(logits, classes, fixed)
+        torch.testing.assert_close(purification.shift.values, expected)
+        assert (purification.shift.values[1] == 0) == (fixed == 1)
+        # Accuracy is that of the network as it is given back: no logit is raised in it.
+        given = purification.purified()(images)
+        assert purification.accuracy == pytest.approx(
+            float((given.argmax(1) == labels).float().mean())
+        )
 
 
 def test_nothing_changed_needs_no_repair() -> None:
