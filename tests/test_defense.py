@@ -13,6 +13,7 @@ from lightning_mnp import DefenseSet, MNPConfig, MNPDefense
 from lightning_mnp.detection import Judgement
 from lightning_mnp.masks import FilterMasks
 from lightning_mnp.saliency import approximate_clc, filter_magnitudes, saliency_correlation
+from lightning_mnp.suppression import suppression_parts
 
 short = pytest.mark.usefixtures("short_searches")
 
