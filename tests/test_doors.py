@@ -14,6 +14,8 @@ import lightning_mnp
 from lightning_mnp import DefenseReport, MNPCallback, MNPDefense, MNPModule
 from lightning_mnp.defense_set import DefenseSet
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 
 def plain() -> tuple[DefenseReport, dict[str, torch.Tensor]]:
     report = lightning_mnp.defend(trained_network(), loader(), when="always", config=quick_config())

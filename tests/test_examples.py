@@ -46,11 +46,14 @@ SHORT_AUDIT = [
     *QUIET,
     "--mnp.suppression_epochs=1",
     "--mnp.mask_epochs=1",
+    "--mnp.attenuation_steps=2",
+    "--mnp.more_runs=0",
     "--model.init_args.width=4",
     "--data.init_args.defense_size=20",
 ]
 
 pytestmark = [
+    pytest.mark.usefixtures("short_searches"),
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
@@ -61,7 +64,6 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.setattr(sys, "argv", ["lightning-mnp"])
-    monkeypatch.setattr("lightning_mnp.surrogate._MOST_STEPS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,9 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let scripts, which have no options for it, take one pass where they would take twenty."""
     defaults = {field.name: field.default for field in fields(MNPConfig)}
-    defaults.update(suppression_epochs=1, mask_epochs=1, amount=0.01)
+    defaults.update(
+        suppression_epochs=1, mask_epochs=1, amount=0.01, attenuation_steps=2, more_runs=0
+    )
     monkeypatch.setattr(MNPConfig.__init__, "__defaults__", tuple(defaults.values()))
 
 
@@ -170,7 +174,7 @@ def test_paper_setting_is_taken(cifar10: Path, tmp_path: Path) -> None:
     options += [*SHORT_AUDIT, *data_options("cifar10", cifar10)]
     assert main(["audit", *options, f"--ckpt_path={suspicious}", f"--report={report}"]) in (0, 3, 4)
     written = json.loads(report.read_text())["config"]
-    expected = MNPConfig.paper(suppression_epochs=1, mask_epochs=1).to_dict()
+    expected = MNPConfig.paper(suppression_epochs=1, mask_epochs=1, attenuation_steps=2).to_dict()
     assert written == expected
 
 
