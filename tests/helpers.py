@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,14 @@ def loader(batch_size: int = 16, shuffle: bool = False, count: int = 40) -> Data
 def trained_network(width: int = 4, steps: int = 30) -> nn.Module:
     """A thin ResNet-18 that knows the task, the same each time."""
     with torch.random.fork_rng():
+        network = cifar_resnet18(CLASSES, width, in_channels=1)
+    network.load_state_dict(_trained_weights(width, steps))
+    return network.eval()
+
+
+@functools.cache  # hundreds of tests want this network
+def _trained_weights(width: int, steps: int) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
         torch.manual_seed(1)
         network = cifar_resnet18(CLASSES, width, in_channels=1)
         images, labels = images_and_labels(64, seed=1)
@@ -75,7 +84,7 @@ def trained_network(width: int = 4, steps: int = 30) -> nn.Module:
             optimizer.zero_grad()
             F.cross_entropy(network(images), labels).backward()
             optimizer.step()
-    return network.eval()
+    return network.state_dict()
 
 
 class Shortcut(nn.Module):

@@ -76,13 +76,13 @@ class QuickTrainer(L.Trainer):
         super().__init__(**options)
 
 
+@pytest.mark.usefixtures("short_searches")
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: f"{page.parent.name}/{page.stem}")
 def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(L, "Trainer", QuickTrainer)
-    monkeypatch.setattr("lightning_mnp.surrogate._MOST_STEPS", 2)
     exec(compile(code(page), str(page), "exec"), {"__name__": "page"})
 
 
