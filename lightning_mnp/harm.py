@@ -45,7 +45,7 @@ class CleanHarm:
     which the loss on just these images falls, by chance; how far the predictions move away from
     those of the network as it is (the Kullback-Leibler divergence) cannot fall, and is the rise
     of the loss to be expected where the network's probabilities are right. So with N images,
-    fewer than 500, the rise counts N / 500, and half of the divergence the rest.
+    fewer than 2500, the rise counts N / 2500, and half of the divergence the rest.
 
     Images that are poisoned suffer most when a backdoor is removed, and would protect it. Where
     some may be, as many are left out: those that suffer most.
