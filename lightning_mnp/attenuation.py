@@ -127,8 +127,6 @@ class Attenuation:
             that at the start.
         """
         if not self._now:
-            for source in self.sources:
-                source.settle(self._values)
             with torch.no_grad():
                 begun = [float(strength(source, self._values)) for source in self.sources]
             self._now = [max(each, LEAST_STRENGTH) for each in begun]

@@ -145,7 +145,7 @@ class MNPDefense:
         statistics = self.config.statistics
         self.subject = Subject(model, self.layers, call, statistics, autocast)
         # The same network, with the logits of starved classes raised once these are known.
-        self.balanced = Subject(model, self.layers, call, statistics, autocast)
+        self.balanced = self.subject.raised({})
         self.suppression = CleanSuppression(self.balanced, self.config)
         self.penalty = FilterMask(self.balanced, self.suppression.weights, self.config, False)
         self.preserving = FilterMask(self.subject, self.subject.weights(), self.config, True)
@@ -515,7 +515,6 @@ class MNPDefense:
             self.signals()[0],
             self.surrogates,
             self.config,
-            len(self.runs),
         )
 
     def _attenuation(self, updates: Updates) -> dict[str, float]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dump_state", "load_state", "make_report"]
 
-_FORMAT = 9
+_FORMAT = 10
 
 
 def dump_state(defense: MNPDefense) -> dict[str, Any]:

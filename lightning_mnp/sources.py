@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,6 @@ from lightning_mnp.margin import MarginAscent, margin_ratio
 from lightning_mnp.patch import patch_ratio
 from lightning_mnp.pattern import PatternTrigger, pattern_lead
 from lightning_mnp.subject import Statistics, Subject, Weights
-from lightning_mnp.suppression import suppress_anew
 from lightning_mnp.surrogate import SurrogateTrigger, goal_margins, leads, reach_ratio
 from lightning_mnp.surrogates import Surrogates
 
@@ -76,9 +75,6 @@ class Source(Protocol):
     def adapt(self, masks: Tensor, taken: int) -> None:
         """Follow the network as it is after so many steps were taken; thoroughly after none."""
 
-    def settle(self, masks: Tensor) -> None:
-        """Look afresh at the network that pruning has left."""
-
     def state_dict(self) -> dict[str, Any]:
         """Give what :meth:`adapt` changes, as tensors and primitives."""
 
@@ -127,12 +123,11 @@ class SuppressedSource(_Judged):
         images: Clean images, shape (N, C, ...), which the runs share.
         goals: The class, other than its own, that a backdoor takes each image to, shape (N,).
         decides: Whether filters are turned down as long as predictions pile up.
-        anew: Suppresses the network under filter masks, once for each of the `weights`, and gives
-            it with them; None for weights that stay.
     """
 
     name = "suppressed network"
-    weak_at = 0.1
+    # These weights were made with the backdoor in place, and still pull when it is gone.
+    weak_at = 0.4
 
     def __init__(
         self,
@@ -141,27 +136,18 @@ class SuppressedSource(_Judged):
         images: Tensor,
         goals: Tensor,
         decides: bool = True,
-        anew: Callable[[Tensor], tuple[Subject, Sequence[Weights]]] | None = None,
     ) -> None:
+        runs = max(1, min(len(weights), len(images) // LEAST_BATCH))
+        self.subject = subject
         self.images = images
         self.goals = goals
         self.decides = decides
-        self._anew = anew
-        self._masks: Tensor | None = None  # of the network that was suppressed anew
-        self._pending = False
-        self._use(subject, weights)
-
-    def _use(self, subject: Subject, weights: Sequence[Weights]) -> None:
-        runs = max(1, min(len(weights), len(self.images) // LEAST_BATCH))
-        self.subject = subject
         self.weights = [
             {name: weight.detach() for name, weight in each.items()} for each in weights[-runs:]
         ]
 
     def margins(self, masks: Tensor) -> Tensor:
         """Logit of the goal above all others together (their log-sum-exp), shape (N,)."""
-        if self._pending:
-            self._suppress()
         parts = self.images.tensor_split(len(self.weights))
         few = len(self.images) < LEAST_BATCH  # to be normalized by their own statistics
         statistics: Statistics | None = "running" if few else None
@@ -176,28 +162,12 @@ class SuppressedSource(_Judged):
     def adapt(self, masks: Tensor, taken: int) -> None:
         """Do nothing: weights and images stay."""
 
-    def settle(self, masks: Tensor) -> None:
-        """Suppress the network anew, if that is wanted.
-
-        Weights that were made with the backdoor in place go on to pull when it is gone.
-        """
-        if self._anew is not None:
-            self._masks, self._pending = masks.detach().clone(), True
-
-    def _suppress(self) -> None:
-        assert self._anew is not None
-        assert self._masks is not None
-        self._use(*self._anew(self._masks))
-        self._pending = False
-
     def state_dict(self) -> dict[str, Any]:
-        """Give the masks under which the network was suppressed anew; the weights follow."""
-        return {} if self._masks is None else {"masks": self._masks}
+        """Give nothing."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken; weights are made when they are needed."""
-        if "masks" in state:
-            self.settle(state["masks"].to(self.images.device))
+        """Do nothing."""
 
 
 class PerturbationSource(_Judged):
@@ -243,9 +213,6 @@ class PerturbationSource(_Judged):
             images, labels = self.images[rows], self.labels[rows]
             self.trigger.ascend(images, labels, 0.15 * self.trigger.limit, masks)
 
-    def settle(self, masks: Tensor) -> None:
-        """Do nothing: it follows at each step."""
-
     def state_dict(self) -> dict[str, Any]:
         """Give the perturbation."""
         return {"perturbation": self.trigger.perturbation}
@@ -279,9 +246,6 @@ class MarginSource(_Judged):
         self.ascent.velocity.zero_()
         for _ in range(_NEXT_ASCENT if taken else _FIRST_ASCENT):
             self.ascent.step(masks)
-
-    def settle(self, masks: Tensor) -> None:
-        """Do nothing: it follows at each step."""
 
     def state_dict(self) -> dict[str, Any]:
         """Give the images."""
@@ -319,9 +283,6 @@ class PatternSource(_Judged):
         else:
             self.trigger.follow(masks)
 
-    def settle(self, masks: Tensor) -> None:
-        """Do nothing: it follows at each step."""
-
     def state_dict(self) -> dict[str, Any]:
         """Give the pattern."""
         return {"pattern": self.trigger.pattern}
@@ -338,7 +299,6 @@ def find_sources(
     believed: Signal,
     surrogates: Surrogates,
     config: MNPConfig,
-    runs: int,
 ) -> list[Source]:
     """Collect what shows the suspected backdoor.
 
@@ -358,7 +318,6 @@ def find_sources(
         believed: The signal most to be believed, which tells the suspected class, if it is one.
         surrogates: The searches for surrogate triggers, finished.
         config: Options.
-        runs: Number of suppression runs that were made.
     """
     seed = config.seed
     device, target = subject.device, believed.suspect
@@ -395,10 +354,4 @@ def find_sources(
             sources.append(PatternSource(search.trigger(target)))
     decides = believed.name == "pile-up" or not sources
     goals = torch.full_like(labels, target)
-    latest = range(runs - len(suppressed), runs)
-
-    def anew(masks: Tensor) -> tuple[Subject, list[Weights]]:
-        return suppress_anew(subject, data, config, latest, masks)
-
-    again = anew if decides else None
-    return [SuppressedSource(subject, suppressed, images, goals, decides, again), *sources]
+    return [SuppressedSource(subject, suppressed, images, goals, decides), *sources]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +11,10 @@ from torch.nn import functional as F
 
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_set import LEAST_BATCH, DefenseSet
-from lightning_mnp.evaluation import clean_logits
-from lightning_mnp.handicap import find_handicaps
 from lightning_mnp.subject import Subject, Weights
-from lightning_mnp.updates import PlainUpdates, Updates
+from lightning_mnp.updates import Updates
 
-__all__ = ["CleanSuppression", "RunImages", "suppress_anew", "suppression_parts"]
+__all__ = ["CleanSuppression", "RunImages", "suppression_parts"]
 
 # A step longer than the weights themselves no longer follows a gradient.
 _LONGEST_STEP = 1.0
@@ -96,7 +93,6 @@ class CleanSuppression:
     Attributes:
         weights: The suppressed parameters, theta_s, by name.
         optimizer: Their optimizer.
-        masks: Filter masks that the network has meanwhile, shape (total filters,); none where None.
         steps: Steps taken in this run.
         accuracy: Accuracy over the latest pass, from 0 to 1; NaN before the first step.
         stopped: Why the stage ended, or "" while it goes on.
@@ -127,7 +123,6 @@ class CleanSuppression:
             momentum=config.suppression_momentum,
             weight_decay=2 * config.mu,
         )
-        self.masks: Tensor | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -164,7 +159,7 @@ class CleanSuppression:
         Returns:
             The ``loss`` before the step and the ``accuracy`` over the latest pass.
         """
-        logits = self.subject(images, weights=self.weights, masks=self.masks)
+        logits = self.subject(images, weights=self.weights)
         loss = F.cross_entropy(logits, labels)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -252,47 +247,3 @@ class CleanSuppression:
         self._window = [(int(hits), int(count)) for hits, count in state["window"]]
         self.steps = int(state["steps"])
         self.stopped = str(state["stopped"])
-
-
-def suppress_anew(
-    subject: Subject, data: DefenseSet, config: MNPConfig, runs: Sequence[int], masks: Tensor
-) -> tuple[Subject, list[Weights]]:
-    """Suppress a network under filter masks, as if it were audited for the first time.
-
-    Args:
-        subject: The network; its own weights are left alone.
-        data: The defense set.
-        config: Options.
-        runs: Numbers of the runs, which tell the images that each sees and their order.
-        masks: Filter masks, shape (total filters,).
-
-    Returns:
-        The network, with the logits raised of the classes that are starved now, and the suppressed
-        weights of each run, by name.
-
-    Example:
-        >>> from torch import nn
-        >>> from lightning_mnp.layers import find_filter_layers
-        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
-        >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
-        >>> subject = Subject(network, find_filter_layers(network, data.images))
-        >>> len(suppress_anew(subject, data, MNPConfig(), [0, 1], torch.ones(4))[1])
-        2
-    """
-    masks = masks.detach()
-    raised = subject.raised({})
-    if config.balance:
-        passed = clean_logits(raised, data, config.batch_size, masks=masks)
-        raised = subject.raised(find_handicaps(*passed))
-    stage, updates, found = CleanSuppression(raised, config), PlainUpdates(), []
-    stage.masks = masks
-    for run in runs:
-        stage.restart()
-        seen = RunImages(data, config, run)
-        with torch.enable_grad():
-            for step in range(seen.most_steps):
-                stage.step(*seen.batch(step, subject.device), seen.size, updates)
-                if stage.stopped:
-                    break
-        found.append({name: weight.detach().clone() for name, weight in stage.weights.items()})
-    return raised, found

@@ -24,7 +24,6 @@ class Fixed:
         self.decides = decides
         self.weak_at = weak_at
         self.followed: list[int] = []
-        self.settled: list[Tensor] = []
 
     def margins(self, masks: Tensor) -> Tensor:
         return (self.slopes @ masks)[None]
@@ -37,9 +36,6 @@ class Fixed:
 
     def shows_little(self, found: float, before: float) -> bool:
         return found <= 0.1 * before
-
-    def settle(self, masks: Tensor) -> None:
-        self.settled.append(masks.clone())
 
     def state_dict(self) -> dict[str, object]:
         return {}
@@ -181,21 +177,6 @@ def test_each_source_tells_when_it_is_weak(level: float) -> None:
     attenuation.references = [(total + 1) / level, (total + 1) / 0.35]
     attenuation.step()
     assert attenuation.enough == (level == 0.1)
-
-
-def test_sources_settle_once_before_the_first_step() -> None:
-    subject, _ = new_subject()
-    first, second = Fixed(torch.ones(subject.layers.total)), Fixed(torch.ones(subject.layers.total))
-    attenuation = new_attenuation(steps=3, sources=[first])
-    before = attenuation.masks.clone()
-    attenuation.step()
-    resumed = new_attenuation(steps=3, sources=[second])
-    resumed.load_state_dict(attenuation.state_dict())
-    finish(attenuation)
-    finish(resumed)
-    assert len(first.settled) == 1
-    assert first.settled[0].equal(before)
-    assert second.settled == []  # its state tells
 
 
 def test_sources_follow_the_network() -> None:

@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import images_and_labels, trained_network
+from helpers import images_and_labels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_set import DefenseSet
-from lightning_mnp.evaluation import clean_logits
-from lightning_mnp.handicap import find_handicaps
 from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.subject import Subject
-from lightning_mnp.suppression import CleanSuppression, suppress_anew, suppression_parts
+from lightning_mnp.suppression import CleanSuppression, suppression_parts
 from lightning_mnp.updates import PlainUpdates
 
 IMAGES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -335,45 +333,3 @@ def test_parts_are_as_many_as_there_are_images_for() -> None:
     config = MNPConfig(suppression_parts=4)
     assert suppression_parts(few, config) == 2  # three images at least
     assert suppression_parts(more, config) == 4
-
-
-def test_a_masked_network_is_suppressed_like_one_that_was_pruned() -> None:
-    network = trained_network()
-    data = DefenseSet(*images_and_labels())
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    config = MNPConfig(suppression_epochs=3, suppression_parts=2, batch_size=16, seed=4)
-    masks = torch.ones(subject.layers.total)
-    masks[[1, 3]] = 0.0
-    before = copy.deepcopy(network.state_dict())
-    raised, found = suppress_anew(subject.raised({2: 1.0}), data, config, [1, 2], masks)
-    assert same(before, network.state_dict())
-    logits = clean_logits(subject, data, 16, masks=masks)
-    assert raised.handicaps == find_handicaps(*logits)  # the old ones are gone
-    assert len(found) == 2
-    for run, weights in zip((1, 2), found, strict=True):
-        stage = CleanSuppression(raised, config)
-        stage.masks = masks
-        part = data.part(run % 2, 2, (4, run // 2))
-        passes = -(-len(part) // 16)
-        for step in range(3 * passes):
-            epoch, index = divmod(step, passes)
-            key = (4, "suppression", run, epoch)
-            images, labels = data.batch(index, 16, subject.device, config.augment, key, part)
-            stage.step(images, labels, len(part), PlainUpdates())
-            if stage.stopped:
-                break
-        for name, weight in stage.weights.items():
-            assert weight.equal(weights[name])
-
-
-def test_no_logits_are_raised_for_a_masked_network_without_balance(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    network = trained_network()
-    data = DefenseSet(*images_and_labels())
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    masks = torch.ones(subject.layers.total)
-    monkeypatch.setattr("lightning_mnp.suppression.find_handicaps", lambda *logits: {1: 2.0})
-    for balance, expected in ((True, {1: 2.0}), (False, {})):
-        config = MNPConfig(suppression_epochs=1, balance=balance)
-        assert suppress_anew(subject, data, config, [], masks)[0].handicaps == expected
