@@ -61,6 +61,7 @@ class Attenuation:
         steps: Number of steps.
         taken: Steps taken.
         enough: Whether the sources that decide are weak.
+        stopped: Whether :meth:`stop` has ended it.
         masks: Mean of the masks over the latest steps, shape (total filters,).
 
     Example:
@@ -107,6 +108,7 @@ class Attenuation:
         self.impurity = impurity
         self.taken = 0
         self.enough = False
+        self.stopped = False
         self.masks = masks.clone()
         self._free = (free & (masks != 0)).to(masks)
         self._values = masks.clone()
@@ -116,8 +118,12 @@ class Attenuation:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were taken, or no more are needed."""
-        return self.enough or self.taken >= self.steps
+        """Whether all steps were taken, or no more are needed or wanted."""
+        return self.enough or self.stopped or self.taken >= self.steps
+
+    def stop(self) -> None:
+        """Take no more steps."""
+        self.stopped = True
 
     def step(self) -> dict[str, float]:
         """Take one step.
@@ -173,6 +179,7 @@ class Attenuation:
         return {
             "taken": self.taken,
             "enough": self.enough,
+            "stopped": self.stopped,
             "masks": self.masks,
             "values": self._values,
             "velocity": self._velocity,
@@ -185,6 +192,7 @@ class Attenuation:
         device = self.subject.device
         self.taken = int(state["taken"])
         self.enough = bool(state["enough"])
+        self.stopped = bool(state["stopped"])
         self.masks = state["masks"].to(device)
         self._values = state["values"].to(device)
         self._velocity = state["velocity"].to(device)

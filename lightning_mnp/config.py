@@ -141,7 +141,7 @@ class MNPConfig:
     amount: float = 0.05
     harm: float = 0.015
     impurity: float = 0.0
-    attenuation_steps: int = 50
+    attenuation_steps: int = 150
     verdict: VerdictRule = "signals"
     threshold: float = 1.0
     delta: float = 0.2

@@ -26,6 +26,10 @@ __all__ = ["Purification"]
 
 # Harm that masks may do beside that of pruning, in units of what pruning may.
 _MASKS_HARM = 2
+# After so many steps, and at so many more each time, masks that do more than `harm` beside pruning
+# are left as they are: what they gain by then is not worth what they cost.
+_LOOK_FROM = 30
+_LOOK_EVERY = 10
 # Masks that do too much harm are turned back to a share known to 1 / 2 ** this.
 _HALVINGS = 4
 
@@ -135,6 +139,8 @@ class Purification:
         """Turn filters down by one step, until the ``attenuation`` is ``finished``."""
         self.attenuation = self.attenuation or self._new_attenuation()
         metrics = self.attenuation.step()
+        if self._is_dear(self.attenuation):
+            self.attenuation.stop()
         if self.attenuation.finished and self.attenuation.taken:
             self.masks = self._harmless(self.attenuation.masks)
         return metrics
@@ -170,6 +176,13 @@ class Purification:
             config.seed,
             config.impurity,
         )
+
+    def _is_dear(self, attenuation: Attenuation) -> bool:
+        """Whether masks do too much harm to be turned down further."""
+        if attenuation.taken < _LOOK_FROM or attenuation.taken % _LOOK_EVERY:
+            return False
+        rise = self._begun.harm_of(attenuation.masks) - self._begun.curve[-1][0]
+        return not rise <= self.config.harm  # nor where it is NaN
 
     def _harmless(self, masks: Tensor) -> Tensor | None:
         """The masks, turned back as far as they do more harm than is allowed.

@@ -126,8 +126,6 @@ class SuppressedSource(_Judged):
     """
 
     name = "suppressed network"
-    # These weights were made with the backdoor in place, and still pull when it is gone.
-    weak_at = 0.4
 
     def __init__(
         self,

@@ -197,6 +197,16 @@ def test_resumed_at_any_step_ends_the_same() -> None:
         assert finish(second).masks.equal(expected)
 
 
+def test_one_that_is_stopped_stays_so() -> None:
+    first, second = new_attenuation(steps=4), new_attenuation(steps=4)
+    first.step()
+    assert not first.finished
+    first.stop()
+    second.load_state_dict(first.state_dict())
+    for each in (first, second):
+        assert (each.finished, each.stopped, each.enough, each.taken) == (True, True, False, 1)
+
+
 def test_seed_draws_the_images() -> None:
     one, same_one, other = (finish(new_attenuation(steps=4, seed=k)).masks for k in (0, 0, 1))
     assert one.equal(same_one)

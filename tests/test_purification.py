@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -48,6 +49,41 @@ def steps_of(purification: Purification) -> list[Any]:
     while turning():
         taken.append(purification.attenuation_step())
     return taken
+
+
+@pytest.mark.parametrize(
+    ("harms", "steps"),
+    [
+        ({}, 7),  # all of them
+        ({2: 0.9, 4: 0.9}, 2),
+        ({1: 0.9, 3: 0.9}, 7),  # nobody looks then
+        ({4: math.nan}, 4),
+        ({2: 0.4, 4: 0.6}, 4),
+        ({2: 0.4, 4: 0.5}, 7),
+    ],
+)
+def test_masks_go_on_as_long_as_they_cost_little(
+    harms: dict[int, float], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Harm beside that of pruning, by steps, of which 0.5 nats are little."""
+    monkeypatch.setattr("lightning_mnp.purification._LOOK_FROM", 2)
+    monkeypatch.setattr("lightning_mnp.purification._LOOK_EVERY", 2)
+    monkeypatch.setattr("lightning_mnp.sources.SuppressedSource.weak_at", -1.0)
+    purification = new_purification(harm=0.5, attenuation_steps=7)
+    purification.begin(sources_of(purification))
+    search = purification.search
+    assert search is not None
+    while not search.stopped:
+        purification.search_step()
+
+    def harm_of(masks: torch.Tensor) -> float:
+        taken = 0 if purification.attenuation is None else purification.attenuation.taken
+        return search.curve[-1][0] + harms.get(taken, 0.0)
+
+    monkeypatch.setattr(search, "harm_of", harm_of)
+    while purification.attenuation is None or not purification.attenuation.finished:
+        purification.attenuation_step()
+    assert purification.attenuation.taken == steps
 
 
 def test_search_must_have_begun() -> None:
