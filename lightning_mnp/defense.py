@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -231,7 +230,7 @@ class MNPDefense:
         """
         lengths: dict[str, int] = {
             "reference": self.passes,
-            "suppression": self._suppression_passes * self.config.suppression_epochs,
+            "suppression": RunImages(self.data, self.config, 0).most_steps,  # none has more
             "saliency": self.passes,
             "masks": self.passes * self.config.mask_epochs,
             "verdict": 1,
@@ -338,12 +337,6 @@ class MNPDefense:
     def handicaps(self) -> dict[int, float]:
         """By how much the logits of some classes are raised, for each of these."""
         return self.balanced.handicaps
-
-    @property
-    def _suppression_passes(self) -> int:
-        """Number of batches in one pass over the largest part."""
-        largest = math.ceil(len(self.data) / suppression_parts(self.data, self.config))
-        return math.ceil(largest / self.config.batch_size)
 
     def _suppression(self, updates: Updates) -> dict[str, float]:
         if self.batches_done == 0:

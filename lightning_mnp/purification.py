@@ -139,7 +139,7 @@ class Purification:
         """Turn filters down by one step, until the ``attenuation`` is ``finished``."""
         self.attenuation = self.attenuation or self._new_attenuation()
         metrics = self.attenuation.step()
-        if self._is_dear(self.attenuation):
+        if not self.attenuation.finished and self._is_dear(self.attenuation):
             self.attenuation.stop()
         if self.attenuation.finished and self.attenuation.taken:
             self.masks = self._harmless(self.attenuation.masks)
@@ -181,23 +181,25 @@ class Purification:
         """Whether masks do too much harm to be turned down further."""
         if attenuation.taken < _LOOK_FROM or attenuation.taken % _LOOK_EVERY:
             return False
-        rise = self._begun.harm_of(attenuation.masks) - self._begun.curve[-1][0]
-        return not rise <= self.config.harm  # nor where it is NaN
+        return not self._harm_beyond_pruning(attenuation.masks) <= self.config.harm  # so if NaN
+
+    def _harm_beyond_pruning(self, masks: Tensor) -> float:
+        return self._begun.harm_of(masks) - self._begun.curve[-1][0]
 
     def _harmless(self, masks: Tensor) -> Tensor | None:
         """The masks, turned back as far as they do more harm than is allowed.
 
         None where nothing is left of them.
         """
-        search, most = self._begun, _MASKS_HARM * self.config.harm
-        rise = search.harm_of(masks) - search.curve[-1][0]
+        most = _MASKS_HARM * self.config.harm
+        rise = self._harm_beyond_pruning(masks)
         if rise <= most:
             return masks
-        begun = search.masks()
+        begun = self._begun.masks()
         share, width = 0.0, 1.0
         for _ in range(_HALVINGS):
             width /= 2
-            tried = search.harm_of(begun.lerp(masks, share + width)) - search.curve[-1][0]
+            tried = self._harm_beyond_pruning(begun.lerp(masks, share + width))
             if tried <= most:  # not so where it is NaN
                 share += width
         done = f"filters were turned down by {share:.0%} of what was found"

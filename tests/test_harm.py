@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers import images_and_labels, same, snapshot, trained_network
+from distributed_script import small_network
+from helpers import images_and_labels, same, snapshot
 
 from lightning_mnp.defense_set import DefenseSet
 from lightning_mnp.harm import CleanHarm, trimmed_mean
@@ -13,7 +14,7 @@ from lightning_mnp.subject import Subject
 
 
 def new_harm(count: int, batch_size: int = 128, impurity: float = 0.0) -> CleanHarm:
-    network = trained_network()
+    network = small_network()  # images go through it one by one
     data = DefenseSet(*images_and_labels(count))
     subject = Subject(network, find_filter_layers(network, data.images[:2]))
     return CleanHarm(subject, [data, data.augmented("crop", seed=0)], batch_size, impurity)
@@ -33,8 +34,8 @@ def probabilities(harm: CleanHarm, masks: torch.Tensor | None) -> list[list[floa
 @pytest.mark.parametrize(
     ("count", "share", "impurity", "left_out"),
     [
-        (100, 0.04, 0.0, 0),
-        (150, 0.06, 0.05, 15),
+        (500, 0.2, 0.0, 0),
+        (600, 0.24, 0.05, 60),
         (50, 0.02, 0.0, 0),
         (40, 0.016, 0.01, 1),
         (40, 0.016, 0.4, 32),

@@ -80,6 +80,7 @@ def test_runs_of_suppression_share_the_images() -> None:
         (PerturbationSource, 10.0, 100.0, True, True),
         (MarginSource, 9.0, 100.0, True, True),
         (SuppressedSource, 2.1, 8.0, False, False),
+        (SuppressedSource, 2.0, 8.0, True, False),
         (SuppressedSource, 0.8, 8.0, True, True),
         (PatternSource, 1.6, 100.0, False, False),  # little of a strong backdoor is enough for it
         (PatternSource, 1.5, 100.0, True, True),
