@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ def new_defense(
     network: nn.Module | None = None, when: Any = "always", **changes: Any
 ) -> MNPDefense:
     data = DefenseSet.from_loader(loader())
-    return MNPDefense(network or trained_network(), data, quick_config(**changes), when=when)
+    return MNPDefense(network or small_network(), data, quick_config(**changes), when=when)
 
 
 def finished(defense: MNPDefense) -> MNPDefense:
@@ -207,8 +208,8 @@ def test_pruned_network_is_audited_again() -> None:
 
 @short
 def test_repair_shifts_the_logits_of_all_but_the_suspect() -> None:
-    defense = finished(new_defense(amount=150))
-    plain = finished(new_defense(amount=150, repair=False))
+    defense = finished(new_defense(trained_network(), amount=150))
+    plain = finished(new_defense(trained_network(), amount=150, repair=False))
     report = defense.report()
     suspect = defense.judgement.suspect
     assert report.shift[suspect] == 0.0
@@ -218,7 +219,7 @@ def test_repair_shifts_the_logits_of_all_but_the_suspect() -> None:
     with torch.no_grad():
         difference = defense.purified()(images) - plain.purified()(images)
     torch.testing.assert_close(difference, torch.tensor(report.shift).expand_as(difference))
-    again = new_defense(amount=150)
+    again = new_defense(trained_network(), amount=150)
     again.load_state_dict(defense.state_dict())
     assert again.report().shift == report.shift
 
@@ -227,14 +228,14 @@ AUTO = {"rule": "auto", "amount": 0.05, "harm": 50.0, "runs": 1}
 
 
 def test_attenuation_turns_down_what_is_left() -> None:
-    defense = finished(new_defense(**AUTO))
+    defense = finished(at_attenuation())
     report = defense.report()
     masks = torch.tensor([value for part in report.masks.values() for value in part])
     assert list(report.masks) == [layer.name for layer in defense.layers]
     assert "filters turned down: " in str(report)
     assert int((masks == 0).sum()) >= len(report.pruned) > 0
     assert int(((masks > 0) & (masks < 1)).sum()) > 0
-    plain = finished(new_defense(**AUTO, attenuation_steps=0))
+    plain = finished(new_defense(trained_network(), **AUTO, attenuation_steps=0))
     assert plain.report().masks == {}
     assert plain.report().pruned == report.pruned
     images = defense.data.images
@@ -243,10 +244,17 @@ def test_attenuation_turns_down_what_is_left() -> None:
         torch.testing.assert_close(defense.purified()(images), expected, atol=1e-4, rtol=1e-4)
 
 
-def at_attenuation() -> MNPDefense:
-    defense = new_defense(**AUTO)
+@functools.cache  # whole searches, which three tests share
+def state_at_attenuation() -> dict[str, Any]:
+    defense = new_defense(trained_network(), **AUTO)
     while defense.phase != "attenuation":
         defense.step()
+    return defense.state_dict()
+
+
+def at_attenuation() -> MNPDefense:
+    defense = new_defense(trained_network(), **AUTO)
+    defense.load_state_dict(copy.deepcopy(state_at_attenuation()))
     return defense
 
 
@@ -378,6 +386,7 @@ def test_purified_network_that_is_still_flagged_is_told() -> None:
     assert "audited again: backdoored" in str(report)
 
 
+@short
 def test_nothing_pruned_nothing_audited_again() -> None:
     defense = finished(new_defense(rule="auto", amount=0.05, harm=1e-9, runs=1, reaudit=True))
     assert (len(defense.purification.removed) == 0) == (defense.report().reaudit is None)
@@ -413,14 +422,18 @@ def test_state_is_readable_with_weights_only(tmp_path: Any) -> None:
             torch.load(tmp_path / "state.pt", weights_only=True)
 
 
+@pytest.fixture
+def masks_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never take the suppressed network's pile-up for weak, so that masks take steps."""
+    monkeypatch.setattr("lightning_mnp.sources.SuppressedSource.weak_at", -1.0)
+
+
 @short
+@pytest.mark.usefixtures("masks_turn")
 @pytest.mark.parametrize("changes", [{}, {"rule": "auto", "amount": 0.1, "runs": 1}])
-def test_resumed_at_any_step_ends_the_same(
-    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_at_any_step_ends_the_same(changes: dict[str, Any]) -> None:
     """In each phase twice: before its second step and after its last."""
-    monkeypatch.setattr("lightning_mnp.sources.SuppressedSource.weak_at", -1.0)  # masks take steps
-    defense = new_defense(small_network(), **changes)
+    defense = new_defense(**changes)
     states: dict[str, dict[str, Any]] = {}
     while not defense.finished:
         phase = defense.phase
@@ -433,7 +446,7 @@ def test_resumed_at_any_step_ends_the_same(
     assert len(states) >= 14
     assert ("attenuation, finished: False" in states) == (changes.get("rule") == "auto")
     for moment, state in states.items():
-        second = new_defense(small_network(), **changes)
+        second = new_defense(**changes)
         second.load_state_dict(state)
         found = finished(second).report().to_dict()
         del found["seconds"]

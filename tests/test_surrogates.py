@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from helpers import images_and_labels, quick_config, trained_network
+from distributed_script import small_network
+from helpers import images_and_labels, quick_config
 from torch import nn
 
 from lightning_mnp.defense_set import DefenseSet
@@ -11,7 +12,7 @@ from lightning_mnp.surrogates import Surrogates
 
 def new_surrogates() -> Surrogates:
     data = DefenseSet(*images_and_labels())
-    network = trained_network()
+    network = small_network()
     subject = Subject(network, find_filter_layers(network, data.images[:2]))
     return Surrogates(subject, data, quick_config())
 
