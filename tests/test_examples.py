@@ -34,7 +34,6 @@ SHORT_FIT = [
     *QUIET,
     "--trainer.enable_model_summary=false",
     "--trainer.max_epochs=1",
-    "--trainer.check_val_every_n_epoch=1",
     "--trainer.limit_train_batches=2",
     "--trainer.limit_val_batches=1",
     "--trainer.num_sanity_val_steps=0",
