@@ -72,7 +72,7 @@ def test_harm_never_rises_above_the_allowance(harm: float) -> None:
 
 
 def test_a_small_allowance_ends_the_search_and_a_large_one_does_not() -> None:
-    strict, lenient = finish(new_search(50, harm=1e-6)), finish(new_search(5, harm=50.0))
+    strict, lenient = (finish(new_search(most=50, harm=harm)) for harm in (1e-6, 50.0))
     assert "more filters would do more harm than 1e-06 nats" in strict.stopped
     assert "more harm" not in lenient.stopped
 
