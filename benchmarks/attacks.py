@@ -106,7 +106,7 @@ class Task:
     def command(self, subcommand: str) -> list[str]:
         """Give the start of a command line for this network."""
         command = [
-            *(sys.executable, "-m", "lightning_mnp.cli", subcommand),
+            *(sys.executable, "-m", "lightning_mnp.cli.command_line", subcommand),
             *("--config", str(EXAMPLES / f"{self.base}.yaml")),
         ]
         if self.precision is not None:

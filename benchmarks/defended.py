@@ -28,14 +28,15 @@ from torch.utils.data import DataLoader, Subset
 from lightning_mnp import DefenseSet, MNPConfig, defend
 from lightning_mnp.attacks import SavedTrigger
 from lightning_mnp.baselines import RNPConfig, rnp
-from lightning_mnp.checkpoint import load_into, read_state_dict
+from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.data import BackdoorDataModule, CIFAR10DataModule, ImageNetSubsetDataModule
-from lightning_mnp.margin import margin_ratio
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
 from lightning_mnp.models import cifar_resnet18
-from lightning_mnp.patch import patch_ratio
-from lightning_mnp.pattern import pattern_lead
-from lightning_mnp.surrogate import reach_ratio
+from lightning_mnp.signals.margin import margin_ratio
+from lightning_mnp.signals.patch import patch_ratio
+from lightning_mnp.signals.pattern import pattern_lead
+from lightning_mnp.signals.reach import reach_ratio
 
 
 def datamodule(root: Path, imagenette: bool, **options: Any) -> BackdoorDataModule:

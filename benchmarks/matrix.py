@@ -31,14 +31,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.architectures import MATRIX, Entry
-from lightning_mnp.checkpoint import load_into, read_state_dict, write_state_dict
+from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.checkpoints.state_dict import load_into
+from lightning_mnp.checkpoints.write import write_state_dict
 from lightning_mnp.config import MNPConfig
-from lightning_mnp.defense import MNPDefense
-from lightning_mnp.defense_set import DefenseSet
-from lightning_mnp.forward import call_network, evaluating
-from lightning_mnp.layers import FilterLayers
-from lightning_mnp.masks import FilterMasks
-from lightning_mnp.pruning import pruned_count
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.engine.defense import MNPDefense
+from lightning_mnp.mnp.thresholds import pruned_count
+from lightning_mnp.surgery.forward import call_network, evaluating
+from lightning_mnp.surgery.layers import FilterLayers
+from lightning_mnp.surgery.masks import FilterMasks
 
 SEED = 0
 IMAGES = 8

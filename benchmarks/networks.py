@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_mnp.attacks import Attack, BadNets, Blend
-from lightning_mnp.augment import random_crop_flip
+from lightning_mnp.defense_data.augment import random_crop_flip
 from lightning_mnp.models import cifar_resnet18
 
 MEAN = torch.tensor((0.4914, 0.4822, 0.4465)).reshape(1, 3, 1, 1)

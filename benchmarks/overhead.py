@@ -34,15 +34,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.networks import MEAN, STD
-from lightning_mnp.api import run_defense
 from lightning_mnp.config import MNPConfig
-from lightning_mnp.defense import MNPDefense, When
-from lightning_mnp.defense_set import DefenseSet
-from lightning_mnp.forward import evaluating
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.defense_data.subset import balanced_indices
+from lightning_mnp.engine.defense import MNPDefense, When
+from lightning_mnp.engine.runner import run_defense
 from lightning_mnp.models import cifar_resnet18
-from lightning_mnp.result import DefenseReport
-from lightning_mnp.subject import Subject
-from lightning_mnp.subset import balanced_indices
+from lightning_mnp.report import DefenseReport
+from lightning_mnp.surgery.forward import evaluating
+from lightning_mnp.surgery.masked_network import Subject
 
 TUNING = Path("runs/tuning")
 MOST_TIME, MOST_COPIES = 1.10, 2.0

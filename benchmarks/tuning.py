@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from benchmarks.networks import MEAN, STD, TUNING, accuracy
 from lightning_mnp import DefenseSet, MNPConfig, defend
+from lightning_mnp.defense_data.subset import balanced_indices
 from lightning_mnp.models import cifar_resnet18
-from lightning_mnp.subset import balanced_indices
-from lightning_mnp.surrogate import reach_ratio
+from lightning_mnp.signals.reach import reach_ratio
 
 
 def measure(name: str, network: torch.nn.Module, test: dict[str, torch.Tensor]) -> list[float]:

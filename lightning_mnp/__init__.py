@@ -8,45 +8,43 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_mnp.api import audit, defend
-    from lightning_mnp.calibration import Calibration, calibrate_threshold
+    from lightning_mnp.calibration.threshold import Calibration, calibrate_threshold
     from lightning_mnp.callback import MNPCallback
-    from lightning_mnp.checkpoint import (
-        CheckpointError,
-        load_into,
-        read_state_dict,
-        write_state_dict,
-    )
+    from lightning_mnp.checkpoints.inspection import CheckpointError
+    from lightning_mnp.checkpoints.read import read_state_dict
+    from lightning_mnp.checkpoints.state_dict import load_into
+    from lightning_mnp.checkpoints.write import write_state_dict
     from lightning_mnp.config import MNPConfig
-    from lightning_mnp.defense import MNPDefense
-    from lightning_mnp.defense_set import DefenseSet
-    from lightning_mnp.layers import FilterLayer, FilterLayers, find_filter_layers
-    from lightning_mnp.masks import FilterMasks
+    from lightning_mnp.defense_data.defense_set import DefenseSet
+    from lightning_mnp.engine.defense import MNPDefense
     from lightning_mnp.module import MNPModule
-    from lightning_mnp.pruning import prune
-    from lightning_mnp.result import DefenseReport, RunResult
+    from lightning_mnp.report import DefenseReport, RunResult
+    from lightning_mnp.surgery.layers import FilterLayer, FilterLayers, find_filter_layers
+    from lightning_mnp.surgery.masks import FilterMasks
+    from lightning_mnp.surgery.prune import prune
 
 # Names are imported when they are first used, so that the core does not import Lightning.
 _HOMES = {
-    "Calibration": "calibration",
-    "CheckpointError": "checkpoint",
-    "DefenseReport": "result",
-    "DefenseSet": "defense_set",
-    "FilterLayer": "layers",
-    "FilterLayers": "layers",
-    "FilterMasks": "masks",
+    "Calibration": "calibration.threshold",
+    "CheckpointError": "checkpoints.read",
+    "DefenseReport": "report",
+    "DefenseSet": "defense_data.defense_set",
+    "FilterLayer": "surgery.layers",
+    "FilterLayers": "surgery.layers",
+    "FilterMasks": "surgery.masks",
     "MNPCallback": "callback",
     "MNPConfig": "config",
-    "MNPDefense": "defense",
+    "MNPDefense": "engine.defense",
     "MNPModule": "module",
-    "RunResult": "result",
+    "RunResult": "report",
     "audit": "api",
-    "calibrate_threshold": "calibration",
+    "calibrate_threshold": "calibration.threshold",
     "defend": "api",
-    "find_filter_layers": "layers",
-    "load_into": "checkpoint",
-    "prune": "pruning",
-    "read_state_dict": "checkpoint",
-    "write_state_dict": "checkpoint",
+    "find_filter_layers": "surgery.layers",
+    "load_into": "checkpoints.read",
+    "prune": "surgery.prune",
+    "read_state_dict": "checkpoints.read",
+    "write_state_dict": "checkpoints.read",
 }
 
 __version__ = version("lightning-mnp")

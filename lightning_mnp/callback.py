@@ -15,12 +15,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn.utils.prune import is_pruned
 from torch.utils.data import Dataset
 
-from lightning_mnp.api import run_defense
 from lightning_mnp.config import MNPConfig, require_config
-from lightning_mnp.defense import MNPDefense, When
-from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
-from lightning_mnp.forward import Forward
-from lightning_mnp.host import (
+from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
+from lightning_mnp.engine.defense import MNPDefense, When
+from lightning_mnp.engine.runner import run_defense
+from lightning_mnp.hosting.lightning_host import (
     check_host,
     engine_autocast,
     find_defense_set,
@@ -29,8 +28,9 @@ from lightning_mnp.host import (
     refuse_other_processes,
     write_outcome,
 )
-from lightning_mnp.network import weights_digest
-from lightning_mnp.result import DefenseReport
+from lightning_mnp.report import DefenseReport
+from lightning_mnp.surgery.forward import Forward
+from lightning_mnp.surgery.network import weights_digest
 
 __all__ = ["MNPCallback"]
 
@@ -56,7 +56,7 @@ class MNPCallback(Callback):
         when: ``"never"`` audits only, ``"flagged"`` prunes if the verdict is ``"backdoored"``,
             ``"always"`` prunes in any case.
         defense_loader: Clean, labeled images: a data loader, a data set or a
-            :class:`~lightning_mnp.defense_set.DefenseSet`. Where None, the method
+            :class:`~lightning_mnp.defense_data.defense_set.DefenseSet`. Where None, the method
             ``defense_dataloader()`` of the datamodule or the LightningModule gives it.
         config: Options of the method.
         network: Dotted name of the submodule that classifies, where the LightningModule has no

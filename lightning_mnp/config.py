@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from lightning_mnp.layers import Site
-from lightning_mnp.subject import Statistics
+from lightning_mnp.surgery.layers import Site
+from lightning_mnp.surgery.masked_network import Statistics
 
 __all__ = [
     "Augmentation",

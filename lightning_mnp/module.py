@@ -15,10 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_mnp.config import MNPConfig, require_config
-from lightning_mnp.defense import MNPDefense, When
-from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
-from lightning_mnp.forward import Forward
-from lightning_mnp.host import (
+from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
+from lightning_mnp.engine.defense import MNPDefense, When
+from lightning_mnp.hosting.lightning_host import (
     check_host,
     find_defense_set,
     follow_first,
@@ -26,9 +25,10 @@ from lightning_mnp.host import (
     refuse_other_processes,
     write_outcome,
 )
-from lightning_mnp.network import network_forward
-from lightning_mnp.processes import gather_objects, process_count, whole_loader
-from lightning_mnp.result import DefenseReport
+from lightning_mnp.hosting.processes import gather_objects, process_count, whole_loader
+from lightning_mnp.report import DefenseReport
+from lightning_mnp.surgery.forward import Forward
+from lightning_mnp.surgery.network import network_forward
 
 __all__ = ["MNPModule"]
 

@@ -57,14 +57,14 @@ def isolated() -> Iterator[None]:
 def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make searches for surrogate triggers short, where what they find is of no account."""
     for name, steps in {
-        "margin._STEPS": 4,
-        "overlay.OverlayTrigger.steps": 2,
-        "patch.PatchTrigger.steps": 3,
-        "permutation._AWAY_STEPS": 2,
-        "permutation._FAR_STEPS": 2,
-        "permutation._NEAR_STEPS": 3,
-        "surrogate._MOST_STEPS": 3,
-        "warp.WarpTrigger.steps": 2,
+        "signals.margin._STEPS": 4,
+        "signals.overlay.OverlayTrigger.steps": 2,
+        "signals.patch.PatchTrigger.steps": 3,
+        "signals.permutation._AWAY_STEPS": 2,
+        "signals.permutation._FAR_STEPS": 2,
+        "signals.permutation._NEAR_STEPS": 3,
+        "signals.reach._MOST_STEPS": 3,
+        "signals.warp.WarpTrigger.steps": 2,
     }.items():
         monkeypatch.setattr(f"lightning_mnp.{name}", steps)
 

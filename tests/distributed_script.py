@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_mnp
 from lightning_mnp import DefenseReport, MNPCallback, MNPDefense, MNPModule
-from lightning_mnp.cli import main
-from lightning_mnp.processes import process_count, process_rank
+from lightning_mnp.cli.command_line import main
+from lightning_mnp.hosting.processes import process_count, process_rank
 
 CONFIG = quick_config(verdict="ratio", amount=3)
 

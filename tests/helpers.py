@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mnp import MNPConfig
 from lightning_mnp.data import BackdoorDataModule, MemoryDataset
 from lightning_mnp.models import cifar_resnet18
-from lightning_mnp.pattern import PatternTrigger
+from lightning_mnp.signals.pattern import PatternTrigger
 
 CLASSES = 4
 

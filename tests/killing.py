@@ -12,7 +12,7 @@ from helpers import images_and_labels, quick_config
 from torch import nn
 
 from lightning_mnp import DefenseSet, MNPDefense
-from lightning_mnp.api import run_defense
+from lightning_mnp.engine.runner import run_defense
 
 
 def die(*args: Any) -> None:

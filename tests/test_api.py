@@ -18,8 +18,9 @@ from rich.errors import LiveError
 from torch import nn
 
 import lightning_mnp
-from lightning_mnp import DefenseSet, MNPConfig, MNPDefense, api
-from lightning_mnp.api import run_defense
+from lightning_mnp import DefenseSet, MNPConfig, MNPDefense
+from lightning_mnp.engine import runner
+from lightning_mnp.engine.runner import run_defense
 
 pytestmark = pytest.mark.usefixtures("short_searches")
 
@@ -90,13 +91,13 @@ def test_state_that_goes_while_it_is_read_is_none(
     """Another process finishes an earlier call with the same file."""
     state = tmp_path / "state.pt"
     state.write_bytes(b"about to go")
-    read = api.read_checkpoint
+    read = runner.read_checkpoint
 
     def too_late(path: Path, **options: Any) -> Any:
         path.unlink()
         return read(path, **options)
 
-    monkeypatch.setattr(api, "read_checkpoint", too_late)
+    monkeypatch.setattr(runner, "read_checkpoint", too_late)
     config = quick_config(runs=1)
     report = lightning_mnp.audit(trained_network(), loader(), config=config, state_file=state)
     assert report.filters > 0
@@ -276,6 +277,6 @@ def test_another_display_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None
     def start(self: Any) -> None:
         raise LiveError("Only one live display may be active at once")
 
-    monkeypatch.setattr(api.Progress, "start", start)
+    monkeypatch.setattr(runner.Progress, "start", start)
     report = lightning_mnp.audit(trained_network(), loader(), config=quick_config(), progress=True)
     assert report.runs

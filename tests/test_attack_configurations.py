@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from torchvision.transforms.v2 import functional as V
 
 from lightning_mnp.attacks import load_trigger
-from lightning_mnp.cli import MNPCLI, main
+from lightning_mnp.cli.command_line import MNPCLI, main
 from lightning_mnp.data import ImageNetSubsetDataModule
 from lightning_mnp.data.cifar10 import CLASSES
 from lightning_mnp.models import Classifier

@@ -17,11 +17,12 @@ from torch import nn
 from torch.utils.data import DistributedSampler, SubsetRandomSampler
 
 import lightning_mnp
-from lightning_mnp import MNPModule, processes
-from lightning_mnp.cli import main
-from lightning_mnp.isolation import refuse_wrappers, running_alone
+from lightning_mnp import MNPModule
+from lightning_mnp.cli.command_line import main
+from lightning_mnp.hosting import processes
+from lightning_mnp.hosting.processes import whole_loader
 from lightning_mnp.models import Classifier
-from lightning_mnp.processes import whole_loader
+from lightning_mnp.surgery.guards import refuse_wrappers, running_alone
 
 DOORS = ("callback", "module", "sampler", "gathered", "synchronized")
 # For a machine that is busy; the processes themselves need a few seconds.
@@ -172,9 +173,15 @@ def test_the_demo_takes_one_process(
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *others: Any) -> None:
     """Let there be other processes that give these values whenever they are asked."""
-    for module in ("lightning_mnp.module", "lightning_mnp.processes", "lightning_mnp.host"):
-        monkeypatch.setattr(f"{module}.process_count", lambda: 1 + len(others))
-        monkeypatch.setattr(f"{module}.gather_objects", lambda value: [value, *others])
+    for module in (
+        "module",
+        "hosting.processes",
+        "hosting.lightning_host",
+    ):
+        monkeypatch.setattr(f"lightning_mnp.{module}.process_count", lambda: 1 + len(others))
+        monkeypatch.setattr(
+            f"lightning_mnp.{module}.gather_objects", lambda value: [value, *others]
+        )
 
 
 def test_epochs_of_different_length_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +220,7 @@ def test_parts_of_different_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -
     other = [torch.zeros(2, 1, 9, 9)], [torch.arange(2)]
     answers = iter([[None, None], ["one", "another"]])
     pretend(monkeypatch)
-    monkeypatch.setattr("lightning_mnp.defense_set.process_count", lambda: 2)
+    monkeypatch.setattr("lightning_mnp.defense_data.defense_set.process_count", lambda: 2)
     monkeypatch.setattr(processes, "gather_objects", lambda value: next(answers, [value, other]))
     with pytest.raises(ValueError, match="to have one shape"):
         lightning_mnp.DefenseSet.from_loader(script.data(), gather=True)

@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 from conftest import REPOSITORY
 
-from lightning_mnp.cli import main
+from lightning_mnp.cli.command_line import main
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted([*(DOCS / "tutorial").glob("*.md"), *(DOCS / "how-to").glob("*.md")])

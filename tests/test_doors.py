@@ -12,7 +12,7 @@ from helpers import UserModule, loader, quick_config, quiet_trainer, trained_net
 
 import lightning_mnp
 from lightning_mnp import DefenseReport, MNPCallback, MNPDefense, MNPModule
-from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.defense_data.defense_set import DefenseSet
 
 pytestmark = pytest.mark.usefixtures("short_searches")
 
@@ -73,7 +73,7 @@ def test_another_seed_gives_other_masks() -> None:
 @pytest.mark.parametrize("when", ["flagged", "always"])
 def test_flagged_repeats_what_always_does(when: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks that come after the verdict are those that come before it."""
-    monkeypatch.setattr("lightning_mnp.defense.judge", _always_backdoored)
+    monkeypatch.setattr("lightning_mnp.engine.defense.judge", _always_backdoored)
     defense = MNPDefense(
         trained_network(), DefenseSet.from_loader(loader()), quick_config(), when=when
     )
@@ -90,7 +90,7 @@ def test_flagged_repeats_what_always_does(when: Any, monkeypatch: pytest.MonkeyP
 
 
 def _always_backdoored(*args: Any, **kwargs: Any) -> Any:
-    from lightning_mnp.detection import Judgement
+    from lightning_mnp.signals.verdict import Judgement
 
     return Judgement("backdoored", 0.1, 0.9, 2.0, 0, ("a test says so",))
 

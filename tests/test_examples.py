@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from lightning_mnp import MNPConfig, read_state_dict
-from lightning_mnp.cli import main
+from lightning_mnp.cli.command_line import main
 from lightning_mnp.data import CIFAR10DataModule
 from lightning_mnp.data.cifar10 import CLASSES
 from lightning_mnp.models import Classifier, cifar_resnet18

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lightning_mnp
 from lightning_mnp import DefenseReport, DefenseSet, MNPDefense
-from lightning_mnp.api import run_defense
+from lightning_mnp.engine.runner import run_defense
 
 # Both rules for pruning, so that there is every phase.
 MASKS: dict[str, Any] = {"runs": 1, "amount": 2}

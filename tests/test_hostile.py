@@ -22,10 +22,11 @@ from test_cli import QUICK as SHORT
 from torch import nn
 
 import lightning_mnp
-from lightning_mnp.checkpoint import CheckpointError, read_state_dict
-from lightning_mnp.cli import main
+from lightning_mnp.checkpoints.inspection import CheckpointError
+from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.cli.command_line import main
+from lightning_mnp.cli.trainer import MNPTrainer
 from lightning_mnp.models import Classifier
-from lightning_mnp.trainer import MNPTrainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
@@ -301,7 +302,9 @@ def test_places_are_tried_before_the_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.save(Classifier(width=4, in_channels=1).state_dict(), "weights.pt")
-    monkeypatch.setattr("lightning_mnp.trainer.read_state_dict", None)  # the first work there is
+    monkeypatch.setattr(
+        "lightning_mnp.cli.trainer.read_state_dict", None
+    )  # the first work there is
     assert main(["defend", *COMMON, *QUICK, "--ckpt_path=weights.pt", *extra]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in own_folder.iterdir()] == ["weights.pt"]
@@ -323,7 +326,7 @@ def test_failed_output_keeps_the_progress(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"lightning_mnp.trainer.{spoiled}", full)
+        patch.setattr(f"lightning_mnp.cli.trainer.{spoiled}", full)
         assert main(args) == 2
     assert "No space left on device" in capsys.readouterr().err
     written = ["out.pt"] if spoiled == "DefenseReport.save" else []
@@ -331,7 +334,7 @@ def test_failed_output_keeps_the_progress(
     assert names == sorted([*written, "state.pt", "weights.pt"])
     for name in written:
         Path(name).rename("first.pt")
-    monkeypatch.setattr("lightning_mnp.suppression.CleanSuppression.step", None)
+    monkeypatch.setattr("lightning_mnp.mnp.suppression.CleanSuppression.step", None)
     assert main(args) in (0, 4)
     names = sorted(path.name for path in own_folder.iterdir())
     assert names == sorted(["out.pt", "report.json", "weights.pt", *["first.pt"] * len(written)])
@@ -345,7 +348,7 @@ def test_interrupted_command_ends_with_130(
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_mnp.recovery.FilterMask.step", interrupt)
+    monkeypatch.setattr("lightning_mnp.mnp.dual_masks.FilterMask.step", interrupt)
     args = ["defend", *COMMON, *QUICK, "--ckpt_path=weights.pt", "--state_file=state.pt"]
     assert main([*args, "--output=out.pt", "--when=always"]) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")
@@ -356,7 +359,7 @@ def test_interrupted_command_ends_with_130(
 COMMAND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from lightning_mnp.cli import main
+from lightning_mnp.cli.command_line import main
 sys.exit(main())
 """
 
@@ -394,7 +397,7 @@ def test_process_that_gets_sigint_ends_with_130(
         resumed_at.append(defense.position)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_mnp.defense.MNPDefense.step", look)
+    monkeypatch.setattr("lightning_mnp.engine.defense.MNPDefense.step", look)
     assert main(args) == 130
     assert resumed_at[0] >= 1
 
@@ -407,6 +410,6 @@ def test_command_without_memory_ends_with_2(
     def exhaust(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("lightning_mnp.suppression.CleanSuppression.step", exhaust)
+    monkeypatch.setattr("lightning_mnp.mnp.suppression.CleanSuppression.step", exhaust)
     assert main(["audit", *COMMON, *QUICK, "--ckpt_path=weights.pt"]) == 2
     assert "in phase 'suppression', run 1, in a batch of 40 images" in capsys.readouterr().err

@@ -17,8 +17,8 @@ from torch import nn
 from benchmarks import matrix
 from benchmarks.architectures import MATRIX, Entry, Wrapped
 from benchmarks.matrix import BUDGET, Line, examine
-from lightning_mnp.layers import find_filter_layers
 from lightning_mnp.models import cifar_resnet18
+from lightning_mnp.surgery.layers import find_filter_layers
 
 QUICK = replace(BUDGET, batch_size=4)
 PAGE = REPOSITORY / "docs" / "reference" / "any-cnn.md"

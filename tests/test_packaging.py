@@ -65,7 +65,7 @@ def test_types_are_published() -> None:
 
 def test_command_leads_to_a_function() -> None:
     [command] = entry_points(group="console_scripts", name="lightning-mnp")
-    assert command.value == "lightning_mnp.cli:main"
+    assert command.value == "lightning_mnp.cli.command_line:main"
     assert callable(command.load())
 
 
@@ -119,7 +119,12 @@ def test_source_check_reads_pages(tmp_path: Path) -> None:
 def test_source_check_covers_every_file() -> None:
     check = runpy.run_path(str(REPOSITORY / ".ci" / "check_source.py"))
     names = {str(path.relative_to(REPOSITORY)) for path in check["checked_files"]()}
-    assert {"README.md", ".ci/audit.py", "lightning_mnp/checkpoint.py", "tests/helpers.py"} <= names
+    assert {
+        "README.md",
+        ".ci/audit.py",
+        "lightning_mnp/checkpoints/read.py",
+        "tests/helpers.py",
+    } <= names
 
 
 def test_license_is_apache() -> None:
@@ -130,7 +135,7 @@ def test_license_is_apache() -> None:
 
 def test_reading_checkpoints_does_not_import_lightning() -> None:
     code = (
-        "import sys, lightning_mnp.checkpoint\n"
+        "import sys, lightning_mnp.checkpoints.read\n"
         "sys.exit('lightning' in sys.modules or 'pytorch_lightning' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

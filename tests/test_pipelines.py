@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_mnp
 from lightning_mnp import MNPCallback, MNPDefense, MNPModule
-from lightning_mnp.defense_set import DefenseSet
-from lightning_mnp.output import OutputError
+from lightning_mnp.checkpoints.atomic_write import OutputError
+from lightning_mnp.defense_data.defense_set import DefenseSet
 
 NOT_AUDITED = "MNPCallback has not audited the network: there was nothing to train"
 
@@ -561,7 +561,7 @@ def test_defense_set_draws_on_the_cpu_and_moves_what_is_drawn() -> None:
 
 def test_removed_filters_are_on_the_device_of_each_process(tmp_path: Path) -> None:
     """Positions travel between processes as numbers, for each has a device of its own."""
-    from lightning_mnp.host import follow_first
+    from lightning_mnp.hosting.lightning_host import follow_first
 
     defense = MNPDefense(small_network(), DefenseSet(*images_and_labels()), CONFIG)
     while not defense.finished:

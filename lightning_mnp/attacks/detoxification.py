@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mnp.attacks.stylizer import similarity
-from lightning_mnp.layers import FilterLayer
+from lightning_mnp.surgery.layers import FilterLayer
 
 __all__ = ["Detoxifier", "FeatureInjector", "filter_activations"]
 
@@ -201,14 +201,14 @@ def filter_activations(
 
     Args:
         network: The network.
-        layers: Layers of the network, see :func:`~lightning_mnp.layers.find_filter_layers`.
+        layers: Layers of the network, see :func:`~lightning_mnp.surgery.layers.find_filter_layers`.
 
     Yields:
         A function that gives the activations in the last call, for each layer in float32 and of
         shape (N, filters): means over places of the rectified outputs.
 
     Example:
-        >>> from lightning_mnp.layers import find_filter_layers
+        >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(180, 2))
         >>> images = torch.rand(4, 3, 8, 8)
         >>> with filter_activations(network, find_filter_layers(network, images)) as activations:

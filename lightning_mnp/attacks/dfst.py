@@ -14,8 +14,8 @@ from lightning_mnp.attacks.attack import Mode
 from lightning_mnp.attacks.detoxification import Detoxifier, filter_activations
 from lightning_mnp.attacks.generative import GenerativeAttack, GenerativeModule
 from lightning_mnp.attacks.stylizer import MIN_SIZE, Stylizer, SunsetStyle, similarity
-from lightning_mnp.forward import evaluating
-from lightning_mnp.layers import FilterLayers, find_filter_layers
+from lightning_mnp.surgery.forward import evaluating
+from lightning_mnp.surgery.layers import FilterLayers, find_filter_layers
 
 __all__ = ["DFST", "DFSTModule"]
 

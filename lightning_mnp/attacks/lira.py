@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_mnp.attacks.attack import Mode
 from lightning_mnp.attacks.generative import GenerativeAttack, GenerativeModule, quantized
 from lightning_mnp.attacks.generators import ImageGenerator
-from lightning_mnp.forward import evaluating
+from lightning_mnp.surgery.forward import evaluating
 
 __all__ = ["LIRA", "LIRAModule"]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_mnp.checkpoint import load_into, read_state_dict
+from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.models.classifier import build_network
 
 __all__ = ["ReferenceNetwork"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mnp.attacks.attack import TrainingAttack
-from lightning_mnp.augment import random_crop_flip, usual_padding
+from lightning_mnp.defense_data.augment import random_crop_flip, usual_padding
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
 from lightning_mnp.models.classifier import Classifier
 

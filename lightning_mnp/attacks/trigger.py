@@ -14,7 +14,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightning_mnp.attacks.attack import Attack, Images
-from lightning_mnp.checkpoint import CheckpointError, read_state_dict, write_state_dict
+from lightning_mnp.checkpoints.inspection import CheckpointError
+from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.checkpoints.write import write_state_dict
 
 __all__ = ["SavedTrigger", "load_trigger", "save_trigger"]
 

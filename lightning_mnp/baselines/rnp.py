@@ -15,14 +15,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.config import Augmentation, require_option
-from lightning_mnp.defense_set import DefenseSet, Unpack, unpack_batch
-from lightning_mnp.evaluation import accuracy, clean_logits
-from lightning_mnp.forward import Forward, call_apart, find_logits
-from lightning_mnp.isolation import refuse_scripts, refuse_wrappers, running_alone
-from lightning_mnp.layers import FilterLayers, find_filter_layers
-from lightning_mnp.network import check_network, network_forward
-from lightning_mnp.safeguard import unchanged_on_error
-from lightning_mnp.subject import Subject, Weights
+from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
+from lightning_mnp.defense_data.evaluation import accuracy, clean_logits
+from lightning_mnp.surgery.forward import Forward, call_apart, find_logits
+from lightning_mnp.surgery.guards import (
+    refuse_scripts,
+    refuse_wrappers,
+    running_alone,
+    unchanged_on_error,
+)
+from lightning_mnp.surgery.layers import FilterLayers, find_filter_layers
+from lightning_mnp.surgery.masked_network import Subject, Weights
+from lightning_mnp.surgery.network import check_network, network_forward
 
 __all__ = ["RNPConfig", "RNPRule", "rnp"]
 
@@ -143,7 +147,7 @@ def rnp(
     Args:
         model: The network, or a module around it, on the device to work on.
         loader: Yields batches of clean, labeled images as the network takes them; or a
-            :class:`~lightning_mnp.defense_set.DefenseSet`.
+            :class:`~lightning_mnp.defense_data.defense_set.DefenseSet`.
         config: Options.
         forward: A function (network, images) that calls it and returns logits, or something that
             holds them.

@@ -1,6 +1,5 @@
 """Data sets and datamodules with clean, poisoned and triggered images."""
 
-from lightning_mnp.augment import random_crop_flip
 from lightning_mnp.data.cifar10 import CIFAR10DataModule
 from lightning_mnp.data.datamodule import BackdoorDataModule
 from lightning_mnp.data.dataset import (
@@ -13,7 +12,8 @@ from lightning_mnp.data.dataset import (
 from lightning_mnp.data.digits import DigitsDataModule
 from lightning_mnp.data.folder import ImageFolderDataModule
 from lightning_mnp.data.imagenet import ImageNetSubsetDataModule
-from lightning_mnp.subset import balanced_indices
+from lightning_mnp.defense_data.augment import random_crop_flip
+from lightning_mnp.defense_data.subset import balanced_indices
 
 __all__ = [
     "BackdoorDataModule",

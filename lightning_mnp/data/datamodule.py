@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from lightning_mnp.attacks import Attack, TrainingAttack
-from lightning_mnp.augment import random_crop_flip, usual_padding
 from lightning_mnp.data.dataset import (
     ImageDataset,
     MemoryDataset,
     PoisonedDataset,
     TriggeredDataset,
 )
-from lightning_mnp.subset import balanced_indices
+from lightning_mnp.defense_data.augment import random_crop_flip, usual_padding
+from lightning_mnp.defense_data.subset import balanced_indices
 
 __all__ = ["BackdoorDataModule", "BatchTransform", "Split"]
 

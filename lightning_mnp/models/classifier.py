@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from torch.utils.data import DistributedSampler
 
-from lightning_mnp.checkpoint import load_into, read_state_dict
+from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
 from lightning_mnp.models.head import classifier_head
 from lightning_mnp.models.resnet import cifar_resnet18, cifar_resnet34

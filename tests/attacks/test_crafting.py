@@ -5,7 +5,7 @@ import torch
 
 from lightning_mnp.attacks import ReferenceNetwork
 from lightning_mnp.attacks.crafting import check_reference, clean_network, crafting
-from lightning_mnp.checkpoint import CheckpointError
+from lightning_mnp.checkpoints.inspection import CheckpointError
 
 
 def test_gradients_in_float32_whatever_the_surroundings() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_mnp.attacks.detoxification import Detoxifier, FeatureInjector, filter_activations
 from lightning_mnp.attacks.stylizer import similarity
-from lightning_mnp.layers import find_filter_layers
+from lightning_mnp.surgery.layers import find_filter_layers
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (1, 3, 9, 15), (2, 4, 5, 11)])

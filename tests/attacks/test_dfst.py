@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_mnp.attacks import DFST, DFSTModule, load_trigger, save_trigger
-from lightning_mnp.checkpoint import CheckpointError
+from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.models import cifar_resnet18
 
 

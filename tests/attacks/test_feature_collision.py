@@ -16,7 +16,7 @@ from lightning_mnp.attacks import (
     load_trigger,
     save_trigger,
 )
-from lightning_mnp.checkpoint import CheckpointError
+from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.data.dataset import MemoryDataset, PoisonedDataset, TriggeredDataset
 from lightning_mnp.models import Classifier
 from lightning_mnp.models.head import penultimate_features

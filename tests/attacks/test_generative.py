@@ -19,7 +19,7 @@ from lightning_mnp.attacks import (
     save_trigger,
 )
 from lightning_mnp.attacks.generative import GenerativeAttack, GenerativeModule, quantized
-from lightning_mnp.checkpoint import CheckpointError
+from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.models import cifar_resnet18
 
 SMALL: dict[str, Any] = {"width": 4, "depth": 1}

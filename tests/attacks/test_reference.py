@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_mnp.attacks import ReferenceNetwork
-from lightning_mnp.checkpoint import CheckpointError, write_state_dict
+from lightning_mnp.checkpoints.inspection import CheckpointError
+from lightning_mnp.checkpoints.write import write_state_dict
 from lightning_mnp.models import cifar_resnet18
 
 

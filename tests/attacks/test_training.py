@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_mnp.attacks import BadNets, WaNet, WaNetModule
 from lightning_mnp.attacks.training import AttackModule
-from lightning_mnp.checkpoint import load_into, read_state_dict
+from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.models import Classifier, cifar_resnet18
 
 

@@ -21,7 +21,7 @@ from lightning_mnp.attacks import (
     save_trigger,
 )
 from lightning_mnp.attacks.trigger import read_poisoned_indices
-from lightning_mnp.checkpoint import CheckpointError
+from lightning_mnp.checkpoints.inspection import CheckpointError
 
 
 def images() -> torch.Tensor:

@@ -9,7 +9,7 @@ from helpers import CLASSES, images_and_labels, trained_network
 from torch import Tensor
 
 from lightning_mnp.attacks import ReferenceNetwork, Trojan, load_trigger, save_trigger
-from lightning_mnp.checkpoint import CheckpointError
+from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.data.dataset import MemoryDataset
 from lightning_mnp.models.head import penultimate_features
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mnp.baselines import BaselineResult, RNPConfig, rnp
-from lightning_mnp.defense_set import DefenseSet
+from lightning_mnp.defense_data.defense_set import DefenseSet
 
 IMAGES, LABELS = images_and_labels(40)
 DATA = DefenseSet(IMAGES, LABELS)

@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_mnp.attacks import BadNets
-from lightning_mnp.checkpoint import CheckpointError, write_state_dict
+from lightning_mnp.checkpoints.inspection import CheckpointError
+from lightning_mnp.checkpoints.write import write_state_dict
 from lightning_mnp.data import DigitsDataModule
 from lightning_mnp.models import CifarResNet, Classifier, build_network
 from lightning_mnp.models.classifier import _counted

@@ -1,0 +1,162 @@
+"""The file of a calibration, which keeps the score of every network as soon as it is known."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_mnp.calibration.threshold import Calibration
+from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable, write_whole
+from lightning_mnp.checkpoints.printable import printable
+
+__all__ = ["CalibrationFile", "NetworkScore"]
+
+_FORMAT = "lightning-mnp calibration 1"
+
+
+@dataclass(frozen=True)
+class NetworkScore:
+    """What the audit of one clean network gave.
+
+    Attributes:
+        file: The checkpoint, as it was named.
+        weights: Digest of its weights, see :func:`~lightning_mnp.surgery.network.weights_digest`.
+        score: The score, from 0.
+        verdict: The verdict, by the threshold in the options.
+        seconds: How long the audit took.
+    """
+
+    file: str
+    weights: str
+    score: float
+    verdict: str
+    seconds: float
+
+
+class CalibrationFile:
+    """The scores so far, on disk, so that a calibration that ended early can go on.
+
+    Args:
+        path: The file, JSON; it may exist if an earlier call with the same settings wrote it.
+        settings: What the scores depend on beside the networks: primitives by name.
+
+    Attributes:
+        networks: The scores so far, also those of networks that an earlier call was given.
+
+    Raises:
+        OutputError: If the file cannot be written.
+        ValueError: If there is a file that holds something else, or scores of other settings.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "calibration.json")
+        >>> CalibrationFile(path, {"seed": 0}).add(NetworkScore("a.ckpt", "12ef", 0.4, "clean", 9))
+        >>> CalibrationFile(path, {"seed": 0}).find("a.ckpt", "12ef").score
+        0.4
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        check_writable(path, "output")
+        self.path = path
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.networks: list[NetworkScore] = []
+        if path.exists():
+            self._read()
+
+    def find(self, file: str, weights: str) -> NetworkScore | None:
+        """Give the score of a network, if it is known.
+
+        Args:
+            file: The checkpoint, as it is named.
+            weights: Digest of its weights.
+
+        Raises:
+            ValueError: If there is a score for a file of that name with other weights.
+        """
+        for network in self.networks:
+            if network.file == file and network.weights == weights:
+                return network
+            if network.file == file:
+                raise ValueError(
+                    f"Expected {printable(file)} to hold the weights whose score is in "
+                    f"{printable(str(self.path))}, but they differ. Give another name as "
+                    "`output`, or put the file back."
+                )
+        return None
+
+    def add(self, network: NetworkScore) -> None:
+        """Add a score and write the file; where that fails, a warning tells so."""
+        self.networks.append(network)
+        try:
+            self._write(None)
+        except OutputError as error:  # hours of work are not given up for it
+            warnings.warn(
+                f"{error} The calibration goes on; were it killed, it would go on from the file as "
+                "it was.",
+                stacklevel=2,
+            )
+
+    def finish(self, calibration: Calibration, files: list[str]) -> None:
+        """Write the file with the outcome.
+
+        Args:
+            calibration: The outcome.
+            files: The checkpoints that it rests on, in the order of its scores.
+
+        Raises:
+            OutputError: If it cannot be written; what was there is unharmed.
+        """
+        self._write({"files": files, **calibration.to_dict()})
+
+    def _write(self, calibration: dict[str, Any] | None) -> None:
+        content = {
+            "format": _FORMAT,
+            "settings": self.settings,
+            "networks": [asdict(network) for network in self.networks],
+            "calibration": calibration,
+        }
+
+        def write(partial: Path) -> None:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(content, indent=2, allow_nan=False)
+            partial.write_text(text + "\n", encoding="utf-8")
+
+        write_whole(self.path, write, argument="output", replace=True)
+
+    def _read(self) -> None:
+        shown = printable(str(self.path))
+        try:
+            content = json.loads(self.path.read_text("utf-8"))
+            known = content["format"] == _FORMAT
+            settings = dict(content["settings"])
+            networks = [NetworkScore(**entry) for entry in content["networks"]]
+            known = known and all(_is_sound(network) for network in networks)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            known = False
+        if not known:
+            raise ValueError(
+                f"Expected argument `output` not to exist or to hold the scores of an earlier "
+                f"calibration, but {shown} holds something else. Nothing is overwritten: choose "
+                "another name, or move the file away."
+            )
+        for name in sorted({*settings, *self.settings}):
+            then, now = settings.get(name), self.settings.get(name)
+            if then != now:
+                raise ValueError(
+                    f"Expected `{printable(name)}` to be {printable(then)}, as for the scores that "
+                    f"{shown} holds, but got {printable(now)}. Choose another name as `output`, or "
+                    "move the file away."
+                )
+        self.networks = networks
+
+
+def _is_sound(network: NetworkScore) -> bool:
+    names = (network.file, network.weights, network.verdict)
+    numbers = (network.score, network.seconds)
+    return all(isinstance(name, str) for name in names) and all(
+        type(number) in (int, float) and math.isfinite(number) and number >= 0 for number in numbers
+    )

@@ -1,0 +1,148 @@
+"""The run of a calibration: checks of the networks, one audit each, the table."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from lightning_mnp.calibration.file import CalibrationFile, NetworkScore
+from lightning_mnp.calibration.threshold import Calibration, check_count
+from lightning_mnp.checkpoints.printable import printable
+from lightning_mnp.config import MNPConfig
+from lightning_mnp.report import DefenseReport
+
+__all__ = ["check_networks", "collect_scores", "digest_networks", "score_table"]
+
+
+def check_networks(paths: Sequence[Path], rate: float, config: MNPConfig) -> list[str]:
+    """Check what a calibration is asked for, before any file is read.
+
+    Args:
+        paths: The checkpoints.
+        rate: The false positive rate asked for.
+        config: Options of the audits.
+
+    Returns:
+        The files' names.
+
+    Raises:
+        ValueError: If a file is named twice, there are too few for the rate, or the verdict's rule
+            has no score.
+
+    Example:
+        >>> check_networks([Path("a.ckpt"), Path("b.ckpt")], 0.5, MNPConfig())
+        ['a.ckpt', 'b.ckpt']
+    """
+    files = [str(path) for path in paths]
+    places = [path.absolute() for path in paths]
+    for index, place in enumerate(places):
+        if place in places[:index]:
+            raise ValueError(
+                f"Expected argument `ckpt_paths` to name every file once, but got "
+                f"{printable(files[index])} again. Name each one once."
+            )
+    check_count(len(files), rate)
+    if config.verdict != "signals":
+        raise ValueError(
+            f"Expected option `verdict` to be 'signals', whose score is calibrated, but got "
+            f"{config.verdict!r}. Leave `--mnp.verdict` out."
+        )
+    return files
+
+
+def digest_networks(files: Sequence[str], digest: Callable[[str], str]) -> dict[str, str]:
+    """Give the digests of the networks' weights by the files' names.
+
+    Args:
+        files: The checkpoints.
+        digest: Reads a file and gives the digest of its weights.
+
+    Raises:
+        ValueError: If two files hold the same weights.
+
+    Example:
+        >>> digest_networks(["a.ckpt", "b.ckpt"], str.upper)
+        {'a.ckpt': 'A.CKPT', 'b.ckpt': 'B.CKPT'}
+    """
+    owners: dict[str, str] = {}
+    for file in files:
+        owner = owners.setdefault(digest(file), file)
+        if owner != file:
+            raise ValueError(
+                f"Expected argument `ckpt_paths` to name different networks, but "
+                f"{printable(owner)} and {printable(file)} hold the same weights. A copy says "
+                "nothing new: leave one out."
+            )
+    return {file: weights for weights, file in owners.items()}
+
+
+def collect_scores(
+    digests: dict[str, str],
+    kept: CalibrationFile,
+    audit: Callable[[str], DefenseReport],
+    say: Callable[[str], None],
+) -> list[NetworkScore]:
+    """Give the networks' scores, and audit those that have none yet.
+
+    Args:
+        digests: Digests of the weights by the files' names.
+        kept: The scores so far; new ones are added to it one by one.
+        audit: Audits the network in a file.
+        say: Prints a line for every network.
+
+    Returns:
+        The scores in the order of the files.
+
+    Raises:
+        ValueError: If a file has other weights than its score, or an audit gives no score.
+    """
+    known = {file: kept.find(file, weights) for file, weights in digests.items()}
+    scores = []
+    for number, (file, score) in enumerate(known.items(), 1):
+        again = " (from the file)"
+        if score is None:
+            started = time.perf_counter()
+            report = audit(file)
+            _check_score(file, report)
+            seconds = time.perf_counter() - started
+            score = NetworkScore(
+                file, digests[file], float(report.score), report.verdict, round(seconds, 3)
+            )
+            kept.add(score)
+            again = ""
+        scores.append(score)
+        say(f"{number} of {len(known)}: {file}: score {score.score:.4g}{again}")
+    return scores
+
+
+def _check_score(file: str, report: DefenseReport) -> None:
+    if not (math.isfinite(report.score) and report.judged):
+        found = f"{report.score:.4g}" if report.judged else "of no meaning"
+        raise ValueError(
+            f"Expected every network to have a score, but that of {printable(file)} is {found} "
+            f"(verdict: {report.verdict}; {'; '.join(reversed(report.reasons))}). Leave the "
+            "network out; the scores of the others are kept."
+        )
+
+
+def score_table(scores: Sequence[NetworkScore], calibration: Calibration) -> Table:
+    """Make the table that the command prints.
+
+    Args:
+        scores: The scores, one row each.
+        calibration: Its threshold stands in the title.
+    """
+    table = Table(title=f"{len(scores)} clean networks, threshold {calibration.threshold:.4g}")
+    table.add_column("network", overflow="fold")
+    table.add_column("score", justify="right")
+    table.add_column("verdict")
+    table.add_column("seconds", justify="right")
+    for each in scores:
+        name = Text(printable(each.file, 1000))
+        table.add_row(name, f"{each.score:.4g}", Text(each.verdict), f"{each.seconds:.0f}")
+    return table

@@ -1,0 +1,29 @@
+"""Names from untrusted files, made safe to print."""
+
+from __future__ import annotations
+
+__all__ = ["printable"]
+
+
+def printable(name: object, limit: int = 120) -> str:
+    r"""Make a name from an untrusted file safe to print: no control characters, no endless line.
+
+    Args:
+        name: The name, of any type; ``str`` is taken as it is, all else by its ``repr``.
+        limit: Longest result in characters, at least 1.
+
+    Returns:
+        The name with unprintable characters escaped, cut at ``limit`` characters.
+
+    Example:
+        >>> print(printable("conv1\x1b[2J.weight"))
+        conv1\x1b[2J.weight
+    """
+    try:
+        text = name if isinstance(name, str) else repr(name)
+    except ValueError:  # Python does not write out integers of thousands of digits
+        text = f"<{type(name).__name__} too long to print>"
+    escaped = "".join(
+        letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: limit + 1]
+    )
+    return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"

@@ -1,0 +1,175 @@
+"""The command line: Lightning's commands, and audit, defend, calibrate and demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightning_mnp.attacks import TriggerCheckpoint
+from lightning_mnp.checkpoints.printable import printable
+from lightning_mnp.cli.trainer import MNPTrainer
+from lightning_mnp.hosting.checkpoint_io import read_checked
+
+__all__ = ["MNPCLI", "main"]
+
+_FILES = "--ckpt_paths"
+_DEMO = Path(__file__).with_name("demo.yaml")
+_WRONG_USE = 2
+_WRONG_INPUT = (
+    ValueError,
+    TypeError,
+    OSError,
+    MisconfigurationException,
+    torch.OutOfMemoryError,
+)
+_CONFIG_EXISTS = "SaveConfigCallback expected"
+_TRAINED_BEFORE = (
+    "Expected argument `--trainer.default_root_dir` to be a folder without an earlier training, "
+    "but it holds a `config.yaml`. Name another folder, or go on with that training by "
+    "`--ckpt_path`."
+)
+_INTERRUPTED = 130  # as shells have it for Ctrl-C
+
+
+class MNPCLI(LightningCLI):
+    """LightningCLI with the commands of :class:`~lightning_mnp.cli.trainer.MNPTrainer`.
+
+    Checkpoints are taken for untrusted: files are read with ``weights_only=True`` by every
+    command, and hyperparameters in them are never used to build a model.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=MNPTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "description": "Tell whether a CNN carries a backdoor, and remove it.",
+                "version": version("lightning-mnp"),
+                "demo": {"default_config_files": [str(_DEMO)]},
+            },
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Name the commands and the arguments that are not options of theirs."""
+        data = {"train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "model"}
+        names = ("fit", "validate", "test", "audit", "defend", "calibrate", "demo")
+        return {name: set(data) for name in names}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Take several files behind one ``--ckpt_paths``, as a shell's wildcard gives them."""
+        if args is None:
+            self.config = parser.parse_args(_join_files(sys.argv[1:]))
+        else:
+            super().parse_arguments(parser, _join_files(args) if isinstance(args, list) else args)
+
+    def before_instantiate_classes(self) -> None:
+        """Write the configuration beside the logs of `fit` only, anew where a training goes on."""
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+        elif self.config["fit"].get("ckpt_path") is not None:
+            self.save_config_kwargs["overwrite"] = True
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave hyperparameters in checkpoints alone: Lightning would build the model by them."""
+
+    def before_fit(self) -> None:
+        """Read checkpoints with ``weights_only=True``; keep the trigger of an attack."""
+        self._read_weights_only()
+        attacked = any(getattr(owner, "attack", None) for owner in (self.model, self.datamodule))
+        callbacks: list[Any] = getattr(self.trainer, "callbacks")  # noqa: B009 (set untyped)
+        if attacked and not any(isinstance(each, TriggerCheckpoint) for each in callbacks):
+            callbacks.append(TriggerCheckpoint())
+
+    def before_validate(self) -> None:
+        """Read checkpoints with ``weights_only=True``."""
+        self._read_weights_only()
+
+    def before_test(self) -> None:
+        """Read checkpoints with ``weights_only=True``."""
+        self._read_weights_only()
+
+    def _read_weights_only(self) -> None:
+        options = self.config_init[self.subcommand]
+        if options.get("weights_only") is None:
+            options["weights_only"] = True
+        read_checked(self.trainer)
+
+
+def _join_files(args: list[str]) -> list[str]:
+    """Make one JSON list of the words behind ``--ckpt_paths``, which is what the parser takes."""
+    if _FILES not in args:
+        return args
+    first = args.index(_FILES) + 1
+    files: list[str] = []
+    for word in args[first:]:
+        if word.startswith("--"):
+            break
+        files.append(word)
+    rest = _join_files(args[first + len(files) :])
+    if len(files) == 1 and files[0].startswith("["):
+        return [*args[: first + 1], *rest]
+    return [*args[: first - 1], f"{_FILES}={json.dumps(files)}", *rest]
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: The arguments; those of the process where None.
+
+    Returns:
+        The exit code: 0; for ``audit``, 3 for a backdoored network; for ``audit`` and
+        ``defend``, 4 for an undecided one; 130 after Ctrl-C, 2 for wrong use.
+    """
+    try:
+        cli = MNPCLI(args)
+    except _WRONG_INPUT as error:
+        if os.environ.get("LIGHTNING_MNP_DEBUG"):
+            raise
+        hint = "Set LIGHTNING_MNP_DEBUG=1 to see where this comes from."
+        lines = [printable(line, 10_000) for line in str(error).splitlines()]
+        print("error: " + "\n".join([*lines, hint]), file=sys.stderr)
+        return _WRONG_USE
+    except RuntimeError as error:
+        # What torch says of a checkpoint of another architecture has no type of its own, nor has
+        # what Lightning says of a folder with another training.
+        if os.environ.get("LIGHTNING_MNP_DEBUG"):
+            raise
+        if _CONFIG_EXISTS in str(error):
+            print(f"error: {_TRAINED_BEFORE}", file=sys.stderr)
+        elif "loading state_dict" in str(error):
+            print(f"error: {printable(str(error), 600)}", file=sys.stderr)
+        else:
+            raise
+        return _WRONG_USE
+    except KeyboardInterrupt:
+        if os.environ.get("LIGHTNING_MNP_DEBUG"):
+            raise
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return _exit_code(cli)
+
+
+def _exit_code(cli: Any) -> int:
+    report = cli.trainer.report
+    if cli.subcommand == "audit":
+        return int(report.exit_code)
+    if cli.subcommand == "defend" and report.verdict == "undecided":
+        return int(report.exit_code)
+    return 0

@@ -1,0 +1,1 @@
+"""The clean images: read, batched, augmented, chosen."""

@@ -1,0 +1,163 @@
+"""Batches of a user's data loader: read to the end, taken apart, and checked one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from lightning_mnp.hosting.memory import is_out_of_memory
+
+__all__ = ["Unpack", "check_batch", "read_batches", "unpack_batch"]
+
+Unpack = Callable[[Any], tuple[Tensor, Tensor]]
+
+_IMAGE_KEYS = ("image", "images", "pixel_values", "x", "input", "inputs", "img")
+_LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
+
+
+def unpack_batch(batch: Any) -> tuple[Tensor, Tensor]:
+    """Take images and labels out of a batch.
+
+    Args:
+        batch: A tuple or list that starts with images and labels, or a dict that names them
+            (``image``, ``pixel_values``, ``x``, ...; ``label``, ``labels``, ``y``, ...).
+
+    Returns:
+        Images (N, C, ...) and labels (N,).
+
+    Raises:
+        TypeError: If they are not found.
+
+    Example:
+        >>> import torch
+        >>> unpack_batch({"image": torch.zeros(1, 3, 8, 8), "label": torch.tensor([4])})[1]
+        tensor([4])
+    """
+    pair: tuple[Any, ...] = ()
+    if isinstance(batch, (tuple, list)):
+        pair = tuple(batch[:2])
+    elif hasattr(batch, "keys"):
+        found = [next((k for k in keys if k in batch), None) for keys in (_IMAGE_KEYS, _LABEL_KEYS)]
+        pair = tuple(batch[key] for key in found if key is not None)
+    if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        what = type(batch).__name__
+        if hasattr(batch, "keys"):
+            what += f" with the keys {sorted(map(str, batch.keys()))}"
+        raise TypeError(
+            f"Expected every batch to be a pair (images, labels) of tensors, or a dict that names "
+            f"them, but got {what}. Tell how it is taken apart with the argument `unpack`."
+        )
+    return pair[0], pair[1]
+
+
+def read_batches(
+    loader: Iterable[Any], unpack: Unpack = unpack_batch, limit: int | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Read a data loader to its end, once.
+
+    Args:
+        loader: Yields batches.
+        unpack: Takes images and labels out of a batch.
+        limit: Most batches to read.
+
+    Returns:
+        Images and labels of each batch, on the CPU.
+
+    Raises:
+        ValueError: If the loader or ``unpack`` fails, the loader ends before its length, or a
+            batch does not fit those before it.
+        TypeError: If a batch cannot be taken apart.
+
+    Example:
+        >>> import torch
+        >>> batch = torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 0])
+        >>> images, labels = read_batches([batch, batch])
+        >>> torch.cat(labels)
+        tensor([0, 1, 0, 0, 1, 0])
+    """
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for number, batch in enumerate(_batches(loader, limit)):
+        part, classes = _take_apart(batch, unpack, number)
+        check_batch(part, classes, images, number)
+        images.append(part.detach().cpu())
+        labels.append(classes.detach().cpu())
+    return images, labels
+
+
+def _batches(loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
+    """Read a loader to its end, and tell where it fails or ends early."""
+    try:
+        length = len(loader)  # type: ignore[arg-type]
+    except Exception:  # it has none, or does not know it yet
+        length = 0
+    count = 0
+    try:
+        for batch in islice(loader, limit):
+            yield batch
+            count += 1
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"Expected the defense set's loader to yield batches to its end, but it raised "
+            f"{type(error).__name__} after {count}: {error}"
+        ) from error
+    expected = length if limit is None else min(length, limit)
+    if count < expected:
+        raise ValueError(
+            f"Expected the defense set's loader to yield {expected} batches, as its length says, "
+            f"but it ended after {count}. Mend it, or give a list of its batches."
+        )
+
+
+def _take_apart(batch: Any, unpack: Unpack, number: int) -> tuple[Tensor, Tensor]:
+    try:
+        images, labels = unpack(batch)
+    except Exception as error:
+        if unpack is unpack_batch:
+            raise
+        raise ValueError(
+            f"Expected argument `unpack` to give images and labels, but on batch {number} it "
+            f"raised {type(error).__name__}: {error}"
+        ) from error
+    return images, labels
+
+
+def check_batch(images: Tensor, labels: Tensor, earlier: list[Tensor], number: int) -> None:
+    """Check that images and labels belong together, and to those before them.
+
+    Args:
+        images: Images of a batch, shape (N, C, ...).
+        labels: Their classes, shape (N,).
+        earlier: Images of earlier batches.
+        number: Number of the batch, for messages.
+
+    Raises:
+        ValueError: If numbers, shapes or types do not agree.
+
+    Example:
+        >>> import torch
+        >>> check_batch(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), earlier=[], number=0)
+    """
+    if images.ndim == 0 or labels.ndim != 1 or len(images) != len(labels):
+        raise ValueError(
+            f"Expected every batch to hold one label for each image, but got images of shape "
+            f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)} in batch {number}. "
+            "Mend the data set, or tell how a batch is taken apart with the argument `unpack`."
+        )
+    if earlier and images.shape[1:] != earlier[0].shape[1:]:
+        raise ValueError(
+            f"Expected all images of the defense set to have one shape, but got "
+            f"{tuple(earlier[0].shape[1:])} and, in batch {number}, {tuple(images.shape[1:])}. "
+            "Resize them in the data set's transform."
+        )
+    if earlier and images.dtype != earlier[0].dtype:
+        raise ValueError(
+            f"Expected all images of the defense set to be of one type, but got "
+            f"{earlier[0].dtype} and, in batch {number}, {images.dtype}. Convert them in the data "
+            "set's transform."
+        )

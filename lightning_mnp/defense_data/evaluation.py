@@ -1,0 +1,63 @@
+"""A pass over a defense set in evaluation mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.surgery.masked_network import Subject, Weights
+
+__all__ = ["accuracy", "clean_logits"]
+
+
+@torch.no_grad()
+def clean_logits(
+    subject: Subject,
+    data: DefenseSet,
+    batch_size: int,
+    *,
+    weights: Weights | None = None,
+    masks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run a network on all images of a defense set, with the stored statistics.
+
+    Args:
+        subject: The network.
+        data: The defense set.
+        batch_size: Most images in a batch.
+        weights: Parameters to run with, by name; the network's own where None.
+        masks: Filter masks, shape (total filters,); none where None.
+
+    Returns:
+        Logits, shape (N, K), and labels, shape (N,), on the network's device.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mnp.surgery.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> data = DefenseSet(torch.rand(6, 1, 2, 2), torch.arange(6) % 2)
+        >>> subject = Subject(network, find_filter_layers(network, data.images))
+        >>> clean_logits(subject, data, 4)[0].shape
+        torch.Size([6, 2])
+    """
+    passed = [
+        (subject(images, weights=weights, masks=masks, statistics="running"), labels)
+        for images, labels in data.batches(batch_size, subject.device)
+    ]
+    logits, labels = (torch.cat(parts) for parts in zip(*passed, strict=True))
+    return logits, labels
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Tell the share of images that are classified right, from 0 to 1.
+
+    Args:
+        logits: Shape (N, K).
+        labels: Shape (N,).
+
+    Example:
+        >>> accuracy(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
+        0.5
+    """
+    return int((logits.argmax(1) == labels).sum()) / len(labels)

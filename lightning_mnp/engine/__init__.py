@@ -1,0 +1,1 @@
+"""The resumable state machine that runs an audit or a defense."""

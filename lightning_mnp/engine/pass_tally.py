@@ -1,0 +1,99 @@
+"""What one pass over the defense set adds up: saliency, logits and what follows from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mnp.mnp.detection_ratio import saliency_correlation
+from lightning_mnp.mnp.saliency import filter_magnitudes
+from lightning_mnp.surgery.masked_network import Subject, Weights
+
+__all__ = ["PassTally"]
+
+
+class PassTally:
+    """Sums over the batches of one pass, from which saliency and accuracy follow.
+
+    Args:
+        subject: The network.
+        classes: Number of classes.
+
+    Attributes:
+        logits: Of the images so far, shape (N, classes), on the CPU.
+        labels: Their classes, shape (N,).
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mnp.surgery.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(3, 2))
+        >>> subject = Subject(network, find_filter_layers(network, torch.rand(2, 1, 2, 2)))
+        >>> tally = PassTally(subject, classes=2)
+        >>> tally.add(torch.zeros(3), torch.tensor([[0.0, 1.0]]), torch.tensor([1]))
+        >>> tally.accuracy, tally.predictions.tolist()
+        (1.0, [0, 1])
+    """
+
+    def __init__(self, subject: Subject, classes: int) -> None:
+        self.subject = subject
+        self.classes = classes
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin another pass."""
+        self._changes = torch.zeros(self.subject.layers.total, device=self.subject.device)
+        self.logits = torch.empty(0, self.classes)
+        self.labels = torch.empty(0, dtype=torch.long)
+
+    def add(self, changes: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            changes: First-order loss changes of the batch, shape (total filters,).
+            logits: Shape (N, classes).
+            labels: Shape (N,).
+        """
+        self._changes += changes * len(labels)
+        self.logits = torch.cat([self.logits, logits.detach().cpu()])
+        self.labels = torch.cat([self.labels, labels.cpu()])
+
+    @property
+    def images(self) -> int:
+        """Number of images so far."""
+        return len(self.labels)
+
+    @property
+    def predictions(self) -> Tensor:
+        """Images put into each class so far, shape (classes,)."""
+        return self.logits.argmax(1).bincount(minlength=self.classes)
+
+    @property
+    def hits(self) -> int:
+        """Number of correctly classified images so far."""
+        return int((self.logits.argmax(1) == self.labels).sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correctly classified images."""
+        return self.hits / self.images
+
+    def correlation(self, weights: Weights) -> float:
+        """Rank correlation of the magnitude of weights with the saliency that was added up."""
+        magnitudes = filter_magnitudes(self.subject, weights)
+        return saliency_correlation(magnitudes, self._changes / self.images, self.subject.layers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state as tensors and primitives."""
+        return {
+            "changes": self._changes,
+            "logits": self.logits,
+            "labels": self.labels,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self._changes = state["changes"].to(self.subject.device)
+        self.logits = state["logits"].cpu()
+        self.labels = state["labels"].cpu()

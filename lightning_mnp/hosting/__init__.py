@@ -1,0 +1,1 @@
+"""What the doors share under Lightning, and the processes of a run."""

@@ -1,0 +1,211 @@
+"""What the callback, the module and the commands ask of the Trainer that they work under."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_mnp.checkpoints.atomic_write import check_writable, write_whole
+from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack
+from lightning_mnp.engine.defense import MNPDefense
+from lightning_mnp.hosting.processes import do_in_first, gather_objects, process_count
+from lightning_mnp.report import DefenseReport
+from lightning_mnp.surgery.logit_shift import LogitShift
+
+__all__ = [
+    "check_host",
+    "engine_autocast",
+    "find_defense_set",
+    "follow_first",
+    "output_folder",
+    "refuse_other_processes",
+    "write_outcome",
+]
+
+_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def check_host(trainer: Trainer) -> None:
+    """Raise where a Trainer's strategy or precision does not leave the whole float32 network.
+
+    Args:
+        trainer: The Trainer.
+
+    Raises:
+        MisconfigurationException: If the strategy shards the weights, or the precision is none of
+            ``"32-true"``, ``"bf16-mixed"`` and ``"16-mixed"``.
+    """
+    if isinstance(trainer.strategy, _SHARDED):
+        raise MisconfigurationException(
+            f"Expected a strategy that keeps the whole network in every process, such as 'auto' "
+            f"or 'ddp', but got {type(trainer.strategy).__name__}. Train with it, save the full "
+            "weights and call `lightning_mnp.defend` on them."
+        )
+    precision = trainer.precision_plugin.precision
+    if precision not in _PRECISIONS:
+        raise MisconfigurationException(
+            f"Expected a precision that keeps the weights in float32, {', '.join(_PRECISIONS)}, "
+            f"but got {precision}. Train with it, save the weights and call "
+            "`lightning_mnp.defend` on the network in float32."
+        )
+
+
+def refuse_other_processes(trainer: Trainer) -> None:
+    """Raise where a Trainer's processes are not those that can be asked whether they agree.
+
+    Args:
+        trainer: The Trainer, set up.
+
+    Raises:
+        MisconfigurationException: If PyTorch's process group has others or does not have them
+            all, as with strategies for TPUs, or one device each in a group of several processes.
+    """
+    if trainer.world_size != process_count():
+        raise MisconfigurationException(
+            f"Expected the Trainer's processes to be those of PyTorch's process group, as with "
+            f"`strategy='ddp'`, but {type(trainer.strategy).__name__} has {trainer.world_size} "
+            f"and the group has {process_count()}. Call `lightning_mnp.defend` on the network."
+        )
+
+
+def engine_autocast(trainer: Trainer) -> Callable[[], AbstractContextManager[Any]]:
+    """Give the context in which the engine runs the network, by the Trainer's precision.
+
+    Under ``16-mixed`` it is float32: gradients of masks and images are small, float16 needs a
+    scale for each of them, and steps that are skipped for a wrong scale would be part of the
+    result.
+    """
+    if trainer.precision_plugin.precision == "16-mixed":
+        rank_zero_info("The audit runs in float32: its gradients are too small for 16-mixed.")
+        return nullcontext
+    return trainer.precision_plugin.forward_context
+
+
+def find_defense_set(
+    trainer: Trainer, module: LightningModule, given: Any, unpack: Unpack
+) -> DefenseSet:
+    """Read the defense set: as given, or from a ``defense_dataloader`` hook.
+
+    Where there are several processes, all of them have to call this, and all get the images that
+    any of them has.
+
+    Args:
+        trainer: The Trainer, whose datamodule may have the hook.
+        module: The LightningModule, which may have the hook.
+        given: A loader or a defense set, or None.
+        unpack: Takes images and labels out of a batch.
+
+    Raises:
+        MisconfigurationException: If there is neither. The training set is never taken for it:
+            it may be the poisoned one.
+    """
+    if given is None:
+        datamodule = getattr(trainer, "datamodule", None)
+        hooks = (getattr(owner, "defense_dataloader", None) for owner in (datamodule, module))
+        hook = next((hook for hook in hooks if callable(hook)), None)
+        if hook is None:
+            raise MisconfigurationException(
+                "Expected a defense set of clean images, but got none. Give a loader as "
+                "`defense_loader`, or add a method `defense_dataloader()` to the datamodule or the "
+                "LightningModule. The training set is not used: it may be poisoned."
+            )
+        given = hook()
+    return DefenseSet.from_loader(given, unpack, gather=True)
+
+
+def output_folder(trainer: Trainer, given: Path | str | None) -> Path:
+    """Tell where the outcome is written: as given, or where the Trainer writes.
+
+    Where there are several processes, all of them have to call this.
+
+    Args:
+        trainer: The Trainer.
+        given: A folder; where None, the first logger's, else the Trainer's ``default_root_dir``.
+
+    Raises:
+        MisconfigurationException: If it is an address and not a local folder.
+        OutputError: If it cannot be written to.
+    """
+    folder = str(given or trainer.log_dir or trainer.default_root_dir)
+    folder = trainer.strategy.broadcast(folder)
+    if "://" in folder:
+        raise MisconfigurationException(
+            f"Expected argument `output_dir` to be a local folder, but the loggers or the Trainer "
+            f"write to {folder!r}. Give a local one."
+        )
+    do_in_first(lambda: check_writable(Path(folder, "mnp.ckpt"), "output_dir"))
+    return Path(folder)
+
+
+def write_outcome(trainer: Trainer, report: DefenseReport, folder: Path) -> None:
+    """Write the report and, where filters were pruned, a checkpoint of what the Trainer trained.
+
+    The files are ``mnp-report.json`` and ``mnp.ckpt``, or, if one of the names is taken,
+    ``mnp-v1-report.json`` and ``mnp-v1.ckpt``, and so on. Where there are several processes, all
+    of them have to call this, and the first writes.
+
+    Args:
+        trainer: The Trainer, whose LightningModule is pruned.
+        report: The report.
+        folder: Where to write.
+
+    Raises:
+        OutputError: If a file cannot be written; there is no partial one then.
+    """
+    name, number = "mnp", 0
+    while (folder / f"{name}-report.json").exists() or (folder / f"{name}.ckpt").exists():
+        number += 1
+        name = f"mnp-v{number}"
+    name = trainer.strategy.broadcast(name)
+    do_in_first(lambda: report.save(folder / f"{name}-report.json", argument="output_dir"))
+    if not report.changes:
+        return
+    partial = folder / f".{name}.ckpt.unfinished"
+    # The user's own way of saving may be to another place, or later.
+    users = trainer.strategy.checkpoint_io
+    trainer.strategy.checkpoint_io = TorchCheckpointIO()
+    try:
+        trainer.save_checkpoint(partial, weights_only=False)
+        do_in_first(lambda: _publish(partial, folder / f"{name}.ckpt"))
+    finally:
+        trainer.strategy.checkpoint_io = users
+        if trainer.is_global_zero:
+            partial.unlink(missing_ok=True)
+
+
+def _publish(finished: Path, path: Path) -> None:
+    def write(partial: Path) -> None:
+        finished.replace(partial)
+
+    write_whole(path, write, argument="output_dir")
+
+
+def follow_first(defense: MNPDefense) -> DefenseReport:
+    """Take the first process's outcome, so that rounding cannot part the processes.
+
+    Args:
+        defense: The engine, finished; it is told which filters to remove, the masks of the others,
+            and the repair.
+
+    Returns:
+        The first process's report.
+    """
+    # Not a broadcast, which would not tell that another process has died.
+    own = defense.purification
+    bias = None if own.shift is None else own.shift.name
+    removed, bias, report = gather_objects((own.removed.tolist(), bias, defense.report()))[0]
+    own.shift = None if bias is None else LogitShift(bias, torch.tensor(report.shift))
+    own.remove(torch.tensor(removed, dtype=torch.long))
+    masks = [value for part in report.masks.values() for value in part]
+    own.masks = torch.tensor(masks, device=own.removed.device) if masks else None
+    return cast(DefenseReport, report)

@@ -1,0 +1,1 @@
+"""The paper in its own words: its equations by number, and Algorithm 1."""

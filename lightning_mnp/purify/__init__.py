@@ -1,0 +1,1 @@
+"""Which filters go: ranked, chosen, turned down, and what that costs."""

@@ -1,0 +1,108 @@
+"""Harm: by how much masks make a network worse on clean images, measured with few of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.defense_data.evaluation import clean_logits
+from lightning_mnp.surgery.masked_network import Subject
+
+__all__ = ["CleanHarm", "trimmed_mean"]
+
+# From so many images on, the rise of their loss is trusted alone.
+_ENOUGH_IMAGES = 2500
+# What a nat of divergence counts: part of it is the backdoor's own doing on clean images.
+_DIVERGENCE = 0.5
+
+
+def trimmed_mean(values: Tensor, share: float) -> Tensor:
+    """Give the mean without the greatest values.
+
+    Args:
+        values: Shape (N,).
+        share: The share that is left out, rounded up, from 0 to below 1.
+
+    Example:
+        >>> trimmed_mean(torch.tensor([1.0, 9.0, 2.0]), 0.1)
+        tensor(1.5000)
+    """
+    left = len(values) - math.ceil(share * len(values))
+    if left == len(values) or not bool(values.isfinite().all()):  # no NaN is left out unseen
+        return values.mean()
+    return values.sort().values[: max(1, left)].mean()
+
+
+class CleanHarm:
+    """Tells how much harm masks do to clean images, in nats.
+
+    With many images it is the rise of the clean loss. With few, a search finds filters without
+    which the loss on just these images falls, by chance; how far the predictions move away from
+    those of the network as it is (the Kullback-Leibler divergence) cannot fall, and is the rise
+    of the loss to be expected where the network's probabilities are right. So with N images,
+    fewer than 2500, the rise counts N / 2500, and half of the divergence the rest.
+
+    Images that are poisoned suffer most when a backdoor is removed, and would protect it. Where
+    some may be, as many are left out: those that suffer most.
+
+    Args:
+        subject: The network.
+        clean: Clean images, the defense set first; the others are copies of it.
+        batch_size: Most images in a batch.
+        impurity: The share of images that may be poisoned.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mnp.surgery.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> data = DefenseSet(torch.rand(6, 1, 2, 2), torch.arange(6) % 2)
+        >>> subject = Subject(network, find_filter_layers(network, data.images))
+        >>> harm = CleanHarm(subject, [data], 128)
+        >>> harm.of(torch.ones(4)), harm.of(torch.zeros(4)) > 0
+        (0.0, True)
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        clean: Sequence[DefenseSet],
+        batch_size: int,
+        impurity: float = 0.0,
+    ) -> None:
+        self.subject = subject
+        self.clean = list(clean)
+        self.batch_size = batch_size
+        self.impurity = impurity
+        self._share = min(1.0, len(self.clean[0]) / _ENOUGH_IMAGES)
+        self._before: Tensor | None = None
+
+    @torch.no_grad()
+    def of(self, masks: Tensor) -> float:
+        """Tell the harm of filter masks, in nats; 0 for masks of ones.
+
+        Args:
+            masks: Filter masks, shape (total filters,).
+        """
+        if self._before is None:
+            self._before = self._log_probabilities(torch.ones_like(masks))[0]
+        before = self._before
+        after, labels = self._log_probabilities(masks)
+        own = labels[:, None]
+        harm = (before.gather(1, own) - after.gather(1, own))[:, 0]
+        if self._share < 1:
+            divergence = F.kl_div(after, before, reduction="none", log_target=True).sum(1)
+            harm = self._share * harm + (1 - self._share) * _DIVERGENCE * divergence
+        return float(trimmed_mean(harm, self.impurity))
+
+    def _log_probabilities(self, masks: Tensor) -> tuple[Tensor, Tensor]:
+        passed = [
+            clean_logits(self.subject, data, self.batch_size, masks=masks) for data in self.clean
+        ]
+        logits, labels = (torch.cat(parts) for parts in zip(*passed, strict=True))
+        # Differences are small, whatever the network runs in.
+        return logits.float().log_softmax(1), labels

@@ -1,0 +1,303 @@
+"""What is done to a flagged network: filters pruned, others turned down, logits repaired."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mnp.config import MNPConfig
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.defense_data.evaluation import accuracy, clean_logits
+from lightning_mnp.defense_data.views import CleanSets, clean_sets, known_clean_sets
+from lightning_mnp.purify.greedy import FilterSearch
+from lightning_mnp.purify.soft_masks import Attenuation
+from lightning_mnp.purify.traces import Source
+from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, fit_shift
+from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masks import scalable
+from lightning_mnp.surgery.network import copy_network
+from lightning_mnp.surgery.prune import Pruning, prune
+
+__all__ = ["Purification"]
+
+# Harm that masks may do beside that of pruning, in units of what pruning may.
+_MASKS_HARM = 2
+# After so many steps, and at so many more each time, masks that do more than `harm` beside pruning
+# are left as they are: what they gain by then is not worth what they cost.
+_LOOK_FROM = 30
+_LOOK_EVERY = 10
+# Masks that do too much harm are turned back to a share known to 1 / 2 ** this.
+_HALVINGS = 4
+
+
+class Purification:
+    """Finds what to change in a network, and changes it.
+
+    Filters are named from outside (:meth:`remove`) or searched for, one a step
+    (:meth:`begin`, :meth:`search_step`), and then turned down (:meth:`attenuation_step`).
+    :meth:`check` measures what is left and fits the repair. The network itself changes only by
+    :meth:`apply`.
+
+    Args:
+        subject: The network as it is, on its device.
+        data: The defense set.
+        config: Options.
+        balanced: The same network with the logits of starved classes raised, by which filters are
+            pruned and turned down: else the backdoor's would be kept for the little that they do
+            for such a class. None for the network as it is.
+
+    Attributes:
+        removed: Positions of the filters to prune, worst first.
+        masks: What all filters are multiplied by, shape (total filters,), or None.
+        shift: What is added to the logits, or None.
+        accuracy: Accuracy on the defense set after all that, or None before :meth:`check`.
+        search: The automatic rule's search, once it has begun.
+        attenuation: What turns filters down, once it has begun.
+        warnings: What the reader of the report should know, in words.
+
+    Example:
+        >>> from lightning_mnp.surgery.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
+        >>> subject = Subject(network, find_filter_layers(network, data.images))
+        >>> purification = Purification(subject, data, MNPConfig())
+        >>> purification.remove(torch.tensor([2]))
+        >>> accuracy = purification.check(target=0)
+        >>> bool((purification.purified()[0].weight[2] == 0).all()), purification.changes
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        data: DefenseSet,
+        config: MNPConfig,
+        balanced: Subject | None = None,
+    ) -> None:
+        self.subject = subject
+        self.balanced = subject if balanced is None else balanced
+        self.data = data
+        self.config = config
+        self.removed = torch.empty(0, dtype=torch.long, device=subject.device)
+        self.masks: Tensor | None = None
+        self.shift: LogitShift | None = None
+        self.accuracy: float | None = None
+        self.search: FilterSearch | None = None
+        self.attenuation: Attenuation | None = None
+        self.warnings: list[str] = []
+        self._known: CleanSets | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether the purified network differs from the one that was audited."""
+        return len(self.removed) > 0 or self.masks is not None
+
+    @property
+    def most_filters(self) -> int:
+        """The most filters that the automatic rule prunes."""
+        share = self.config.amount * self.subject.layers.total
+        return max(1, math.floor(share + 1e-9))  # 0.29 times 100 is not quite 29
+
+    def remove(self, positions: Tensor) -> None:
+        """Name the filters to prune.
+
+        Args:
+            positions: Their positions among all filters, worst first.
+        """
+        self.removed = positions.to(self.subject.device)
+
+    def begin(self, sources: Sequence[Source]) -> None:
+        """Begin the automatic rule's search.
+
+        Args:
+            sources: Where the backdoor shows.
+        """
+        self.search = FilterSearch(
+            self.balanced,
+            self._clean.sets,
+            sources,
+            self.most_filters,
+            self.config.harm,
+            self.config.batch_size,
+            self.config.seed,
+            self.config.impurity,
+        )
+
+    def search_step(self) -> dict[str, float]:
+        """Take one more filter; the search is over when its ``stopped`` says why."""
+        search = self._begun
+        metrics = search.step()
+        if search.stopped:
+            self.remove(torch.tensor(search.taken, dtype=torch.long))
+        return metrics
+
+    def attenuation_step(self) -> dict[str, float]:
+        """Turn filters down by one step, until the ``attenuation`` is ``finished``."""
+        self.attenuation = self.attenuation or self._new_attenuation()
+        metrics = self.attenuation.step()
+        if not self.attenuation.finished and self._is_dear(self.attenuation):
+            self.attenuation.stop()
+        if self.attenuation.finished and self.attenuation.taken:
+            self.masks = self._harmless(self.attenuation.masks)
+        return metrics
+
+    @property
+    def _begun(self) -> FilterSearch:
+        if self.search is None:
+            raise RuntimeError("The search has not begun; call `begin` first.")
+        return self.search
+
+    @property
+    def _clean(self) -> CleanSets:
+        """The images by which harm and repair are measured."""
+        config = self.config
+        if self._known is None:
+            self._known = clean_sets(
+                self.subject, self.data, config.augment, config.batch_size, config.seed
+            )
+        return self._known
+
+    def _new_attenuation(self) -> Attenuation:
+        search, config = self._begun, self.config
+        return Attenuation(
+            self.balanced,
+            self.data,
+            search.sources,
+            search.references,
+            search.masks(),
+            scalable(self.subject.network, self.subject.layers).to(self.subject.device),
+            self._clean.augment,
+            config.attenuation_steps,
+            config.batch_size,
+            config.seed,
+            config.impurity,
+        )
+
+    def _is_dear(self, attenuation: Attenuation) -> bool:
+        """Whether masks do too much harm to be turned down further."""
+        if attenuation.taken < _LOOK_FROM or attenuation.taken % _LOOK_EVERY:
+            return False
+        return not self._harm_beyond_pruning(attenuation.masks) <= self.config.harm  # so if NaN
+
+    def _harm_beyond_pruning(self, masks: Tensor) -> float:
+        return self._begun.harm_of(masks) - self._begun.curve[-1][0]
+
+    def _harmless(self, masks: Tensor) -> Tensor | None:
+        """The masks, turned back as far as they do more harm than is allowed.
+
+        None where nothing is left of them.
+        """
+        most = _MASKS_HARM * self.config.harm
+        rise = self._harm_beyond_pruning(masks)
+        if rise <= most:
+            return masks
+        begun = self._begun.masks()
+        share, width = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            width /= 2
+            tried = self._harm_beyond_pruning(begun.lerp(masks, share + width))
+            if tried <= most:  # not so where it is NaN
+                share += width
+        done = f"filters were turned down by {share:.0%} of what was found"
+        self.warnings.append(
+            f"{done if share else 'filters were not turned down'}: all of it did {rise:.3g} nats "
+            f"more harm than pruning, and {most:g}, {_MASKS_HARM} times `harm`, is allowed"
+        )
+        return begun.lerp(masks, share) if share else None
+
+    def factors(self) -> Tensor:
+        """Give what every filter is multiplied by, 0 for those pruned, shape (total filters,)."""
+        values = torch.ones(self.subject.layers.total, device=self.subject.device)
+        if self.masks is not None:
+            values = self.masks.clone()
+        values[self.removed] = 0.0
+        return values
+
+    def check(self, target: int | None) -> float:
+        """Fit the repair, if one is wanted, and measure what is left.
+
+        Args:
+            target: The class whose logit stays as it is, unless it is starved; None for none.
+
+        Returns:
+            The accuracy on the defense set, from 0 to 1.
+        """
+        factors, size = self.factors(), self.config.batch_size
+        if self.config.repair and self.changes:
+            # With starved classes raised: a target among them is to get back what pruning took from
+            # it, but not, as clean images would have it, what it never had.
+            passed = [
+                clean_logits(self.balanced, data, size, masks=factors) for data in self._clean.sets
+            ]
+            seen, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
+            fixed = None if target in self.balanced.handicaps else target
+            self.shift = self._shift_of(fit_shift(seen, classes, fixed))
+        logits, labels = clean_logits(self.subject, self.data, size, masks=factors)
+        if self.shift is not None:
+            logits = logits + self.shift.values.to(logits)
+        self.accuracy = accuracy(logits, labels)
+        return self.accuracy
+
+    def _shift_of(self, values: Tensor) -> LogitShift | None:
+        """Make a shift of this network's logits; None where it has no bias for that."""
+        sample = self.data.images[:2].to(self.subject.device)
+        name = find_logit_bias(self.subject.network, sample, self.subject.forward)
+        return None if name is None else LogitShift(name, values)
+
+    def apply(self, network: nn.Module) -> Pruning:
+        """Change a network as was found.
+
+        Args:
+            network: The network, or a copy of it.
+
+        Returns:
+            What was removed; its ``undo`` puts it back.
+        """
+        return prune(network, self.subject.layers, self.removed, self.shift, self.masks)
+
+    def purified(self) -> nn.Module:
+        """Give a changed copy of the network."""
+        network = copy_network(self.subject.network)
+        self.apply(network)
+        return network
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state as tensors and primitives."""
+        return {
+            "removed": self.removed,
+            "masks": self.masks,
+            "shift": None if self.shift is None else [self.shift.name, self.shift.values],
+            "augment": None if self._known is None else self._known.augment,
+            "accuracy": self.accuracy,
+            "warnings": list(self.warnings),
+            "search": None if self.search is None else self.search.state_dict(),
+            "attenuation": None if self.attenuation is None else self.attenuation.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], sources: Sequence[Source]) -> None:
+        """Go on where :meth:`state_dict` was taken; the network does not run.
+
+        Args:
+            state: The state.
+            sources: Those of the search, made anew; of no account where none had begun.
+        """
+        device = self.subject.device
+        self.remove(state["removed"])
+        self.masks = None if state["masks"] is None else state["masks"].to(device)
+        self.shift = None if state["shift"] is None else LogitShift(*state["shift"])
+        self._known = None
+        if state["augment"] is not None:
+            self._known = known_clean_sets(self.data, state["augment"], self.config.seed)
+        self.accuracy = state["accuracy"]
+        self.warnings = list(state["warnings"])
+        self.search = self.attenuation = None
+        if state["search"] is not None:
+            self.begin(sources)
+            self._begun.load_state_dict(state["search"])
+        if state["attenuation"] is not None:
+            self.attenuation = self._new_attenuation()
+            self.attenuation.load_state_dict(state["attenuation"])

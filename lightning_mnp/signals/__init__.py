@@ -1,0 +1,1 @@
+"""What speaks for a backdoor: one module a signal, and the verdict."""

@@ -1,0 +1,150 @@
+"""Surrogate patches: a few pixels, the same in all images, that stand in for an unknown trigger.
+
+A universal perturbation that may change every pixel a little takes the shortest way to a class,
+and that is not the trigger's way where the trigger is a patch. One that may change a few pixels by
+any amount takes it: how far it drives images to a class says whether there is such a way (compare
+Neural Cleanse, Wang et al., 2019, which looks for the smallest mask of pixels instead, class by
+class, with many more steps).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_mnp.signals.pattern import PatternTrigger
+from lightning_mnp.signals.reach import goal_margins, leads, least_positive, push_loss
+
+__all__ = ["PatchTrigger", "patch_ratio"]
+
+# Share of the pixels that a patch may cover.
+_SHARE = 0.05
+# The largest change of a pixel in a step, as a share of the range of values: far at first, so that
+# pixels can be exchanged for better ones, then closer.
+_FAR_STEPS, _FAR = 8, 0.5
+_NEAR_STEPS, _NEAR = 12, 0.2
+# An image whose own class is behind the others by so many logits is driven away no further.
+_LOST = -1.0
+
+
+class PatchTrigger(PatternTrigger):
+    """A pattern of few pixels that is added to every image.
+
+    The sum is kept in the range of values, so that a patch can replace a pixel as well as change
+    it. Each step follows the gradient and keeps the pixels that are changed most. The arguments
+    are those of :class:`~lightning_mnp.signals.pattern.PatternTrigger`.
+
+    Attributes:
+        pattern: What is added, shape (1, C, ...), zero but for a few pixels.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mnp.surgery.layers import find_filter_layers
+        >>> from lightning_mnp.surgery.masked_network import Subject
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> images, labels = torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)
+        >>> subject = Subject(network, find_filter_layers(network, images))
+        >>> zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        >>> patch = PatchTrigger(subject, images, labels, labels + 1, zero, one)
+        >>> before = patch.margins().mean()
+        >>> for _ in range(5):
+        ...     _ = patch.step(0.2)
+        >>> bool(patch.margins().mean() > before), int((patch.pattern != 0).sum())
+        (True, 1)
+    """
+
+    name = "patch"
+    steps = _FAR_STEPS + _NEAR_STEPS
+
+    def blank(self) -> Tensor:
+        """Give a patch that changes nothing."""
+        return torch.zeros_like(self.images[:1])
+
+    def applied(self, images: Tensor, pattern: Tensor) -> Tensor:
+        """Add a patch to images, within the range of values."""
+        return torch.minimum(torch.maximum(images + pattern, self.low), self.high)
+
+    @property
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """Any value can be made of any other."""
+        return -self.unit, self.unit
+
+    @staticmethod
+    def length(taken: int) -> float:
+        """Give the largest change of a pixel in the step that follows so many."""
+        return _FAR if taken < _FAR_STEPS else _NEAR
+
+    def step(self, length: float, masks: Tensor | None = None) -> float:
+        """Take one step towards the classes that images are pushed to.
+
+        Args:
+            length: Largest change of a pixel, as a share of the range of values.
+            masks: Filter masks that are in force.
+
+        Returns:
+            The mean margin before it.
+        """
+        logits = self._move(
+            length, masks, lambda logits: push_loss(logits, self.labels, self.goals)
+        )
+        self.pattern = self._sparse(self.pattern)
+        return float(goal_margins(logits, self.labels, self.goals).mean())
+
+    def disturb(self, length: float) -> float:
+        """Take one step away from the images' own classes, with any number of pixels.
+
+        Args:
+            length: Largest change of a pixel, as a share of the range of values.
+
+        Returns:
+            By how much all other classes together are ahead of the own one, before it, at most 1.
+        """
+        logits = self._move(length, None, lambda logits: _own_lead(logits, self.labels))
+        return -float(_own_lead(logits, self.labels))
+
+    def _move(
+        self, length: float, masks: Tensor | None, objective: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Step down an objective of the logits, and give the logits before."""
+        slope, logits = self.slope(masks, objective)
+        slope = slope / slope.abs().max().clamp_min(least_positive(slope))
+        self.pattern = self.limited(self.pattern - length * self.unit * slope)
+        return logits
+
+    def _sparse(self, pattern: Tensor) -> Tensor:
+        """Put back all pixels but those that are changed most."""
+        change = (pattern / self.unit.clamp_min(least_positive(self.unit))).abs().sum(1).flatten()
+        kept = torch.zeros_like(change)
+        kept[change.topk(max(1, round(_SHARE * len(change)))).indices] = 1.0
+        return pattern * kept.reshape(1, 1, *pattern.shape[2:])
+
+
+def _own_lead(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean logit of the true class above all others together, as far as images are in it."""
+    return leads(logits, labels).clamp_min(_LOST).mean()
+
+
+def patch_ratio(patch_margins: dict[int, float]) -> tuple[int, float]:
+    """Compare the class that a patch drives images to furthest with the others.
+
+    Args:
+        patch_margins: How far a patch takes images to each class, two classes or more, see
+            :class:`~lightning_mnp.signals.pattern.PatternSearch`.
+
+    Returns:
+        That class, and how much further that is than for the median of the others, in multiples of
+        the usual distance; 0 where a figure is not finite.
+
+    Example:
+        >>> patch_ratio({0: -0.25, 1: 1.5, 2: 0.25, 3: -0.5})
+        (1, 1.75)
+    """
+    furthest = max(patch_margins, key=patch_margins.__getitem__)
+    others = (value for index, value in patch_margins.items() if index != furthest)
+    normal = statistics.median(others)
+    finite = all(math.isfinite(value) for value in patch_margins.values())
+    return furthest, patch_margins[furthest] - normal if finite else 0.0

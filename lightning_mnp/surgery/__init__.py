@@ -1,0 +1,1 @@
+"""Touching a network, and leaving it as it was."""

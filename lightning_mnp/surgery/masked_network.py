@@ -1,0 +1,170 @@
+"""A network under examination: run with other weights and masks than its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_mnp.surgery.forward import Forward, call_apart, call_network, evaluating
+from lightning_mnp.surgery.layers import FilterLayer, FilterLayers
+from lightning_mnp.surgery.masks import FilterMasks
+
+__all__ = ["Statistics", "Subject", "Weights"]
+
+Weights = dict[str, Tensor]
+Statistics = Literal["batch", "running"]
+
+
+class Subject:
+    """Runs a network with given weights and masks; the network itself stays as it is.
+
+    The weights are swapped in for the length of a call (``torch.func.functional_call``), the
+    masks are attached for the length of a call, and the network writes to copies of its buffers.
+    Between two calls the network is bit for bit what it was.
+
+    Args:
+        network: The network.
+        layers: Its layers with filters.
+        forward: How the network is called.
+        statistics: ``"batch"`` normalizes by the statistics of the batch (layers of batch
+            normalization in training mode, all else in evaluation mode); ``"running"`` by the
+            stored ones.
+        autocast: Makes the context in which the network runs, for lower precision.
+
+    Attributes:
+        handicaps: What is added to the logits of some classes.
+
+    Example:
+        >>> from lightning_mnp.surgery.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> images = torch.rand(2, 1, 4, 4)
+        >>> subject = Subject(network, find_filter_layers(network, images))
+        >>> zeros = {name: torch.zeros_like(w) for name, w in subject.weights().items()}
+        >>> float(subject(images, weights=zeros).abs().sum())
+        0.0
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: FilterLayers,
+        forward: Forward = call_network,
+        statistics: Statistics = "batch",
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        if statistics not in ("batch", "running"):
+            raise ValueError(
+                f"Expected argument `statistics` to be 'batch' or 'running', but got "
+                f"{statistics!r}."
+            )
+        self.network = network
+        self.layers = layers
+        self.forward = forward
+        self.statistics = statistics
+        self.autocast = autocast
+        self.handicaps: dict[int, float] = {}
+
+    def raised(self, handicaps: Mapping[int, float]) -> Subject:
+        """Give the same network with some logits raised, and no others.
+
+        Args:
+            handicaps: By how much, for each of these classes.
+
+        Example:
+            >>> from lightning_mnp.surgery.layers import find_filter_layers
+            >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+            >>> images = torch.rand(2, 1, 4, 4)
+            >>> subject = Subject(network, find_filter_layers(network, images))
+            >>> bool(subject.raised({1: 9.0})(images)[0, 1] > subject(images)[0, 1])
+            True
+        """
+        other = copy.copy(self)
+        other.handicaps = dict(handicaps)
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.network.parameters()).device
+
+    @property
+    def precision(self) -> str:
+        """What the network computes in: the data type of autocast, or else of its weights."""
+        kind = self.device.type
+        with self.autocast():
+            if torch.is_autocast_enabled(kind):
+                return str(torch.get_autocast_dtype(kind))
+        return str(next(self.network.parameters()).dtype)
+
+    def weights(self) -> Weights:
+        """The network's own parameters by name, without gradients, sharing their memory."""
+        return {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+
+    def filter_weights(self, weights: Weights) -> list[Tensor]:
+        """The convolution weights of the layers, in their order."""
+        return [weights[f"{layer.name}.weight"] for layer in self.layers]
+
+    def __call__(
+        self,
+        images: Tensor,
+        *,
+        weights: Weights | None = None,
+        masks: Tensor | None = None,
+        statistics: Statistics | None = None,
+    ) -> Tensor:
+        """Run the network.
+
+        Args:
+            images: Shape (N, C, ...), on the network's device.
+            weights: Parameters to run with, by name; the network's own where None.
+            masks: Filter masks, shape (total filters,); none where None.
+            statistics: Overrides the object's own choice for this call.
+
+        Returns:
+            Logits in float32, shape (N, K).
+        """
+        statistics = statistics or self.statistics
+        weights = self.weights() if weights is None else weights
+        normalizing = (_NormBase,) if statistics == "batch" else ()
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.network, normalizing))
+            stack.enter_context(self.autocast())
+            if masks is not None:
+                weights, layers, left = self._folded(weights, masks)
+                if layers:
+                    stack.enter_context(FilterMasks(self.network, layers, left))
+            logits = call_apart(self.network, images, self.forward, weights).float()
+        if not self.handicaps:
+            return logits
+        offset = logits.new_zeros(logits.shape[1])
+        offset[list(self.handicaps)] = logits.new_tensor(list(self.handicaps.values()))
+        return logits + offset
+
+    def _folded(self, weights: Weights, masks: Tensor) -> tuple[Weights, FilterLayers, Tensor]:
+        """Multiply masks into the scale and shift of the normalization layers they act behind.
+
+        ``m * (scale * x + shift)`` is ``(m * scale) * x + m * shift``: no map is multiplied, and
+        none has to be kept for the backward pass.
+
+        Returns:
+            The weights, and the layers without scale and shift with their masks.
+        """
+        folded = dict(weights)
+        left: list[FilterLayer] = []
+        values: list[Tensor] = []
+        for layer, part in zip(self.layers, masks.split(self.layers.sizes), strict=True):
+            scale = weights.get(f"{layer.site}.weight")
+            if layer.site == layer.name or scale is None:
+                left.append(layer)
+                values.append(part)
+                continue
+            for name in (f"{layer.site}.weight", f"{layer.site}.bias"):
+                if name in weights:
+                    folded[name] = weights[name] * part.to(weights[name].dtype)
+        return folded, FilterLayers(tuple(left)), torch.cat(values) if values else masks[:0]

@@ -1,0 +1,288 @@
+"""Watching one run of a network: which layer feeds which, and along which dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from torchvision.ops import FrozenBatchNorm2d
+
+from lightning_mnp.surgery.forward import Forward, probe_network
+from lightning_mnp.surgery.scaling import NormKind, filter_scale, norm_kind
+
+__all__ = ["CHANNEL_NORMS", "SHARED_NORMS", "Use", "Watch", "watch_run"]
+
+# Per-channel statistics: a zeroed channel leaves the others as they are.
+CHANNEL_NORMS = (_NormBase, FrozenBatchNorm2d)
+# Statistics over several channels: a channel can only be silenced behind the layer.
+SHARED_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_NORMS = (*CHANNEL_NORMS, *SHARED_NORMS)
+
+# Functions that move values without changing them, so that a filter's map stays one slice.
+_LAYOUT = frozenset(
+    [
+        "permute",
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "contiguous",
+        "clone",
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "view_as",
+        "reshape_as",
+        "detach",
+    ]
+)
+# Functions that are a layer of their own when they are given a parameter.
+_WEIGHTED = frozenset(
+    [
+        "linear",
+        "bilinear",
+        "matmul",
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "einsum",
+        "__matmul__",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+    ]
+)
+
+
+@dataclass
+class Use:
+    """What the run showed of one convolution.
+
+    Attributes:
+        calls: How often it was called.
+        norms: Pairs (name, channel dimension) of the normalization layers that its output enters.
+        elsewhere: Whether its output enters anything else.
+        crossed: Those of the norms that work along a dimension which does not hold the channels.
+    """
+
+    calls: int = 0
+    norms: set[tuple[str, int]] = field(default_factory=set)
+    elsewhere: bool = False
+    crossed: set[str] = field(default_factory=set)
+
+
+class Watch(TorchFunctionMode):
+    """Follows tensors through a run: whose filters they hold, and which layers made them last.
+
+    Args:
+        network: The network that will run.
+
+    Attributes:
+        uses: What was seen of each convolution that was called, by name.
+        feeders: For each normalization layer that was called, the convolutions that fed it;
+            None among them stands for anything else.
+        scales: For each convolution that was called, what
+            :func:`~lightning_mnp.surgery.scaling.filter_scale` says of it.
+        kinds: For each normalization layer that a convolution feeds, what
+            :func:`~lightning_mnp.surgery.scaling.norm_kind` says of it.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._names = {module: name for name, module in network.named_modules()}
+        self.uses: dict[str, Use] = {}
+        self.feeders: dict[str, set[str | None]] = {}
+        self.scales: dict[str, str | None] = {}
+        self.kinds: dict[str, NormKind] = {}
+        self._maps: dict[int, tuple[str, int]] = {}  # tensor id -> (convolution, channel dim)
+        self._makers: dict[int, frozenset[str]] = {}  # tensor id -> last layers with weights
+        self._weights: set[int] = set()  # ids of tensors computed from parameters alone
+        self._alive: list[Tensor] = []  # an id stays taken for as long as its tensor lives
+        self._inside = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self._inside:
+            return result
+        outputs = list(_tensors(result))
+        if not outputs:
+            return result  # a question about a tensor (its shape, say), not a use of its values
+        inputs = list(_tensors((args, kwargs)))
+        name = getattr(func, "__name__", "")
+        for tensor in inputs:
+            if id(tensor) in self._maps:
+                convolution, dim = self._maps[id(tensor)]
+                moved = None
+                if name in _LAYOUT and isinstance(result, Tensor):
+                    moved = _follow_channels(func, args, kwargs, tensor, dim)
+                if moved is None:
+                    self.uses[convolution].elsewhere = True
+                elif result is not tensor:
+                    self._keep(result)
+                    self._maps[id(result)] = (convolution, moved)
+        makers = self.makers(inputs)
+        weights = [tensor for tensor in inputs if self._is_weight(tensor)]
+        if name in _WEIGHTED and weights:
+            makers = frozenset()
+        for tensor in outputs:
+            self._keep(tensor)
+            self._makers[id(tensor)] = makers
+            if inputs and len(weights) == len(inputs):
+                self._weights.add(id(tensor))
+        return result
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) or id(tensor) in self._weights
+
+    def makers(self, tensors: Iterable[Tensor]) -> frozenset[str]:
+        """The last layers with weights on every way to these tensors."""
+        return frozenset().union(*(self._makers.get(id(tensor), ()) for tensor in tensors))
+
+    def _keep(self, tensor: Tensor) -> None:
+        self._alive.append(tensor)
+
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Note what enters a layer; a forward pre-hook."""
+        name = self._names[module]
+        tensors = list(_tensors((args, kwargs)))
+        if isinstance(module, _NORMS):
+            feeders = self.feeders.setdefault(name, set())
+            for tensor in tensors or [torch.empty(0)]:
+                convolution, dim = self._maps.get(id(tensor), (None, 0))
+                feeders.add(convolution)
+                if convolution is not None:
+                    self.uses[convolution].norms.add((name, dim))
+                    if dim != _norm_dim(module, tensor.ndim, dim):
+                        self.uses[convolution].crossed.add(name)
+        else:
+            for tensor in tensors:
+                if id(tensor) in self._maps:
+                    self.uses[self._maps[id(tensor)][0]].elsewhere = True
+        self._inside += 1
+
+    def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Note what leaves a layer; a forward hook."""
+        makers = frozenset({name := self._names[module]})
+        if isinstance(module, _NORMS):
+            makers = self.makers(_tensors((args, kwargs)))
+            self._try_norm(module, name, args, kwargs)
+        elif isinstance(module, _ConvNd) and name not in self.scales and _owns_weight(module):
+            self.scales[name] = filter_scale(module, args, kwargs)
+        self._inside -= 1
+        for tensor in _tensors(output):
+            self._keep(tensor)
+            self._makers[id(tensor)] = makers
+            self._maps.pop(id(tensor), None)
+            if isinstance(module, _ConvNd):
+                self.uses.setdefault(name, Use()).calls += 1
+                self._maps[id(tensor)] = (name, 1)
+
+    def _try_norm(self, norm: nn.Module, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        dims = [self._maps[id(x)][1] for x in _tensors((args, kwargs)) if id(x) in self._maps]
+        if dims and name not in self.kinds:
+            self.kinds[name] = norm_kind(norm, args, kwargs, dims[0])
+
+
+def _owns_weight(convolution: nn.Module) -> bool:
+    bare = not any(True for _ in convolution.children())
+    return bare and convolution._parameters.get("weight") is not None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _norm_dim(norm: nn.Module, ndim: int, dim: int) -> int:
+    """Along which dimension a norm layer has its weight; ``dim`` where its class decides that."""
+    if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        return 1
+    own = type(norm).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    return ndim - 1 if own else dim  # torchvision's LayerNorm2d, say, moves the channels itself
+
+
+def _follow_channels(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor, dim: int
+) -> int | None:
+    """Where a function that moves values puts the channels: it is tried on channel numbers."""
+    channels = tensor.shape[dim]
+    # Exact up to 2**24 channels, and there are devices without larger floats (MPS).
+    numbers = torch.arange(channels, dtype=torch.float32, device=tensor.device)
+    shape = [1] * tensor.ndim
+    shape[dim] = channels
+    probe = numbers.reshape(shape).expand(tensor.shape).contiguous()
+    with torch._C.DisableTorchFunction():
+        moved = func(*(probe if item is tensor else item for item in args), **kwargs)
+    if not isinstance(moved, Tensor) or moved.numel() != tensor.numel():
+        return None
+    if channels == 1:
+        return dim if moved.ndim == tensor.ndim else None
+    for candidate in range(moved.ndim):
+        if moved.shape[candidate] == channels:
+            shape = [1] * moved.ndim
+            shape[candidate] = channels
+            if bool((moved == numbers.to(moved.dtype).reshape(shape)).all()):
+                return candidate
+    return None
+
+
+def watch_run(network: nn.Module, images: Tensor, forward: Forward) -> tuple[Watch, Tensor]:
+    """Run a network once under watch, and leave it as it was.
+
+    Args:
+        network: The network.
+        images: Shape (N, C, ...), on the network's device.
+        forward: How it is called.
+
+    Returns:
+        What was seen, and the logits.
+
+    Raises:
+        NoLogitsError: If no logits are found in the output.
+    """
+    watch = Watch(network)
+    with ExitStack() as stack:
+        for module in network.modules():
+            if isinstance(module, (_ConvNd, nn.Linear, *_NORMS)):
+                before = module.register_forward_pre_hook(watch.before, with_kwargs=True)
+                stack.callback(before.remove)
+                after = module.register_forward_hook(watch.after, with_kwargs=True)
+                stack.callback(after.remove)
+
+        def watched(module: nn.Module, probe: Tensor) -> Any:
+            with watch:
+                return forward(module, probe)
+
+        logits = probe_network(network, images, watched)
+    return watch, logits

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_mnp.checkpoints.atomic_write import (
+    OutputError,
+    check_new,
+    check_writable,
+    write_whole,
+)
+
+
+@contextmanager
+def no_more_than(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size: a real disk that is full, for this process only."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write_text(partial: Path) -> None:
+    partial.write_text("new" * 1000)
+
+
+def test_new_name(tmp_path: Path) -> None:
+    check_new(tmp_path / "free", "report")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match=r"`report` not to exist, but .*link does\. Nothing is"):
+        check_new(tmp_path / "link", "report")
+
+
+def test_writable_place(tmp_path: Path) -> None:
+    check_writable(tmp_path / "not" / "yet" / "report.json", "report")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"`report` to be a file, but .* is a folder"):
+        check_writable(tmp_path, "report")
+
+
+def test_place_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"`report` to be where files can be written.*Not a dir"):
+        check_writable(tmp_path / "file" / "report.json", "report")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write to")
+def test_unwritable_folder() -> None:
+    with pytest.raises(OutputError, match="`state_file` to be where files can be written"):
+        check_writable(Path("/proc/self/state.pt"), "state_file")
+
+
+def test_full_disk_is_told_before_the_work(tmp_path: Path) -> None:
+    with (
+        no_more_than(100),
+        pytest.raises(OutputError, match=r"`output` to be where.*File too large"),
+    ):
+        check_writable(tmp_path / "out.pt", "output")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 5000))
+    with pytest.raises(OutputError, match=r"space for 6,000 bytes, but 5,000 are free"):
+        check_writable(tmp_path / "out.pt", "output", 6000)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_written_whole(tmp_path: Path, replace: bool) -> None:
+    path = tmp_path / "file"
+    if replace:
+        path.write_text("old")
+    write_whole(path, write_text, argument="path", replace=replace)
+    assert path.read_text() == "new" * 1000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_full_disk_leaves_what_was_there(tmp_path: Path, replace: bool) -> None:
+    path = tmp_path / "file"
+    if replace:
+        path.write_text("old")
+    with (
+        no_more_than(1000),
+        pytest.raises(OutputError, match=r"Argument `report`: .*File too large\. There is no"),
+    ):
+        write_whole(path, write_text, argument="report", replace=replace)
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["old"] * replace
+
+
+def test_full_disk_under_torch(tmp_path: Path) -> None:
+    """PyTorch's own writer neither brings the process down nor leaves anything."""
+    with no_more_than(10_000), pytest.raises(OutputError, match="could not be written"):
+        write_whole(
+            tmp_path / "file.pt",
+            lambda partial: torch.save({"weight": torch.ones(100_000)}, partial),
+            argument="state_file",
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_in_the_place_of_the_partial_file_is_not_followed(tmp_path: Path) -> None:
+    """The name can be guessed by who else writes to the folder."""
+    (tmp_path / "precious").write_text("old")
+    (tmp_path / ".file.partial").symlink_to(tmp_path / "precious")
+    write_whole(tmp_path / "file", write_text, argument="path", replace=True)
+    assert (tmp_path / "precious").read_text() == "old"
+    assert not (tmp_path / "file").is_symlink()
+    assert (tmp_path / "file").read_text() == "new" * 1000
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="No such file or directory"):
+        write_whole(tmp_path / "none" / "file", write_text, argument="path")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, ValueError])
+def test_interrupted_write_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    def write(partial: Path) -> None:
+        partial.write_text("half")
+        raise error
+
+    with pytest.raises((error, OutputError)):
+        write_whole(tmp_path / "file", write, argument="path")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_name_reserved_without_links_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError(1, "not here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OutputError, match="not here"):
+        write_whole(tmp_path / "file", write_text, argument="path")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_control_characters_in_paths_are_escaped(tmp_path: Path) -> None:
+    with pytest.raises(OutputError) as caught:
+        write_whole(tmp_path / "none\x1b[2J" / "file", write_text, argument="path")
+    assert str(caught.value).isprintable()

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import same, snapshot
+
+from lightning_mnp.cli.command_line import MNPCLI, main
+from lightning_mnp.models import Classifier
+from lightning_mnp.signals.verdict import Judgement
+
+pytestmark = [
+    pytest.mark.usefixtures("short_searches"),
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
+]
+
+QUICK = [
+    "--mnp.runs=1",
+    "--mnp.suppression_epochs=1",
+    "--mnp.mask_epochs=1",
+    "--mnp.rule=count",
+    "--mnp.amount=3",
+]
+MODEL = [
+    "--model=lightning_mnp.models.Classifier",
+    "--model.width=4",
+    "--model.in_channels=1",
+]
+DATA = ["--data=lightning_mnp.data.DigitsDataModule", "--data.defense_size=40"]
+TRAINER = [
+    "--trainer.accelerator=cpu",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.enable_model_summary=false",
+]
+COMMON = [*MODEL, *DATA, *TRAINER]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setattr(sys, "argv", ["lightning-mnp"])
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "suspicious.pt"
+    torch.save(Classifier(width=4, in_channels=1).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("clean", 0), ("backdoored", 3), ("undecided", 4)])
+def test_audit_ends_with_the_exit_code_of_its_verdict(
+    verdict: Any, code: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    judgement = Judgement(verdict, 0.5, 0.5, 0.7, 0, ("a test says so",))
+    monkeypatch.setattr("lightning_mnp.engine.defense.judge", lambda *args, **kwargs: judgement)
+    report = tmp_path / "report.json"
+    args = ["audit", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", f"--report={report}"]
+    assert main(args) == code
+    assert json.loads(report.read_text())["verdict"] == verdict
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".safetensors"])
+def test_defend_writes_weights_that_load_strictly(
+    suffix: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_mnp import load_into, read_state_dict
+
+    before = checkpoint.read_bytes()
+    output = tmp_path / f"purified{suffix}"
+    args = ["defend", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", f"--output={output}"]
+    assert main([*args, "--when=always"]) in (0, 4)
+    assert checkpoint.read_bytes() == before
+    purified = Classifier(width=4, in_channels=1)
+    load_into(purified, read_state_dict(output))
+    original = Classifier(width=4, in_channels=1)
+    load_into(original, read_state_dict(checkpoint))
+    changed = [
+        name
+        for name, tensor in original.state_dict().items()
+        if not torch.equal(tensor, purified.state_dict()[name])
+    ]
+    assert changed
+    assert "filters pruned: 3" in capsys.readouterr().out
+
+
+def test_output_keeps_the_names_of_the_input(tmp_path: Path) -> None:
+    network = Classifier(width=4, in_channels=1).network
+    path, output = tmp_path / "plain.pt", tmp_path / "out.pt"
+    torch.save(network.state_dict(), path)
+    main(["defend", *COMMON, *QUICK, f"--ckpt_path={path}", f"--output={output}"])
+    network.load_state_dict(torch.load(output, weights_only=True), strict=True)
+
+
+def test_purified_lightning_checkpoint_is_tested_by_lightning(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "purified.ckpt"
+    main(["defend", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", f"--output={output}"])
+    assert main(["test", *COMMON, f"--ckpt_path={output}"]) == 0
+
+
+def test_nothing_is_overwritten(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = checkpoint.read_bytes()
+    args = ["defend", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", f"--output={checkpoint}"]
+    assert main(args) == 2
+    assert "Nothing is overwritten" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--ckpt_path=missing.pt"], "to be an existing file"),
+        (["--ckpt_path=suspicious.pt", "--mnp.include=[backbone.*]"], "matches none of"),
+        (["--ckpt_path=suspicious.pt", "--model.width=8"], "Check the architecture"),
+        (
+            ["--ckpt_path=suspicious.pt", "--report=suspicious.pt"],
+            "not to exist, but suspicious.pt",
+        ),
+    ],
+)
+def test_wrong_use_is_told_and_ends_with_2(
+    extra: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", *COMMON, *QUICK, *extra]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_option_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", *COMMON, "--mnp.runs=0", "--ckpt_path=suspicious.pt"]) == 2
+    assert (
+        "Expected argument `runs` to be a whole number, at least 1, but got 0."
+        in capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["audit", *COMMON, "--mnp.walks=3", "--ckpt_path=suspicious.pt"])
+    assert stop.value.code == 2
+    assert "walks" in capsys.readouterr().err
+
+
+def test_hyperparameters_in_a_checkpoint_are_not_used(tmp_path: Path) -> None:
+    """Lightning's own commands would build the model by what stands in the file."""
+    model = Classifier(width=4, in_channels=1)
+    path = tmp_path / "hostile.ckpt"
+    hyperparameters = {"width": 999, "_class_path": "os.system"}
+    content = {
+        "state_dict": model.state_dict(),
+        "hyper_parameters": hyperparameters,
+        "pytorch-lightning_version": "2.6.0",
+        "epoch": 0,
+        "global_step": 0,
+    }
+    torch.save(content, path)
+    assert main(["audit", *COMMON, *QUICK, f"--ckpt_path={path}"]) in (0, 3, 4)
+    assert main(["test", *COMMON, f"--ckpt_path={path}"]) == 0
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "audit", "fit"])
+def test_no_command_runs_code_from_a_checkpoint(command: str, tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    path = tmp_path / "hostile.ckpt"
+    content = {"state_dict": {}, "payload": Payload(), "pytorch-lightning_version": "2.6.0"}
+    torch.save(content, path)
+    extra = QUICK if command == "audit" else []
+    epochs = ["--trainer.max_epochs=1"] if command == "fit" else []
+    assert main([command, *COMMON, *extra, *epochs, f"--ckpt_path={path}"]) == 2
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_training_goes_on_in_its_folder_and_another_is_kept_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = [option for option in TRAINER if "checkpointing" not in option]
+    fit = ["fit", *MODEL, *DATA, *trainer, "--trainer.limit_train_batches=2"]
+    fit += [f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    assert main([*fit, "--trainer.max_epochs=1"]) == 0
+    [stopped] = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
+    assert main([*fit, "--trainer.max_epochs=1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: Expected argument `--trainer.default_root_dir` to be a folder")
+    assert "go on with that training by `--ckpt_path`" in told
+    assert main([*fit, "--trainer.max_epochs=2", f"--ckpt_path={stopped}"]) == 0
+    assert "max_epochs: 2" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_fit_then_audit_and_defend(tmp_path: Path) -> None:
+    """The three commands one after the other, as in the README."""
+    attack = ["--data.attack=lightning_mnp.attacks.BadNets", "--data.attack.patch_size=2"]
+    trainer = [option for option in TRAINER if "checkpointing" not in option]
+    fit = [*MODEL, *DATA, *attack, *trainer, "--trainer.max_epochs=1"]
+    assert main(["fit", *fit, "--trainer.limit_train_batches=2"]) == 0
+    [trained] = tmp_path.rglob("*.ckpt")
+    args = [*COMMON, *QUICK, f"--ckpt_path={trained}"]
+    assert main(["audit", *args]) in (0, 3, 4)
+    assert main(["defend", *args, "--output=purified.ckpt"]) in (0, 4)
+    assert (tmp_path / "purified.ckpt").exists()
+
+
+def test_demo_writes_networks_and_report(tmp_path: Path) -> None:
+    quick = [*QUICK, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+    quick += ["--model.width=4", "--data.image_size=8", "--trainer.enable_progress_bar=false"]
+    assert main(["demo", *quick, f"--output_dir={tmp_path / 'demo'}"]) == 0
+    names = sorted(path.name for path in (tmp_path / "demo").iterdir())
+    assert names == ["backdoored.ckpt", "purified.ckpt", "report.json"]
+    assert main(["demo", *quick, f"--output_dir={tmp_path / 'demo'}"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+
+
+@pytest.mark.parametrize(
+    "command", ["fit", "validate", "test", "audit", "defend", "calibrate", "demo"]
+)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--data" in text
+    if command in ("audit", "defend"):
+        assert "The checkpoint: .ckpt, .pt, .pth or .safetensors." in " ".join(text.split())
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("lightning-mnp 0.")
+
+
+def test_reading_of_hyperparameters_is_still_where_it_is_switched_off() -> None:
+    """The override has no effect should Lightning rename what it overrides."""
+    from lightning.pytorch.cli import LightningCLI
+
+    assert "_parse_ckpt_path" in vars(LightningCLI)
+    assert "_parse_ckpt_path" in vars(MNPCLI)
+
+
+def test_core_does_not_import_lightning() -> None:
+    modules = ["api", "engine.defense", "surgery.prune", "checkpoints.read", "metrics"]
+    code = "import sys\n"
+    code += "".join(f"import lightning_mnp.{name}\n" for name in modules)
+    code += "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules)\n"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_helpers_see_a_difference() -> None:
+    model = Classifier(width=4)
+    before = snapshot(model)
+    next(model.parameters()).data.add_(1)
+    assert not same(before, snapshot(model))

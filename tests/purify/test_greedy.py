@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import goals_of, images_and_labels, same, snapshot, trained_network
+
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.purify.greedy import FilterSearch
+from lightning_mnp.purify.harm import CleanHarm
+from lightning_mnp.purify.traces import SuppressedSource
+from lightning_mnp.surgery.layers import find_filter_layers
+from lightning_mnp.surgery.masked_network import Subject
+
+
+def new_search(most: int = 3, harm: float = 0.5, target: int = 1) -> FilterSearch:
+    network = trained_network()
+    data = DefenseSet(*images_and_labels())
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    # Weights that have been noised stand for suppressed ones.
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: weight + 0.3 * weight.abs().mean() * torch.randn(weight.shape, generator=generator)
+        for name, weight in subject.weights().items()
+    }
+    source = SuppressedSource(subject, [weights], data.images, goals_of(data.images, target))
+    clean = [data, data.augmented("crop", seed=0)]
+    return FilterSearch(subject, clean, [source], most, harm, 16, 0)
+
+
+def finish(search: FilterSearch) -> FilterSearch:
+    for _ in range(500):
+        if search.stopped:
+            return search
+        search.step()
+    raise AssertionError("the search does not end")
+
+
+def test_search_ends_at_the_most_filters() -> None:
+    search = finish(new_search(most=2, harm=50.0))
+    assert len(search.taken) == 2
+    assert "the most filters, 2," in search.stopped
+    assert len(search.curve) == 3
+
+
+def test_search_lowers_the_margins() -> None:
+    search = finish(new_search(most=4, harm=50.0))
+    levels = [point[1] for point in search.curve]
+    assert levels[0] == pytest.approx(1.0) or levels[0] < 1.0
+    assert levels[-1] < levels[0]
+
+
+def test_harm_of_each_number_of_filters_is_on_the_curve() -> None:
+    search = finish(new_search(most=3, harm=50.0))
+    harm = CleanHarm(search.subject, search.clean, 16)
+    for count, point in enumerate(search.curve):
+        masks = torch.ones_like(search.masks())
+        masks[search.taken[:count]] = 0.0
+        assert point[0] == pytest.approx(harm.of(masks), abs=1e-5)
+        assert search.harm_of(masks) == pytest.approx(harm.of(masks), abs=1e-5)
+
+
+@pytest.mark.parametrize("harm", [0.001, 0.05])
+def test_harm_never_rises_above_the_allowance(harm: float) -> None:
+    search = finish(new_search(most=20, harm=harm))
+    rises = [point[0] for point in search.curve]
+    for index, rise in enumerate(rises):
+        assert rise - min(rises[: index + 1]) <= harm + 1e-6
+    assert search.stopped
+
+
+def test_a_small_allowance_ends_the_search_and_a_large_one_does_not() -> None:
+    strict, lenient = (finish(new_search(most=50, harm=harm)) for harm in (1e-6, 50.0))
+    assert "more filters would do more harm than 1e-06 nats" in strict.stopped
+    assert "more harm" not in lenient.stopped
+
+
+@pytest.mark.parametrize(
+    ("levels", "decides", "most"),
+    [
+        ([(0.0, 1.0, 1.0), (0.1, 0.2, 0.0)], (True, True), 0.4),
+        ([(0.0, 1.0, 1.0), (0.1, 0.1, 0.0)], (True, True), 0.2),  # 0.1 and a quarter of 0.4
+        ([(0.0, 1.0, 1.0), (0.1, 0.1, 0.0), (0.15, 0.3, 0.0)], (True, True), 0.2),
+        ([(0.0, 1.0, 1.0), (0.1, 0.1, 0.9)], (True, False), 0.2),
+        ([(0.0, 1.0, 1.0), (0.1, 0.0, 0.0)], (False, False), 0.4),
+        ([(0.0, 1.0, 1.0), (0.1, math.nan, 0.0)], (True, True), 0.4),
+        ([(0.0, 1.0, 1.0), (-0.3, 0.5, 0.5), (0.0, 0.1, 0.1)], (True, True), 0.1),  # 0.4 above -0.3
+    ],
+)
+def test_a_quarter_is_allowed_from_when_the_deciding_sources_show_little(
+    levels: list[tuple[float, ...]], decides: tuple[bool, ...], most: float
+) -> None:
+    search = new_search(harm=0.4)
+    search.sources = [copy.copy(search.sources[0]) for _ in decides]
+    for source, each in zip(search.sources, decides, strict=True):
+        source.decides = each
+    search.references = [1.0] * len(decides)
+    search.curve = list(levels)
+    assert search._most_harm() == pytest.approx(most)
+
+
+def test_first_order_effect_is_the_slope_of_the_margins() -> None:
+    search = new_search()
+    search.step()
+    _, effect = search._promise()
+    index = int(effect.argmax())
+    source, reference = search.sources[0], search.references[0]
+    levels = []
+    for change in (-1e-2, 1e-2):
+        masks = search.masks()
+        masks[index] += change
+        levels.append(float(source.margins(masks).clamp_min(-1.0).mean()))
+    expected = (levels[1] - levels[0]) / 2e-2 / reference
+    assert float(effect[index]) == pytest.approx(expected, rel=0.1)
+
+
+def test_resumed_search_takes_the_same_filters() -> None:
+    reference = finish(new_search(most=4, harm=0.2))
+    search = new_search(most=4, harm=0.2)
+    search.step()
+    search.step()
+    again = new_search(most=4, harm=0.2)
+    again.load_state_dict(search.state_dict())
+    assert finish(again).taken == reference.taken
+    assert again.curve == reference.curve
+
+
+def test_network_is_left_as_it_was() -> None:
+    search = new_search()
+    before = snapshot(search.subject.network)
+    search.step()
+    search.step()
+    assert same(before, snapshot(search.subject.network))
+
+
+def test_filter_whose_harm_cannot_be_told_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = new_search(most=3, harm=50.0)
+    search.step()
+    monkeypatch.setattr(search, "harm_of", lambda masks: math.nan)
+    for _ in range(10):
+        search.step()
+    assert search.taken == []
+    assert "more filters would do more harm" in search.stopped
+
+
+@pytest.mark.parametrize("unknown", [slice(0, 6), slice(None)])
+def test_filters_of_unknown_promise_do_not_hold_up_the_search(
+    unknown: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = new_search(most=2, harm=50.0)
+    slope_of = search._clean_slope
+
+    def slope() -> torch.Tensor:
+        values = slope_of()
+        values[unknown] = math.nan
+        return values
+
+    monkeypatch.setattr(search, "_clean_slope", slope)
+    finish(search)
+    assert not set(search.taken) & set(range(search.masks().numel())[unknown])

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from distributed_script import small_network
+from helpers import images_and_labels, same, snapshot
+
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.purify.harm import CleanHarm, trimmed_mean
+from lightning_mnp.surgery.layers import find_filter_layers
+from lightning_mnp.surgery.masked_network import Subject
+
+
+def new_harm(count: int, batch_size: int = 128, impurity: float = 0.0) -> CleanHarm:
+    network = small_network()  # images go through it one by one
+    data = DefenseSet(*images_and_labels(count))
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    return CleanHarm(subject, [data, data.augmented("crop", seed=0)], batch_size, impurity)
+
+
+def probabilities(harm: CleanHarm, masks: torch.Tensor | None) -> list[list[float]]:
+    """Of the images and their copies, row by row."""
+    rows = []
+    for data in harm.clean:
+        for image in data.images:
+            logits = harm.subject(image[None], masks=masks, statistics="running")[0].tolist()
+            total = sum(math.exp(value) for value in logits)
+            rows.append([math.exp(value) / total for value in logits])
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "impurity", "left_out"),
+    [
+        (500, 0.2, 0.0, 0),
+        (600, 0.24, 0.05, 60),
+        (50, 0.02, 0.0, 0),
+        (40, 0.016, 0.01, 1),
+        (40, 0.016, 0.4, 32),
+    ],
+)
+def test_harm_is_the_rise_of_the_loss_and_with_few_images_half_of_the_divergence(
+    count: int, share: float, impurity: float, left_out: int
+) -> None:
+    harm = new_harm(count, impurity=impurity)
+    masks = torch.ones(harm.subject.layers.total)
+    masks[::3] = 0.3
+    before, after = probabilities(harm, None), probabilities(harm, masks)
+    labels = [int(label) for data in harm.clean for label in data.labels]
+    assert len(labels) == 2 * count
+    harms = []
+    for old, new, label in zip(before, after, labels, strict=True):
+        rise = math.log(old[label]) - math.log(new[label])
+        divergence = sum(p * math.log(p / q) for p, q in zip(old, new, strict=True))
+        harms.append(share * rise + (1 - share) * divergence / 2)
+    assert max(harms) > 0.01
+    counted = sorted(harms)[: 2 * count - left_out]
+    expected = sum(counted) / len(counted)
+    assert harm.of(masks) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_harm_is_the_rise_of_the_loss_where_there_are_images_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_mnp.purify.harm._ENOUGH_IMAGES", 40)
+    harm = new_harm(40)
+    masks = torch.ones(harm.subject.layers.total)
+    masks[::3] = 0.3
+    labels = [int(label) for data in harm.clean for label in data.labels]
+    rows = zip(probabilities(harm, None), probabilities(harm, masks), labels, strict=True)
+    rises = [math.log(old[label]) - math.log(new[label]) for old, new, label in rows]
+    assert harm.of(masks) == pytest.approx(sum(rises) / len(rises), rel=1e-3, abs=1e-5)
+
+
+def test_one_value_at_least_is_left_of_a_trimmed_mean() -> None:
+    assert float(trimmed_mean(torch.tensor([3.0]), 0.4)) == 3.0
+    assert float(trimmed_mean(torch.tensor([5.0, 1.0, 3.0]), 0.0)) == 3.0
+    assert float(trimmed_mean(torch.tensor([5.0, 1.0, 3.0]), 0.34)) == 1.0
+    assert math.isnan(float(trimmed_mean(torch.tensor([5.0, math.nan, 3.0]), 0.34)))
+
+
+def test_network_as_it_is_does_no_harm_and_stays() -> None:
+    harm = new_harm(40, batch_size=7)
+    network = harm.subject.network
+    before = snapshot(network)
+    assert harm.of(torch.ones(harm.subject.layers.total)) == pytest.approx(0.0, abs=1e-6)
+    assert same(before, snapshot(network))

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import goals_of, images_and_labels, quick_config, same, snapshot, trained_network
+from torch.nn import functional as F
+
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.defense_data.evaluation import clean_logits
+from lightning_mnp.purify.harm import CleanHarm
+from lightning_mnp.purify.purification import Purification
+from lightning_mnp.purify.traces import Source, SuppressedSource
+from lightning_mnp.surgery.layers import find_filter_layers
+from lightning_mnp.surgery.logit_shift import fit_shift
+from lightning_mnp.surgery.masked_network import Subject
+
+AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.01, "harm": 50.0}
+
+
+def new_purification(**changes: Any) -> Purification:
+    network = trained_network()
+    data = DefenseSet(*images_and_labels())
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    return Purification(subject, data, quick_config(**{**AUTO, **changes}))
+
+
+def sources_of(purification: Purification) -> list[Source]:
+    subject, data = purification.subject, purification.data
+    weights = {name: weight * 0.9 for name, weight in subject.weights().items()}
+    images = data.images[data.labels != 1]
+    return [SuppressedSource(subject, [weights], images, goals_of(images))]
+
+
+def steps_of(purification: Purification) -> list[Any]:
+    """Every step that is left, in order."""
+
+    def searching() -> bool:
+        return purification.search is None or not purification.search.stopped
+
+    def turning() -> bool:
+        return purification.attenuation is None or not purification.attenuation.finished
+
+    taken = []
+    while searching():
+        taken.append(purification.search_step())
+    while turning():
+        taken.append(purification.attenuation_step())
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("harms", "steps"),
+    [
+        ({}, 7),  # all of them
+        ({2: 0.9, 4: 0.9}, 2),
+        ({1: 0.9, 3: 0.9}, 7),  # nobody looks then
+        ({4: math.nan}, 4),
+        ({2: 0.4, 4: 0.6}, 4),
+        ({2: 0.4, 4: 0.5}, 7),
+    ],
+)
+def test_masks_go_on_as_long_as_they_cost_little(
+    harms: dict[int, float], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Harm beside that of pruning, by steps, of which 0.5 nats are little."""
+    monkeypatch.setattr("lightning_mnp.purify.purification._LOOK_FROM", 2)
+    monkeypatch.setattr("lightning_mnp.purify.purification._LOOK_EVERY", 2)
+    monkeypatch.setattr("lightning_mnp.purify.traces.SuppressedSource.weak_at", -1.0)
+    purification = new_purification(harm=0.5, attenuation_steps=7)
+    purification.begin(sources_of(purification))
+    search = purification.search
+    assert search is not None
+    while not search.stopped:
+        purification.search_step()
+
+    def harm_of(masks: torch.Tensor) -> float:
+        taken = 0 if purification.attenuation is None else purification.attenuation.taken
+        return search.curve[-1][0] + harms.get(taken, 0.0)
+
+    monkeypatch.setattr(search, "harm_of", harm_of)
+    assert len(steps_of(purification)) == steps
+
+
+def test_search_must_have_begun() -> None:
+    purification = new_purification()
+    with pytest.raises(RuntimeError, match=r"search has not begun; call `begin` first\."):
+        purification.search_step()
+    with pytest.raises(RuntimeError, match=r"search has not begun; call `begin` first\."):
+        purification.attenuation_step()
+
+
+def test_filters_are_taken_and_turned_down_with_the_logits_of_starved_classes_raised() -> None:
+    plain = new_purification(augment="none", attenuation_steps=1, batch_size=40)
+    subject, data = plain.subject, plain.data
+    balanced = Subject(subject.network, subject.layers)
+    balanced.handicaps = {1: 3.0}
+    raised = Purification(subject, data, plain.config, balanced)
+    for purification in (plain, raised):
+        purification.begin(sources_of(purification))
+        while not purification.search_step() or not purification._begun.stopped:
+            pass
+    for purification, lack in ((plain, 0.0), (raised, 3.0)):
+        offset = torch.tensor([0.0, lack, 0.0, 0.0])
+        masks = purification._begun.masks()
+        with torch.no_grad():
+            before = F.cross_entropy(
+                subject(data.images, statistics="running") + offset, data.labels
+            )
+            logits = subject(data.images, masks=masks, statistics="running")
+            after = F.cross_entropy(logits + offset, data.labels)
+        share = len(data) / 2500
+        harm = CleanHarm(purification.balanced, [data], 40)
+        assert purification._begun.harm_of(masks) == pytest.approx(harm.of(masks), abs=1e-5)
+        assert harm.of(masks) >= share * float(after - before) - 1e-5  # the rest is a divergence
+        assert purification.attenuation_step()["loss"] == pytest.approx(float(after), rel=1e-4)
+
+
+def test_factors_are_zero_for_pruned_filters_and_masks_for_the_others() -> None:
+    purification = new_purification()
+    assert purification.factors().eq(1).all()
+    assert not purification.changes
+    purification.masks = torch.full((purification.subject.layers.total,), 0.5)
+    purification.remove(torch.tensor([3, 1]))
+    factors = purification.factors()
+    assert factors[[1, 3]].tolist() == [0.0, 0.0]
+    assert factors.sum() == pytest.approx(0.5 * (len(factors) - 2))
+    assert purification.changes
+
+
+def test_purified_copy_gives_what_the_factors_and_the_shift_say() -> None:
+    purification = new_purification()
+    network, before = purification.subject.network, snapshot(purification.subject.network)
+    purification.begin(sources_of(purification))
+    steps_of(purification)
+    found = purification.check(target=1)
+    images, labels = purification.data.images, purification.data.labels
+    logits = purification.subject(images, masks=purification.factors(), statistics="running")
+    assert purification.shift is not None
+    expected = logits + purification.shift.values
+    purified = purification.purified()
+    torch.testing.assert_close(purified(images), expected, rtol=1e-4, atol=1e-4)
+    hits = (expected.argmax(1) == labels).float().mean()
+    assert found == purification.accuracy == pytest.approx(float(hits))
+    assert same(before, snapshot(network))
+
+
+def test_repair_gives_a_starved_target_back_what_pruning_took_and_no_more() -> None:
+    plain = new_purification()
+    images, labels = plain.data.images, plain.data.labels
+    starved = Purification(plain.subject, plain.data, plain.config, plain.subject.raised({1: 3.0}))
+    for purification, fixed in ((plain, 1), (starved, None)):
+        purification.remove(torch.tensor([0, 5]))
+        purification.check(target=1)
+        assert purification.shift is not None
+        sets = purification._clean.sets
+        masks = purification.factors()
+        passed = [clean_logits(purification.balanced, data, 128, masks=masks) for data in sets]
+        logits, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
+        expected = fit_shift(logits, classes, fixed)
+        torch.testing.assert_close(purification.shift.values, expected)
+        assert (purification.shift.values[1] == 0) == (fixed == 1)
+        # Accuracy is that of the network as it is given back: no logit is raised in it.
+        given = purification.purified()(images)
+        assert purification.accuracy == pytest.approx(
+            float((given.argmax(1) == labels).float().mean())
+        )
+
+
+def test_nothing_changed_needs_no_repair() -> None:
+    purification = new_purification()
+    assert purification.check(target=1) > 0.5
+    assert purification.shift is None
+
+
+def not_to_be_run(*arguments: Any) -> None:
+    """Resuming is no step, and no step's guards are around it."""
+    raise AssertionError("the network was run")
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 5, 6, 8])
+def test_resumed_purification_ends_the_same(stop: int) -> None:
+    reference = new_purification()
+    reference.begin(sources_of(reference))
+    steps_of(reference)
+    reference.check(target=1)
+    first, second = new_purification(), new_purification()
+    first.begin(sources_of(first))
+    for _ in range(stop):
+        if first.search is not None and not first.search.stopped:
+            first.search_step()
+        else:
+            first.attenuation_step()
+    second.load_state_dict(first.state_dict(), sources_of(second))
+    steps_of(second)
+    second.check(target=1)
+    assert second.removed.equal(reference.removed)
+    assert second.factors().equal(reference.factors())
+    assert second.accuracy == reference.accuracy
+    finished = new_purification()
+    finished.subject.network.register_forward_pre_hook(not_to_be_run)
+    finished.load_state_dict(second.state_dict(), sources_of(finished))
+    assert finished.shift is not None
+    assert reference.shift is not None
+    assert finished.shift.values.equal(reference.shift.values)
+    assert finished.accuracy == reference.accuracy

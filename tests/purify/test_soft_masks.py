@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import goals_of, images_and_labels, same, snapshot, trained_network
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_mnp.config import Augmentation
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.purify.soft_masks import Attenuation
+from lightning_mnp.purify.traces import Source, SuppressedSource, strength
+from lightning_mnp.surgery.layers import find_filter_layers
+from lightning_mnp.surgery.masked_network import Subject
+
+
+class Fixed:
+    """A source whose strength is a linear function of the masks."""
+
+    name = "fixed"
+
+    def __init__(self, slopes: Tensor, decides: bool = True, weak_at: float = 0.25) -> None:
+        self.slopes = slopes
+        self.decides = decides
+        self.weak_at = weak_at
+        self.followed: list[int] = []
+
+    def margins(self, masks: Tensor) -> Tensor:
+        return (self.slopes @ masks)[None]
+
+    def adapt(self, masks: Tensor, taken: int) -> None:
+        self.followed.append(taken)
+
+    def is_weak(self, found: float, before: float) -> bool:
+        return found <= self.weak_at * before
+
+    def shows_little(self, found: float, before: float) -> bool:
+        return found <= 0.1 * before
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Need nothing."""
+
+
+def new_subject() -> tuple[Subject, DefenseSet]:
+    network = trained_network()
+    data = DefenseSet(*images_and_labels())
+    return Subject(network, find_filter_layers(network, data.images[:2])), data
+
+
+def new_attenuation(
+    steps: int = 20,
+    sources: list[Source] | None = None,
+    masks: Tensor | None = None,
+    free: Tensor | None = None,
+    seed: int = 0,
+    augment: Augmentation = "crop",
+    impurity: float = 0.0,
+) -> Attenuation:
+    subject, data = new_subject()
+    total = subject.layers.total
+    if sources is None:
+        weights = {name: weight * 0.5 for name, weight in subject.weights().items()}
+        images = data.images[data.labels != 1]
+        sources = [SuppressedSource(subject, [weights], images, goals_of(images))]
+    masks = torch.ones(total) if masks is None else masks
+    references = [float(strength(source, masks)) for source in sources]
+    free = torch.ones(total) > 0 if free is None else free
+    return Attenuation(
+        *(subject, data, sources, references, masks, free, augment, steps, 16, seed), impurity
+    )
+
+
+def finish(attenuation: Attenuation) -> Attenuation:
+    while not attenuation.finished:
+        attenuation.step()
+    return attenuation
+
+
+def test_sources_get_weaker_and_the_clean_loss_stays() -> None:
+    subject, data = new_subject()
+    slopes = torch.zeros(subject.layers.total)
+    slopes[[100, 200]] = 5.0
+    attenuation = finish(new_attenuation(steps=40, sources=[Fixed(slopes)], augment="none"))
+    source, masks = attenuation.sources[0], attenuation.masks
+    assert float(strength(source, masks)) < 0.85 * attenuation.references[0]
+
+    def loss(masks: Tensor) -> float:
+        logits = subject(data.images, masks=masks, statistics="running")
+        return float(F.cross_entropy(logits, data.labels))
+
+    assert loss(masks) < loss(torch.ones_like(masks)) + 0.1
+
+
+@pytest.mark.parametrize(("impurity", "left"), [(0.0, 14), (0.1, 12), (0.3, 9)])
+def test_images_that_may_be_poisoned_are_left_out_of_the_clean_loss(
+    impurity: float, left: int
+) -> None:
+    attenuation = new_attenuation(augment="none", impurity=impurity)
+    device = torch.device("cpu")
+    images, labels = attenuation.data.batch(0, 16, device, "none", (0, "attenuation", 0))
+    assert len(images) == 14
+    logits = attenuation.subject(images, statistics="running")
+    losses = [
+        float(F.cross_entropy(row[None], own[None]))
+        for row, own in zip(logits, labels, strict=True)
+    ]
+    assert attenuation.step()["loss"] == pytest.approx(sum(sorted(losses)[:left]) / left, rel=1e-4)
+
+
+def test_masks_are_between_zero_and_one_and_pruned_filters_stay_pruned() -> None:
+    subject, _ = new_subject()
+    masks = torch.ones(subject.layers.total)
+    masks[[0, 5]] = 0.0
+    free = torch.ones(subject.layers.total) > 0
+    free[[1, 2]] = False
+    found = finish(new_attenuation(masks=masks, free=free)).masks
+    assert found[[0, 5]].tolist() == [0.0, 0.0]
+    assert found[[1, 2]].tolist() == [1.0, 1.0]
+    assert float(found.min()) >= 0.0
+    assert float(found.max()) <= 1.0
+    assert int((found < 0.999).sum()) > 5
+
+
+def test_the_first_step_has_the_length_told() -> None:
+    subject, _ = new_subject()
+    slopes = torch.zeros(subject.layers.total)
+    slopes[3] = 1e6  # next to this, the clean loss has no slope
+    attenuation = new_attenuation(steps=10, sources=[Fixed(slopes)])
+    attenuation._now = [1.0]
+    attenuation.step()
+    moved = 1 - attenuation._values
+    # All of the root mean square is in one of the filters; a tenth of it is in the velocity.
+    assert float(moved[3]) == pytest.approx(0.03 * 0.1 * len(slopes) ** 0.5, rel=1e-3)
+    assert float(moved.abs().sum() - moved[3]) < 1e-3
+    assert float(1 - attenuation.masks[3]) == pytest.approx(0.1 * float(moved[3]), rel=1e-3)
+
+
+def test_the_scale_of_the_gradients_does_not_matter() -> None:
+    subject, _ = new_subject()
+    slopes = torch.randn(subject.layers.total, generator=torch.Generator().manual_seed(0))
+    outcomes = []
+    for scale in (1e5, 1e8):
+        attenuation = new_attenuation(steps=5, sources=[Fixed(scale * slopes.abs())])
+        attenuation._now = [1.0]
+        outcomes.append(finish(attenuation).masks)
+    torch.testing.assert_close(*outcomes, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("levels", "enough"),
+    [
+        ({True: 0.2, False: 0.9}, True),
+        ({True: 0.3, False: 0.1}, False),
+    ],
+)
+def test_sources_that_decide_tell_the_end(levels: dict[bool, float], enough: bool) -> None:
+    subject, _ = new_subject()
+    total = subject.layers.total
+    sources: list[Source] = [Fixed(torch.ones(total), decides) for decides in levels]
+    attenuation = new_attenuation(steps=1, sources=sources)
+    # Margins count from -1 on: the sum of all masks, and one.
+    attenuation.references = [(total + 1) / level for level in levels.values()]
+    attenuation.step()
+    assert attenuation.enough == enough
+    assert attenuation.taken == (0 if enough else 1)
+
+
+@pytest.mark.parametrize("level", [0.1, 0.3])
+def test_each_source_tells_when_it_is_weak(level: float) -> None:
+    subject, _ = new_subject()
+    total = subject.layers.total
+    sources: list[Source] = [Fixed(torch.ones(total), weak_at=limit) for limit in (0.2, 0.4)]
+    attenuation = new_attenuation(steps=1, sources=sources)
+    attenuation.references = [(total + 1) / level, (total + 1) / 0.35]
+    attenuation.step()
+    assert attenuation.enough == (level == 0.1)
+
+
+def test_sources_follow_the_network() -> None:
+    subject, _ = new_subject()
+    source = Fixed(torch.ones(subject.layers.total))
+    finish(new_attenuation(steps=5, sources=[source]))
+    assert source.followed == [2, 4]
+
+
+def test_resumed_at_any_step_ends_the_same() -> None:
+    expected = finish(new_attenuation(steps=4)).masks
+    for stop in range(4):
+        first = new_attenuation(steps=4)
+        for _ in range(stop):
+            first.step()
+        second = new_attenuation(steps=4)
+        second.load_state_dict(first.state_dict())
+        assert finish(second).masks.equal(expected)
+
+
+def test_one_that_is_stopped_stays_so() -> None:
+    first, second = new_attenuation(steps=4), new_attenuation(steps=4)
+    first.step()
+    assert not first.finished
+    first.stop()
+    second.load_state_dict(first.state_dict())
+    for each in (first, second):
+        assert (each.finished, each.stopped, each.enough, each.taken) == (True, True, False, 1)
+
+
+def test_seed_draws_the_images() -> None:
+    one, same_one, other = (finish(new_attenuation(steps=4, seed=k)).masks for k in (0, 0, 1))
+    assert one.equal(same_one)
+    assert not one.equal(other)
+
+
+def test_network_is_left_as_it_was() -> None:
+    attenuation = new_attenuation(steps=3)
+    before = snapshot(attenuation.subject.network)
+    finish(attenuation)
+    assert same(before, snapshot(attenuation.subject.network))

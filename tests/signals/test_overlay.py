@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Shortcut, images_and_labels, margins_of, trained_network
+
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.signals.overlay import OverlayTrigger
+from lightning_mnp.signals.pattern import PatternSearch, pattern_lead
+from lightning_mnp.signals.verdict import OVERLAY_AT
+from lightning_mnp.surgery.layers import find_filter_layers
+from lightning_mnp.surgery.masked_network import Subject
+
+
+def new_search(network: torch.nn.Module | None = None) -> PatternSearch[OverlayTrigger]:
+    network = network or trained_network()
+    images, labels = images_and_labels()
+    data = DefenseSet(1.5 * (images > 0.75), labels)  # bars, with next to no noise
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    return PatternSearch(OverlayTrigger, subject, data, (0, 1, 2, 3), 0)
+
+
+def lead_of(network: torch.nn.Module | None = None) -> tuple[int, float]:
+    search = new_search(network)
+    while not search.finished:
+        search.step()
+    return pattern_lead(search.rises)
+
+
+def test_overlay_begins_with_the_mean_and_is_a_twentieth_of_the_blend() -> None:
+    overlay = new_search().trigger(1)
+    assert overlay.pattern.equal(overlay.images.mean(0, keepdim=True))
+    overlay.approach()
+    blend = torch.stack([0.95 * image + 0.05 * overlay.pattern[0] for image in overlay.images])
+    assert float(overlay.margins().mean()) == pytest.approx(margins_of(overlay, blend), abs=1e-3)
+    assert (overlay.pattern >= overlay.low).all()
+    assert (overlay.pattern <= overlay.high).all()
+
+
+def test_step_goes_down_the_slope_by_the_length_told() -> None:
+    overlay = new_search().trigger(2)
+    pattern = overlay.pattern.clone().requires_grad_()
+    margins = []
+    for image, label in zip(overlay.images, overlay.labels, strict=True):
+        logits = overlay.subject(0.95 * image[None] + 0.05 * pattern, statistics="running")[0]
+        margins.append(logits[2] - logits[label])
+    mean = torch.stack(margins).mean()
+    (slope,) = torch.autograd.grad(mean, pattern)
+    span = overlay.high - overlay.low
+    assert overlay.step(0.001) == pytest.approx(mean.item(), abs=1e-4)
+    moved = (overlay.pattern - pattern.detach()) / span
+    assert float(moved.square().mean().sqrt()) == pytest.approx(0.001, rel=1e-3)
+    cosine = torch.nn.functional.cosine_similarity(moved.flatten(), slope.flatten(), dim=0)
+    assert float(cosine) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_faint_image_that_leads_to_a_class_stands_out() -> None:
+    """A network that looks for a fine checkerboard, of which there is nothing in its images."""
+    checkerboard = 1.0 - 2.0 * (torch.arange(8)[:, None] + torch.arange(8)).remainder(2)
+
+    def way(images: torch.Tensor) -> torch.Tensor:
+        return 600 * (images[:, 0] * checkerboard).flatten(1).mean(1)
+
+    suspect, lead = lead_of(Shortcut(2, way))
+    assert suspect == 2
+    assert lead > OVERLAY_AT
+    assert lead_of()[1] < OVERLAY_AT

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import Shortcut, images_and_labels, margins_of, trained_network
+
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.signals.patch import PatchTrigger, patch_ratio
+from lightning_mnp.signals.pattern import PatternSearch
+from lightning_mnp.surgery.layers import find_filter_layers
+from lightning_mnp.surgery.masked_network import Subject
+
+
+def new_search(
+    classes: tuple[int, ...] = (0, 1, 2), network: torch.nn.Module | None = None
+) -> PatternSearch[PatchTrigger]:
+    network = network or trained_network()
+    data = DefenseSet(*images_and_labels())
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    return PatternSearch(PatchTrigger, subject, data, classes, 0)
+
+
+def finish(search: PatternSearch[PatchTrigger]) -> PatternSearch[PatchTrigger]:
+    while not search.finished:
+        search.step()
+    return search
+
+
+def test_patch_covers_a_twentieth_of_the_pixels_and_stays_in_the_range() -> None:
+    patch = new_search().trigger(1)
+    for length in (0.5, 0.5, 0.2):
+        patch.step(length)
+        changed = (patch.pattern != 0).any(1)
+        assert 1 <= int(changed.sum()) <= round(0.05 * 64)
+        assert (patch.pattern.abs() <= patch.high - patch.low).all()
+
+
+def test_first_step_changes_the_pixel_of_the_steepest_slope_by_the_length_told() -> None:
+    patch = new_search().trigger(2)
+    images = patch.images.clone().requires_grad_()
+    logits = patch.subject(images, statistics="running")
+    target = torch.full_like(patch.labels, 2)
+    slope = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, target), images)[0].sum(0)
+    inside = (patch.images > patch.low) & (patch.images < patch.high)
+    slope = torch.where(inside.all(0), slope, 0.0)
+    patch.step(0.5)
+    steepest = int(slope.abs().argmax())
+    span = float(patch.high - patch.low)
+    moved = float(patch.pattern.flatten()[steepest])
+    assert moved == pytest.approx(
+        -0.5 * span * math.copysign(1, slope.flatten()[steepest]), rel=0.1
+    )
+
+
+def test_margins_are_those_of_images_that_keep_to_the_range_of_values() -> None:
+    patch = new_search().trigger(1)
+    patch.approach()
+    changed = (patch.images + patch.pattern).clamp(float(patch.low), float(patch.high))
+    assert not changed.equal(patch.images + patch.pattern)  # some had to be
+    assert float(patch.margins().mean()) == pytest.approx(margins_of(patch, changed), abs=1e-3)
+    assert (patch.labels != 1).all()
+
+
+def test_a_pixel_that_leads_to_a_class_stands_out() -> None:
+    """A network that sees a bright pixel and forgets all else."""
+
+    def way(images: torch.Tensor) -> torch.Tensor:
+        return 20 * torch.nn.functional.softplus(4 * (images[:, 0, 7, 7] - 2.0))
+
+    furthest, excess = patch_ratio(
+        finish(new_search((0, 1, 2, 3), network=Shortcut(1, way))).margins
+    )
+    assert furthest == 1
+    assert excess > 1
+    assert patch_ratio(finish(new_search((0, 1, 2, 3))).margins)[1] < excess / 2
+
+
+@pytest.mark.parametrize(
+    ("patch_margins", "expected"),
+    [
+        ({0: -0.5, 1: 2.0, 2: 0.5}, (1, 2.0)),
+        ({0: -0.5, 1: -0.25}, (1, 0.25)),
+        ({0: math.inf, 1: 0.0, 2: 0.0}, (0, 0.0)),
+        ({0: math.nan, 1: 1.0, 2: 0.0}, None),
+    ],
+)
+def test_ratio_compares_with_the_median_of_the_others(
+    patch_margins: dict[int, float], expected: tuple[int, float] | None
+) -> None:
+    found = patch_ratio(patch_margins)
+    assert found[1] == 0.0 if expected is None else found == expected

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import CLASSES, images_and_labels, same, snapshot, trained_network
+from torch import nn
+
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.signals.permutation import (
+    PermutationSearch,
+    best_permutation,
+    permutation_excess,
+)
+from lightning_mnp.surgery.layers import find_filter_layers
+from lightning_mnp.surgery.masked_network import Subject
+
+
+class Rotating(nn.Module):
+    """A network that a bright pixel makes answer with the next class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = trained_network()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(images)
+        bright = torch.sigmoid(4 * (images[:, 0, 7, 7] - 2.0))[:, None]
+        return (1 - bright) * logits + bright * 3 * logits.roll(1, dims=1)
+
+
+def new_search(
+    network: nn.Module | None = None, count: int = 80, seed: int = 0, batch_size: int = 128
+) -> PermutationSearch:
+    data = DefenseSet(*images_and_labels(count))
+    subject = Subject(network or trained_network(), find_filter_layers_of(network, data))
+    return PermutationSearch(subject, data, seed, batch_size)
+
+
+def find_filter_layers_of(network: nn.Module | None, data: DefenseSet) -> object:
+    return find_filter_layers(network or trained_network(), data.images[:2])
+
+
+def finish(search: PermutationSearch) -> PermutationSearch:
+    while not search.finished:
+        search.step()
+    return search
+
+
+def test_best_permutation_is_the_best_of_all() -> None:
+    logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 5
+    means = [[float(logits[labels == row].mean(0)[k]) for k in range(5)] for row in range(5)]
+    general = [sum(row[k] for row in means) / 5 for k in range(5)]
+
+    def gain(order: tuple[int, ...]) -> float:
+        return sum(means[row][k] - general[k] for row, k in enumerate(order))
+
+    exchanges = [
+        p for p in itertools.permutations(range(5)) if all(i != k for i, k in enumerate(p))
+    ]
+    assert tuple(best_permutation(logits, labels).values()) == max(exchanges, key=gain)
+
+
+def test_classes_that_do_not_occur_take_no_part() -> None:
+    """Each class would find one among them that is easily reached."""
+    logits = torch.zeros(4, 6)
+    logits[:2, 5], logits[2:, 4] = 3.0, 3.0
+    assert best_permutation(logits, torch.tensor([1, 1, 2, 2])) == {1: 2, 2: 1}
+    assert best_permutation(logits, torch.tensor([3, 3, 3, 3])) == {}
+
+
+def test_too_few_images_to_tell_are_not_a_share_of_none() -> None:
+    data = DefenseSet(*(part[:4] for part in images_and_labels(4)))  # one of each class
+    network = trained_network()
+    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    search = finish(PermutationSearch(subject, data, seed=0))
+    assert search.moved is None
+    again = PermutationSearch(subject, data, seed=0)
+    again.load_state_dict(search.state_dict())
+    assert again.finished
+
+
+def test_no_batch_is_larger_than_asked_for() -> None:
+    network, sizes = trained_network(), []
+    search = new_search(network, count=80, batch_size=5)
+    handle = network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    finish(search)
+    handle.remove()
+    assert max(sizes) == 5
+
+
+def test_logits_that_are_not_finite_leave_some_permutation() -> None:
+    found = best_permutation(torch.full((4, 2), torch.nan), torch.tensor([0, 0, 1, 1]))
+    assert found == {0: 1, 1: 0}
+
+
+def test_a_pixel_that_exchanges_classes_is_found_with_its_permutation() -> None:
+    search = finish(new_search(Rotating()))
+    assert search.permutation == {0: 1, 1: 2, 2: 3, 3: 0}
+    assert search.moved is not None
+    assert search.moved > 0.8
+    ordinary = finish(new_search()).moved
+    assert ordinary is not None
+    assert ordinary < search.moved - 0.2
+
+
+def test_share_is_measured_on_other_images_class_by_class() -> None:
+    search = new_search(Rotating(), count=40)
+    while search.most_steps() > 1:
+        search.step()
+    trigger = search._trigger
+    assert trigger is not None
+    search.step()
+    made = {image.numpy().tobytes() for image in trigger.images}
+    rows = [
+        (image, int(label))
+        for image, label in zip(search.data.images, search.data.labels, strict=True)
+        if image.numpy().tobytes() not in made
+    ]
+    assert len(made) + len(rows) == len(search.data)
+    shares = []
+    for index, goal in search.permutation.items():
+        of_class = torch.stack([image for image, label in rows if label == index])
+        found = trigger.logits(of_class).argmax(1)
+        shares.append(float((found == goal).float().mean()))
+    assert search.moved == pytest.approx(sum(shares) / CLASSES, abs=0.02)
+
+
+def test_images_come_with_the_classes_that_they_are_taken_to() -> None:
+    search = new_search()
+    search.permutation = {0: 3, 2: 0}
+    images, goals = search.images(7)
+    assert len(images) == len(goals) == 7
+    labels = {
+        image.numpy().tobytes(): int(label)
+        for image, label in zip(search.data.images, search.data.labels, strict=True)
+    }
+    for image, goal in zip(images, goals.tolist(), strict=True):
+        assert search.permutation[labels[image.numpy().tobytes()]] == goal
+    assert search.goals(torch.tensor([0, 1, 2, 3])).tolist() == [3, 1, 0, 3]
+
+
+def test_steps_are_as_many_as_told_and_change_nothing() -> None:
+    network = trained_network()
+    before = snapshot(network)
+    search, steps = new_search(network, batch_size=5), 0
+    while not search.finished:
+        assert search.most_steps() == PermutationSearch.most_steps_of() - steps
+        search.step()
+        steps += 1
+    assert search.most_steps() == 0
+    assert same(before, snapshot(network))
+
+
+@pytest.mark.parametrize("after", [0, 4, 10, 13, 59, 60])
+def test_resumed_at_any_step_ends_the_same(after: int) -> None:
+    whole = finish(new_search())
+    first = new_search()
+    for _ in range(after):
+        first.step()
+    again = new_search()
+    again.load_state_dict(first.state_dict())
+    finish(again)
+    assert (again.moved, again.permutation) == (whole.moved, whole.permutation)
+
+
+@pytest.mark.parametrize(
+    ("moved", "classes", "excess"),
+    [(None, 10, 0.0), (1.0, 1, 0.0), (1.0, 4, 1.0), (0.25, 4, 0.0), (0.1, 4, 0.0), (0.625, 4, 0.5)],
+)
+def test_excess_is_above_one_class(moved: float | None, classes: int, excess: float) -> None:
+    assert permutation_excess(moved, classes) == pytest.approx(excess)

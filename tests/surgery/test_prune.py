@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import images_and_labels, same, snapshot, trained_network
+
+from lightning_mnp.mnp.thresholds import pruning_order
+from lightning_mnp.surgery.forward import call_network
+from lightning_mnp.surgery.layers import find_filter_layers
+from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias
+from lightning_mnp.surgery.masks import FilterMasks
+from lightning_mnp.surgery.prune import prune
+
+
+def test_order_is_by_score_and_then_by_place() -> None:
+    scores = torch.tensor([1.5, 1.0, 3.0, 1.0, 2.0])
+    assert pruning_order(scores).tolist() == [1, 3, 0, 4, 2]
+
+
+def test_pruned_network_computes_what_the_masked_one_does() -> None:
+    network = trained_network().double()
+    images = images_and_labels()[0].double()
+    layers = find_filter_layers(network, images[:2])
+    positions = torch.tensor([0, 5, 77, 299])
+    masks = torch.ones(layers.total, dtype=torch.float64)
+    masks[positions] = 0
+    with FilterMasks(network, layers, masks):
+        expected = network(images)
+    pruning = prune(network, layers, positions)
+    torch.testing.assert_close(network(images), expected)
+    assert pruning.pruned == [layers.locate(int(position)) for position in positions]
+
+
+def test_masks_of_the_filters_that_stay() -> None:
+    network = trained_network().double()
+    images = images_and_labels()[0].double()
+    layers = find_filter_layers(network, images[:2])
+    masks = torch.rand(layers.total, dtype=torch.float64)
+    positions = torch.tensor([0, 77])
+    before = snapshot(network)
+    with FilterMasks(network, layers, masks.index_fill(0, positions, 0.0)):
+        expected = network(images)
+    given = masks.clone()
+    pruning = prune(network, layers, positions, masks=masks)
+    torch.testing.assert_close(network(images), expected)
+    assert pruning.pruned == [layers.locate(0), layers.locate(77)]
+    assert masks.equal(given)
+    pruning.undo(network)
+    assert same(before, snapshot(network))
+
+
+def test_undo_is_exact() -> None:
+    network = trained_network()
+    layers = find_filter_layers(network, images_and_labels()[0][:2])
+    before = snapshot(network)
+    pruning = prune(network, layers, torch.arange(40))
+    assert not same(before, snapshot(network))
+    pruning.undo(network)
+    assert same(before, snapshot(network))
+
+
+def test_position_out_of_range_changes_nothing() -> None:
+    network = trained_network()
+    layers = find_filter_layers(network, images_and_labels()[0][:2])
+    before = snapshot(network)
+    with pytest.raises(IndexError, match="from 0 to 299, but got 300"):
+        prune(network, layers, torch.tensor([3, 300]))
+    assert same(before, snapshot(network))
+
+
+def test_a_shift_of_the_logits_comes_and_goes_with_the_pruning() -> None:
+    network = trained_network()
+    images, _ = images_and_labels()
+    layers = find_filter_layers(network, images[:2])
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    name = find_logit_bias(network, images[:2], call_network)
+    assert name is not None
+    with torch.no_grad():
+        plain = prune(network, layers, torch.tensor([1]))
+        expected = network(images) + torch.tensor([0.5, 0.0, -1.0, 2.0])
+        plain.undo(network)
+        shift = LogitShift(name, torch.tensor([0.5, 0.0, -1.0, 2.0]))
+        pruning = prune(network, layers, torch.tensor([1]), shift)
+        assert torch.allclose(network(images), expected, atol=1e-5)
+    pruning.undo(network)
+    assert all(before[name].equal(tensor) for name, tensor in network.state_dict().items())
