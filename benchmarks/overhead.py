@@ -42,7 +42,7 @@ from lightning_mnp.engine.runner import run_defense
 from lightning_mnp.models import cifar_resnet18
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.surgery.forward import evaluating
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 TUNING = Path("runs/tuning")
 MOST_TIME, MOST_COPIES = 1.10, 2.0
@@ -76,13 +76,13 @@ class Pass:
 
 @contextmanager
 def recorded() -> Iterator[list[Pass]]:
-    """Note every pass of every subject for the length of a context."""
+    """Note every pass of every masked for the length of a context."""
     passes: list[Pass] = []
-    call = Subject.__call__
+    call = MaskedNetwork.__call__
 
-    def noted(subject: Subject, images: Tensor, **options: Any) -> Tensor:
-        logits = call(subject, images, **options)
-        entry = Pass(len(images), options.get("statistics") or subject.statistics)
+    def noted(masked: MaskedNetwork, images: Tensor, **options: Any) -> Tensor:
+        logits = call(masked, images, **options)
+        entry = Pass(len(images), options.get("statistics") or masked.statistics)
         passes.append(entry)
         tensors = {**(options.get("weights") or {}), "masks": options.get("masks")}
         tensors["images"] = images
@@ -91,7 +91,7 @@ def recorded() -> Iterator[list[Pass]]:
             logits.register_hook(lambda _: setattr(entry, "by", by))  # only once it happens
         return logits
 
-    with patch.object(Subject, "__call__", noted):
+    with patch.object(MaskedNetwork, "__call__", noted):
         yield passes
 
 

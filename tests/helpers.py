@@ -51,7 +51,7 @@ def margins_of(trigger: PatternTrigger, images: Tensor) -> float:
     """The mean margin of a trigger's goals over changed images, image by image."""
     found = []
     for image, label, goal in zip(images, trigger.labels, trigger.goals, strict=True):
-        logits = trigger.subject(image[None], statistics="running")[0]
+        logits = trigger.masked(image[None], statistics="running")[0]
         found.append(float(logits[goal] - logits[label]))
     return sum(found) / len(found)
 

@@ -348,7 +348,7 @@ def test_interrupted_command_ends_with_130(
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_mnp.mnp.dual_masks.FilterMask.step", interrupt)
+    monkeypatch.setattr("lightning_mnp.mnp.dual_masks.DualMask.step", interrupt)
     args = ["defend", *COMMON, *QUICK, "--ckpt_path=weights.pt", "--state_file=state.pt"]
     assert main([*args, "--output=out.pt", "--when=always"]) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")

@@ -25,7 +25,7 @@ from lightning_mnp.surgery.guards import (
     unchanged_on_error,
 )
 from lightning_mnp.surgery.layers import FilterLayers, find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject, Weights
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 from lightning_mnp.surgery.network import check_network, network_forward
 
 __all__ = ["RNPConfig", "RNPRule", "rnp"]
@@ -191,14 +191,14 @@ def rnp(
         torch.manual_seed(config.seed)  # for layers that draw in training mode, such as dropout
         details = _unlearn(unlearned, data, config, call)
         masks = _recover(unlearned, layers, data, config, call)
-    subject = Subject(model, layers, call, statistics="running")
+    masked = MaskedNetwork(model, layers, call, statistics="running")
     with unchanged_on_error(model), running_alone(model):
-        before = _accuracy(subject, data, config.batch_size)
+        before = _accuracy(masked, data, config.batch_size)
         threshold = config.threshold
         if config.rule == "threshold":
-            threshold = _search_threshold(subject, masks, data, config, before)
+            threshold = _search_threshold(masked, masks, data, config, before)
         removed = masks <= threshold  # none for NaN
-        after = _accuracy(subject, data, config.batch_size, removed)
+        after = _accuracy(masked, data, config.batch_size, removed)
     _zero_scales(defended, layers, removed)
     chosen = removed.nonzero().flatten()
     chosen = chosen[masks[chosen].argsort(stable=True)]
@@ -324,17 +324,17 @@ def _masked_scales(layers: FilterLayers, weights: Weights, masks: Tensor) -> Wei
 
 
 def _accuracy(
-    subject: Subject, data: DefenseSet, batch_size: int, removed: Tensor | None = None
+    masked: MaskedNetwork, data: DefenseSet, batch_size: int, removed: Tensor | None = None
 ) -> float:
     """Accuracy on the defense set, where given with the scales of some channels at zero."""
-    weights = subject.weights()
+    weights = masked.weights()
     if removed is not None:
-        weights.update(_masked_scales(subject.layers, weights, ~removed))
-    return accuracy(*clean_logits(subject, data, batch_size, weights=weights))
+        weights.update(_masked_scales(masked.layers, weights, ~removed))
+    return accuracy(*clean_logits(masked, data, batch_size, weights=weights))
 
 
 def _search_threshold(
-    subject: Subject, masks: Tensor, data: DefenseSet, config: RNPConfig, before: float
+    masked: MaskedNetwork, masks: Tensor, data: DefenseSet, config: RNPConfig, before: float
 ) -> float:
     """The largest threshold with an accuracy of at least ``before - max_drop``, or NaN."""
     least = before - config.max_drop - 1e-9  # a drop of just `max_drop` is allowed
@@ -343,7 +343,7 @@ def _search_threshold(
         threshold = round(step * _THRESHOLD_STEP, 2)
         removed = masks <= threshold
         count = int(removed.sum())
-        if count != tried and _accuracy(subject, data, config.batch_size, removed) >= least:
+        if count != tried and _accuracy(masked, data, config.batch_size, removed) >= least:
             return threshold
         tried = count
     return math.nan

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.surgery.masked_network import Subject, Weights
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 
 __all__ = ["accuracy", "clean_logits"]
 
 
 @torch.no_grad()
 def clean_logits(
-    subject: Subject,
+    masked: MaskedNetwork,
     data: DefenseSet,
     batch_size: int,
     *,
@@ -23,7 +23,7 @@ def clean_logits(
     """Run a network on all images of a defense set, with the stored statistics.
 
     Args:
-        subject: The network.
+        masked: The network.
         data: The defense set.
         batch_size: Most images in a batch.
         weights: Parameters to run with, by name; the network's own where None.
@@ -37,13 +37,13 @@ def clean_logits(
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(6, 1, 2, 2), torch.arange(6) % 2)
-        >>> subject = Subject(network, find_filter_layers(network, data.images))
-        >>> clean_logits(subject, data, 4)[0].shape
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
+        >>> clean_logits(masked, data, 4)[0].shape
         torch.Size([6, 2])
     """
     passed = [
-        (subject(images, weights=weights, masks=masks, statistics="running"), labels)
-        for images, labels in data.batches(batch_size, subject.device)
+        (masked(images, weights=weights, masks=masks, statistics="running"), labels)
+        for images, labels in data.batches(batch_size, masked.device)
     ]
     logits, labels = (torch.cat(parts) for parts in zip(*passed, strict=True))
     return logits, labels

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lightning_mnp.config import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.defense_data.evaluation import accuracy, clean_logits
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 __all__ = ["CleanSets", "clean_sets", "known_clean_sets"]
 
@@ -29,7 +29,7 @@ class CleanSets:
 
 
 def clean_sets(
-    subject: Subject, data: DefenseSet, augment: Augmentation, batch_size: int, seed: int
+    masked: MaskedNetwork, data: DefenseSet, augment: Augmentation, batch_size: int, seed: int
 ) -> CleanSets:
     """Give the images by which clean loss is measured: the defense set and a copy of each image.
 
@@ -38,7 +38,7 @@ def clean_sets(
     digits, say nothing, so mirroring is left out first and shifting next.
 
     Args:
-        subject: The network.
+        masked: The network.
         data: The defense set.
         augment: The most that is done to the copies.
         batch_size: Most images in a batch.
@@ -54,8 +54,8 @@ def clean_sets(
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> network = network.append(nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(6, 1, 8, 8), torch.arange(6) % 2)
-        >>> subject = Subject(network, find_filter_layers(network, data.images))
-        >>> len(clean_sets(subject, data, "none", 128, seed=0).sets)
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
+        >>> len(clean_sets(masked, data, "none", 128, seed=0).sets)
         1
     """
     choices: dict[Augmentation, tuple[Augmentation, ...]] = {
@@ -63,10 +63,10 @@ def clean_sets(
         "crop": ("crop",),
         "none": (),
     }
-    known = accuracy(*clean_logits(subject, data, batch_size))
+    known = accuracy(*clean_logits(masked, data, batch_size))
     for choice in choices[augment]:
         found = known_clean_sets(data, choice, seed)
-        if accuracy(*clean_logits(subject, found.sets[-1], batch_size)) >= known - _MOST_LOSS:
+        if accuracy(*clean_logits(masked, found.sets[-1], batch_size)) >= known - _MOST_LOSS:
             return found
     return known_clean_sets(data, "none", seed)
 

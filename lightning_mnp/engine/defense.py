@@ -17,7 +17,7 @@ from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.engine.pass_tally import PassTally
 from lightning_mnp.engine.state import dump_state, load_state, make_report
 from lightning_mnp.hosting.memory import memory_told
-from lightning_mnp.mnp.dual_masks import FilterMask
+from lightning_mnp.mnp.dual_masks import DualMask
 from lightning_mnp.mnp.saliency import batch_clc
 from lightning_mnp.mnp.suppression import CleanSuppression, RunImages, suppression_parts
 from lightning_mnp.mnp.thresholds import pruned_count, pruning_order
@@ -39,7 +39,7 @@ from lightning_mnp.surgery.guards import (
     unchanged_on_error,
 )
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject, Weights
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 from lightning_mnp.surgery.network import check_copy, check_network, network_forward
 from lightning_mnp.surgery.prune import Pruning
 
@@ -147,16 +147,16 @@ class MNPDefense:
                 exclude=self.config.exclude,
             )
         statistics = self.config.statistics
-        self.subject = Subject(model, self.layers, call, statistics, autocast)
+        self.masked = MaskedNetwork(model, self.layers, call, statistics, autocast)
         # The same network, with the logits of starved classes raised once these are known.
-        self.balanced = self.subject.raised({})
+        self.balanced = self.masked.raised({})
         self.suppression = CleanSuppression(self.balanced, self.config)
-        self.penalty = FilterMask(self.balanced, self.suppression.weights, self.config, False)
-        self.preserving = FilterMask(self.subject, self.subject.weights(), self.config, True)
+        self.penalty = DualMask(self.balanced, self.suppression.weights, self.config, False)
+        self.preserving = DualMask(self.masked, self.masked.weights(), self.config, True)
         if self.config.rule != "auto":
             pruned_count(torch.ones(self.layers.total), self.config.rule, self.config.amount)
         self.surrogates = Surrogates(self.balanced, data, self.config)
-        self.purification = Purification(self.subject, data, self.config, self.balanced)
+        self.purification = Purification(self.masked, data, self.config, self.balanced)
         self.second: MNPDefense | None = None
         self.optimizers = (
             self.suppression.optimizer,
@@ -175,7 +175,7 @@ class MNPDefense:
         self.seconds: dict[str, float] = defaultdict(float)
         self.masks_sum = torch.zeros(self.layers.total, device=device)
         self.masks_count = 0
-        self.tally = PassTally(self.subject, self.classes)
+        self.tally = PassTally(self.masked, self.classes)
 
     def _first_plan(self) -> list[tuple[Phase, int]]:
         plan: list[tuple[Phase, int]] = [("reference", 0)]
@@ -297,7 +297,7 @@ class MNPDefense:
 
     def _batch(self, augment: bool = False) -> tuple[Tensor, Tensor]:
         """The batch of the current step: in stored order, or shuffled and augmented."""
-        size, device = self.config.batch_size, self.subject.device
+        size, device = self.config.batch_size, self.masked.device
         epoch, index = divmod(self.batches_done, self.passes)
         if not augment:
             return self.data.batch(index, size, device)
@@ -318,8 +318,8 @@ class MNPDefense:
 
     def _reference(self, updates: Updates) -> dict[str, float]:
         images, labels = self._batch()
-        weights = self.subject.weights()
-        changes, _ = batch_clc(self.subject, weights, images, labels)
+        weights = self.masked.weights()
+        changes, _ = batch_clc(self.masked, weights, images, labels)
         self.tally.add(changes, self._evaluate(images, None), labels)
         if self._count_batch():
             self.correlation = self.tally.correlation(weights)
@@ -347,7 +347,7 @@ class MNPDefense:
         if self.batches_done == 0:
             self.suppression.restart()
         seen = RunImages(self.data, self.config, self.run)
-        images, labels = seen.batch(self.batches_done, self.subject.device)
+        images, labels = seen.batch(self.batches_done, self.masked.device)
         metrics = self.suppression.step(images, labels, seen.size, updates)
         self.batches_done += 1
         if self.batches_done >= seen.most_steps:
@@ -380,7 +380,7 @@ class MNPDefense:
             self.suppressed.append({name: weight.clone() for name, weight in weights.items()})
         if self._ranks_by_masks:
             self.penalty.restart(weights)
-            self.preserving.restart(self.subject.weights())
+            self.preserving.restart(self.masked.weights())
         return {"detection_ratio": result.detection_ratio, "pile_up": result.pile_up}
 
     def _masks(self, updates: Updates) -> dict[str, float]:
@@ -438,7 +438,7 @@ class MNPDefense:
                     "target among the others shows in the pile-up only; raise `most_classes` to "
                     "try more"
                 )
-        size, device = self.config.batch_size, self.subject.device
+        size, device = self.config.batch_size, self.masked.device
         epoch, index = divmod(reach.steps_in_class, self.passes)
         key = (self.config.seed, "reach", reach.current, epoch)
         metrics = reach.step(*self.data.batch(index, size, device, key=key))
@@ -553,13 +553,13 @@ class MNPDefense:
             replace(self.config, reaudit=False),
             when="never",
             network="",  # the function descends to the network by itself
-            forward=self.subject.forward,
-            autocast=self.subject.autocast,
+            forward=self.masked.forward,
+            autocast=self.masked.autocast,
         )
 
     @torch.no_grad()
     def _evaluate(self, images: Tensor, masks: Tensor | None) -> Tensor:
-        return self.subject(images, masks=masks, statistics="running")
+        return self.masked(images, masks=masks, statistics="running")
 
     def prune_(self) -> Pruning:
         """Prune the model itself.

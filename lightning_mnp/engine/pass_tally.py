@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mnp.mnp.detection_ratio import saliency_correlation
 from lightning_mnp.mnp.saliency import filter_magnitudes
-from lightning_mnp.surgery.masked_network import Subject, Weights
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 
 __all__ = ["PassTally"]
 
@@ -18,7 +18,7 @@ class PassTally:
     """Sums over the batches of one pass, from which saliency and accuracy follow.
 
     Args:
-        subject: The network.
+        masked: The network.
         classes: Number of classes.
 
     Attributes:
@@ -29,21 +29,21 @@ class PassTally:
         >>> from torch import nn
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(3, 2))
-        >>> subject = Subject(network, find_filter_layers(network, torch.rand(2, 1, 2, 2)))
-        >>> tally = PassTally(subject, classes=2)
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, torch.rand(2, 1, 2, 2)))
+        >>> tally = PassTally(masked, classes=2)
         >>> tally.add(torch.zeros(3), torch.tensor([[0.0, 1.0]]), torch.tensor([1]))
         >>> tally.accuracy, tally.predictions.tolist()
         (1.0, [0, 1])
     """
 
-    def __init__(self, subject: Subject, classes: int) -> None:
-        self.subject = subject
+    def __init__(self, masked: MaskedNetwork, classes: int) -> None:
+        self.masked = masked
         self.classes = classes
         self.reset()
 
     def reset(self) -> None:
         """Begin another pass."""
-        self._changes = torch.zeros(self.subject.layers.total, device=self.subject.device)
+        self._changes = torch.zeros(self.masked.layers.total, device=self.masked.device)
         self.logits = torch.empty(0, self.classes)
         self.labels = torch.empty(0, dtype=torch.long)
 
@@ -81,8 +81,8 @@ class PassTally:
 
     def correlation(self, weights: Weights) -> float:
         """Rank correlation of the magnitude of weights with the saliency that was added up."""
-        magnitudes = filter_magnitudes(self.subject, weights)
-        return saliency_correlation(magnitudes, self._changes / self.images, self.subject.layers)
+        magnitudes = filter_magnitudes(self.masked, weights)
+        return saliency_correlation(magnitudes, self._changes / self.images, self.masked.layers)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as tensors and primitives."""
@@ -94,6 +94,6 @@ class PassTally:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        self._changes = state["changes"].to(self.subject.device)
+        self._changes = state["changes"].to(self.masked.device)
         self.logits = state["logits"].cpu()
         self.labels = state["labels"].cpu()

@@ -72,7 +72,7 @@ def load_state(defense: MNPDefense, state: dict[str, Any]) -> None:
                 f"is {state['identity'].get(name)!r} in the state. Remove the file to start "
                 "anew."
             )
-    device = defense.subject.device
+    device = defense.masked.device
     defense.plan = [(phase, int(run)) for phase, run in state["plan"]]
     defense.position = int(state["position"])
     defense.batches_done = int(state["batches_done"])
@@ -186,6 +186,6 @@ def _identity(defense: MNPDefense) -> dict[str, Any]:
         "occasion": defense.when,
         "layers": [[layer.name, layer.filters] for layer in defense.layers],
         "weights": weights_digest(defense.model),
-        "precision": defense.subject.precision,
+        "precision": defense.masked.precision,
         "version": version("lightning-mnp"),
     }

@@ -12,19 +12,19 @@ from torch.nn import functional as F
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.mnp.saliency import filter_magnitudes
 from lightning_mnp.mnp.updates import Updates
-from lightning_mnp.surgery.masked_network import Subject, Weights
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 
-__all__ = ["FilterMask"]
+__all__ = ["DualMask"]
 
 
-class FilterMask:
+class DualMask:
     """One optimized mask: M1 on the suppressed weights or M2 on the original ones.
 
     The loss is ``cross-entropy + sign * lambda * sum(w * m)`` with the filters' l2 norms w of
     the weights that are masked; after every step the mask is projected onto its range.
 
     Args:
-        subject: The network.
+        masked: The network.
         weights: Parameters that are masked; they are not changed.
         config: Options.
         preserving: False for M1 in [0, 1] with a penalty (Eq. 5), True for M2 in [1, 2] with a
@@ -41,20 +41,20 @@ class FilterMask:
         >>> from lightning_mnp.mnp.updates import PlainUpdates
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> images, labels = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
-        >>> subject = Subject(network, find_filter_layers(network, images))
-        >>> mask = FilterMask(subject, subject.weights(), MNPConfig(), preserving=True)
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
+        >>> mask = DualMask(masked, masked.weights(), MNPConfig(), preserving=True)
         >>> _ = mask.step(images, labels, PlainUpdates())
         >>> bool((mask.values >= 1).all())
         True
     """
 
     def __init__(
-        self, subject: Subject, weights: Weights, config: MNPConfig, preserving: bool
+        self, masked: MaskedNetwork, weights: Weights, config: MNPConfig, preserving: bool
     ) -> None:
-        self.subject = subject
+        self.masked = masked
         self.config = config
         self.preserving = preserving
-        self.values = torch.ones(subject.layers.total, device=subject.device, requires_grad=True)
+        self.values = torch.ones(masked.layers.total, device=masked.device, requires_grad=True)
         self.optimizer = torch.optim.SGD(
             [self.values], lr=config.mask_lr, momentum=config.mask_momentum
         )
@@ -64,7 +64,7 @@ class FilterMask:
     def restart(self, weights: Weights) -> None:
         """Begin again at ones, for the same or other weights."""
         self.weights = {name: weight.detach() for name, weight in weights.items()}
-        self.norms = filter_magnitudes(self.subject, self.weights)
+        self.norms = filter_magnitudes(self.masked, self.weights)
         self.values.fill_(1.0)
         self.optimizer.state.clear()
         self.optimizer.zero_grad(set_to_none=True)
@@ -84,7 +84,7 @@ class FilterMask:
         """
         if self.stopped:
             return {"loss": math.nan, "accuracy": math.nan}
-        logits = self.subject(images, weights=self.weights, masks=self.values)
+        logits = self.masked(images, weights=self.weights, masks=self.values)
         magnitude = self.config.penalty * (self.norms * self.values.abs()).sum()
         loss = F.cross_entropy(logits, labels) + (-magnitude if self.preserving else magnitude)
         value = float(loss.detach())

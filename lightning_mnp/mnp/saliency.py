@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_mnp.surgery.masked_network import Statistics, Subject, Weights
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Statistics, Weights
 
 __all__ = [
     "approximate_clc",
@@ -21,11 +21,11 @@ __all__ = [
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-def filter_magnitudes(subject: Subject, weights: Weights, p: float = 2.0) -> Tensor:
+def filter_magnitudes(masked: MaskedNetwork, weights: Weights, p: float = 2.0) -> Tensor:
     """Compute the norm of every filter's weights.
 
     Args:
-        subject: The network.
+        masked: The network.
         weights: The parameters to look at, by name.
         p: Order of the norm, above 0.
 
@@ -37,23 +37,23 @@ def filter_magnitudes(subject: Subject, weights: Weights, p: float = 2.0) -> Ten
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(2, 2))
         >>> _ = nn.init.ones_(network[0].weight)
-        >>> subject = Subject(network, find_filter_layers(network, torch.zeros(1, 1, 2, 2)))
-        >>> filter_magnitudes(subject, subject.weights())
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, torch.zeros(1, 1, 2, 2)))
+        >>> filter_magnitudes(masked, masked.weights())
         tensor([2., 2.])
     """
     if p <= 0:
         raise ValueError(f"Expected argument `p` to be above 0, but got {p}.")
-    pairs = zip(subject.layers, subject.filter_weights(weights), strict=True)
+    pairs = zip(masked.layers, masked.filter_weights(weights), strict=True)
     return torch.cat([layer.rows(weight.detach()).float().norm(p, 1) for layer, weight in pairs])
 
 
 def batch_clc(
-    subject: Subject, weights: Weights, images: Tensor, labels: Tensor
+    masked: MaskedNetwork, weights: Weights, images: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the first-order loss change of every filter's removal on one batch (Eq. 11).
 
     Args:
-        subject: The network.
+        masked: The network.
         weights: Parameters to differentiate at, by name.
         images: Shape (N, C, ...).
         labels: Shape (N,).
@@ -64,26 +64,26 @@ def batch_clc(
     """
     tracked = dict(weights)
     leaves = []
-    for layer in subject.layers:
+    for layer in masked.layers:
         leaf = weights[f"{layer.name}.weight"].detach().requires_grad_()
         tracked[f"{layer.name}.weight"] = leaf
         leaves.append(leaf)
-    logits = subject(images, weights=tracked)
+    logits = masked(images, weights=tracked)
     loss = F.cross_entropy(logits, labels)
     # A layer may be called and yet have no part in the logits: its removal costs nothing.
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     products = [
         -layer.rows(gradient * leaf.detach()).float().sum(1)
-        for layer, gradient, leaf in zip(subject.layers, gradients, leaves, strict=True)
+        for layer, gradient, leaf in zip(masked.layers, gradients, leaves, strict=True)
     ]
     return torch.cat(products), logits.detach()
 
 
-def approximate_clc(subject: Subject, weights: Weights, batches: Batches) -> Tensor:
+def approximate_clc(masked: MaskedNetwork, weights: Weights, batches: Batches) -> Tensor:
     """Compute the first-order clean loss change of every filter's removal (Eq. 11).
 
     Args:
-        subject: The network.
+        masked: The network.
         weights: Parameters to differentiate at, by name.
         batches: Pairs (images, labels) of clean data on the network's device.
 
@@ -98,13 +98,13 @@ def approximate_clc(subject: Subject, weights: Weights, batches: Batches) -> Ten
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(3, 2))
         >>> images, labels = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
-        >>> subject = Subject(network, find_filter_layers(network, images))
-        >>> approximate_clc(subject, subject.weights(), [(images, labels)]).shape
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
+        >>> approximate_clc(masked, masked.weights(), [(images, labels)]).shape
         torch.Size([3])
     """
-    total, count = torch.zeros(subject.layers.total, device=subject.device), 0
+    total, count = torch.zeros(masked.layers.total, device=masked.device), 0
     for images, labels in batches:
-        total += batch_clc(subject, weights, images, labels)[0] * len(labels)
+        total += batch_clc(masked, weights, images, labels)[0] * len(labels)
         count += len(labels)
     if count == 0:
         raise ValueError("Expected argument `batches` to hold at least one batch, but it is empty.")
@@ -112,7 +112,7 @@ def approximate_clc(subject: Subject, weights: Weights, batches: Batches) -> Ten
 
 
 def exact_clc(
-    subject: Subject,
+    masked: MaskedNetwork,
     batches: Sequence[tuple[Tensor, Tensor]],
     progress: Callable[[int, int], None] | None = None,
     statistics: Statistics = "running",
@@ -120,12 +120,12 @@ def exact_clc(
     """Measure the clean loss change of every filter's removal, one filter at a time (Eq. 2).
 
     It takes a pass over the data for every filter; :func:`approximate_clc` takes one in all. To
-    compare the two, give the subject's own ``statistics``, so that both normalize alike, and
+    compare the two, give the masked's own ``statistics``, so that both normalize alike, and
     mind what is removed: here the map that the mask acts on, there the weights of the
     convolution alone, without its bias and before any normalization.
 
     Args:
-        subject: The network.
+        masked: The network.
         batches: Pairs (images, labels) of clean data on the network's device; read many times.
         progress: Called after every filter with the number done and the number of all.
         statistics: ``"running"`` for the network as it is used, in evaluation mode; ``"batch"``
@@ -142,19 +142,19 @@ def exact_clc(
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(3, 2))
         >>> images, labels = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
-        >>> subject = Subject(network, find_filter_layers(network, images))
-        >>> exact_clc(subject, [(images, labels)]).shape
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
+        >>> exact_clc(masked, [(images, labels)]).shape
         torch.Size([3])
     """
     if not batches:
         raise ValueError("Expected argument `batches` to hold at least one batch, but it is empty.")
-    total = subject.layers.total
-    masks = torch.ones(total, device=subject.device)
-    reference = _mean_loss(subject, batches, None, statistics)
+    total = masked.layers.total
+    masks = torch.ones(total, device=masked.device)
+    reference = _mean_loss(masked, batches, None, statistics)
     changes = torch.zeros(total, dtype=torch.float64)
     for index in range(total):
         masks[index] = 0.0
-        changes[index] = _mean_loss(subject, batches, masks, statistics) - reference
+        changes[index] = _mean_loss(masked, batches, masks, statistics) - reference
         masks[index] = 1.0
         if progress is not None:
             progress(index + 1, total)
@@ -162,7 +162,7 @@ def exact_clc(
 
 
 def exact_blc(
-    subject: Subject,
+    masked: MaskedNetwork,
     batches: Sequence[tuple[Tensor, Tensor]],
     trigger: Callable[[Tensor], Tensor],
     relabel: Callable[[Tensor], Tensor],
@@ -174,7 +174,7 @@ def exact_blc(
     A defender has no trigger; this is for the study of known attacks.
 
     Args:
-        subject: The network.
+        masked: The network.
         batches: Pairs (images, true labels) of clean data on the network's device.
         trigger: Puts the trigger on images as the network takes them (normalized, say).
         relabel: Gives the attacker's labels for true labels.
@@ -189,24 +189,24 @@ def exact_blc(
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(3, 2))
         >>> images, labels = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
-        >>> subject = Subject(network, find_filter_layers(network, images))
-        >>> exact_blc(subject, [(images, labels)], torch.ones_like, torch.zeros_like).shape
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
+        >>> exact_blc(masked, [(images, labels)], torch.ones_like, torch.zeros_like).shape
         torch.Size([3])
     """
     triggered = [(trigger(images), relabel(labels)) for images, labels in batches]
-    return exact_clc(subject, triggered, progress, statistics)
+    return exact_clc(masked, triggered, progress, statistics)
 
 
 @torch.no_grad()
 def _mean_loss(
-    subject: Subject,
+    masked: MaskedNetwork,
     batches: Sequence[tuple[Tensor, Tensor]],
     masks: Tensor | None,
     statistics: Statistics,
 ) -> float:
     total, count = 0.0, 0
     for images, labels in batches:
-        logits = subject(images, masks=masks, statistics=statistics)
+        logits = masked(images, masks=masks, statistics=statistics)
         total += float(F.cross_entropy(logits.cpu().double(), labels.cpu(), reduction="sum"))
         count += len(labels)
     return total / count

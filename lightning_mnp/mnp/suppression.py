@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import LEAST_BATCH, DefenseSet
 from lightning_mnp.mnp.updates import Updates
-from lightning_mnp.surgery.masked_network import Subject, Weights
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 
 __all__ = ["CleanSuppression", "RunImages", "suppression_parts"]
 
@@ -87,7 +87,7 @@ class CleanSuppression:
     the loss or a gradient is no longer finite or a step would be longer than the weights.
 
     Args:
-        subject: The network; its own weights are left alone.
+        masked: The network; its own weights are left alone.
         config: Options.
 
     Attributes:
@@ -103,19 +103,19 @@ class CleanSuppression:
         >>> from lightning_mnp.mnp.updates import PlainUpdates
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> images, labels = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
-        >>> subject = Subject(network, find_filter_layers(network, images))
-        >>> stage = CleanSuppression(subject, MNPConfig(stop_accuracy=None))
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
+        >>> stage = CleanSuppression(masked, MNPConfig(stop_accuracy=None))
         >>> losses = [stage.step(images, labels, 8, PlainUpdates())["loss"] for _ in range(5)]
         >>> losses[-1] > losses[0]
         True
     """
 
-    def __init__(self, subject: Subject, config: MNPConfig) -> None:
-        self.subject = subject
+    def __init__(self, masked: MaskedNetwork, config: MNPConfig) -> None:
+        self.masked = masked
         self.config = config
         self.weights: Weights = {
             name: weight.clone().requires_grad_(weight.is_floating_point())
-            for name, weight in subject.weights().items()
+            for name, weight in masked.weights().items()
         }
         self.optimizer = torch.optim.SGD(
             [weight for weight in self.weights.values() if weight.requires_grad],
@@ -135,7 +135,7 @@ class CleanSuppression:
     @torch.no_grad()
     def restart(self) -> None:
         """Go back to the network's own weights for another run."""
-        for name, weight in self.subject.weights().items():
+        for name, weight in self.masked.weights().items():
             self.weights[name].copy_(weight)
         self._reset()
 
@@ -159,7 +159,7 @@ class CleanSuppression:
         Returns:
             The ``loss`` before the step and the ``accuracy`` over the latest pass.
         """
-        logits = self.subject(images, weights=self.weights)
+        logits = self.masked(images, weights=self.weights)
         loss = F.cross_entropy(logits, labels)
         value = float(loss.detach())
         if not math.isfinite(value):

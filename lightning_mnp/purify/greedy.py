@@ -12,7 +12,7 @@ from lightning_mnp.defense_data.defense_set import DefenseSet, seeded_generator
 from lightning_mnp.purify.harm import CleanHarm
 from lightning_mnp.purify.traces import LEAST_STRENGTH, Source, strength
 from lightning_mnp.signals.margin import class_margins
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 __all__ = ["FilterSearch"]
 
@@ -43,7 +43,7 @@ class FilterSearch:
     above the least on the way.
 
     Args:
-        subject: The network.
+        masked: The network.
         clean: Clean images, by which harm is measured; the last set gives the slopes.
         sources: Where the backdoor shows.
         most: The most filters to take.
@@ -62,7 +62,7 @@ class FilterSearch:
 
     def __init__(
         self,
-        subject: Subject,
+        masked: MaskedNetwork,
         clean: Sequence[DefenseSet],
         sources: Sequence[Source],
         most: int,
@@ -71,7 +71,7 @@ class FilterSearch:
         seed: int,
         impurity: float = 0.0,
     ) -> None:
-        self.subject = subject
+        self.masked = masked
         self.clean = list(clean)
         self.sources = list(sources)
         self.most = most
@@ -83,11 +83,11 @@ class FilterSearch:
         self.stopped = ""
         self._rejected: dict[int, int] = {}
         self.references: list[float] = []
-        self._measure = CleanHarm(subject, clean, batch_size, impurity)
+        self._measure = CleanHarm(masked, clean, batch_size, impurity)
 
     def masks(self, without: Sequence[int] = ()) -> Tensor:
         """Masks with zeros for the filters taken, and for others, shape (total filters,)."""
-        values = torch.ones(self.subject.layers.total, device=self.subject.device)
+        values = torch.ones(self.masked.layers.total, device=self.masked.device)
         values[[*self.taken, *without]] = 0.0
         return values
 
@@ -187,7 +187,7 @@ class FilterSearch:
 
     def _promise(self) -> tuple[Tensor, Tensor]:
         """First-order effect on the sources' margins for the harm, and that effect, each filter."""
-        effect = torch.zeros(self.subject.layers.total, device=self.subject.device)
+        effect = torch.zeros(self.masked.layers.total, device=self.masked.device)
         for source, reference in zip(self.sources, self.references, strict=True):
             masks = self.masks().requires_grad_()
             with torch.enable_grad():
@@ -204,13 +204,13 @@ class FilterSearch:
         key = (self.seed, "search", len(self.taken), len(self._rejected))
         data = self.clean[-1]
         rows = torch.randperm(len(data), generator=seeded_generator(*key))[:_SLOPE_IMAGES]
-        device = self.subject.device
-        slope = torch.zeros(self.subject.layers.total, device=device)
+        device = self.masked.device
+        slope = torch.zeros(self.masked.layers.total, device=device)
         for part in rows.split(self.batch_size):
             images, labels = data.images[part].to(device), data.labels[part].to(device)
             masks = self.masks().requires_grad_()
             with torch.enable_grad():
-                logits = self.subject(images, masks=masks, statistics="running")
+                logits = self.masked(images, masks=masks, statistics="running")
                 total = class_margins(logits, labels).sum()
                 slope += torch.autograd.grad(total, masks)[0]
         return slope / len(rows)

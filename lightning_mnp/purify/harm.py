@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.defense_data.evaluation import clean_logits
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 __all__ = ["CleanHarm", "trimmed_mean"]
 
@@ -51,7 +51,7 @@ class CleanHarm:
     some may be, as many are left out: those that suffer most.
 
     Args:
-        subject: The network.
+        masked: The network.
         clean: Clean images, the defense set first; the others are copies of it.
         batch_size: Most images in a batch.
         impurity: The share of images that may be poisoned.
@@ -61,20 +61,20 @@ class CleanHarm:
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(6, 1, 2, 2), torch.arange(6) % 2)
-        >>> subject = Subject(network, find_filter_layers(network, data.images))
-        >>> harm = CleanHarm(subject, [data], 128)
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
+        >>> harm = CleanHarm(masked, [data], 128)
         >>> harm.of(torch.ones(4)), harm.of(torch.zeros(4)) > 0
         (0.0, True)
     """
 
     def __init__(
         self,
-        subject: Subject,
+        masked: MaskedNetwork,
         clean: Sequence[DefenseSet],
         batch_size: int,
         impurity: float = 0.0,
     ) -> None:
-        self.subject = subject
+        self.masked = masked
         self.clean = list(clean)
         self.batch_size = batch_size
         self.impurity = impurity
@@ -101,7 +101,7 @@ class CleanHarm:
 
     def _log_probabilities(self, masks: Tensor) -> tuple[Tensor, Tensor]:
         passed = [
-            clean_logits(self.subject, data, self.batch_size, masks=masks) for data in self.clean
+            clean_logits(self.masked, data, self.batch_size, masks=masks) for data in self.clean
         ]
         logits, labels = (torch.cat(parts) for parts in zip(*passed, strict=True))
         # Differences are small, whatever the network runs in.

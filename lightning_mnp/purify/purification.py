@@ -17,7 +17,7 @@ from lightning_mnp.purify.greedy import FilterSearch
 from lightning_mnp.purify.soft_masks import Attenuation
 from lightning_mnp.purify.traces import Source
 from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, fit_shift
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 from lightning_mnp.surgery.masks import scalable
 from lightning_mnp.surgery.network import copy_network
 from lightning_mnp.surgery.prune import Pruning, prune
@@ -43,7 +43,7 @@ class Purification:
     :meth:`apply`.
 
     Args:
-        subject: The network as it is, on its device.
+        masked: The network as it is, on its device.
         data: The defense set.
         config: Options.
         balanced: The same network with the logits of starved classes raised, by which filters are
@@ -63,8 +63,8 @@ class Purification:
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
-        >>> subject = Subject(network, find_filter_layers(network, data.images))
-        >>> purification = Purification(subject, data, MNPConfig())
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
+        >>> purification = Purification(masked, data, MNPConfig())
         >>> purification.remove(torch.tensor([2]))
         >>> accuracy = purification.check(target=0)
         >>> bool((purification.purified()[0].weight[2] == 0).all()), purification.changes
@@ -73,16 +73,16 @@ class Purification:
 
     def __init__(
         self,
-        subject: Subject,
+        masked: MaskedNetwork,
         data: DefenseSet,
         config: MNPConfig,
-        balanced: Subject | None = None,
+        balanced: MaskedNetwork | None = None,
     ) -> None:
-        self.subject = subject
-        self.balanced = subject if balanced is None else balanced
+        self.masked = masked
+        self.balanced = masked if balanced is None else balanced
         self.data = data
         self.config = config
-        self.removed = torch.empty(0, dtype=torch.long, device=subject.device)
+        self.removed = torch.empty(0, dtype=torch.long, device=masked.device)
         self.masks: Tensor | None = None
         self.shift: LogitShift | None = None
         self.accuracy: float | None = None
@@ -99,7 +99,7 @@ class Purification:
     @property
     def most_filters(self) -> int:
         """The most filters that the automatic rule prunes."""
-        share = self.config.amount * self.subject.layers.total
+        share = self.config.amount * self.masked.layers.total
         return max(1, math.floor(share + 1e-9))  # 0.29 times 100 is not quite 29
 
     def remove(self, positions: Tensor) -> None:
@@ -108,7 +108,7 @@ class Purification:
         Args:
             positions: Their positions among all filters, worst first.
         """
-        self.removed = positions.to(self.subject.device)
+        self.removed = positions.to(self.masked.device)
 
     def begin(self, sources: Sequence[Source]) -> None:
         """Begin the automatic rule's search.
@@ -157,7 +157,7 @@ class Purification:
         config = self.config
         if self._known is None:
             self._known = clean_sets(
-                self.subject, self.data, config.augment, config.batch_size, config.seed
+                self.masked, self.data, config.augment, config.batch_size, config.seed
             )
         return self._known
 
@@ -169,7 +169,7 @@ class Purification:
             search.sources,
             search.references,
             search.masks(),
-            scalable(self.subject.network, self.subject.layers).to(self.subject.device),
+            scalable(self.masked.network, self.masked.layers).to(self.masked.device),
             self._clean.augment,
             config.attenuation_steps,
             config.batch_size,
@@ -211,7 +211,7 @@ class Purification:
 
     def factors(self) -> Tensor:
         """Give what every filter is multiplied by, 0 for those pruned, shape (total filters,)."""
-        values = torch.ones(self.subject.layers.total, device=self.subject.device)
+        values = torch.ones(self.masked.layers.total, device=self.masked.device)
         if self.masks is not None:
             values = self.masks.clone()
         values[self.removed] = 0.0
@@ -236,7 +236,7 @@ class Purification:
             seen, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
             fixed = None if target in self.balanced.handicaps else target
             self.shift = self._shift_of(fit_shift(seen, classes, fixed))
-        logits, labels = clean_logits(self.subject, self.data, size, masks=factors)
+        logits, labels = clean_logits(self.masked, self.data, size, masks=factors)
         if self.shift is not None:
             logits = logits + self.shift.values.to(logits)
         self.accuracy = accuracy(logits, labels)
@@ -244,8 +244,8 @@ class Purification:
 
     def _shift_of(self, values: Tensor) -> LogitShift | None:
         """Make a shift of this network's logits; None where it has no bias for that."""
-        sample = self.data.images[:2].to(self.subject.device)
-        name = find_logit_bias(self.subject.network, sample, self.subject.forward)
+        sample = self.data.images[:2].to(self.masked.device)
+        name = find_logit_bias(self.masked.network, sample, self.masked.forward)
         return None if name is None else LogitShift(name, values)
 
     def apply(self, network: nn.Module) -> Pruning:
@@ -257,11 +257,11 @@ class Purification:
         Returns:
             What was removed; its ``undo`` puts it back.
         """
-        return prune(network, self.subject.layers, self.removed, self.shift, self.masks)
+        return prune(network, self.masked.layers, self.removed, self.shift, self.masks)
 
     def purified(self) -> nn.Module:
         """Give a changed copy of the network."""
-        network = copy_network(self.subject.network)
+        network = copy_network(self.masked.network)
         self.apply(network)
         return network
 
@@ -285,7 +285,7 @@ class Purification:
             state: The state.
             sources: Those of the search, made anew; of no account where none had begun.
         """
-        device = self.subject.device
+        device = self.masked.device
         self.remove(state["removed"])
         self.masks = None if state["masks"] is None else state["masks"].to(device)
         self.shift = None if state["shift"] is None else LogitShift(*state["shift"])

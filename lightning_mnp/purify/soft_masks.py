@@ -18,7 +18,7 @@ from lightning_mnp.config import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.purify.harm import trimmed_mean
 from lightning_mnp.purify.traces import LEAST_STRENGTH, Source, strength
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 __all__ = ["Attenuation"]
 
@@ -43,7 +43,7 @@ class Attenuation:
     root mean square over all filters. They end when all sources that decide are weak.
 
     Args:
-        subject: The network.
+        masked: The network.
         data: The defense set.
         sources: Where the backdoor shows; they follow the network.
         references: The strength of each source before anything was pruned, above 0.
@@ -70,11 +70,11 @@ class Attenuation:
         >>> from lightning_mnp.purify.traces import SuppressedSource
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
-        >>> subject = Subject(network, find_filter_layers(network, data.images))
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
         >>> goals = 1 - data.labels
-        >>> source = SuppressedSource(subject, [subject.weights()], data.images, goals)
+        >>> source = SuppressedSource(masked, [masked.weights()], data.images, goals)
         >>> attenuation = Attenuation(
-        ...     subject, data, [source], [1.0], torch.tensor([0.0, 1.0, 1.0, 1.0]),
+        ...     masked, data, [source], [1.0], torch.tensor([0.0, 1.0, 1.0, 1.0]),
         ...     free=torch.ones(4) > 0, augment="none", steps=5, batch_size=8, seed=0,
         ... )
         >>> while not attenuation.finished:
@@ -85,7 +85,7 @@ class Attenuation:
 
     def __init__(
         self,
-        subject: Subject,
+        masked: MaskedNetwork,
         data: DefenseSet,
         sources: Sequence[Source],
         references: Sequence[float],
@@ -97,7 +97,7 @@ class Attenuation:
         seed: int,
         impurity: float = 0.0,
     ) -> None:
-        self.subject = subject
+        self.masked = masked
         self.data = data
         self.sources = list(sources)
         self.references = list(references)
@@ -139,11 +139,11 @@ class Attenuation:
         epoch, index = divmod(self.taken, self.data.passes(self.batch_size))
         key = (self.seed, "attenuation", epoch)
         images, labels = self.data.batch(
-            index, self.batch_size, self.subject.device, self.augment, key
+            index, self.batch_size, self.masked.device, self.augment, key
         )
         masks = self._values.clone().requires_grad_()
         with torch.enable_grad():
-            logits = self.subject(images, masks=masks, statistics="running")
+            logits = self.masked(images, masks=masks, statistics="running")
             losses = F.cross_entropy(logits, labels, reduction="none")
             loss = trimmed_mean(losses, self.impurity)
             (gradient,) = torch.autograd.grad(loss, masks)
@@ -189,7 +189,7 @@ class Attenuation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        device = self.subject.device
+        device = self.masked.device
         self.taken = int(state["taken"])
         self.enough = bool(state["enough"])
         self.stopped = bool(state["stopped"])

@@ -17,7 +17,7 @@ from lightning_mnp.signals.pattern import PatternTrigger, pattern_lead
 from lightning_mnp.signals.reach import SurrogateTrigger, goal_margins, leads, reach_ratio
 from lightning_mnp.signals.registry import Surrogates
 from lightning_mnp.signals.verdict import OVERLAY_AT, PATCH_AT, WARP_AT, Signal
-from lightning_mnp.surgery.masked_network import Statistics, Subject, Weights
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Statistics, Weights
 
 __all__ = [
     "LEAST_STRENGTH",
@@ -118,7 +118,7 @@ class SuppressedSource(_Judged):
     still pulls clean images to the target class are the filters looked for.
 
     Args:
-        subject: The network.
+        masked: The network.
         weights: The suppressed weights of each run.
         images: Clean images, shape (N, C, ...), which the runs share.
         goals: The class, other than its own, that a backdoor takes each image to, shape (N,).
@@ -129,14 +129,14 @@ class SuppressedSource(_Judged):
 
     def __init__(
         self,
-        subject: Subject,
+        masked: MaskedNetwork,
         weights: Sequence[Weights],
         images: Tensor,
         goals: Tensor,
         decides: bool = True,
     ) -> None:
         runs = max(1, min(len(weights), len(images) // LEAST_BATCH))
-        self.subject = subject
+        self.masked = masked
         self.images = images
         self.goals = goals
         self.decides = decides
@@ -151,7 +151,7 @@ class SuppressedSource(_Judged):
         statistics: Statistics | None = "running" if few else None
         logits = torch.cat(
             [
-                self.subject(part, weights=weights, masks=masks, statistics=statistics)
+                self.masked(part, weights=weights, masks=masks, statistics=statistics)
                 for part, weights in zip(parts, self.weights, strict=True)
             ]
         )
@@ -172,7 +172,7 @@ class PerturbationSource(_Judged):
     """Clean images under one perturbation for all of them.
 
     Args:
-        subject: The network.
+        masked: The network.
         images: Clean images of other classes, shape (N, C, ...).
         labels: Their classes, shape (N,).
         target: The target class.
@@ -186,7 +186,7 @@ class PerturbationSource(_Judged):
 
     def __init__(
         self,
-        subject: Subject,
+        masked: MaskedNetwork,
         images: Tensor,
         labels: Tensor,
         target: int,
@@ -196,7 +196,7 @@ class PerturbationSource(_Judged):
     ) -> None:
         self.images, self.labels, self.seed = images, labels, seed
         self.goals = torch.full_like(labels, target)
-        self.trigger = SurrogateTrigger(subject, target, perturbation, length)
+        self.trigger = SurrogateTrigger(masked, target, perturbation, length)
 
     def margins(self, masks: Tensor) -> Tensor:
         """Logit of the target above that of the true class, shape (N,)."""
@@ -291,7 +291,7 @@ class PatternSource(_Judged):
 
 
 def find_sources(
-    subject: Subject,
+    masked: MaskedNetwork,
     data: DefenseSet,
     suppressed: Sequence[Weights],
     believed: Signal,
@@ -310,7 +310,7 @@ def find_sources(
     that signal or it is the only source: what is left of a pile-up need not be the backdoor.
 
     Args:
-        subject: The network.
+        masked: The network.
         data: The defense set.
         suppressed: The suppressed weights of each run.
         believed: The signal most to be believed, which tells the suspected class, if it is one.
@@ -318,13 +318,13 @@ def find_sources(
         config: Options.
     """
     seed = config.seed
-    device, target = subject.device, believed.suspect
+    device, target = masked.device, believed.suspect
     margin = surrogates.margin
     count = min(_IMAGES, margin.batch_size)
     if target is None:
         permutation = surrogates.permutation
         images, goals = permutation.images(count)
-        exchanged = SuppressedSource(subject, suppressed, images, goals, decides=False)
+        exchanged = SuppressedSource(masked, suppressed, images, goals, decides=False)
         return [exchanged, PatternSource(permutation.trigger())]
     images, labels = data.others(target, count, device, (seed, "sources"))
     sources: list[Source] = []
@@ -335,7 +335,7 @@ def find_sources(
     if near or sure:
         length = (_SHORT_REACH if near else _LONG_REACH) * median * surrogates.reach.scale
         start = surrogates.reach.perturbations[target]
-        sources.append(PerturbationSource(subject, images, labels, target, start, length, seed))
+        sources.append(PerturbationSource(masked, images, labels, target, start, length, seed))
     if sure:
         sources.append(
             MarginSource(margin.ascent(target, min(_MARGIN_IMAGES, margin.batch_size)), normal)
@@ -352,4 +352,4 @@ def find_sources(
             sources.append(PatternSource(search.trigger(target)))
     decides = believed.name == "pile-up" or not sources
     goals = torch.full_like(labels, target)
-    return [SuppressedSource(subject, suppressed, images, goals, decides), *sources]
+    return [SuppressedSource(masked, suppressed, images, goals, decides), *sources]

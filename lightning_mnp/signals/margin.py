@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_mnp.defense_data.defense_set import seeded_generator, value_range
 from lightning_mnp.signals.reach import least_positive
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 __all__ = ["MarginAscent", "MarginSearch", "class_margins", "margin_ratio"]
 
@@ -44,7 +44,7 @@ class MarginAscent:
     """Changes images within their range of values until a network is as sure of a class as can be.
 
     Args:
-        subject: The network, which runs in evaluation mode.
+        masked: The network, which runs in evaluation mode.
         images: Where to begin, shape (N, C, ...).
         classes: The class of each, shape (N,).
         low: Least value of each channel, shape (1, C, 1, ...).
@@ -56,9 +56,9 @@ class MarginAscent:
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> images = torch.rand(3, 1, 2, 2)
-        >>> subject = Subject(network, find_filter_layers(network, images))
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
         >>> zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
-        >>> ascent = MarginAscent(subject, images, torch.zeros(3, dtype=torch.long), zero, one)
+        >>> ascent = MarginAscent(masked, images, torch.zeros(3, dtype=torch.long), zero, one)
         >>> first = ascent.step().mean()
         >>> for _ in range(9):
         ...     last = ascent.step().mean()
@@ -68,14 +68,14 @@ class MarginAscent:
 
     def __init__(
         self,
-        subject: Subject,
+        masked: MaskedNetwork,
         images: Tensor,
         classes: Tensor,
         low: Tensor,
         high: Tensor,
         batch_size: int = 128,
     ) -> None:
-        self.subject = subject
+        self.masked = masked
         self.batch_size = batch_size
         self.images = images.clone()
         self.classes = classes
@@ -86,7 +86,7 @@ class MarginAscent:
     def margins(self, masks: Tensor | None = None) -> Tensor:
         """Margins of the images as they are, shape (N,)."""
         parts = self.images.split(self.batch_size)
-        logits = [self.subject(part, masks=masks, statistics="running") for part in parts]
+        logits = [self.masked(part, masks=masks, statistics="running") for part in parts]
         return class_margins(torch.cat(logits), self.classes)
 
     def step(self, masks: Tensor | None = None) -> Tensor:
@@ -108,7 +108,7 @@ class MarginAscent:
     ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             images = images.clone().requires_grad_()
-            logits = self.subject(images, masks=masks, statistics="running")
+            logits = self.masked(images, masks=masks, statistics="running")
             margins = class_margins(logits, classes)
             (gradient,) = torch.autograd.grad(margins.sum(), images)
         return gradient, margins.detach()
@@ -122,7 +122,7 @@ class MarginSearch:
     2024, which starts from noise; here it starts from clean images of the defense set).
 
     Args:
-        subject: The network.
+        masked: The network.
         images: The defense set's images, shape (N, C, ...), at least one.
         classes: The classes to try; may be set later, before the first step.
         seed: Seed of everything that is drawn.
@@ -135,13 +135,13 @@ class MarginSearch:
 
     def __init__(
         self,
-        subject: Subject,
+        masked: MaskedNetwork,
         images: Tensor,
         classes: Sequence[int],
         seed: int,
         batch_size: int = 128,
     ) -> None:
-        self.subject = subject
+        self.masked = masked
         self.data = images
         self.classes = list(classes)
         self.seed = seed
@@ -193,10 +193,10 @@ class MarginSearch:
     def _ascent_of(self, classes: Tensor, key: tuple[str | int, ...]) -> MarginAscent:
         generator = seeded_generator(self.seed, *key)
         rows = torch.randint(len(self.data), (len(classes),), generator=generator)
-        device = self.subject.device
+        device = self.masked.device
         low, high = (bound.to(device) for bound in value_range(self.data))
         images = self.data[rows].to(device)
-        return MarginAscent(self.subject, images, classes.to(device), low, high, self.batch_size)
+        return MarginAscent(self.masked, images, classes.to(device), low, high, self.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as tensors and primitives."""
@@ -216,8 +216,8 @@ class MarginSearch:
         self._ascent = None
         if state["images"] is not None:
             self._ascent = self._begin()
-            self._ascent.images = state["images"].to(self.subject.device)
-            self._ascent.velocity = state["velocity"].to(self.subject.device)
+            self._ascent.images = state["images"].to(self.masked.device)
+            self._ascent.velocity = state["velocity"].to(self.masked.device)
 
 
 def margin_ratio(margins: dict[int, float]) -> tuple[int, float, float]:

@@ -34,12 +34,12 @@ class OverlayTrigger(PatternTrigger):
         >>> import torch
         >>> from torch import nn
         >>> from lightning_mnp.surgery.layers import find_filter_layers
-        >>> from lightning_mnp.surgery.masked_network import Subject
+        >>> from lightning_mnp.surgery.masked_network import MaskedNetwork
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> images, labels = torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)
-        >>> subject = Subject(network, find_filter_layers(network, images))
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
         >>> zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
-        >>> overlay = OverlayTrigger(subject, images, labels, labels + 1, zero, one)
+        >>> overlay = OverlayTrigger(masked, images, labels, labels + 1, zero, one)
         >>> before = overlay.margins().mean()
         >>> overlay.approach()
         >>> bool(overlay.margins().mean() > before)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_mnp.defense_data.defense_set import DefenseSet, value_range
 from lightning_mnp.signals.reach import goal_margins, least_positive
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 __all__ = ["PatternSearch", "PatternTrigger", "pattern_lead"]
 
@@ -33,7 +33,7 @@ class PatternTrigger(ABC):
     """A change that is made to every image, the same to all.
 
     Args:
-        subject: The network, which runs in evaluation mode.
+        masked: The network, which runs in evaluation mode.
         images: Shape (N, C, ...).
         labels: Their classes, shape (N,).
         goals: The class that each image is pushed to, shape (N,).
@@ -51,14 +51,14 @@ class PatternTrigger(ABC):
 
     def __init__(
         self,
-        subject: Subject,
+        masked: MaskedNetwork,
         images: Tensor,
         labels: Tensor,
         goals: Tensor,
         low: Tensor,
         high: Tensor,
     ) -> None:
-        self.subject = subject
+        self.masked = masked
         self.images, self.labels = images, labels
         self.goals = goals
         self.low, self.high = low, high
@@ -115,7 +115,7 @@ class PatternTrigger(ABC):
     def logits(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Run the network on images under the pattern, shape (N, K)."""
         changed = self.applied(images, self.pattern)
-        return self.subject(changed, masks=masks, statistics="running")
+        return self.masked(changed, masks=masks, statistics="running")
 
     def margins(self, masks: Tensor | None = None) -> Tensor:
         """Logit of the class pushed to above that of the true class, shape (N,)."""
@@ -136,7 +136,7 @@ class PatternTrigger(ABC):
         with torch.enable_grad():
             pattern = self.pattern.clone().requires_grad_()
             changed = self.applied(self.images, pattern)
-            logits = self.subject(changed, masks=masks, statistics="running")
+            logits = self.masked(changed, masks=masks, statistics="running")
             (gradient,) = torch.autograd.grad(objective(logits), pattern)
         return gradient * self.unit, logits.detach()
 
@@ -160,7 +160,7 @@ class PatternSearch(Generic[Trigger]):
 
     Args:
         kind: The kind of pattern.
-        subject: The network.
+        masked: The network.
         data: The defense set.
         classes: The classes to try; may be set later, before the first step.
         seed: Seed of the images.
@@ -179,8 +179,8 @@ class PatternSearch(Generic[Trigger]):
         >>> from lightning_mnp.signals.patch import PatchTrigger
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
-        >>> subject = Subject(network, find_filter_layers(network, data.images))
-        >>> search = PatternSearch(PatchTrigger, subject, data, [0, 1], seed=0)
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
+        >>> search = PatternSearch(PatchTrigger, masked, data, [0, 1], seed=0)
         >>> while not search.finished:
         ...     metrics = search.step()
         >>> list(search.margins), list(metrics)
@@ -190,14 +190,14 @@ class PatternSearch(Generic[Trigger]):
     def __init__(
         self,
         kind: type[Trigger],
-        subject: Subject,
+        masked: MaskedNetwork,
         data: DefenseSet,
         classes: Sequence[int],
         seed: int,
         batch_size: int = 128,
     ) -> None:
         self.kind = kind
-        self.subject = subject
+        self.masked = masked
         self.data = data
         self.classes = list(classes)
         self.seed = seed
@@ -251,12 +251,12 @@ class PatternSearch(Generic[Trigger]):
         Args:
             target: The class.
         """
-        device, count = self.subject.device, min(_IMAGES, self.batch_size)
+        device, count = self.masked.device, min(_IMAGES, self.batch_size)
         key = (self.seed, self.kind.name, target)
         images, labels = self.data.others(target, count, device, key)
         low, high = (bound.to(device) for bound in value_range(self.data.images))
         goals = torch.full_like(labels, target)
-        return self.kind(self.subject, images, labels, goals, low, high)
+        return self.kind(self.masked, images, labels, goals, low, high)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as tensors and primitives."""
@@ -281,7 +281,7 @@ class PatternSearch(Generic[Trigger]):
         self._trigger = None
         if state["pattern"] is not None:
             self._trigger = self.trigger(self.classes[len(self._ends)])
-            self._trigger.pattern = state["pattern"].to(self.subject.device)
+            self._trigger.pattern = state["pattern"].to(self.masked.device)
 
 
 def pattern_lead(rises: dict[int, float]) -> tuple[int, float]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_mnp.defense_data.defense_set import DefenseSet, seeded_generator, value_range
 from lightning_mnp.signals.patch import PatchTrigger
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 __all__ = ["PermutationSearch", "best_permutation", "permutation_excess"]
 
@@ -66,7 +66,7 @@ class PermutationSearch:
     The patch is made on some images of the defense set and measured on others, at least as many.
 
     Args:
-        subject: The network.
+        masked: The network.
         data: The defense set.
         seed: Seed of the images.
         batch_size: Most images that the network sees at a time.
@@ -82,8 +82,8 @@ class PermutationSearch:
         >>> generator = torch.manual_seed(0)
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
-        >>> subject = Subject(network, find_filter_layers(network, data.images))
-        >>> search = PermutationSearch(subject, data, seed=0)
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
+        >>> search = PermutationSearch(masked, data, seed=0)
         >>> while not search.finished:
         ...     metrics = search.step()
         >>> search.permutation, 0 <= search.moved <= 1
@@ -91,9 +91,9 @@ class PermutationSearch:
     """
 
     def __init__(
-        self, subject: Subject, data: DefenseSet, seed: int, batch_size: int = 128
+        self, masked: MaskedNetwork, data: DefenseSet, seed: int, batch_size: int = 128
     ) -> None:
-        self.subject = subject
+        self.masked = masked
         self.data = data
         self.seed = seed
         self.batch_size = batch_size
@@ -167,7 +167,7 @@ class PermutationSearch:
         known = torch.isin(self.data.labels, torch.tensor(list(self.permutation)))
         rows = known.nonzero().flatten()
         drawn = torch.randperm(len(rows), generator=seeded_generator(self.seed, "sources"))
-        rows, device = rows[drawn[:count]], self.subject.device
+        rows, device = rows[drawn[:count]], self.masked.device
         return self.data.images[rows].to(device), self.goals(self.data.labels[rows]).to(device)
 
     def trigger(self) -> PatchTrigger:
@@ -177,11 +177,11 @@ class PermutationSearch:
         return trigger
 
     def _new_trigger(self) -> PatchTrigger:
-        device = self.subject.device
+        device = self.masked.device
         images, labels = self.data.images[self._rows], self.data.labels[self._rows]
         low, high = (bound.to(device) for bound in value_range(self.data.images))
         labels = labels.to(device)
-        return PatchTrigger(self.subject, images.to(device), labels, labels, low, high)
+        return PatchTrigger(self.masked, images.to(device), labels, labels, low, high)
 
     @torch.no_grad()
     def _guess(self, trigger: PatchTrigger) -> None:
@@ -193,7 +193,7 @@ class PermutationSearch:
         labels = self.data.labels[self._measured]
         found = torch.cat(
             [
-                trigger.logits(self.data.images[rows].to(self.subject.device)).argmax(1).cpu()
+                trigger.logits(self.data.images[rows].to(self.masked.device)).argmax(1).cpu()
                 for rows in self._measured.split(self.batch_size)
             ]
         )
@@ -222,7 +222,7 @@ class PermutationSearch:
         self._trigger = None
         if state["pattern"] is not None:
             self._trigger = self.trigger()
-            self._trigger.pattern = state["pattern"].to(self.subject.device)
+            self._trigger.pattern = state["pattern"].to(self.masked.device)
 
 
 def permutation_excess(moved: float | None, classes: int) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_mnp.defense_data.defense_set import seeded_generator
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 __all__ = [
     "ReachSearch",
@@ -137,7 +137,7 @@ class SurrogateTrigger:
     """A perturbation of bounded length that is added to every image.
 
     Args:
-        subject: The network, which runs in evaluation mode.
+        masked: The network, which runs in evaluation mode.
         target: The class that images are pushed to.
         perturbation: Where to begin, shape (1, C, ...).
         limit: Greatest l2 norm.
@@ -147,8 +147,8 @@ class SurrogateTrigger:
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> images, labels = torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long)
-        >>> subject = Subject(network, find_filter_layers(network, images))
-        >>> trigger = SurrogateTrigger(subject, 1, torch.zeros(1, 1, 2, 2), limit=3.0)
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
+        >>> trigger = SurrogateTrigger(masked, 1, torch.zeros(1, 1, 2, 2), limit=3.0)
         >>> before = trigger.margin(images, labels)
         >>> for _ in range(5):
         ...     _ = trigger.ascend(images, labels, length=0.5)
@@ -158,12 +158,12 @@ class SurrogateTrigger:
 
     def __init__(
         self,
-        subject: Subject,
+        masked: MaskedNetwork,
         target: int,
         perturbation: Tensor,
         limit: float,
     ) -> None:
-        self.subject = subject
+        self.masked = masked
         self.target = target
         self.limit = limit
         self.perturbation = _shorten(perturbation, limit)
@@ -171,7 +171,7 @@ class SurrogateTrigger:
     def logits(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Run the network on triggered images, shape (N, K)."""
         triggered = images + self.perturbation
-        return self.subject(triggered, masks=masks, statistics="running")
+        return self.masked(triggered, masks=masks, statistics="running")
 
     @torch.no_grad()
     def margin(self, images: Tensor, labels: Tensor, masks: Tensor | None = None) -> float:
@@ -201,7 +201,7 @@ class SurrogateTrigger:
         """
         with torch.enable_grad():
             perturbation = self.perturbation.clone().requires_grad_()
-            logits = self.subject(images + perturbation, masks=masks, statistics="running")
+            logits = self.masked(images + perturbation, masks=masks, statistics="running")
             success = float((logits.argmax(1) == self.target).float().mean())
             if success >= until:
                 return success
@@ -221,7 +221,7 @@ class ReachSearch:
     mode; its *reach* is the length at which half of the images of other classes have arrived.
 
     Args:
-        subject: The network.
+        masked: The network.
         scale: Unit of lengths, from :func:`image_scale`.
         classes: The classes to approach.
         seed: Seed of everything that is drawn.
@@ -232,8 +232,10 @@ class ReachSearch:
         perturbations: The perturbation of each class done so far, shape (1, C, ...).
     """
 
-    def __init__(self, subject: Subject, scale: float, classes: Sequence[int], seed: int) -> None:
-        self.subject = subject
+    def __init__(
+        self, masked: MaskedNetwork, scale: float, classes: Sequence[int], seed: int
+    ) -> None:
+        self.masked = masked
         self.scale = scale
         self.classes = list(classes)
         self.seed = seed
@@ -299,7 +301,7 @@ class ReachSearch:
         target = self.current
         if self._trigger is None:
             start = torch.zeros_like(images[:1])
-            self._trigger = SurrogateTrigger(self.subject, target, start, math.inf)
+            self._trigger = SurrogateTrigger(self.masked, target, start, math.inf)
         others = labels != target
         images, labels = images[others], labels[others]
         length = float(self._trigger.perturbation.norm()) / self.scale
@@ -328,7 +330,7 @@ class ReachSearch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        device = self.subject.device
+        device = self.masked.device
         self.classes = [int(index) for index in state["classes"]]
         self.reaches = {int(index): float(reach) for index, reach in state["reaches"].items()}
         self.perturbations = {
@@ -338,7 +340,7 @@ class ReachSearch:
         self._trigger = None
         if state["trigger"] is not None:
             start = state["trigger"].to(device)
-            self._trigger = SurrogateTrigger(self.subject, self.current, start, math.inf)
+            self._trigger = SurrogateTrigger(self.masked, self.current, start, math.inf)
 
 
 def _crossing(trace: Sequence[tuple[float, float]]) -> float:

@@ -14,7 +14,7 @@ from lightning_mnp.signals.permutation import PermutationSearch
 from lightning_mnp.signals.reach import ReachSearch, image_scale
 from lightning_mnp.signals.verdict import Evidence
 from lightning_mnp.signals.warp import WarpTrigger
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 __all__ = ["Surrogates"]
 
@@ -32,7 +32,7 @@ class Surrogates:
     """The searches for surrogate triggers, on the same network, images and classes.
 
     Args:
-        subject: The network.
+        masked: The network.
         data: The defense set.
         config: Options.
 
@@ -50,23 +50,23 @@ class Surrogates:
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
-        >>> subject = Subject(network, find_filter_layers(network, data.images))
-        >>> surrogates = Surrogates(subject, data, MNPConfig())
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
+        >>> surrogates = Surrogates(masked, data, MNPConfig())
         >>> surrogates.choose_classes([1], 2)
         >>> surrogates.reach.classes, surrogates.evidence.complete
         ([1, 0], False)
     """
 
-    def __init__(self, subject: Subject, data: DefenseSet, config: MNPConfig) -> None:
+    def __init__(self, masked: MaskedNetwork, data: DefenseSet, config: MNPConfig) -> None:
         seed, size = config.seed, config.batch_size
-        self.reach = ReachSearch(subject, image_scale(data.images), [], seed)
-        self.margin = MarginSearch(subject, data.images, [], seed, size)
-        self.patch = PatternSearch(PatchTrigger, subject, data, [], seed, size)
-        self.overlay = PatternSearch(OverlayTrigger, subject, data, [], seed, size)
+        self.reach = ReachSearch(masked, image_scale(data.images), [], seed)
+        self.margin = MarginSearch(masked, data.images, [], seed, size)
+        self.patch = PatternSearch(PatchTrigger, masked, data, [], seed, size)
+        self.overlay = PatternSearch(OverlayTrigger, masked, data, [], seed, size)
         self.warp: PatternSearch[WarpTrigger] | None = None
         if data.images.ndim == 4:
-            self.warp = PatternSearch(WarpTrigger, subject, data, [], seed, size)
-        self.permutation = PermutationSearch(subject, data, seed, size)
+            self.warp = PatternSearch(WarpTrigger, masked, data, [], seed, size)
+        self.permutation = PermutationSearch(masked, data, seed, size)
         self._seed = seed
         self._most = config.most_classes
 

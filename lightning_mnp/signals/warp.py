@@ -37,12 +37,12 @@ class WarpTrigger(PatternTrigger):
     Example:
         >>> from torch import nn
         >>> from lightning_mnp.surgery.layers import find_filter_layers
-        >>> from lightning_mnp.surgery.masked_network import Subject
+        >>> from lightning_mnp.surgery.masked_network import MaskedNetwork
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(36, 2))
         >>> images, labels = torch.rand(8, 1, 4, 4), torch.zeros(8, dtype=torch.long)
-        >>> subject = Subject(network, find_filter_layers(network, images))
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
         >>> zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
-        >>> warp = WarpTrigger(subject, images, labels, labels + 1, zero, one)
+        >>> warp = WarpTrigger(masked, images, labels, labels + 1, zero, one)
         >>> before = warp.margins().mean()
         >>> warp.approach()
         >>> bool(warp.margins().mean() > before), float(warp.pattern.abs().max()) <= 0.5

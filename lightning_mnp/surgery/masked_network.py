@@ -15,13 +15,13 @@ from lightning_mnp.surgery.forward import Forward, call_apart, call_network, eva
 from lightning_mnp.surgery.layers import FilterLayer, FilterLayers
 from lightning_mnp.surgery.masks import FilterMasks
 
-__all__ = ["Statistics", "Subject", "Weights"]
+__all__ = ["MaskedNetwork", "Statistics", "Weights"]
 
 Weights = dict[str, Tensor]
 Statistics = Literal["batch", "running"]
 
 
-class Subject:
+class MaskedNetwork:
     """Runs a network with given weights and masks; the network itself stays as it is.
 
     The weights are swapped in for the length of a call (``torch.func.functional_call``), the
@@ -44,9 +44,9 @@ class Subject:
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> images = torch.rand(2, 1, 4, 4)
-        >>> subject = Subject(network, find_filter_layers(network, images))
-        >>> zeros = {name: torch.zeros_like(w) for name, w in subject.weights().items()}
-        >>> float(subject(images, weights=zeros).abs().sum())
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
+        >>> zeros = {name: torch.zeros_like(w) for name, w in masked.weights().items()}
+        >>> float(masked(images, weights=zeros).abs().sum())
         0.0
     """
 
@@ -70,7 +70,7 @@ class Subject:
         self.autocast = autocast
         self.handicaps: dict[int, float] = {}
 
-    def raised(self, handicaps: Mapping[int, float]) -> Subject:
+    def raised(self, handicaps: Mapping[int, float]) -> MaskedNetwork:
         """Give the same network with some logits raised, and no others.
 
         Args:
@@ -80,8 +80,8 @@ class Subject:
             >>> from lightning_mnp.surgery.layers import find_filter_layers
             >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
             >>> images = torch.rand(2, 1, 4, 4)
-            >>> subject = Subject(network, find_filter_layers(network, images))
-            >>> bool(subject.raised({1: 9.0})(images)[0, 1] > subject(images)[0, 1])
+            >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
+            >>> bool(masked.raised({1: 9.0})(images)[0, 1] > masked(images)[0, 1])
             True
         """
         other = copy.copy(self)

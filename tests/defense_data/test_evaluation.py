@@ -6,14 +6,14 @@ from helpers import images_and_labels, trained_network
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.defense_data.evaluation import accuracy, clean_logits
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
 def test_a_pass_in_batches_is_what_the_network_gives_for_all_images() -> None:
     network = trained_network()
     data = DefenseSet(*images_and_labels())
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    logits, labels = clean_logits(subject, data, 16)
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    logits, labels = clean_logits(masked, data, 16)
     with torch.no_grad():
         expected = network(data.images)
     torch.testing.assert_close(logits, expected)

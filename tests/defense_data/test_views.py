@@ -15,7 +15,7 @@ SEED = 3
 
 
 class Told:
-    """In place of a subject: knows so many of the 40 images as they are, shifted, mirrored."""
+    """In place of a masked: knows so many of the 40 images as they are, shifted, mirrored."""
 
     device = torch.device("cpu")
 
@@ -52,8 +52,8 @@ def test_copies_are_those_that_the_network_recognizes(
     augment: Any, known: tuple[int, int, int], kind: str | None
 ) -> None:
     data = DefenseSet(*images_and_labels())
-    subject: Any = Told(data, *known)
-    found = clean_sets(subject, data, augment, 16, SEED)
+    masked: Any = Told(data, *known)
+    found = clean_sets(masked, data, augment, 16, SEED)
     assert found.sets[0] is data
     assert found.augment == (kind or "none")
     assert len(found.sets) == (1 if kind is None else 2)

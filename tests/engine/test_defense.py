@@ -137,13 +137,13 @@ def test_most_steps_is_an_upper_bound(changes: dict[str, Any], when: Any) -> Non
 def test_reference_and_ratio_are_those_of_the_formulas() -> None:
     network = trained_network()
     defense = finished(new_defense(network, when="never", runs=1))
-    subject, data = defense.subject, defense.data
+    masked, data = defense.masked, defense.data
     batches = list(data.batches(16, torch.device("cpu")))
     correlations = []
-    for weights in (subject.weights(), defense.suppression.weights):
+    for weights in (masked.weights(), defense.suppression.weights):
         detached = {name: weight.detach() for name, weight in weights.items()}
-        changes = approximate_clc(subject, detached, batches)
-        magnitudes = filter_magnitudes(subject, detached)
+        changes = approximate_clc(masked, detached, batches)
+        magnitudes = filter_magnitudes(masked, detached)
         correlations.append(saliency_correlation(magnitudes, changes, defense.layers))
     [run] = defense.runs
     assert defense.correlation == pytest.approx(correlations[0], abs=1e-6)
@@ -330,7 +330,7 @@ def test_a_starved_class_is_raised_for_the_audit(monkeypatch: pytest.MonkeyPatch
     assert labels.equal(defense.data.labels)
     assert report.handicaps == {2: 1.5}
     assert any("class 2 is predicted far too rarely" in reason for reason in report.reasons)
-    raised = defense.balanced(images[:4]) - defense.subject(images[:4])
+    raised = defense.balanced(images[:4]) - defense.masked(images[:4])
     expected = torch.tensor([0.0, 0.0, 1.5, 0.0]).expand_as(raised)
     torch.testing.assert_close(raised, expected, atol=1e-4, rtol=1e-4)
     again = new_defense(when="never")

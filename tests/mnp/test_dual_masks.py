@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mnp.config import MNPConfig
-from lightning_mnp.mnp.dual_masks import FilterMask
+from lightning_mnp.mnp.dual_masks import DualMask
 from lightning_mnp.mnp.updates import PlainUpdates
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject, Weights
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 
 IMAGES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 2
 UPDATES = PlainUpdates()
 
 
-def make_subject() -> Subject:
+def make_masked() -> MaskedNetwork:
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.BatchNorm2d(4),
@@ -30,15 +30,15 @@ def make_subject() -> Subject:
         nn.Flatten(),
         nn.Linear(6, 2),
     ).eval()
-    return Subject(network, find_filter_layers(network, IMAGES))
+    return MaskedNetwork(network, find_filter_layers(network, IMAGES))
 
 
-def make(preserving: bool, subject: Subject | None = None, **options: Any) -> FilterMask:
-    subject = subject or make_subject()
-    return FilterMask(subject, subject.weights(), MNPConfig(**options), preserving)
+def make(preserving: bool, masked: MaskedNetwork | None = None, **options: Any) -> DualMask:
+    masked = masked or make_masked()
+    return DualMask(masked, masked.weights(), MNPConfig(**options), preserving)
 
 
-def objective(mask: FilterMask, values: Tensor, weights: Weights) -> Tensor:
+def objective(mask: DualMask, values: Tensor, weights: Weights) -> Tensor:
     """Eq. 5 and 7 written out for the network above."""
     penalty = mask.config.penalty
     x = F.conv2d(IMAGES, weights["0.weight"], weights["0.bias"])
@@ -60,7 +60,7 @@ def objective(mask: FilterMask, values: Tensor, weights: Weights) -> Tensor:
 @pytest.mark.parametrize("preserving", [False, True])
 def test_steps_are_equations_5_and_7_by_hand(preserving: bool, momentum: float) -> None:
     mask = make(preserving, penalty=0.05, mask_lr=0.5, mask_momentum=momentum)
-    weights = mask.subject.weights()
+    weights = mask.masked.weights()
     values, velocity = torch.ones(10), torch.zeros(10)
     for _ in range(4):
         leaf = values.clone().requires_grad_()
@@ -76,10 +76,10 @@ def test_steps_are_equations_5_and_7_by_hand(preserving: bool, momentum: float) 
 
 
 def test_norms_are_those_of_the_weights_that_are_masked() -> None:
-    subject = make_subject()
-    doubled = {name: 2 * weight for name, weight in subject.weights().items()}
-    first = FilterMask(subject, subject.weights(), MNPConfig(), False)
-    second = FilterMask(subject, doubled, MNPConfig(), False)
+    masked = make_masked()
+    doubled = {name: 2 * weight for name, weight in masked.weights().items()}
+    first = DualMask(masked, masked.weights(), MNPConfig(), False)
+    second = DualMask(masked, doubled, MNPConfig(), False)
     torch.testing.assert_close(second.norms, 2 * first.norms)
 
 
@@ -99,25 +99,25 @@ def test_masks_stay_in_their_range_and_reach_its_end(
 
 def test_metrics_are_those_before_the_step() -> None:
     mask = make(False, penalty=0.0)
-    logits = mask.subject(IMAGES)
+    logits = mask.masked(IMAGES)
     metrics = mask.step(IMAGES, LABELS, UPDATES)
     assert metrics["accuracy"] == (logits.argmax(1) == LABELS).float().mean()
     assert metrics["loss"] == pytest.approx(F.cross_entropy(logits, LABELS).item())
 
 
 def test_weights_and_network_are_unchanged() -> None:
-    subject = make_subject()
-    weights = {name: weight + 1 for name, weight in subject.weights().items()}
+    masked = make_masked()
+    weights = {name: weight + 1 for name, weight in masked.weights().items()}
     copies = {name: weight.clone() for name, weight in weights.items()}
-    state = {name: tensor.clone() for name, tensor in subject.network.state_dict().items()}
-    mask = FilterMask(subject, weights, MNPConfig(), False)
+    state = {name: tensor.clone() for name, tensor in masked.network.state_dict().items()}
+    mask = DualMask(masked, weights, MNPConfig(), False)
     for _ in range(3):
         mask.step(IMAGES, LABELS, UPDATES)
     assert all(torch.equal(weights[name], copies[name]) for name in weights)
-    for name, tensor in subject.network.state_dict().items():
+    for name, tensor in masked.network.state_dict().items():
         assert torch.equal(tensor, state[name])
     assert all(weight.grad is None for weight in weights.values())
-    assert all(parameter.grad is None for parameter in subject.network.parameters())
+    assert all(parameter.grad is None for parameter in masked.network.parameters())
 
 
 # --- non-finite numbers ------------------------------------------------------------------------
@@ -156,14 +156,14 @@ def test_a_gradient_that_is_not_finite_ends_it_with_the_last_mask(factor: float)
 
 
 def test_restart_repeats_the_run() -> None:
-    subject = make_subject()
-    mask = make(True, subject, mask_momentum=0.9, penalty=0.05)
+    masked = make_masked()
+    mask = make(True, masked, mask_momentum=0.9, penalty=0.05)
     runs = []
     for _ in range(2):
         losses = [mask.step(IMAGES, LABELS, UPDATES)["loss"] for _ in range(3)]
         runs.append((losses, mask.values.detach().clone()))
         mask.stopped = "for a reason"
-        mask.restart(subject.weights())
+        mask.restart(masked.weights())
         assert mask.stopped == ""
         assert torch.equal(mask.values, torch.ones(10))
     assert runs[0][0] == runs[1][0]
@@ -173,9 +173,9 @@ def test_restart_repeats_the_run() -> None:
 @pytest.mark.parametrize("preserving", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_saved_run_goes_on_bit_for_bit(preserving: bool, momentum: float) -> None:
-    subject = make_subject()
+    masked = make_masked()
     options = {"mask_momentum": momentum, "penalty": 0.05}
-    first, second = make(preserving, subject, **options), make(preserving, subject, **options)
+    first, second = make(preserving, masked, **options), make(preserving, masked, **options)
     for _ in range(2):
         first.step(IMAGES, LABELS, UPDATES)
     file = io.BytesIO()

@@ -20,7 +20,7 @@ from lightning_mnp.mnp.saliency import (
     filter_magnitudes,
 )
 from lightning_mnp.surgery.layers import FilterLayer, FilterLayers, find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 from lightning_mnp.surgery.masks import FilterMasks
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -52,9 +52,9 @@ def make_network() -> nn.Sequential:
     return network
 
 
-def make(**options: Any) -> Subject:
+def make(**options: Any) -> MaskedNetwork:
     network = make_network()
-    return Subject(network, find_filter_layers(network, IMAGES), **options)
+    return MaskedNetwork(network, find_filter_layers(network, IMAGES), **options)
 
 
 def filter_weights(network: nn.Sequential, index: int) -> list[tuple[slice | int, ...]]:
@@ -70,8 +70,8 @@ def filter_weights(network: nn.Sequential, index: int) -> list[tuple[slice | int
 
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0])
 def test_magnitudes(p: float) -> None:
-    subject = make()
-    network: Any = subject.network
+    masked = make()
+    network: Any = masked.network
     expected = [
         float(
             np.sum(np.abs(network[index].weight[place].detach().double().numpy()) ** p) ** (1 / p)
@@ -79,23 +79,23 @@ def test_magnitudes(p: float) -> None:
         for index in (0, 3, 5)
         for place in filter_weights(network, index)
     ]
-    found = filter_magnitudes(subject, subject.weights(), p)
+    found = filter_magnitudes(masked, masked.weights(), p)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
 
 
 def test_magnitudes_of_other_weights() -> None:
-    subject = make()
-    doubled = {name: 2 * weight for name, weight in subject.weights().items()}
-    own = filter_magnitudes(subject, subject.weights())
-    torch.testing.assert_close(filter_magnitudes(subject, doubled), 2 * own)
+    masked = make()
+    doubled = {name: 2 * weight for name, weight in masked.weights().items()}
+    own = filter_magnitudes(masked, masked.weights())
+    torch.testing.assert_close(filter_magnitudes(masked, doubled), 2 * own)
 
 
 @pytest.mark.parametrize("p", [0, -1.0])
 def test_wrong_order(p: float) -> None:
-    subject = make()
+    masked = make()
     with pytest.raises(ValueError, match=f"`p` to be above 0, but got {p}"):
-        filter_magnitudes(subject, subject.weights(), p)
+        filter_magnitudes(masked, masked.weights(), p)
 
 
 # --- normalization and correlation -------------------------------------------------------------
@@ -173,23 +173,23 @@ def mean_loss(network: nn.Module, statistics: str) -> Tensor:
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 def test_approximate_change_against_explicit_gradients(statistics: Any) -> None:
-    subject = make(statistics=statistics)
-    network: Any = copy.deepcopy(subject.network)
+    masked = make(statistics=statistics)
+    network: Any = copy.deepcopy(masked.network)
     mean_loss(network, statistics).backward()  # type: ignore[no-untyped-call]
     expected = [
         -float((network[index].weight.grad[place] * network[index].weight.data[place]).sum())
         for index in (0, 3, 5)
         for place in filter_weights(network, index)
     ]
-    found = approximate_clc(subject, subject.weights(), BATCHES)
+    found = approximate_clc(masked, masked.weights(), BATCHES)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_approximate_change_against_finite_differences() -> None:
-    subject = make(statistics="running")
-    found = approximate_clc(subject, subject.weights(), BATCHES)
-    network: Any = copy.deepcopy(subject.network).double()
+    masked = make(statistics="running")
+    found = approximate_clc(masked, masked.weights(), BATCHES)
+    network: Any = copy.deepcopy(masked.network).double()
     slopes = []
     for index in (0, 3, 5):
         for place in filter_weights(network, index):
@@ -205,12 +205,12 @@ def test_approximate_change_against_finite_differences() -> None:
 
 
 def test_batch_change_gives_the_logits_on_the_way() -> None:
-    subject = make()
-    changes, logits = batch_clc(subject, subject.weights(), IMAGES, LABELS)
-    torch.testing.assert_close(logits, subject(IMAGES).detach())
+    masked = make()
+    changes, logits = batch_clc(masked, masked.weights(), IMAGES, LABELS)
+    torch.testing.assert_close(logits, masked(IMAGES).detach())
     assert not logits.requires_grad
     assert not changes.requires_grad
-    assert all(p.grad is None and p.requires_grad for p in subject.network.parameters())
+    assert all(p.grad is None and p.requires_grad for p in masked.network.parameters())
 
 
 def test_a_layer_without_part_in_the_logits_changes_nothing() -> None:
@@ -224,8 +224,8 @@ def test_a_layer_without_part_in_the_logits_changes_nothing() -> None:
             return self.head(self.conv(x).mean((2, 3))), self.side(x)
 
     network = Two()
-    subject = Subject(network, find_filter_layers(network, IMAGES))
-    changes = approximate_clc(subject, subject.weights(), BATCHES)
+    masked = MaskedNetwork(network, find_filter_layers(network, IMAGES))
+    changes = approximate_clc(masked, masked.weights(), BATCHES)
     assert (changes != 0).tolist() == [True] * 4 + [False] * 2
 
 
@@ -233,19 +233,19 @@ def test_a_layer_without_part_in_the_logits_changes_nothing() -> None:
 
 
 def brute_force(
-    subject: Subject, images: Tensor, labels: Tensor, batch_norm: bool = False
+    masked: MaskedNetwork, images: Tensor, labels: Tensor, batch_norm: bool = False
 ) -> list[float]:
     """Remove every single filter from a copy, and measure."""
     losses = []
-    for index in [None, *range(subject.layers.total)]:
-        values = torch.ones(subject.layers.total)
+    for index in [None, *range(masked.layers.total)]:
+        values = torch.ones(masked.layers.total)
         if index is not None:
             values[index] = 0.0
-        other = copy.deepcopy(subject.network).train(batch_norm)
+        other = copy.deepcopy(masked.network).train(batch_norm)
         if batch_norm:  # baked masks are for evaluation mode
-            FilterMasks(other, subject.layers, values).attach()
+            FilterMasks(other, masked.layers, values).attach()
         else:
-            FilterMasks(other, subject.layers, values).bake()
+            FilterMasks(other, masked.layers, values).bake()
         with torch.no_grad():
             losses.append(float(F.cross_entropy(other(images).double(), labels)))
     return [loss - losses[0] for loss in losses[1:]]
@@ -253,22 +253,22 @@ def brute_force(
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 def test_exact_change_against_brute_force(statistics: Any) -> None:
-    subject = make(statistics=statistics)  # measured in evaluation mode unless told otherwise
+    masked = make(statistics=statistics)  # measured in evaluation mode unless told otherwise
     calls: list[tuple[int, int]] = []
-    found = exact_clc(subject, BATCHES, lambda done, of: calls.append((done, of)))
+    found = exact_clc(masked, BATCHES, lambda done, of: calls.append((done, of)))
     assert found.dtype == torch.float64
-    expected = brute_force(subject, IMAGES, LABELS)
+    expected = brute_force(masked, IMAGES, LABELS)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
     assert calls == [(done, 14) for done in range(1, 15)]
 
 
 def test_exact_change_with_batch_statistics() -> None:
-    subject = make(statistics="running")
-    found = exact_clc(subject, [(IMAGES, LABELS)], statistics="batch")
-    expected = brute_force(subject, IMAGES, LABELS, batch_norm=True)
+    masked = make(statistics="running")
+    found = exact_clc(masked, [(IMAGES, LABELS)], statistics="batch")
+    expected = brute_force(masked, IMAGES, LABELS, batch_norm=True)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(expected, brute_force(subject, IMAGES, LABELS), atol=1e-3)
-    same = exact_blc(subject, [(IMAGES, LABELS)], lambda x: x, lambda y: y, statistics="batch")
+    assert not np.allclose(expected, brute_force(masked, IMAGES, LABELS), atol=1e-3)
+    same = exact_blc(masked, [(IMAGES, LABELS)], lambda x: x, lambda y: y, statistics="batch")
     assert torch.equal(same, found)
 
 
@@ -282,30 +282,30 @@ def test_exact_and_approximate_change_of_weights_without_weight(statistics: Any)
     with torch.no_grad():
         network[1].weight.mul_(1e-3)
         network[0].running_mean.fill_(0.4)
-    subject = Subject(network, find_filter_layers(network, IMAGES), statistics=statistics)
-    exact = exact_clc(subject, BATCHES, statistics=statistics)
-    approximate = approximate_clc(subject, subject.weights(), BATCHES)
+    masked = MaskedNetwork(network, find_filter_layers(network, IMAGES), statistics=statistics)
+    exact = exact_clc(masked, BATCHES, statistics=statistics)
+    approximate = approximate_clc(masked, masked.weights(), BATCHES)
     np.testing.assert_allclose(exact.numpy(), approximate.numpy(), rtol=1e-2, atol=1e-8)
 
 
 def test_exact_backdoor_change() -> None:
-    subject = make()
+    masked = make()
 
     def trigger(images: Tensor) -> Tensor:
         images = images.clone()
         images[:, :, -2:, -2:] = 1.0
         return images
 
-    found = exact_blc(subject, BATCHES, trigger, lambda labels: (labels + 1) % 3)
-    expected = brute_force(subject, trigger(IMAGES), (LABELS + 1) % 3)
+    found = exact_blc(masked, BATCHES, trigger, lambda labels: (labels + 1) % 3)
+    expected = brute_force(masked, trigger(IMAGES), (LABELS + 1) % 3)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(found.numpy(), exact_clc(subject, BATCHES).numpy(), atol=1e-3)
+    assert not np.allclose(found.numpy(), exact_clc(masked, BATCHES).numpy(), atol=1e-3)
 
 
 def test_no_batch() -> None:
-    subject = make()
+    masked = make()
     message = "`batches` to hold at least one batch"
     with pytest.raises(ValueError, match=message):
-        exact_clc(subject, [])
+        exact_clc(masked, [])
     with pytest.raises(ValueError, match=message):
-        approximate_clc(subject, subject.weights(), iter([]))
+        approximate_clc(masked, masked.weights(), iter([]))

@@ -16,7 +16,7 @@ from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.mnp.suppression import CleanSuppression, suppression_parts
 from lightning_mnp.mnp.updates import PlainUpdates
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 IMAGES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 2
@@ -31,8 +31,8 @@ def make_network() -> nn.Sequential:
 
 def make(network: nn.Module | None = None, **options: Any) -> CleanSuppression:
     network = network or make_network()
-    subject = Subject(network, find_filter_layers(network, IMAGES))
-    return CleanSuppression(subject, MNPConfig(**{"stop_accuracy": None, **options}))
+    masked = MaskedNetwork(network, find_filter_layers(network, IMAGES))
+    return CleanSuppression(masked, MNPConfig(**{"stop_accuracy": None, **options}))
 
 
 def snapshot(stage: CleanSuppression) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ def test_the_step_to_a_loss_that_is_not_finite_is_undone(
     assert stage.steps == steps - 1 > 0
     for name, weight in snapshot(stage).items():
         torch.testing.assert_close(weight, before[name], rtol=1e-5, atol=1e-6)
-    assert torch.isfinite(stage.subject(IMAGES, weights=before)).all()
+    assert torch.isfinite(stage.masked(IMAGES, weights=before)).all()
 
 
 def test_a_first_loss_that_is_not_finite_changes_nothing() -> None:
@@ -256,7 +256,7 @@ def test_the_length_of_a_step_is_that_of_the_optimizers(momentum: float) -> None
     for _ in range(3):
         stage.step(IMAGES, LABELS, 8, UPDATES)
     before = snapshot(stage)
-    loss = F.cross_entropy(stage.subject(IMAGES, weights=stage.weights), LABELS)
+    loss = F.cross_entropy(stage.masked(IMAGES, weights=stage.weights), LABELS)
     UPDATES.backward(-loss, stage.optimizer)
     length = stage._relative_step()
     UPDATES.step(stage.optimizer)
@@ -297,7 +297,7 @@ def test_restart_repeats_the_run(momentum: float) -> None:
     for _ in range(2):
         assert (stage.steps, stage.stopped) == (0, "")
         assert math.isnan(stage.accuracy)
-        assert same(snapshot(stage), stage.subject.weights())
+        assert same(snapshot(stage), stage.masked.weights())
         losses = [stage.step(IMAGES, LABELS, 8, UPDATES)["loss"] for _ in range(3)]
         stage.finish("done")
         runs.append((losses, snapshot(stage)))

@@ -12,22 +12,22 @@ from lightning_mnp.purify.greedy import FilterSearch
 from lightning_mnp.purify.harm import CleanHarm
 from lightning_mnp.purify.traces import SuppressedSource
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
 def new_search(most: int = 3, harm: float = 0.5, target: int = 1) -> FilterSearch:
     network = trained_network()
     data = DefenseSet(*images_and_labels())
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
     # Weights that have been noised stand for suppressed ones.
     generator = torch.Generator().manual_seed(1)
     weights = {
         name: weight + 0.3 * weight.abs().mean() * torch.randn(weight.shape, generator=generator)
-        for name, weight in subject.weights().items()
+        for name, weight in masked.weights().items()
     }
-    source = SuppressedSource(subject, [weights], data.images, goals_of(data.images, target))
+    source = SuppressedSource(masked, [weights], data.images, goals_of(data.images, target))
     clean = [data, data.augmented("crop", seed=0)]
-    return FilterSearch(subject, clean, [source], most, harm, 16, 0)
+    return FilterSearch(masked, clean, [source], most, harm, 16, 0)
 
 
 def finish(search: FilterSearch) -> FilterSearch:
@@ -54,7 +54,7 @@ def test_search_lowers_the_margins() -> None:
 
 def test_harm_of_each_number_of_filters_is_on_the_curve() -> None:
     search = finish(new_search(most=3, harm=50.0))
-    harm = CleanHarm(search.subject, search.clean, 16)
+    harm = CleanHarm(search.masked, search.clean, 16)
     for count, point in enumerate(search.curve):
         masks = torch.ones_like(search.masks())
         masks[search.taken[:count]] = 0.0
@@ -129,10 +129,10 @@ def test_resumed_search_takes_the_same_filters() -> None:
 
 def test_network_is_left_as_it_was() -> None:
     search = new_search()
-    before = snapshot(search.subject.network)
+    before = snapshot(search.masked.network)
     search.step()
     search.step()
-    assert same(before, snapshot(search.subject.network))
+    assert same(before, snapshot(search.masked.network))
 
 
 def test_filter_whose_harm_cannot_be_told_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,14 @@ from helpers import images_and_labels, same, snapshot
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.purify.harm import CleanHarm, trimmed_mean
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
 def new_harm(count: int, batch_size: int = 128, impurity: float = 0.0) -> CleanHarm:
     network = small_network()  # images go through it one by one
     data = DefenseSet(*images_and_labels(count))
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    return CleanHarm(subject, [data, data.augmented("crop", seed=0)], batch_size, impurity)
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    return CleanHarm(masked, [data, data.augmented("crop", seed=0)], batch_size, impurity)
 
 
 def probabilities(harm: CleanHarm, masks: torch.Tensor | None) -> list[list[float]]:
@@ -25,7 +25,7 @@ def probabilities(harm: CleanHarm, masks: torch.Tensor | None) -> list[list[floa
     rows = []
     for data in harm.clean:
         for image in data.images:
-            logits = harm.subject(image[None], masks=masks, statistics="running")[0].tolist()
+            logits = harm.masked(image[None], masks=masks, statistics="running")[0].tolist()
             total = sum(math.exp(value) for value in logits)
             rows.append([math.exp(value) / total for value in logits])
     return rows
@@ -45,7 +45,7 @@ def test_harm_is_the_rise_of_the_loss_and_with_few_images_half_of_the_divergence
     count: int, share: float, impurity: float, left_out: int
 ) -> None:
     harm = new_harm(count, impurity=impurity)
-    masks = torch.ones(harm.subject.layers.total)
+    masks = torch.ones(harm.masked.layers.total)
     masks[::3] = 0.3
     before, after = probabilities(harm, None), probabilities(harm, masks)
     labels = [int(label) for data in harm.clean for label in data.labels]
@@ -66,7 +66,7 @@ def test_harm_is_the_rise_of_the_loss_where_there_are_images_enough(
 ) -> None:
     monkeypatch.setattr("lightning_mnp.purify.harm._ENOUGH_IMAGES", 40)
     harm = new_harm(40)
-    masks = torch.ones(harm.subject.layers.total)
+    masks = torch.ones(harm.masked.layers.total)
     masks[::3] = 0.3
     labels = [int(label) for data in harm.clean for label in data.labels]
     rows = zip(probabilities(harm, None), probabilities(harm, masks), labels, strict=True)
@@ -83,7 +83,7 @@ def test_one_value_at_least_is_left_of_a_trimmed_mean() -> None:
 
 def test_network_as_it_is_does_no_harm_and_stays() -> None:
     harm = new_harm(40, batch_size=7)
-    network = harm.subject.network
+    network = harm.masked.network
     before = snapshot(network)
-    assert harm.of(torch.ones(harm.subject.layers.total)) == pytest.approx(0.0, abs=1e-6)
+    assert harm.of(torch.ones(harm.masked.layers.total)) == pytest.approx(0.0, abs=1e-6)
     assert same(before, snapshot(network))

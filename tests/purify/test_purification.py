@@ -15,7 +15,7 @@ from lightning_mnp.purify.purification import Purification
 from lightning_mnp.purify.traces import Source, SuppressedSource
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.logit_shift import fit_shift
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.01, "harm": 50.0}
 
@@ -23,15 +23,15 @@ AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.01, "harm": 50.0}
 def new_purification(**changes: Any) -> Purification:
     network = trained_network()
     data = DefenseSet(*images_and_labels())
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    return Purification(subject, data, quick_config(**{**AUTO, **changes}))
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    return Purification(masked, data, quick_config(**{**AUTO, **changes}))
 
 
 def sources_of(purification: Purification) -> list[Source]:
-    subject, data = purification.subject, purification.data
-    weights = {name: weight * 0.9 for name, weight in subject.weights().items()}
+    masked, data = purification.masked, purification.data
+    weights = {name: weight * 0.9 for name, weight in masked.weights().items()}
     images = data.images[data.labels != 1]
-    return [SuppressedSource(subject, [weights], images, goals_of(images))]
+    return [SuppressedSource(masked, [weights], images, goals_of(images))]
 
 
 def steps_of(purification: Purification) -> list[Any]:
@@ -94,10 +94,10 @@ def test_search_must_have_begun() -> None:
 
 def test_filters_are_taken_and_turned_down_with_the_logits_of_starved_classes_raised() -> None:
     plain = new_purification(augment="none", attenuation_steps=1, batch_size=40)
-    subject, data = plain.subject, plain.data
-    balanced = Subject(subject.network, subject.layers)
+    masked, data = plain.masked, plain.data
+    balanced = MaskedNetwork(masked.network, masked.layers)
     balanced.handicaps = {1: 3.0}
-    raised = Purification(subject, data, plain.config, balanced)
+    raised = Purification(masked, data, plain.config, balanced)
     for purification in (plain, raised):
         purification.begin(sources_of(purification))
         while not purification.search_step() or not purification._begun.stopped:
@@ -107,9 +107,9 @@ def test_filters_are_taken_and_turned_down_with_the_logits_of_starved_classes_ra
         masks = purification._begun.masks()
         with torch.no_grad():
             before = F.cross_entropy(
-                subject(data.images, statistics="running") + offset, data.labels
+                masked(data.images, statistics="running") + offset, data.labels
             )
-            logits = subject(data.images, masks=masks, statistics="running")
+            logits = masked(data.images, masks=masks, statistics="running")
             after = F.cross_entropy(logits + offset, data.labels)
         share = len(data) / 2500
         harm = CleanHarm(purification.balanced, [data], 40)
@@ -122,7 +122,7 @@ def test_factors_are_zero_for_pruned_filters_and_masks_for_the_others() -> None:
     purification = new_purification()
     assert purification.factors().eq(1).all()
     assert not purification.changes
-    purification.masks = torch.full((purification.subject.layers.total,), 0.5)
+    purification.masks = torch.full((purification.masked.layers.total,), 0.5)
     purification.remove(torch.tensor([3, 1]))
     factors = purification.factors()
     assert factors[[1, 3]].tolist() == [0.0, 0.0]
@@ -132,12 +132,12 @@ def test_factors_are_zero_for_pruned_filters_and_masks_for_the_others() -> None:
 
 def test_purified_copy_gives_what_the_factors_and_the_shift_say() -> None:
     purification = new_purification()
-    network, before = purification.subject.network, snapshot(purification.subject.network)
+    network, before = purification.masked.network, snapshot(purification.masked.network)
     purification.begin(sources_of(purification))
     steps_of(purification)
     found = purification.check(target=1)
     images, labels = purification.data.images, purification.data.labels
-    logits = purification.subject(images, masks=purification.factors(), statistics="running")
+    logits = purification.masked(images, masks=purification.factors(), statistics="running")
     assert purification.shift is not None
     expected = logits + purification.shift.values
     purified = purification.purified()
@@ -150,7 +150,7 @@ def test_purified_copy_gives_what_the_factors_and_the_shift_say() -> None:
 def test_repair_gives_a_starved_target_back_what_pruning_took_and_no_more() -> None:
     plain = new_purification()
     images, labels = plain.data.images, plain.data.labels
-    starved = Purification(plain.subject, plain.data, plain.config, plain.subject.raised({1: 3.0}))
+    starved = Purification(plain.masked, plain.data, plain.config, plain.masked.raised({1: 3.0}))
     for purification, fixed in ((plain, 1), (starved, None)):
         purification.remove(torch.tensor([0, 5]))
         purification.check(target=1)
@@ -200,7 +200,7 @@ def test_resumed_purification_ends_the_same(stop: int) -> None:
     assert second.factors().equal(reference.factors())
     assert second.accuracy == reference.accuracy
     finished = new_purification()
-    finished.subject.network.register_forward_pre_hook(not_to_be_run)
+    finished.masked.network.register_forward_pre_hook(not_to_be_run)
     finished.load_state_dict(second.state_dict(), sources_of(finished))
     assert finished.shift is not None
     assert reference.shift is not None

@@ -11,7 +11,7 @@ from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.purify.soft_masks import Attenuation
 from lightning_mnp.purify.traces import Source, SuppressedSource, strength
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
 class Fixed:
@@ -44,10 +44,10 @@ class Fixed:
         """Need nothing."""
 
 
-def new_subject() -> tuple[Subject, DefenseSet]:
+def new_subject() -> tuple[MaskedNetwork, DefenseSet]:
     network = trained_network()
     data = DefenseSet(*images_and_labels())
-    return Subject(network, find_filter_layers(network, data.images[:2])), data
+    return MaskedNetwork(network, find_filter_layers(network, data.images[:2])), data
 
 
 def new_attenuation(
@@ -59,17 +59,17 @@ def new_attenuation(
     augment: Augmentation = "crop",
     impurity: float = 0.0,
 ) -> Attenuation:
-    subject, data = new_subject()
-    total = subject.layers.total
+    masked, data = new_subject()
+    total = masked.layers.total
     if sources is None:
-        weights = {name: weight * 0.5 for name, weight in subject.weights().items()}
+        weights = {name: weight * 0.5 for name, weight in masked.weights().items()}
         images = data.images[data.labels != 1]
-        sources = [SuppressedSource(subject, [weights], images, goals_of(images))]
+        sources = [SuppressedSource(masked, [weights], images, goals_of(images))]
     masks = torch.ones(total) if masks is None else masks
     references = [float(strength(source, masks)) for source in sources]
     free = torch.ones(total) > 0 if free is None else free
     return Attenuation(
-        *(subject, data, sources, references, masks, free, augment, steps, 16, seed), impurity
+        *(masked, data, sources, references, masks, free, augment, steps, 16, seed), impurity
     )
 
 
@@ -80,15 +80,15 @@ def finish(attenuation: Attenuation) -> Attenuation:
 
 
 def test_sources_get_weaker_and_the_clean_loss_stays() -> None:
-    subject, data = new_subject()
-    slopes = torch.zeros(subject.layers.total)
+    masked, data = new_subject()
+    slopes = torch.zeros(masked.layers.total)
     slopes[[100, 200]] = 5.0
     attenuation = finish(new_attenuation(steps=40, sources=[Fixed(slopes)], augment="none"))
     source, masks = attenuation.sources[0], attenuation.masks
     assert float(strength(source, masks)) < 0.85 * attenuation.references[0]
 
     def loss(masks: Tensor) -> float:
-        logits = subject(data.images, masks=masks, statistics="running")
+        logits = masked(data.images, masks=masks, statistics="running")
         return float(F.cross_entropy(logits, data.labels))
 
     assert loss(masks) < loss(torch.ones_like(masks)) + 0.1
@@ -102,7 +102,7 @@ def test_images_that_may_be_poisoned_are_left_out_of_the_clean_loss(
     device = torch.device("cpu")
     images, labels = attenuation.data.batch(0, 16, device, "none", (0, "attenuation", 0))
     assert len(images) == 14
-    logits = attenuation.subject(images, statistics="running")
+    logits = attenuation.masked(images, statistics="running")
     losses = [
         float(F.cross_entropy(row[None], own[None]))
         for row, own in zip(logits, labels, strict=True)
@@ -111,10 +111,10 @@ def test_images_that_may_be_poisoned_are_left_out_of_the_clean_loss(
 
 
 def test_masks_are_between_zero_and_one_and_pruned_filters_stay_pruned() -> None:
-    subject, _ = new_subject()
-    masks = torch.ones(subject.layers.total)
+    masked, _ = new_subject()
+    masks = torch.ones(masked.layers.total)
     masks[[0, 5]] = 0.0
-    free = torch.ones(subject.layers.total) > 0
+    free = torch.ones(masked.layers.total) > 0
     free[[1, 2]] = False
     found = finish(new_attenuation(masks=masks, free=free)).masks
     assert found[[0, 5]].tolist() == [0.0, 0.0]
@@ -125,8 +125,8 @@ def test_masks_are_between_zero_and_one_and_pruned_filters_stay_pruned() -> None
 
 
 def test_the_first_step_has_the_length_told() -> None:
-    subject, _ = new_subject()
-    slopes = torch.zeros(subject.layers.total)
+    masked, _ = new_subject()
+    slopes = torch.zeros(masked.layers.total)
     slopes[3] = 1e6  # next to this, the clean loss has no slope
     attenuation = new_attenuation(steps=10, sources=[Fixed(slopes)])
     attenuation._now = [1.0]
@@ -139,8 +139,8 @@ def test_the_first_step_has_the_length_told() -> None:
 
 
 def test_the_scale_of_the_gradients_does_not_matter() -> None:
-    subject, _ = new_subject()
-    slopes = torch.randn(subject.layers.total, generator=torch.Generator().manual_seed(0))
+    masked, _ = new_subject()
+    slopes = torch.randn(masked.layers.total, generator=torch.Generator().manual_seed(0))
     outcomes = []
     for scale in (1e5, 1e8):
         attenuation = new_attenuation(steps=5, sources=[Fixed(scale * slopes.abs())])
@@ -157,8 +157,8 @@ def test_the_scale_of_the_gradients_does_not_matter() -> None:
     ],
 )
 def test_sources_that_decide_tell_the_end(levels: dict[bool, float], enough: bool) -> None:
-    subject, _ = new_subject()
-    total = subject.layers.total
+    masked, _ = new_subject()
+    total = masked.layers.total
     sources: list[Source] = [Fixed(torch.ones(total), decides) for decides in levels]
     attenuation = new_attenuation(steps=1, sources=sources)
     # Margins count from -1 on: the sum of all masks, and one.
@@ -170,8 +170,8 @@ def test_sources_that_decide_tell_the_end(levels: dict[bool, float], enough: boo
 
 @pytest.mark.parametrize("level", [0.1, 0.3])
 def test_each_source_tells_when_it_is_weak(level: float) -> None:
-    subject, _ = new_subject()
-    total = subject.layers.total
+    masked, _ = new_subject()
+    total = masked.layers.total
     sources: list[Source] = [Fixed(torch.ones(total), weak_at=limit) for limit in (0.2, 0.4)]
     attenuation = new_attenuation(steps=1, sources=sources)
     attenuation.references = [(total + 1) / level, (total + 1) / 0.35]
@@ -180,8 +180,8 @@ def test_each_source_tells_when_it_is_weak(level: float) -> None:
 
 
 def test_sources_follow_the_network() -> None:
-    subject, _ = new_subject()
-    source = Fixed(torch.ones(subject.layers.total))
+    masked, _ = new_subject()
+    source = Fixed(torch.ones(masked.layers.total))
     finish(new_attenuation(steps=5, sources=[source]))
     assert source.followed == [2, 4]
 
@@ -215,6 +215,6 @@ def test_seed_draws_the_images() -> None:
 
 def test_network_is_left_as_it_was() -> None:
     attenuation = new_attenuation(steps=3)
-    before = snapshot(attenuation.subject.network)
+    before = snapshot(attenuation.masked.network)
     finish(attenuation)
-    assert same(before, snapshot(attenuation.subject.network))
+    assert same(before, snapshot(attenuation.masked.network))

@@ -25,51 +25,51 @@ from lightning_mnp.signals.registry import Surrogates
 from lightning_mnp.signals.verdict import Signal
 from lightning_mnp.signals.warp import WarpTrigger
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
-def new_subject() -> tuple[Subject, DefenseSet]:
+def new_subject() -> tuple[MaskedNetwork, DefenseSet]:
     network = trained_network()
     data = DefenseSet(*images_and_labels())
-    return Subject(network, find_filter_layers(network, data.images[:2])), data
+    return MaskedNetwork(network, find_filter_layers(network, data.images[:2])), data
 
 
-def ones(subject: Subject) -> torch.Tensor:
-    return torch.ones(subject.layers.total)
+def ones(masked: MaskedNetwork) -> torch.Tensor:
+    return torch.ones(masked.layers.total)
 
 
 def test_suppressed_margins_are_those_of_the_formula() -> None:
-    subject, data = new_subject()
-    weights = {name: weight * 0.5 for name, weight in subject.weights().items()}
+    masked, data = new_subject()
+    weights = {name: weight * 0.5 for name, weight in masked.weights().items()}
     images = data.images[data.labels != 1]
-    source = SuppressedSource(subject, [weights], images, goals_of(images))
-    logits = subject(images, weights=weights)
+    source = SuppressedSource(masked, [weights], images, goals_of(images))
+    logits = masked(images, weights=weights)
     expected = [
         float(row[1]) - math.log(sum(math.exp(v) for k, v in enumerate(row.tolist()) if k != 1))
         for row in logits
     ]
-    assert source.margins(ones(subject)).tolist() == pytest.approx(expected, abs=1e-4)
-    source.adapt(ones(subject), 0)
+    assert source.margins(ones(masked)).tolist() == pytest.approx(expected, abs=1e-4)
+    source.adapt(ones(masked), 0)
     assert source.state_dict() == {}
 
 
 def test_runs_of_suppression_share_the_images() -> None:
-    subject, data = new_subject()
+    masked, data = new_subject()
     runs = [
-        {name: weight * share for name, weight in subject.weights().items()} for share in (0.5, 0.7)
+        {name: weight * share for name, weight in masked.weights().items()} for share in (0.5, 0.7)
     ]
     images = data.images[data.labels != 1][:9]
-    both = SuppressedSource(subject, runs, images, goals_of(images)).margins(ones(subject))
+    both = SuppressedSource(masked, runs, images, goals_of(images)).margins(ones(masked))
     parts = (images[:5], images[5:])
     alone = [
-        SuppressedSource(subject, [run], part, goals_of(part)).margins(ones(subject))
+        SuppressedSource(masked, [run], part, goals_of(part)).margins(ones(masked))
         for run, part in zip(runs, parts, strict=True)
     ]
     torch.testing.assert_close(both, torch.cat(alone))
-    few = SuppressedSource(subject, runs, images[:5], goals_of(images[:5]))
+    few = SuppressedSource(masked, runs, images[:5], goals_of(images[:5]))
     assert len(few.weights) == 1
-    last = SuppressedSource(subject, runs[1:], images[:5], goals_of(images[:5]))
-    assert few.margins(ones(subject)).equal(last.margins(ones(subject)))
+    last = SuppressedSource(masked, runs[1:], images[:5], goals_of(images[:5]))
+    assert few.margins(ones(masked)).equal(last.margins(ones(masked)))
 
 
 @pytest.mark.parametrize(
@@ -106,47 +106,47 @@ def test_strength_is_what_is_left_of_the_margins() -> None:
 
 
 def test_masks_lower_the_margins_that_they_should() -> None:
-    subject, data = new_subject()
+    masked, data = new_subject()
     images = data.images[data.labels != 1]
-    source = SuppressedSource(subject, [subject.weights()], images, goals_of(images))
-    masks = ones(subject).requires_grad_()
+    source = SuppressedSource(masked, [masked.weights()], images, goals_of(images))
+    masks = ones(masked).requires_grad_()
     (slope,) = torch.autograd.grad(source.margins(masks).mean(), masks)
     index = int(slope.abs().argmax())
     step = torch.zeros_like(masks)
     step[index] = 1e-2
-    up, down = (float(source.margins(ones(subject) + sign * step).mean()) for sign in (1, -1))
+    up, down = (float(source.margins(ones(masked) + sign * step).mean()) for sign in (1, -1))
     assert float(slope[index]) == pytest.approx((up - down) / 2e-2, rel=0.05)
 
 
 def test_perturbation_adapts_within_its_length_and_goes_on_from_its_state() -> None:
-    subject, data = new_subject()
+    masked, data = new_subject()
     others = data.labels != 1
     images, labels = data.images[others], data.labels[others]
 
     def new() -> PerturbationSource:
-        return PerturbationSource(subject, images, labels, 1, torch.zeros_like(images[:1]), 5.0, 0)
+        return PerturbationSource(masked, images, labels, 1, torch.zeros_like(images[:1]), 5.0, 0)
 
     source = new()
-    before = source.margins(ones(subject)).mean()
-    source.adapt(ones(subject), 0)
-    assert source.margins(ones(subject)).mean() > before
+    before = source.margins(ones(masked)).mean()
+    source.adapt(ones(masked), 0)
+    assert source.margins(ones(masked)).mean() > before
     assert float(source.trigger.perturbation.norm()) <= 5.0 * (1 + 1e-5)
     again = new()
     again.load_state_dict(source.state_dict())
     for each in (source, again):
-        each.adapt(ones(subject), 1)
+        each.adapt(ones(masked), 1)
     assert torch.equal(source.trigger.perturbation, again.trigger.perturbation)
 
 
 def test_margin_source_counts_from_what_is_normal() -> None:
-    subject, data = new_subject()
-    search = MarginSearch(subject, data.images, [0, 1], 0)
+    masked, data = new_subject()
+    search = MarginSearch(masked, data.images, [0, 1], 0)
     source, shifted = (MarginSource(search.ascent(1, 3), normal) for normal in (0.0, 7.0))
-    difference = source.margins(ones(subject)) - shifted.margins(ones(subject))
+    difference = source.margins(ones(masked)) - shifted.margins(ones(masked))
     assert difference.tolist() == pytest.approx([7.0] * 3, abs=1e-4)
-    before = source.margins(ones(subject)).mean()
-    source.adapt(ones(subject), 0)
-    assert source.margins(ones(subject)).mean() > before
+    before = source.margins(ones(masked)).mean()
+    source.adapt(ones(masked), 0)
+    assert source.margins(ones(masked)).mean() > before
     shifted.load_state_dict(source.state_dict())
     assert torch.equal(shifted.ascent.images, source.ascent.images)
 
@@ -163,17 +163,17 @@ def no_patterns(surrogates: Surrogates) -> None:
 def test_pattern_source_follows_the_network_and_goes_on_from_its_state(
     kind: type[PatternTrigger],
 ) -> None:
-    subject, data = new_subject()
-    search = PatternSearch(kind, subject, data, [], 0)
+    masked, data = new_subject()
+    search = PatternSearch(kind, masked, data, [], 0)
     source, again = (PatternSource(search.trigger(1)) for _ in range(2))
     assert source.name == kind.name
-    before = source.margins(ones(subject)).mean()
-    source.adapt(ones(subject), 0)
-    assert source.margins(ones(subject)).mean() > before
+    before = source.margins(ones(masked)).mean()
+    source.adapt(ones(masked), 0)
+    assert source.margins(ones(masked)).mean() > before
     source.trigger.pattern *= 0.1
     again.load_state_dict(source.state_dict())
     before_following = source.trigger.pattern.clone()
-    masks = ones(subject)
+    masks = ones(masked)
     masks[:2] = 0.0
     for each in (source, again):
         each.adapt(masks, 1)
@@ -185,15 +185,15 @@ def test_pattern_source_follows_the_network_and_goes_on_from_its_state(
 def test_a_patch_is_a_source_where_it_is_out_of_the_ordinary(
     further: float, names: list[str]
 ) -> None:
-    subject, data = new_subject()
-    surrogates = Surrogates(subject, data, MNPConfig())
+    masked, data = new_subject()
+    surrogates = Surrogates(masked, data, MNPConfig())
     surrogates.reach.reaches = dict.fromkeys(range(3), 0.2)
     surrogates.margin.margins = dict.fromkeys(range(3), 9.0)
     for suspect, expected, name in ((1, names, "reach"), (2, [], "patch"), (1, names, "pile-up")):
         no_patterns(surrogates)
         surrogates.patch.margins = {0: -0.5, 1: further - 0.5, 2: -0.5}
         signal = Signal(name, 1.0, suspect, "")
-        sources = find_sources(subject, data, [subject.weights()], signal, surrogates, MNPConfig())
+        sources = find_sources(masked, data, [masked.weights()], signal, surrogates, MNPConfig())
         assert [source.name for source in sources] == ["suppressed network", *expected]
         assert sources[0].decides == (name == "pile-up" or not expected)
         assert all(source.decides for source in sources[1:])
@@ -213,8 +213,8 @@ def test_a_patch_is_a_source_where_it_is_out_of_the_ordinary(
 def test_patterns_are_sources_where_they_are_out_of_the_ordinary(
     kind: str, lead: float, margin: float, names: list[str]
 ) -> None:
-    subject, data = new_subject()
-    surrogates = Surrogates(subject, data, MNPConfig())
+    masked, data = new_subject()
+    surrogates = Surrogates(masked, data, MNPConfig())
     surrogates.reach.reaches = dict.fromkeys(range(3), 0.2)
     surrogates.margin.margins = dict.fromkeys(range(3), 9.0)
     no_patterns(surrogates)
@@ -222,7 +222,7 @@ def test_patterns_are_sources_where_they_are_out_of_the_ordinary(
     getattr(surrogates, kind).margins = {0: 0.5, 1: margin, 2: 0.5}
     for suspect, expected in ((1, names), (2, [])):
         signal = Signal("reach", 1.0, suspect, "")
-        sources = find_sources(subject, data, [subject.weights()], signal, surrogates, MNPConfig())
+        sources = find_sources(masked, data, [masked.weights()], signal, surrogates, MNPConfig())
         assert [source.name for source in sources] == ["suppressed network", *expected]
 
 
@@ -261,28 +261,28 @@ def test_patterns_are_sources_where_they_are_out_of_the_ordinary(
 def test_sources_are_those_that_point_to_the_class(
     reaches: dict[int, float], margins: dict[int, float], names: list[str], length: float | None
 ) -> None:
-    subject, data = new_subject()
-    surrogates = Surrogates(subject, data, MNPConfig())
+    masked, data = new_subject()
+    surrogates = Surrogates(masked, data, MNPConfig())
     reach = surrogates.reach
     reach.scale, reach.reaches = 1.0, reaches
     reach.perturbations = {index: torch.zeros_like(data.images[:1]) for index in reaches}
     surrogates.margin.margins = margins
     no_patterns(surrogates)
     signal = Signal("reach", 1.0, 1, "")
-    weights = [subject.weights()]
-    sources = find_sources(subject, data, weights, signal, surrogates, MNPConfig())
+    weights = [masked.weights()]
+    sources = find_sources(masked, data, weights, signal, surrogates, MNPConfig())
     assert [source.name for source in sources] == names
     limits = [each.trigger.limit for each in sources if isinstance(each, PerturbationSource)]
     assert limits == ([] if length is None else [pytest.approx(length)])
 
 
 def test_an_exchange_of_classes_has_goals_of_its_own_for_each_image() -> None:
-    subject, data = new_subject()
-    surrogates = Surrogates(subject, data, MNPConfig())
+    masked, data = new_subject()
+    surrogates = Surrogates(masked, data, MNPConfig())
     surrogates.permutation.permutation = {0: 2, 1: 0, 2: 1}  # class 3 is not known
     signal = Signal("permutation", 1.5, None, "")
-    weights = [subject.weights()]
-    sources = find_sources(subject, data, weights, signal, surrogates, MNPConfig())
+    weights = [masked.weights()]
+    sources = find_sources(masked, data, weights, signal, surrogates, MNPConfig())
     assert [source.name for source in sources] == ["suppressed network", "patch"]
     assert [source.decides for source in sources] == [False, True]
     suppressed, patch = sources
@@ -300,12 +300,12 @@ def test_an_exchange_of_classes_has_goals_of_its_own_for_each_image() -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_suppressed_network_takes_fewer_images_than_can_be_normalized(count: int) -> None:
-    subject, data = new_subject()
+    masked, data = new_subject()
     images = data.images[:count]
-    source = SuppressedSource(subject, [subject.weights()], images, goals_of(images))
-    logits = subject(images, statistics="running")
+    source = SuppressedSource(masked, [masked.weights()], images, goals_of(images))
+    logits = masked(images, statistics="running")
     expected = [
         float(row[1]) - math.log(sum(math.exp(v) for k, v in enumerate(row.tolist()) if k != 1))
         for row in logits
     ]
-    assert source.margins(ones(subject)).tolist() == pytest.approx(expected, abs=1e-4)
+    assert source.margins(ones(masked)).tolist() == pytest.approx(expected, abs=1e-4)

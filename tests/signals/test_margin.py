@@ -8,14 +8,14 @@ from helpers import images_and_labels, same, snapshot, trained_network
 
 from lightning_mnp.signals.margin import MarginSearch, class_margins, margin_ratio
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
 def new_search(classes: tuple[int, ...] = (0, 1), seed: int = 0) -> MarginSearch:
     network = trained_network()
     images, _ = images_and_labels()
     return MarginSearch(
-        Subject(network, find_filter_layers(network, images[:2])), images, classes, seed
+        MaskedNetwork(network, find_filter_layers(network, images[:2])), images, classes, seed
     )
 
 
@@ -57,16 +57,16 @@ def test_margins_are_the_same_for_a_seed_and_in_any_order_of_steps() -> None:
 
 def test_network_is_left_as_it_was() -> None:
     search = new_search()
-    before = snapshot(search.subject.network)
+    before = snapshot(search.masked.network)
     search.step()
-    assert same(before, snapshot(search.subject.network))
+    assert same(before, snapshot(search.masked.network))
 
 
 def test_a_shortcut_to_a_class_stands_out() -> None:
     """A filter that nothing in the data excites drives class 1 further than any image does."""
     search = new_search()
     plain = finish(search).margins
-    network = search.subject.network
+    network = search.masked.network
     last = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
     with torch.no_grad():
         last.weight[1] *= 20
@@ -76,7 +76,7 @@ def test_a_shortcut_to_a_class_stands_out() -> None:
 def new_search_of(network: torch.nn.Module) -> MarginSearch:
     images, _ = images_and_labels()
     return MarginSearch(
-        Subject(network, find_filter_layers(network, images[:2])), images, (0, 1), 0
+        MaskedNetwork(network, find_filter_layers(network, images[:2])), images, (0, 1), 0
     )
 
 

@@ -9,15 +9,15 @@ from lightning_mnp.signals.overlay import OverlayTrigger
 from lightning_mnp.signals.pattern import PatternSearch, pattern_lead
 from lightning_mnp.signals.verdict import OVERLAY_AT
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
 def new_search(network: torch.nn.Module | None = None) -> PatternSearch[OverlayTrigger]:
     network = network or trained_network()
     images, labels = images_and_labels()
     data = DefenseSet(1.5 * (images > 0.75), labels)  # bars, with next to no noise
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    return PatternSearch(OverlayTrigger, subject, data, (0, 1, 2, 3), 0)
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    return PatternSearch(OverlayTrigger, masked, data, (0, 1, 2, 3), 0)
 
 
 def lead_of(network: torch.nn.Module | None = None) -> tuple[int, float]:
@@ -42,7 +42,7 @@ def test_step_goes_down_the_slope_by_the_length_told() -> None:
     pattern = overlay.pattern.clone().requires_grad_()
     margins = []
     for image, label in zip(overlay.images, overlay.labels, strict=True):
-        logits = overlay.subject(0.95 * image[None] + 0.05 * pattern, statistics="running")[0]
+        logits = overlay.masked(0.95 * image[None] + 0.05 * pattern, statistics="running")[0]
         margins.append(logits[2] - logits[label])
     mean = torch.stack(margins).mean()
     (slope,) = torch.autograd.grad(mean, pattern)

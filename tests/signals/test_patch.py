@@ -10,7 +10,7 @@ from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.signals.patch import PatchTrigger, patch_ratio
 from lightning_mnp.signals.pattern import PatternSearch
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
 def new_search(
@@ -18,8 +18,8 @@ def new_search(
 ) -> PatternSearch[PatchTrigger]:
     network = network or trained_network()
     data = DefenseSet(*images_and_labels())
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    return PatternSearch(PatchTrigger, subject, data, classes, 0)
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    return PatternSearch(PatchTrigger, masked, data, classes, 0)
 
 
 def finish(search: PatternSearch[PatchTrigger]) -> PatternSearch[PatchTrigger]:
@@ -40,7 +40,7 @@ def test_patch_covers_a_twentieth_of_the_pixels_and_stays_in_the_range() -> None
 def test_first_step_changes_the_pixel_of_the_steepest_slope_by_the_length_told() -> None:
     patch = new_search().trigger(2)
     images = patch.images.clone().requires_grad_()
-    logits = patch.subject(images, statistics="running")
+    logits = patch.masked(images, statistics="running")
     target = torch.full_like(patch.labels, 2)
     slope = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, target), images)[0].sum(0)
     inside = (patch.images > patch.low) & (patch.images < patch.high)

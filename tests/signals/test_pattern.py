@@ -13,7 +13,7 @@ from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.signals.pattern import PatternSearch, PatternTrigger, pattern_lead
 from lightning_mnp.signals.warp import WarpTrigger
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 Kind = type[PatternTrigger]
 KINDS = pytest.mark.parametrize("kind", [PatchTrigger, OverlayTrigger, WarpTrigger])
@@ -24,8 +24,8 @@ def new_search(
 ) -> PatternSearch[PatternTrigger]:
     network = trained_network()
     data = DefenseSet(*images_and_labels())
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    return PatternSearch(kind, subject, data, classes, seed)
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    return PatternSearch(kind, masked, data, classes, seed)
 
 
 def finish(search: PatternSearch[PatternTrigger]) -> PatternSearch[PatternTrigger]:
@@ -59,7 +59,7 @@ def test_follow_goes_on_with_steps_as_short_as_the_last(kind: Kind) -> None:
     trigger, again = (new_search(kind).trigger(1) for _ in range(2))
     for each in (trigger, again):
         each.approach()
-    masks = torch.ones(trigger.subject.layers.total)
+    masks = torch.ones(trigger.masked.layers.total)
     masks[0] = 0.0
     trigger.follow(masks)
     for _ in range(3):
@@ -121,9 +121,9 @@ def test_batches_are_no_larger_than_told(kind: Kind) -> None:
 @KINDS
 def test_network_is_left_as_it_was(kind: Kind) -> None:
     search = new_search(kind)
-    before = snapshot(search.subject.network)
+    before = snapshot(search.masked.network)
     search.step()
-    assert same(before, snapshot(search.subject.network))
+    assert same(before, snapshot(search.masked.network))
 
 
 @KINDS
@@ -131,8 +131,8 @@ def test_half_precision_gives_finite_patterns(kind: Kind) -> None:
     network = trained_network().bfloat16()
     images, labels = images_and_labels()
     data = DefenseSet(images.bfloat16(), labels)
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    trigger = PatternSearch(kind, subject, data, (0,), 0).trigger(0)
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    trigger = PatternSearch(kind, masked, data, (0,), 0).trigger(0)
     trigger.approach()
     assert trigger.pattern.dtype == torch.bfloat16
     assert trigger.pattern.isfinite().all()
@@ -174,8 +174,8 @@ def test_classes_that_are_not_equally_near_have_no_lead_by_that(kind: Kind) -> N
     images = 0.1 + 0.8 * labels[:, None, None, None] * torch.ones(1, 1, 8, 8)
     images = images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     network = Brightness()
-    subject = Subject(network, find_filter_layers(network, images[:2]))
-    search = PatternSearch(kind, subject, DefenseSet(images, labels), (0, 1), 0)
+    masked = MaskedNetwork(network, find_filter_layers(network, images[:2]))
+    search = PatternSearch(kind, masked, DefenseSet(images, labels), (0, 1), 0)
     while not search.finished:
         search.step()
     assert abs(search.margins[0] - search.margins[1]) > 0.5

@@ -14,7 +14,7 @@ from lightning_mnp.signals.permutation import (
     permutation_excess,
 )
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
 class Rotating(nn.Module):
@@ -34,8 +34,8 @@ def new_search(
     network: nn.Module | None = None, count: int = 80, seed: int = 0, batch_size: int = 128
 ) -> PermutationSearch:
     data = DefenseSet(*images_and_labels(count))
-    subject = Subject(network or trained_network(), find_filter_layers_of(network, data))
-    return PermutationSearch(subject, data, seed, batch_size)
+    masked = MaskedNetwork(network or trained_network(), find_filter_layers_of(network, data))
+    return PermutationSearch(masked, data, seed, batch_size)
 
 
 def find_filter_layers_of(network: nn.Module | None, data: DefenseSet) -> object:
@@ -74,10 +74,10 @@ def test_classes_that_do_not_occur_take_no_part() -> None:
 def test_too_few_images_to_tell_are_not_a_share_of_none() -> None:
     data = DefenseSet(*(part[:4] for part in images_and_labels(4)))  # one of each class
     network = trained_network()
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    search = finish(PermutationSearch(subject, data, seed=0))
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    search = finish(PermutationSearch(masked, data, seed=0))
     assert search.moved is None
-    again = PermutationSearch(subject, data, seed=0)
+    again = PermutationSearch(masked, data, seed=0)
     again.load_state_dict(search.state_dict())
     assert again.finished
 

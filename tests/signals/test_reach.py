@@ -18,11 +18,11 @@ from lightning_mnp.signals.reach import (
     reach_ratio,
 )
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
-def subject_of(network: nn.Module) -> Subject:
-    return Subject(network, find_filter_layers(network, images_and_labels()[0][:2]))
+def masked_of(network: nn.Module) -> MaskedNetwork:
+    return MaskedNetwork(network, find_filter_layers(network, images_and_labels()[0][:2]))
 
 
 def others(target: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,9 +38,9 @@ def test_scale_is_the_mean_distance_from_the_mean() -> None:
 
 
 def test_steps_have_their_length_and_the_limit_holds() -> None:
-    subject = subject_of(trained_network())
+    masked = masked_of(trained_network())
     images, labels = others(2)
-    trigger = SurrogateTrigger(subject, 2, torch.zeros(1, 1, 8, 8), limit=1.0)
+    trigger = SurrogateTrigger(masked, 2, torch.zeros(1, 1, 8, 8), limit=1.0)
     trigger.ascend(images, labels, 0.4)
     assert float(trigger.perturbation.norm()) == pytest.approx(0.4, rel=1e-4)
     for _ in range(5):
@@ -49,9 +49,9 @@ def test_steps_have_their_length_and_the_limit_holds() -> None:
 
 
 def test_trigger_learns_the_way_to_its_class() -> None:
-    subject = subject_of(trained_network())
+    masked = masked_of(trained_network())
     images, labels = others(1)
-    trigger = SurrogateTrigger(subject, 1, torch.zeros(1, 1, 8, 8), limit=20.0)
+    trigger = SurrogateTrigger(masked, 1, torch.zeros(1, 1, 8, 8), limit=20.0)
 
     def success() -> float:
         return float((trigger.logits(images).argmax(1) == 1).float().mean())
@@ -98,7 +98,7 @@ def test_reach_search_visits_every_class_and_touches_nothing() -> None:
     network = trained_network()
     before = snapshot(network)
     images, labels = images_and_labels()
-    search = ReachSearch(subject_of(network), image_scale(images), [2, 0, 1, 3], seed=0)
+    search = ReachSearch(masked_of(network), image_scale(images), [2, 0, 1, 3], seed=0)
     most, steps = search.most_steps(), 0
     while not search.finished:
         search.step(images, labels)
@@ -113,7 +113,7 @@ def test_reach_search_resumes_to_the_same() -> None:
     images, labels = images_and_labels()
 
     def fresh() -> ReachSearch:
-        return ReachSearch(subject_of(trained_network()), image_scale(images), [2, 0, 1], seed=0)
+        return ReachSearch(masked_of(trained_network()), image_scale(images), [2, 0, 1], seed=0)
 
     reference = fresh()
     while not reference.finished:
@@ -156,7 +156,7 @@ def test_suspected_classes_come_first_and_none_twice() -> None:
 
 def test_a_first_batch_of_the_class_alone_changes_nothing_but_the_first_step() -> None:
     images, labels = images_and_labels()
-    search = ReachSearch(subject_of(trained_network()), image_scale(images), [0, 1], seed=0)
+    search = ReachSearch(masked_of(trained_network()), image_scale(images), [0, 1], seed=0)
     own = labels == 0
     search.step(images[own], labels[own])
     while not search.finished:

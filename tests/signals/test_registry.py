@@ -7,14 +7,14 @@ from torch import nn
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.signals.registry import Surrogates
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
 def new_surrogates() -> Surrogates:
     data = DefenseSet(*images_and_labels())
     network = small_network()
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    return Surrogates(subject, data, quick_config())
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    return Surrogates(masked, data, quick_config())
 
 
 def step(surrogates: Surrogates) -> bool:
@@ -81,8 +81,8 @@ def test_images_without_height_and_width_are_not_warped() -> None:
         nn.Conv1d(8, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 4)
     )
     data = DefenseSet(images[:, 0], labels)
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    surrogates = Surrogates(subject, data, quick_config())
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    surrogates = Surrogates(masked, data, quick_config())
     surrogates.choose_classes([], 4)
     assert surrogates.warp is None
     assert "warp" not in surrogates.names
@@ -91,6 +91,6 @@ def test_images_without_height_and_width_are_not_warped() -> None:
         pass
     assert surrogates.evidence.complete
     assert surrogates.evidence.warp_rises == {}
-    again = Surrogates(subject, data, quick_config())
+    again = Surrogates(masked, data, quick_config())
     again.load_state_dict(surrogates.state_dict())
     assert again.evidence == surrogates.evidence

@@ -9,14 +9,14 @@ from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.signals.pattern import PatternSearch, pattern_lead
 from lightning_mnp.signals.warp import WarpTrigger
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
 def new_search(network: torch.nn.Module | None = None) -> PatternSearch[WarpTrigger]:
     network = network or trained_network()
     data = DefenseSet(*images_and_labels())
-    subject = Subject(network, find_filter_layers(network, data.images[:2]))
-    return PatternSearch(WarpTrigger, subject, data, (0, 1, 2, 3), 0)
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    return PatternSearch(WarpTrigger, masked, data, (0, 1, 2, 3), 0)
 
 
 def reference_warp(images: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from unusual_layers import NormThen
 
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import Subject
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 from lightning_mnp.surgery.masks import FilterMasks
 
 
@@ -60,8 +60,8 @@ def network() -> Net:
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def make(network: nn.Module, **options: Any) -> Subject:
-    return Subject(network, find_filter_layers(copy.deepcopy(network), IMAGES), **options)
+def make(network: nn.Module, **options: Any) -> MaskedNetwork:
+    return MaskedNetwork(network, find_filter_layers(copy.deepcopy(network), IMAGES), **options)
 
 
 def reference(network: nn.Module, statistics: str) -> Tensor:
@@ -102,70 +102,70 @@ def test_statistics(network: Net, statistics: Any, override: bool) -> None:
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 def test_the_network_stays_bit_for_bit_what_it_was(network: Net, statistics: Any) -> None:
-    subject = make(network, statistics=statistics)
+    masked = make(network, statistics=statistics)
     before = traces(network)
-    weights = {name: w.clone().requires_grad_() for name, w in subject.weights().items()}
-    masks = torch.ones(subject.layers.total, requires_grad=True)
+    weights = {name: w.clone().requires_grad_() for name, w in masked.weights().items()}
+    masks = torch.ones(masked.layers.total, requires_grad=True)
     for _ in range(3):
-        subject(IMAGES, weights=weights, masks=masks).sum().backward()
+        masked(IMAGES, weights=weights, masks=masks).sum().backward()
     assert traces(network) == before
     assert masks.grad is not None
     assert all(weight.grad is not None for weight in weights.values())
 
 
 def test_the_network_stays_when_it_fails(network: Net) -> None:
-    subject = make(network)
+    masked = make(network)
     before = traces(network)
-    masks = torch.ones(subject.layers.total)
+    masks = torch.ones(masked.layers.total)
     with pytest.raises(RuntimeError, match="channels"):
-        subject(IMAGES[:, :2], weights=subject.weights(), masks=masks)
+        masked(IMAGES[:, :2], weights=masked.weights(), masks=masks)
     assert traces(network) == before
 
 
 def test_repeated_calls_agree(network: Net) -> None:
-    subject = make(network)
-    first = subject(IMAGES)
-    assert torch.equal(first, subject(IMAGES))  # no dropout, no statistics carried over
+    masked = make(network)
+    first = masked(IMAGES)
+    assert torch.equal(first, masked(IMAGES))  # no dropout, no statistics carried over
 
 
 def test_weights_are_swapped(network: Net) -> None:
-    subject = make(network)
-    weights = {name: 2 * weight + 0.1 for name, weight in subject.weights().items()}
+    masked = make(network)
+    weights = {name: 2 * weight + 0.1 for name, weight in masked.weights().items()}
     other = copy.deepcopy(network)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             parameter.copy_(weights[name])
-    torch.testing.assert_close(subject(IMAGES, weights=weights), reference(other, "batch"))
-    assert torch.equal(subject(IMAGES), reference(network, "batch"))
+    torch.testing.assert_close(masked(IMAGES, weights=weights), reference(other, "batch"))
+    assert torch.equal(masked(IMAGES), reference(network, "batch"))
 
 
 def test_masks_and_weights_together(network: Net) -> None:
-    subject = make(network)
-    weights = {name: 2 * weight + 0.1 for name, weight in subject.weights().items()}
-    masks = torch.rand(subject.layers.total)
+    masked = make(network)
+    weights = {name: 2 * weight + 0.1 for name, weight in masked.weights().items()}
+    masks = torch.rand(masked.layers.total)
     other = copy.deepcopy(network)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             parameter.copy_(weights[name])
-    attached = FilterMasks(other, subject.layers, masks)
+    attached = FilterMasks(other, masked.layers, masks)
     with attached:
         for module in other.eval().modules():
             module.training = isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d))
         expected = other(IMAGES)
-    torch.testing.assert_close(subject(IMAGES, weights=weights, masks=masks), expected)
+    torch.testing.assert_close(masked(IMAGES, weights=weights, masks=masks), expected)
 
 
 def test_own_weights_share_memory_and_carry_no_gradient(network: Net) -> None:
-    subject = make(network)
-    weights = subject.weights()
+    masked = make(network)
+    weights = masked.weights()
     assert list(weights) == [name for name, _ in network.named_parameters()]
     for name, parameter in network.named_parameters():
         assert weights[name].data_ptr() == parameter.data_ptr()
         assert not weights[name].requires_grad
-    filters = subject.filter_weights(weights)
+    filters = masked.filter_weights(weights)
     names = ["layers.0.weight", "layers.3.weight", "layers.6.weight"]
     assert [f.data_ptr() for f in filters] == [weights[name].data_ptr() for name in names]
-    assert subject.device == torch.device("cpu")
+    assert masked.device == torch.device("cpu")
 
 
 def test_forward_and_autocast(network: Net) -> None:
@@ -180,8 +180,8 @@ def test_forward_and_autocast(network: Net) -> None:
         return torch.autocast("cpu", torch.bfloat16)
 
     layers = find_filter_layers(copy.deepcopy(network), IMAGES)
-    exact = Subject(network, layers, forward)(IMAGES)
-    low = Subject(network, layers, forward, autocast=autocast)(IMAGES)
+    exact = MaskedNetwork(network, layers, forward)(IMAGES)
+    low = MaskedNetwork(network, layers, forward, autocast=autocast)(IMAGES)
     assert seen == [torch.float32, torch.bfloat16]
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, exact, rtol=0.1, atol=0.1)
@@ -193,14 +193,14 @@ def test_tied_parameters_are_swapped_together() -> None:
         nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(144, 2)
     )
     network[2].weight = network[1].weight
-    subject = make(network)
-    weights = {name: weight + 1 for name, weight in subject.weights().items()}
+    masked = make(network)
+    weights = {name: weight + 1 for name, weight in masked.weights().items()}
     other = copy.deepcopy(network)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(1)
     assert "2.weight" not in weights
-    torch.testing.assert_close(subject(IMAGES, weights=weights), other(IMAGES))
+    torch.testing.assert_close(masked(IMAGES, weights=weights), other(IMAGES))
 
 
 def test_wrong_statistics(network: Net) -> None:
@@ -229,25 +229,25 @@ def test_masks_in_scale_and_shift_equal_masks_on_maps(norm: nn.Module, statistic
     ).double()
     images = torch.rand(5, 3, 8, 8, dtype=torch.float64)
     layers = find_filter_layers(network, images[:2])
-    subject = Subject(network, layers, statistics=statistics)
+    masked = MaskedNetwork(network, layers, statistics=statistics)
     results = []
     for folded in (True, False):
         masks = torch.tensor([0.0, 0.3, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
         if folded:
-            logits = subject(images, masks=masks)
+            logits = masked(images, masks=masks)
         else:
             with FilterMasks(network, layers, masks):
-                logits = subject(images)
+                logits = masked(images)
         results.append((logits, *torch.autograd.grad(logits.square().sum(), masks)))
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
-def test_raised_logits_are_those_of_a_subject_of_its_own(network: Net) -> None:
-    subject = make(network)
-    raised = subject.raised({1: 2.5, 0: 1.0})
+def test_raised_logits_are_those_of_a_network_of_its_own(network: Net) -> None:
+    masked = make(network)
+    raised = masked.raised({1: 2.5, 0: 1.0})
     again = raised.raised({2: 4.0})
     for other, expected in ((raised, {0: 1.0, 1: 2.5}), (again, {2: 4.0})):
-        difference = (other(IMAGES) - subject(IMAGES)).mean(0).tolist()
+        difference = (other(IMAGES) - masked(IMAGES)).mean(0).tolist()
         wanted = [expected.get(index, 0.0) for index in range(len(difference))]
         assert difference == pytest.approx(wanted, abs=1e-4)
