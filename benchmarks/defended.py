@@ -33,10 +33,6 @@ from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.data import BackdoorDataModule, CIFAR10DataModule, ImageNetSubsetDataModule
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
 from lightning_mnp.models import cifar_resnet18
-from lightning_mnp.signals.margin import margin_ratio
-from lightning_mnp.signals.patch import patch_ratio
-from lightning_mnp.signals.pattern import pattern_lead
-from lightning_mnp.signals.reach import reach_ratio
 
 
 def datamodule(root: Path, imagenette: bool, **options: Any) -> BackdoorDataModule:
@@ -141,7 +137,7 @@ def run(
         result = rnp(network, loader, config=RNPConfig(seed=seed))
         defended, row["pruned"] = result.model, len(result.pruned)
     else:
-        config = MNPConfig(seed=seed, impurity=variant.impurity)
+        config = MNPConfig(seed=seed).changed({"pruning.impurity": variant.impurity})
         if preset == "paper":
             config = MNPConfig.paper(seed=seed)
         always = attack is not None or preset == "paper"
@@ -150,14 +146,9 @@ def run(
         defended, row["pruned"] = report.model, len(report.pruned)
         row.update(verdict=report.verdict, target_class=report.target_class, score=report.score)
         row.update(ratio=report.detection_ratio, pile_up=report.pile_up)
-        if report.reaches:
-            row.update(reach=reach_ratio(report.reaches)[:2])
-            row.update(margin=margin_ratio(report.margins)[:2])
-            row.update(patch=patch_ratio(report.patch_margins), moved=report.moved)
-            row.update(overlay=pattern_lead(report.overlay_rises))
-            row.update(warp=pattern_lead(report.warp_rises))
+        row.update({each.name: (each.target_class, each.value) for each in report.signals})
         if report.reaudit is not None:
-            row["reaudit"] = (report.reaudit["verdict"], report.reaudit["score"])
+            row["reaudit"] = (report.reaudit.verdict, report.reaudit.score)
     row["seconds"] = time.perf_counter() - started
     return {**row, "after": measure(defended, loaders)}
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_mnp.baselines.result import BaselineResult
-from lightning_mnp.config import Augmentation, require_option
+from lightning_mnp.config import require
+from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.defense_data.evaluation import accuracy, clean_logits
 from lightning_mnp.surgery.forward import Forward, call_apart, find_logits
@@ -91,26 +92,20 @@ class RNPConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (("augment", Augmentation), ("rule", RNPRule)):
-            require_option(
-                getattr(self, name) in get_args(choices), self, name, f"{get_args(choices)}"
-            )
+            require(getattr(self, name) in get_args(choices), self, name, f"{get_args(choices)}")
         for name in ("unlearning_epochs", "decay_epochs", "recovering_epochs"):
             value = getattr(self, name)
-            require_option(
-                isinstance(value, int) and value >= 1, self, name, "an integer of at least 1"
-            )
+            require(isinstance(value, int) and value >= 1, self, name, "an integer of at least 1")
         fits = isinstance(self.batch_size, int) and self.batch_size >= 3
-        require_option(
-            fits, self, "batch_size", "at least 3, so that no batch holds a single image"
-        )
+        require(fits, self, "batch_size", "at least 3, so that no batch holds a single image")
         for name in ("unlearning_lr", "clip_norm", "recovering_lr", "alpha"):
-            require_option(0 < getattr(self, name) < math.inf, self, name, "above 0")
+            require(0 < getattr(self, name) < math.inf, self, name, "above 0")
         decay = self.unlearning_weight_decay
-        require_option(0 <= decay < math.inf, self, "unlearning_weight_decay", "at least 0")
+        require(0 <= decay < math.inf, self, "unlearning_weight_decay", "at least 0")
         for name in ("unlearning_momentum", "recovering_momentum", "threshold"):
-            require_option(0 <= getattr(self, name) < 1, self, name, "from 0 to below 1")
-        require_option(0 < self.stop_accuracy < 1, self, "stop_accuracy", "between 0 and 1")
-        require_option(0 <= self.max_drop <= 1, self, "max_drop", "a share from 0 to 1")
+            require(0 <= getattr(self, name) < 1, self, name, "from 0 to below 1")
+        require(0 < self.stop_accuracy < 1, self, "stop_accuracy", "between 0 and 1")
+        require(0 <= self.max_drop <= 1, self, "max_drop", "a share from 0 to 1")
 
 
 def rnp(

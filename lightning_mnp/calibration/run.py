@@ -47,10 +47,10 @@ def check_networks(paths: Sequence[Path], rate: float, config: MNPConfig) -> lis
                 f"{printable(files[index])} again. Name each one once."
             )
     check_count(len(files), rate)
-    if config.verdict != "signals":
+    if config.verdict.rule != "signals":
         raise ValueError(
-            f"Expected option `verdict` to be 'signals', whose score is calibrated, but got "
-            f"{config.verdict!r}. Leave `--mnp.verdict` out."
+            f"Expected option `verdict.rule` to be 'signals', whose score is calibrated, but got "
+            f"{config.verdict.rule!r}. Leave `--mnp.verdict.rule` out."
         )
     return files
 

@@ -68,7 +68,7 @@ class Calibration:
             f"the default threshold, {self.default_threshold:g}, flags {self.default_flagged} of "
             f"{count}: {self.default_share:.1%}, with an interval of {low:.1%} to {high:.1%} at "
             f"{_CONFIDENCE:.0%}\n"
-            f"to use the threshold: --mnp.threshold {self.threshold!r}"
+            f"to use the threshold: --mnp.verdict.threshold {self.threshold!r}"
         )
 
 
@@ -111,7 +111,7 @@ def calibrate_threshold(scores: Iterable[float], rate: float = 0.05) -> Calibrat
     check_count(len(values), rate)
     above = math.floor((len(values) + 1) * _exact(rate))  # n + 1 - k
     threshold = math.nextafter(sorted(values)[len(values) - above], math.inf)
-    default = MNPConfig().threshold
+    default = MNPConfig().verdict.threshold
     flagged = sum(value >= default for value in values)
     interval = binomtest(flagged, len(values)).proportion_ci(_CONFIDENCE, method="exact")
     return Calibration(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["random_crop_flip", "usual_padding"]
+__all__ = ["Augmentation", "random_crop_flip", "usual_padding"]
+
+Augmentation = Literal["none", "crop", "crop-flip"]
 
 
 def usual_padding(images: Tensor) -> tuple[int, int]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.errors import LiveError
@@ -30,7 +29,6 @@ def run_defense(
     state_file: Path | str | None = None,
     progress: bool = False,
     observe: Callable[[MNPDefense, str, dict[str, float]], None] | None = None,
-    guard: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Take all steps of a defense.
 
@@ -40,7 +38,6 @@ def run_defense(
             when the outcome is safe.
         progress: Whether to show a progress bar.
         observe: Called after every step with the engine, the step's phase and its numbers.
-        guard: Makes a context around the whole.
 
     Raises:
         ValueError: If the state file belongs to another model, data or options, or is damaged.
@@ -52,7 +49,7 @@ def run_defense(
         check_writable(path, "state_file")
         if path.exists():
             _load_state(defense, path)
-    with guard(), _progress_bar(progress) as bar:
+    with _progress_bar(progress) as bar:
         task = bar.add_task("reference", total=defense.most_steps())
         done = 0
         while not defense.finished:

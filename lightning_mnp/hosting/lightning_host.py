@@ -204,8 +204,8 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
     own = defense.purification
     bias = None if own.shift is None else own.shift.name
     removed, bias, report = gather_objects((own.removed.tolist(), bias, defense.report()))[0]
-    own.shift = None if bias is None else LogitShift(bias, torch.tensor(report.shift))
+    own.shift = None if bias is None else LogitShift(bias, torch.tensor(report.pruning.shift))
     own.remove(torch.tensor(removed, dtype=torch.long))
-    masks = [value for part in report.masks.values() for value in part]
+    masks = [value for part in report.pruning.masks.values() for value in part]
     own.masks = torch.tensor(masks, device=own.removed.device) if masks else None
     return cast(DefenseReport, report)

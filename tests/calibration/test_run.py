@@ -92,7 +92,7 @@ def test_calibrate_prints_and_writes_the_threshold(
     assert audited == [0.25, 1.5, 0.75]
     threshold = math.nextafter(1.5, math.inf)
     shown = capsys.readouterr().out
-    assert f"--mnp.threshold {threshold!r}" in shown
+    assert f"--mnp.verdict.threshold {threshold!r}" in shown
     assert "the default threshold, 1, flags 1 of 3" in shown
     assert "2 of 3: score 1.5.pt: score 1.5\n" in shown
     rows = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
@@ -108,7 +108,7 @@ def test_calibrate_prints_and_writes_the_threshold(
     assert found["settings"]["seed"] == 3
 
 
-QUICK = ["--mnp.suppression_epochs=1", "--mnp.include=['*conv1']", "--rate=0.5"]
+QUICK = ["--mnp.suppression.epochs=1", "--mnp.filters.include=['*conv1']", "--rate=0.5"]
 
 
 def write_trained_network() -> str:
@@ -189,7 +189,7 @@ def test_other_weights_or_options_are_refused(
     assert main(command) == 0
     before = Path("calibration.json").read_bytes()
     for options, name in (
-        (["--mnp.runs=7"], "runs"),
+        (["--mnp.suppression.runs=7"], "runs"),
         (["--data.defense_seed=1"], "defense_set"),
         (["--network=network"], "network"),
         (["--trainer.precision=bf16-mixed"], "precision"),
@@ -214,7 +214,7 @@ def test_other_weights_or_options_are_refused(
         (["--ckpt_paths", "a.pt", "b.pt", "c.pt"], "`ckpt_paths` to be an existing file"),
         (["--ckpt_paths", "a.pt", "--rate=2"], "`rate` to be between 0 and 1, but got 2.0"),
         (
-            ["--ckpt_paths", "a.pt", "b.pt", "c.pt", "--mnp.verdict=ratio"],
+            ["--ckpt_paths", "a.pt", "b.pt", "c.pt", "--mnp.verdict.rule=ratio"],
             "Expected option `verdict` to be 'signals', whose score is calibrated, but got 'ratio'",
         ),
         (

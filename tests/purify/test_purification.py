@@ -69,7 +69,7 @@ def test_masks_go_on_as_long_as_they_cost_little(
     monkeypatch.setattr("lightning_mnp.purify.purification._LOOK_FROM", 2)
     monkeypatch.setattr("lightning_mnp.purify.purification._LOOK_EVERY", 2)
     monkeypatch.setattr("lightning_mnp.purify.traces.SuppressedSource.weak_at", -1.0)
-    purification = new_purification(harm=0.5, attenuation_steps=7)
+    purification = new_purification(harm=0.5, soft_mask_steps=7)
     purification.begin(sources_of(purification))
     search = purification.search
     assert search is not None
@@ -93,7 +93,7 @@ def test_search_must_have_begun() -> None:
 
 
 def test_filters_are_taken_and_turned_down_with_the_logits_of_starved_classes_raised() -> None:
-    plain = new_purification(augment="none", attenuation_steps=1, batch_size=40)
+    plain = new_purification(augment="none", soft_mask_steps=1, batch_size=40)
     masked, data = plain.masked, plain.data
     balanced = MaskedNetwork(masked.network, masked.layers)
     balanced.handicaps = {1: 3.0}
