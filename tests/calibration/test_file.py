@@ -121,7 +121,7 @@ def test_a_full_disk_does_not_end_the_work(tmp_path: Path, monkeypatch: pytest.M
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", _full)
-        with pytest.warns(UserWarning, match="No space left .* The calibration goes on; were it"):
+        with pytest.warns(UserWarning, match="No space left .* The calibration goes on, but"):
             file.add(NetworkScore("b.ckpt", "34", 0.25, "clean", 4.5))
         with pytest.raises(OutputError, match="No space left"):
             file.finish(calibrate_threshold([0.5], 0.5), ["a.ckpt"])

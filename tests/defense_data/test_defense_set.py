@@ -242,7 +242,7 @@ def test_batches_taken_apart_by_a_function() -> None:
     ],
 )
 def test_batches_that_cannot_be_taken_apart(batch: Any, found: str) -> None:
-    with pytest.raises(TypeError, match=rf"pair \(images, labels\).*{found}.* argument `unpack`"):
+    with pytest.raises(TypeError, match=rf"pair \(images, labels\).*{found}.* argument `unpack` a"):
         DefenseSet.from_loader([batch])
 
 
