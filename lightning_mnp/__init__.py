@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Names are imported when they are first used, so that the core does not import Lightning.
 _HOMES = {
     "Calibration": "calibration.threshold",
-    "CheckpointError": "checkpoints.read",
+    "CheckpointError": "checkpoints.inspection",
     "DefenseReport": "report",
     "DefenseSet": "defense_data.defense_set",
     "FilterLayer": "surgery.layers",
@@ -41,10 +41,10 @@ _HOMES = {
     "calibrate_threshold": "calibration.threshold",
     "defend": "api",
     "find_filter_layers": "surgery.layers",
-    "load_into": "checkpoints.read",
+    "load_into": "checkpoints.state_dict",
     "prune": "surgery.prune",
     "read_state_dict": "checkpoints.read",
-    "write_state_dict": "checkpoints.read",
+    "write_state_dict": "checkpoints.write",
 }
 
 __version__ = version("lightning-mnp")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_mnp.checkpoints.atomic_write import write_whole
+from lightning_mnp.checkpoints.atomic_write import write_atomically
 from lightning_mnp.checkpoints.printable import printable
 
 __all__ = ["DefenseReport", "RunResult", "Verdict"]
@@ -193,7 +193,7 @@ class DefenseReport:
             partial.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(self.to_json() + "\n", encoding="utf-8")
 
-        write_whole(Path(path), write, argument=argument, replace=True)
+        write_atomically(Path(path), write, argument=argument, replace=True)
 
     def metrics(self) -> dict[str, float]:
         """Give the numbers that loggers take, under the prefix ``mnp/``."""

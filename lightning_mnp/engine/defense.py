@@ -16,7 +16,7 @@ from lightning_mnp.config import MNPConfig, require_config
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.engine.pass_tally import PassTally
 from lightning_mnp.engine.state import dump_state, load_state, make_report
-from lightning_mnp.hosting.memory import memory_told
+from lightning_mnp.hosting.memory import explain_out_of_memory
 from lightning_mnp.mnp.dual_masks import DualMask
 from lightning_mnp.mnp.saliency import batch_clc
 from lightning_mnp.mnp.suppression import CleanSuppression, RunImages, suppression_parts
@@ -133,7 +133,7 @@ class MNPDefense:
         remedy = "The model needs more than there is even for so few."
         refuse_wrappers(model)
         refuse_scripts(model)
-        told = memory_told(f"on {len(sample)} images", remedy)
+        told = explain_out_of_memory(f"on {len(sample)} images", remedy)
         with told, unchanged_on_error(model), running_alone(model):
             if when != "never" and self.config.reaudit:
                 check_copy(model)
@@ -149,7 +149,7 @@ class MNPDefense:
         statistics = self.config.statistics
         self.masked = MaskedNetwork(model, self.layers, call, statistics, autocast)
         # The same network, with the logits of starved classes raised once these are known.
-        self.balanced = self.masked.raised({})
+        self.balanced = self.masked.with_raised({})
         self.suppression = CleanSuppression(self.balanced, self.config)
         self.penalty = DualMask(self.balanced, self.suppression.weights, self.config, False)
         self.preserving = DualMask(self.masked, self.masked.weights(), self.config, True)
@@ -290,7 +290,7 @@ class MNPDefense:
             f"{max(3, images // 2)}; a `state_file` of the larger one cannot be used then."
         )
         stack = ExitStack()
-        stack.enter_context(memory_told(where, remedy))
+        stack.enter_context(explain_out_of_memory(where, remedy))
         stack.enter_context(unchanged_on_error(self.model))
         stack.enter_context(running_alone(self.model))
         return stack
@@ -336,12 +336,12 @@ class MNPDefense:
         Args:
             handicaps: By how much, for each of these classes.
         """
-        self.balanced.handicaps = dict(handicaps)
+        self.balanced.raised = dict(handicaps)
 
     @property
     def handicaps(self) -> dict[int, float]:
         """By how much the logits of some classes are raised, for each of these."""
-        return self.balanced.handicaps
+        return self.balanced.raised
 
     def _suppression(self, updates: Updates) -> dict[str, float]:
         if self.batches_done == 0:

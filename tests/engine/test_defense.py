@@ -336,10 +336,10 @@ def test_a_starved_class_is_raised_for_the_audit(monkeypatch: pytest.MonkeyPatch
     again = new_defense(when="never")
     again.load_state_dict(defense.state_dict())
     assert again.report().handicaps == report.handicaps
-    assert again.balanced.handicaps == {2: 1.5}
+    assert again.balanced.raised == {2: 1.5}
     plain = finished(new_defense(when="never", balance=False))
     assert plain.report().handicaps == {}
-    assert plain.balanced.handicaps == {}
+    assert plain.balanced.raised == {}
 
 
 @short
