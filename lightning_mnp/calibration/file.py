@@ -42,9 +42,11 @@ class CalibrationFile:
 
     Args:
         path: The file, JSON; it may exist if an earlier call with the same settings wrote it.
-        settings: All that the scores depend on beside the networks: primitives by name.
+        settings: All that the scores depend on beside the networks: primitives by name, also in
+            groups (dicts in dicts).
 
     Attributes:
+        settings: The settings by dotted names, such as ``"suppression.runs"``.
         networks: The scores so far, also those of networks from earlier calls.
 
     Raises:
@@ -62,7 +64,7 @@ class CalibrationFile:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         check_writable(path, "output")
         self.path = path
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.settings = _flat(json.loads(json.dumps(settings)))
         self.networks: list[NetworkScore] = []
         if path.exists():
             self._read()
@@ -135,7 +137,7 @@ class CalibrationFile:
         try:
             content = json.loads(self.path.read_text("utf-8"))
             known = content["format"] == _FORMAT
-            settings = dict(content["settings"])
+            settings = _flat(dict(content["settings"]))
             networks = [NetworkScore(**entry) for entry in content["networks"]]
             known = known and all(_is_sound(network) for network in networks)
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -155,6 +157,17 @@ class CalibrationFile:
                     "move the file away."
                 )
         self.networks = networks
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings in groups by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def _is_sound(network: NetworkScore) -> bool:
