@@ -1,8 +1,8 @@
 """Views of the defense set: its images shifted and mirrored, to measure harm on.
 
-The harm of pruning is the rise of the loss on clean images. A network may have been trained on the
-very images of the defense set. Shifted and mirrored views of them are closer to images that it has
-not seen.
+Pruning does harm if it makes a network worse on clean images. The network may have been trained on
+the very images of the defense set. Shifted and mirrored views of them are closer to images that it
+has not seen.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def recognized_views(
         >>> len(recognized_views(masked, data, "none", 128, seed=0).sets)
         1
     """
-    weaker: dict[Augmentation, tuple[Augmentation, ...]] = {
+    choices: dict[Augmentation, tuple[Augmentation, ...]] = {
         "crop-flip": ("crop-flip", "crop"),
         "crop": ("crop",),
         "none": (),
     }
     known = accuracy(*clean_logits(masked, data, batch_size))
-    for choice in weaker[augment]:
+    for choice in choices[augment]:
         found = make_views(data, choice, seed)
         if accuracy(*clean_logits(masked, found.sets[-1], batch_size)) >= known - _MOST_LOSS:
             return found

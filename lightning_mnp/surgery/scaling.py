@@ -201,7 +201,7 @@ class _Trial:
         return self._close(self._run(changes), wanted)
 
     def silenced(self, changes: dict[str, Tensor]) -> bool:
-        """Return whether changed parameters make channels constant where `zeros` is 0, only."""
+        """Return whether changed parameters make the channels whose `zeros` is 0 constant, only."""
         output = self._run(changes)
         constant = output.movedim(self.dim, 0).flatten(1)[:, :1]
         constant = constant.reshape(self._along(self.factors).shape)
