@@ -25,9 +25,8 @@ from scipy.stats import binomtest
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_mnp import DefenseSet, MNPConfig, defend
+from lightning_mnp import DefenseSet, MNPConfig, baselines, defend
 from lightning_mnp.attacks import SavedTrigger
-from lightning_mnp.baselines import RNPConfig, rnp
 from lightning_mnp.checkpoints.read import read_state_dict
 from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.data import BackdoorDataModule, CIFAR10DataModule, ImageNetSubsetDataModule
@@ -133,8 +132,8 @@ def run(
     loader = variant.apply(network, images)
     row: dict[str, Any] = {"network": folder.name, "seed": seed, "before": before}
     started = time.perf_counter()
-    if preset == "rnp":  # it removes backdoors, and does not judge
-        result = rnp(network, loader, config=RNPConfig(seed=seed))
+    if preset in baselines.names():  # they remove backdoors, and do not judge
+        result = baselines.find(preset)(network, loader, seed)
         defended, row["pruned"] = result.model, len(result.pruned)
     else:
         config = MNPConfig(seed=seed).changed({"pruning.impurity": variant.impurity})
@@ -234,7 +233,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the images")
     parser.add_argument("--networks", type=Path, default=Path("runs/attacks/cifar10-2core"))
     parser.add_argument("--imagenette", action="store_true", help="the data is Imagenette, 64 px")
-    parser.add_argument("--preset", choices=("default", "paper", "rnp"), default="default")
+    presets = ("default", "paper", *baselines.names())
+    parser.add_argument("--preset", choices=presets, default="default")
     parser.add_argument("--only", nargs="*", help="names of networks; without it, all")
     parser.add_argument("--seeds", type=int, default=2, help="defense sets of each network")
     parser.add_argument("--test_images", type=int, help="most test images; without it, all")

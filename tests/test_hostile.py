@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import RunsCommand, rewrite_member
 from helpers import CLASSES, loader, quick_config
 from lightning.pytorch import LightningDataModule
-from test_checkpoint import RunsCommand, rewrite_member
 from test_cli import COMMON
 from test_cli import QUICK as SHORT
 from torch import nn

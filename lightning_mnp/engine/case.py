@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_mnp.config import Constants, MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.hosting.memory import memory_told
+from lightning_mnp.hosting.memory import explain_out_of_memory
 from lightning_mnp.mnp.dual_masks import DualMask
 from lightning_mnp.mnp.suppression import CleanSuppression
 from lightning_mnp.mnp.thresholds import pruned_count
@@ -99,7 +99,7 @@ class Case:
         self.classes = classes
         self.constants = constants
         self.masked = MaskedNetwork(model, layers, forward, config.filters.statistics, autocast)
-        self.raised = self.masked.raised({})
+        self.raised = self.masked.with_raised({})
         self.scene = Scene(self.raised, data, config, classes, constants)
         self.searches: dict[str, SignalSearch] = {}
         self.correlation = math.nan
@@ -127,7 +127,7 @@ class Case:
             f"{max(3, size // 2)}; a `state_file` of the larger one cannot be used then."
         )
         with ExitStack() as stack:
-            stack.enter_context(memory_told(f"{where}, {batch}", remedy))
+            stack.enter_context(explain_out_of_memory(f"{where}, {batch}", remedy))
             stack.enter_context(unchanged_on_error(self.model))
             stack.enter_context(running_alone(self.model))
             yield
@@ -190,12 +190,12 @@ class Case:
         Args:
             values: By how much, for each of these classes.
         """
-        self.raised.handicaps = dict(values)
+        self.raised.raised = dict(values)
 
     @property
     def rare_classes(self) -> dict[int, float]:
         """By how much the logits of some classes are raised, for each of these."""
-        return self.raised.handicaps
+        return self.raised.raised
 
     def search(self, name: str) -> SignalSearch:
         """Return the search of a name; it is built when it is first asked for.
@@ -301,7 +301,7 @@ def open_case(
     remedy = "The model needs more than there is even for so few."
     refuse_wrappers(model)
     refuse_scripts(model)
-    told = memory_told(f"on {len(sample)} images", remedy)
+    told = explain_out_of_memory(f"on {len(sample)} images", remedy)
     with told, unchanged_on_error(model), running_alone(model):
         if when != "never" and pruning.reaudit:
             check_copy(model)

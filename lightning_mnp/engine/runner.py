@@ -11,7 +11,7 @@ import torch
 from rich.errors import LiveError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable, write_whole
+from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable, write_atomically
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.checkpoints.read import read_checkpoint
@@ -116,7 +116,7 @@ def _save_state(defense: MNPDefense, path: Path) -> None:
         torch.save(defense.state_dict(), partial)
 
     try:
-        write_whole(path, write, argument="state_file", replace=True)
+        write_atomically(path, write, argument="state_file", replace=True)
     except OutputError as error:  # hours of work are not given up for it
         warnings.warn(
             f"{error} The run goes on; were it killed, it would go on from the file as it was.",

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_mnp.checkpoints.atomic_write import check_writable, write_whole
+from lightning_mnp.checkpoints.atomic_write import check_writable, write_atomically
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack
 from lightning_mnp.engine.defense import MNPDefense
 from lightning_mnp.hosting.processes import do_in_first, gather_objects, process_count
@@ -187,7 +187,7 @@ def _publish(finished: Path, path: Path) -> None:
     def write(partial: Path) -> None:
         finished.replace(partial)
 
-    write_whole(path, write, argument="output_dir")
+    write_atomically(path, write, argument="output_dir")
 
 
 def follow_first(defense: MNPDefense) -> DefenseReport:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from lightning_mnp.config import Constants, MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.defense_data.evaluation import accuracy, clean_logits
-from lightning_mnp.defense_data.views import CleanSets, clean_sets, known_clean_sets
+from lightning_mnp.defense_data.views import Views, make_views, recognized_views
 from lightning_mnp.purify.greedy import GreedyPruning
 from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks, harmless_share
 from lightning_mnp.signals.trace import Trace
-from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, fit_shift
+from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, repair_shift
 from lightning_mnp.surgery.masked_network import MaskedNetwork
-from lightning_mnp.surgery.masks import scalable
+from lightning_mnp.surgery.masks import scalable_filters
 from lightning_mnp.surgery.network import copy_network
 from lightning_mnp.surgery.prune import Pruning, prune
 
@@ -83,7 +83,7 @@ class Purification:
         self.greedy: GreedyPruning | None = None
         self.soft: SoftMasks | None = None
         self.warnings: list[str] = []
-        self._known: CleanSets | None = None
+        self._known: Views | None = None
 
     @property
     def changes(self) -> bool:
@@ -155,11 +155,11 @@ class Purification:
         return self.greedy
 
     @property
-    def _clean(self) -> CleanSets:
+    def _clean(self) -> Views:
         """The images by which harm and repair are measured."""
         config = self.config
         if self._known is None:
-            self._known = clean_sets(
+            self._known = recognized_views(
                 self.masked, self.data, config.augment, config.batch_size, config.seed
             )
         return self._known
@@ -172,7 +172,7 @@ class Purification:
             greedy.traces,
             greedy.references,
             greedy.masks(),
-            scalable(self.masked.network, self.masked.layers).to(self.masked.device),
+            scalable_filters(self.masked.network, self.masked.layers).to(self.masked.device),
             self._clean.augment,
             config.pruning.soft_mask_steps,
             config.batch_size,
@@ -239,8 +239,8 @@ class Purification:
                 clean_logits(self.raised, data, size, masks=factors) for data in self._clean.sets
             ]
             seen, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
-            fixed = None if target in self.raised.handicaps else target
-            self.shift = self._shift_of(fit_shift(seen, classes, fixed))
+            fixed = None if target in self.raised.raised else target
+            self.shift = self._shift_of(repair_shift(seen, classes, fixed))
         logits, labels = clean_logits(self.masked, self.data, size, masks=factors)
         if self.shift is not None:
             logits = logits + self.shift.values.to(logits)
@@ -296,7 +296,7 @@ class Purification:
         self.shift = None if state["shift"] is None else LogitShift(*state["shift"])
         self._known = None
         if state["augment"] is not None:
-            self._known = known_clean_sets(self.data, state["augment"], self.config.seed)
+            self._known = make_views(self.data, state["augment"], self.config.seed)
         self.accuracy = state["accuracy"]
         self.warnings = list(state["warnings"])
         self.greedy = self.soft = None

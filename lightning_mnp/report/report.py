@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mnp.checkpoints.atomic_write import write_whole
+from lightning_mnp.checkpoints.atomic_write import write_atomically
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.report.parts import (
     DefenseSetSummary,
@@ -199,7 +199,7 @@ class DefenseReport:
             partial.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(self.to_json() + "\n", encoding="utf-8")
 
-        write_whole(Path(path), write, argument=argument, replace=True)
+        write_atomically(Path(path), write, argument=argument, replace=True)
 
     @classmethod
     def load(cls, path: Path | str, *, argument: str = "path") -> DefenseReport:

@@ -78,10 +78,10 @@ def test_interval_of_the_default_is_clopper_and_pearsons(flagged: int) -> None:
 @pytest.mark.parametrize(
     ("count", "rate", "needed", "remedy"),
     [
-        (18, 0.05, 19, "Give more, or a `rate` of at least 0.0527."),
+        (18, 0.05, 19, "Add networks, or choose a `rate` of at least 0.0527."),
         (98, 0.01, 99, "at least 0.0102."),
         (2, 0.3, 3, "at least 0.3334."),
-        (0, 0.5, 1, "Give more."),
+        (0, 0.5, 1, "Add networks."),
     ],
 )
 def test_too_few_networks_are_told(count: int, rate: float, needed: int, remedy: str) -> None:
