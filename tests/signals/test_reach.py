@@ -7,7 +7,6 @@ import torch
 from helpers import finish, images_and_labels, new_scene, same, snapshot, trained_network
 
 from lightning_mnp.config import Constants
-from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.signals.margin import MarginSearch
 from lightning_mnp.signals.reach import (
     PerturbationTrace,
@@ -63,12 +62,18 @@ def test_ratio_is_of_the_soonest_to_the_median_of_the_others() -> None:
     assert reach_ratio({0: 0.01, 1: math.inf, 2: math.inf})[2] == pytest.approx(longest)
 
 
-def test_batches_without_another_class_change_nothing() -> None:
+def test_a_first_batch_of_the_class_alone_changes_nothing_but_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = ReachSearch(new_scene(tried=[0, 1]))
     images, labels = images_and_labels()
-    data = DefenseSet(images[labels == 0], labels[labels == 0])
-    search = finish(ReachSearch(new_scene(data=data, tried=[0])))
-    assert search.reaches == {0: math.inf}
-    assert float(search.perturbations[0].abs().max()) == 0
+    own = labels == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(search.scene.data, "batch", lambda *_, **__: (images[own], labels[own]))
+        search.step()
+    finish(search)
+    assert {tuple(each.shape) for each in search.perturbations.values()} == {(1, 1, 8, 8)}
+    assert float(search.perturbations[0].std()) > 0  # not the same for all pixels
 
 
 def test_an_unknown_reach_is_not_the_soonest() -> None:
