@@ -52,6 +52,7 @@ class CIFAR10DataModule(BackdoorDataModule):
         defense_batch_size: See :class:`BackdoorDataModule`.
         defense_seed: See :class:`BackdoorDataModule`.
         seed: See :class:`BackdoorDataModule`.
+        on_device: See :class:`BackdoorDataModule`; by default yes, unless ``num_workers`` is set.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -73,20 +74,22 @@ class CIFAR10DataModule(BackdoorDataModule):
         defense_batch_size: int = 128,
         defense_seed: int = 0,
         seed: int = 0,
+        on_device: bool | None = None,
     ) -> None:
         super().__init__(
             root,
             attack,
-            batch_size,
-            num_workers,
-            image_size,
-            augment,
-            mean,
-            std,
-            defense_size,
-            defense_batch_size,
-            defense_seed,
-            seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            image_size=image_size,
+            augment=augment,
+            mean=mean,
+            std=std,
+            defense_size=defense_size,
+            defense_batch_size=defense_batch_size,
+            defense_seed=defense_seed,
+            seed=seed,
+            on_device=on_device,
         )
         self.download = download
 

@@ -75,12 +75,18 @@ class ImageDataset(Dataset[Any], ABC):
     def fetch(self, indices: Sequence[int]) -> Tensor:
         """Return new images of these indices, shape (n, C, H, W), uint8."""
 
-    def targets(self, indices: Sequence[int]) -> list[tuple[int, ...]]:
-        """Tell what stands beside each image in a sample: its label."""
-        return [(label,) for label in self.labels[list(indices)].tolist()]
+    def label_columns(self) -> tuple[Tensor, ...]:
+        """Return what stands beside each image in a sample: its label, shape (N,)."""
+        return (self.labels,)
 
     def to_memory(self, batch_size: int = 256) -> MemoryDataset:
-        """Read all images into one tensor, ``batch_size`` at a time.
+        """Read all images into one tensor.
+
+        Args:
+            batch_size: Number of images to read at a time.
+
+        Returns:
+            The images with their labels; itself if they lie in one tensor already.
 
         Raises:
             ValueError: If the images differ in size or channels.
@@ -106,10 +112,9 @@ class ImageDataset(Dataset[Any], ABC):
         return self.__getitems__([index % len(self)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, ...]]:
-        images = self.fetch(indices).unbind()
-        return [
-            (image, *target) for image, target in zip(images, self.targets(indices), strict=True)
-        ]
+        images, places = self.fetch(indices).unbind(), list(indices)
+        columns = [column[places].tolist() for column in self.label_columns()]
+        return list(zip(images, *columns, strict=True))
 
 
 class MemoryDataset(ImageDataset):
@@ -146,6 +151,14 @@ class MemoryDataset(ImageDataset):
     def fetch(self, indices: Sequence[int]) -> Tensor:
         """Return new images of these indices, shape (n, C, H, W), uint8."""
         return self.images[torch.as_tensor(indices, dtype=torch.long)]
+
+    def to_memory(self, batch_size: int = 256) -> MemoryDataset:
+        """Return itself: the images lie in one tensor already.
+
+        Args:
+            batch_size: Not used.
+        """
+        return self
 
 
 class FolderDataset(ImageDataset):
@@ -314,11 +327,9 @@ class TriggeredDataset(ImageDataset):
             return self._triggered[places]
         return self.attack.apply(self.base.fetch(self.indices[places].tolist()))
 
-    def targets(self, indices: Sequence[int]) -> list[tuple[int, ...]]:
-        """Tell what stands beside each image: the attacker's label and the true one."""
-        places = list(indices)
-        pairs = zip(self.labels[places].tolist(), self.true_labels[places].tolist(), strict=True)
-        return list(pairs)
+    def label_columns(self) -> tuple[Tensor, ...]:
+        """Return what stands beside each image: the attacker's label and the true one."""
+        return self.labels, self.true_labels
 
 
 def _read(path: Path) -> Tensor:

@@ -64,6 +64,7 @@ class ImageNetSubsetDataModule(ImageFolderDataModule):
         defense_batch_size: See :class:`BackdoorDataModule`.
         defense_seed: See :class:`BackdoorDataModule`.
         seed: See :class:`BackdoorDataModule`.
+        on_device: See :class:`ImageFolderDataModule`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -91,6 +92,7 @@ class ImageNetSubsetDataModule(ImageFolderDataModule):
         defense_batch_size: int = 64,
         defense_seed: int = 0,
         seed: int = 0,
+        on_device: bool = False,
     ) -> None:
         if preset not in get_args(Preset):
             raise ValueError(
@@ -114,6 +116,7 @@ class ImageNetSubsetDataModule(ImageFolderDataModule):
             defense_batch_size=defense_batch_size,
             defense_seed=defense_seed,
             seed=seed,
+            on_device=on_device,
         )
         self.preset = preset
         self._chosen: list[str] = sorted(self.classes or ())

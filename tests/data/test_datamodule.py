@@ -14,7 +14,8 @@ from torch.utils.data import BatchSampler, DistributedSampler
 
 from lightning_mnp.attacks import BadNets
 from lightning_mnp.data import BackdoorDataModule, MemoryDataset
-from lightning_mnp.data.datamodule import BatchTransform, Split
+from lightning_mnp.data.datamodule import Split
+from lightning_mnp.data.transform import BatchTransform
 from lightning_mnp.defense_data.augment import random_crop_flip
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
