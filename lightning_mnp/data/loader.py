@@ -119,14 +119,16 @@ class BatchLoader(DataLoader[Any]):
     collate_fn: BatchTransform
     _passes = 0
     _yielded = (0, 0)  # epoch, batches
-    _resumed: tuple[int, int] | None = None
+    _resumed = (-1, 0)  # of a training that was stopped
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:  # type: ignore[override]
-        # A sampler without epochs has been put in by Lightning, to take the same images each time.
+        # `overfit_batches` puts in a sampler without epochs. Passes are counted then, and a resumed
+        # training cannot know how many there were.
         epoch = int(getattr(self.sampler, "epoch", self._passes))
         self._passes += 1
-        resumed, self._resumed = self._resumed, None
-        skipped = resumed[1] if resumed is not None and resumed[0] == epoch else 0
+        stopped, batches = self._resumed
+        self._resumed = (-1, 0)
+        skipped = batches if stopped == epoch and hasattr(self.sampler, "epoch") else 0
         transform = self.collate_fn
         assert self.batch_sampler is not None
         for place, indices in enumerate(self.batch_sampler):
