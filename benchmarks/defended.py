@@ -25,18 +25,13 @@ from scipy.stats import binomtest
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_mnp import DefenseSet, MNPConfig, defend
+from lightning_mnp import DefenseSet, MNPConfig, baselines, defend
 from lightning_mnp.attacks import SavedTrigger
-from lightning_mnp.baselines import RNPConfig, rnp
 from lightning_mnp.checkpoints.read import read_state_dict
 from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.data import BackdoorDataModule, CIFAR10DataModule, ImageNetSubsetDataModule
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
 from lightning_mnp.models import cifar_resnet18
-from lightning_mnp.signals.margin import margin_ratio
-from lightning_mnp.signals.patch import patch_ratio
-from lightning_mnp.signals.pattern import pattern_lead
-from lightning_mnp.signals.reach import reach_ratio
 
 
 def datamodule(root: Path, imagenette: bool, **options: Any) -> BackdoorDataModule:
@@ -137,11 +132,11 @@ def run(
     loader = variant.apply(network, images)
     row: dict[str, Any] = {"network": folder.name, "seed": seed, "before": before}
     started = time.perf_counter()
-    if preset == "rnp":  # it removes backdoors, and does not judge
-        result = rnp(network, loader, config=RNPConfig(seed=seed))
+    if preset in baselines.names():  # they remove backdoors, and do not judge
+        result = baselines.find(preset)(network, loader, seed)
         defended, row["pruned"] = result.model, len(result.pruned)
     else:
-        config = MNPConfig(seed=seed, impurity=variant.impurity)
+        config = MNPConfig(seed=seed).changed({"pruning.impurity": variant.impurity})
         if preset == "paper":
             config = MNPConfig.paper(seed=seed)
         always = attack is not None or preset == "paper"
@@ -150,14 +145,9 @@ def run(
         defended, row["pruned"] = report.model, len(report.pruned)
         row.update(verdict=report.verdict, target_class=report.target_class, score=report.score)
         row.update(ratio=report.detection_ratio, pile_up=report.pile_up)
-        if report.reaches:
-            row.update(reach=reach_ratio(report.reaches)[:2])
-            row.update(margin=margin_ratio(report.margins)[:2])
-            row.update(patch=patch_ratio(report.patch_margins), moved=report.moved)
-            row.update(overlay=pattern_lead(report.overlay_rises))
-            row.update(warp=pattern_lead(report.warp_rises))
+        row.update({each.name: (each.target_class, each.value) for each in report.signals})
         if report.reaudit is not None:
-            row["reaudit"] = (report.reaudit["verdict"], report.reaudit["score"])
+            row["reaudit"] = (report.reaudit.verdict, report.reaudit.score)
     row["seconds"] = time.perf_counter() - started
     return {**row, "after": measure(defended, loaders)}
 
@@ -243,7 +233,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the images")
     parser.add_argument("--networks", type=Path, default=Path("runs/attacks/cifar10-2core"))
     parser.add_argument("--imagenette", action="store_true", help="the data is Imagenette, 64 px")
-    parser.add_argument("--preset", choices=("default", "paper", "rnp"), default="default")
+    presets = ("default", "paper", *baselines.names())
+    parser.add_argument("--preset", choices=presets, default="default")
     parser.add_argument("--only", nargs="*", help="names of networks; without it, all")
     parser.add_argument("--seeds", type=int, default=2, help="defense sets of each network")
     parser.add_argument("--test_images", type=int, help="most test images; without it, all")

@@ -63,7 +63,7 @@ def digest(report: DefenseReport) -> str:
 
 def masks_of(report: DefenseReport) -> dict[str, list[float]]:
     """Return the factors of all filters, by layer; nothing where there are none."""
-    return report.masks
+    return report.pruning.masks
 
 
 def resumed(network: nn.Module, data: DefenseSet, config: MNPConfig) -> DefenseReport:

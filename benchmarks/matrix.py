@@ -34,7 +34,13 @@ from benchmarks.architectures import MATRIX, Entry
 from lightning_mnp.checkpoints.read import read_state_dict
 from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.checkpoints.write import write_state_dict
-from lightning_mnp.config import MNPConfig
+from lightning_mnp.config import (
+    MaskOptions,
+    MNPConfig,
+    PruningOptions,
+    SuppressionOptions,
+    VerdictOptions,
+)
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.engine.defense import MNPDefense
 from lightning_mnp.mnp.thresholds import pruned_count
@@ -46,17 +52,13 @@ SEED = 0
 IMAGES = 8
 # Few and short steps: on fresh weights and noise, gradients of deep networks are long.
 BUDGET = MNPConfig(
-    reaudit=False,
     seed=SEED,
     batch_size=8,
     augment="none",
-    suppression_lr=0.0005,
-    suppression_epochs=1,
-    stop_accuracy=None,
-    mask_epochs=1,
-    rule="share",
-    amount=0.02,
-    verdict="ratio",
+    suppression=SuppressionOptions(lr=0.0005, epochs=1, stop_accuracy=None),
+    masks=MaskOptions(epochs=1),
+    pruning=PruningOptions(rule="share", amount=0.02, reaudit=False),
+    verdict=VerdictOptions(rule="ratio"),
 )
 
 
@@ -177,11 +179,11 @@ def examine(
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert not report.warnings, report.warnings
     assert report.runs[0].steps > 0, report.runs[0].stopped
-    assert len(report.pruned) == round(config.amount * report.filters) > 0
-    worst = float(defense.scores[defense.purification.removed].max())
-    assert pruned_count(defense.scores, "threshold", worst) >= len(report.pruned)
+    assert len(report.pruned) == round(config.pruning.amount * report.filters) > 0
+    worst = float(defense.case.scores[defense.purification.removed].max())
+    assert pruned_count(defense.case.scores, "threshold", worst) >= len(report.pruned)
     probe = data.images[:2]
-    check_attaching(network, defense.layers, probe)
+    check_attaching(network, defense.case.layers, probe)
     check_pruned(network, purified, defense, probe)
     return Line(
         name=entry.name,
@@ -196,7 +198,7 @@ def examine(
         seconds=seconds,
         peak_mib=peak,
         import_mib=imports,
-        difference=baked_difference(network, defense.layers, probe),
+        difference=baked_difference(network, defense.case.layers, probe),
         reload=reloads(purified, build(), probe),
         machine=machine(entry.needs),
     )
@@ -223,9 +225,9 @@ def check_pruned(
     network: nn.Module, purified: nn.Module, defense: MNPDefense, images: Tensor
 ) -> None:
     """Check that the pruned network computes what zeros as masks and the repair make of it."""
-    masks = torch.ones(defense.layers.total)
+    masks = torch.ones(defense.case.layers.total)
     masks[defense.purification.removed] = 0.0
-    with FilterMasks(network, defense.layers, masks):
+    with FilterMasks(network, defense.case.layers, masks):
         masked = call_network(network, images)
     if defense.purification.shift is not None:
         masked = masked + defense.purification.shift.values

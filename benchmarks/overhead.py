@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -317,7 +318,7 @@ def measure_memory(
 ) -> None:
     """Print the peak memory of a defense in copies of the weights."""
     weights = sum(p.untyped_storage().nbytes() for p in network.parameters())
-    batch = batch_memory(network, data, largest, config.statistics == "batch")
+    batch = batch_memory(network, data, largest, config.filters.statistics == "batch")
     peaks = defense_memory(network, data, config, when)
     print(
         f"  weights {weights / 2**20:.1f} MiB, a batch of {largest} with its activations "
@@ -374,12 +375,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     network, data, when = load(options)
     print(f"{type(network).__name__}, {data}, {options.threads} threads, torch {torch.__version__}")
-    epochs = {"suppression_epochs": options.epochs, "mask_epochs": options.epochs}
+    epochs = {"suppression.epochs": options.epochs, "masks.epochs": options.epochs}
     for name, config, occasion in (
-        ("default", replace(MNPConfig(seed=options.seed), **epochs), when),
-        ("paper", MNPConfig.paper(seed=options.seed, **epochs), "always"),
+        ("default", MNPConfig(seed=options.seed).changed(epochs), when),
+        ("paper", MNPConfig.paper(epochs, seed=options.seed), "always"),
     ):
-        largest = -(-len(data) // data.passes(config.batch_size))
+        largest = math.ceil(len(data) / data.passes(config.batch_size))
         print(f"{name}:", flush=True)
         if options.only != "memory":
             measure_time(network, data, config, occasion, options.repeats)

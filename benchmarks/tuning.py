@@ -23,7 +23,6 @@ from benchmarks.networks import MEAN, STD, TUNING, accuracy
 from lightning_mnp import DefenseSet, MNPConfig, defend
 from lightning_mnp.defense_data.subset import balanced_indices
 from lightning_mnp.models import cifar_resnet18
-from lightning_mnp.signals.reach import reach_ratio
 
 
 def measure(name: str, network: torch.nn.Module, test: dict[str, torch.Tensor]) -> list[float]:
@@ -61,9 +60,9 @@ def run(name: str, seed: int, preset: str, folder: Path) -> dict[str, Any]:
         "ratio": report.detection_ratio,
         "pile_up": report.pile_up,
         "top_class": report.runs[0].top_class,
-        "reach": reach_ratio(report.reaches)[1] if report.reaches else None,
+        "signals": {signal.name: signal.value for signal in report.signals},
         "stages": report.seconds,
-        "search": report.search,
+        "curve": report.pruning.curve,
         "warnings": report.warnings,
         "seconds": seconds,
     }
@@ -96,7 +95,7 @@ def main() -> None:
                 *(str(row[key]) for key in ("pruned", "verdict", "target")),
                 f"{row['ratio']:.2f}",
                 f"{row['pile_up']:.2f} on {row['top_class']}",
-                "-" if row["reach"] is None else f"{row['reach']:.2f}",
+                f"{row['signals']['reach']:.2f}" if "reach" in row["signals"] else "-",
                 f"{row['seconds']:.0f}",
             )
     Console(width=130).print(table)

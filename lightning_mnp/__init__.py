@@ -1,4 +1,4 @@
-"""Tell whether a trained CNN carries a backdoor, and remove it."""
+"""Tells whether a trained CNN carries a backdoor, and remove it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from lightning_mnp.checkpoints.read import read_state_dict
     from lightning_mnp.checkpoints.state_dict import load_into
     from lightning_mnp.checkpoints.write import write_state_dict
-    from lightning_mnp.config import MNPConfig
+    from lightning_mnp.config import (
+        FilterOptions,
+        MaskOptions,
+        MNPConfig,
+        PruningOptions,
+        SuppressionOptions,
+        VerdictOptions,
+    )
     from lightning_mnp.defense_data.defense_set import DefenseSet
     from lightning_mnp.engine.defense import MNPDefense
     from lightning_mnp.module import MNPModule
@@ -26,25 +33,30 @@ if TYPE_CHECKING:
 # Names are imported when they are first used, so that the core does not import Lightning.
 _HOMES = {
     "Calibration": "calibration.threshold",
-    "CheckpointError": "checkpoints.read",
+    "CheckpointError": "checkpoints.inspection",
     "DefenseReport": "report",
     "DefenseSet": "defense_data.defense_set",
     "FilterLayer": "surgery.layers",
     "FilterLayers": "surgery.layers",
     "FilterMasks": "surgery.masks",
+    "FilterOptions": "config",
     "MNPCallback": "callback",
     "MNPConfig": "config",
     "MNPDefense": "engine.defense",
     "MNPModule": "module",
+    "MaskOptions": "config",
+    "PruningOptions": "config",
     "RunResult": "report",
+    "SuppressionOptions": "config",
+    "VerdictOptions": "config",
     "audit": "api",
     "calibrate_threshold": "calibration.threshold",
     "defend": "api",
     "find_filter_layers": "surgery.layers",
-    "load_into": "checkpoints.read",
+    "load_into": "checkpoints.state_dict",
     "prune": "surgery.prune",
     "read_state_dict": "checkpoints.read",
-    "write_state_dict": "checkpoints.read",
+    "write_state_dict": "checkpoints.write",
 }
 
 __version__ = version("lightning-mnp")
@@ -56,11 +68,16 @@ __all__ = [
     "FilterLayer",
     "FilterLayers",
     "FilterMasks",
+    "FilterOptions",
     "MNPCallback",
     "MNPConfig",
     "MNPDefense",
     "MNPModule",
+    "MaskOptions",
+    "PruningOptions",
     "RunResult",
+    "SuppressionOptions",
+    "VerdictOptions",
     "audit",
     "calibrate_threshold",
     "defend",

@@ -33,7 +33,7 @@ def audit(
     state_file: Path | str | None = None,
     progress: bool = False,
 ) -> DefenseReport:
-    """Tell whether a network carries a backdoor; the network stays as it is.
+    """Judge whether a network carries a backdoor; the network stays as it is.
 
     Args:
         model: The network, or a LightningModule around it, on the device to work on.
@@ -42,7 +42,7 @@ def audit(
             :class:`~lightning_mnp.defense_data.defense_set.DefenseSet`.
         seed: Replaces the seed of ``config``.
         config: Options.
-        network: Dotted name of the submodule that classifies, where the model has no ``forward``.
+        network: Dotted name of the submodule that classifies, if the model has no ``forward``.
         forward: A function (network, images) that calls it and returns logits, or something that
             holds them.
         unpack: A function (batch) that gives images and labels.
@@ -101,7 +101,7 @@ def defend(
         progress: See :func:`audit`.
 
     Returns:
-        The report; its ``model`` is the purified copy, or a plain copy where nothing was pruned.
+        The report; its ``model`` is the purified copy, or a plain copy if nothing was pruned.
 
     Raises:
         ValueError: If the model, the data and the options do not fit each other.
@@ -110,13 +110,13 @@ def defend(
     Example:
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> batch = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
-        >>> options = MNPConfig(runs=1, rule="count", amount=1)
+        >>> options = MNPConfig.paper({"pruning.amount": 1})
         >>> report = defend(network, [batch], when="always", config=options)
         >>> len(report.pruned), report.model is network
         (1, False)
     """
     config = _seeded(config, seed)
-    if when == "never" or not config.reaudit:  # else the engine does
+    if when == "never" or not config.pruning.reaudit:  # else the engine does
         check_copy(model)
     data = DefenseSet.from_loader(loader, unpack)
     defense = MNPDefense(model, data, config, when=when, network=network, forward=forward)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,6 +33,16 @@ from lightning_mnp.surgery.network import weights_digest
 
 __all__ = ["MNPCallback"]
 
+# What `fast_dev_run` makes: each stage once, and nothing that takes long.
+_TRIAL = {
+    "suppression.runs": 1,
+    "suppression.epochs": 1,
+    "masks.epochs": 1,
+    "pruning.rule": "count",
+    "pruning.amount": 1,
+    "verdict.rule": "ratio",
+}
+
 
 def _is_trial(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))  # set outside of the typed attributes
@@ -45,10 +54,10 @@ def _ends_in_weights(pruning: ModelPruning) -> bool:
 
 
 class MNPCallback(Callback):
-    """Audit the network when training ends, and prune it where asked.
+    """Audit the network when training ends, and prune it if asked.
 
     At the end of ``Trainer.fit`` the verdict is logged to every logger under ``mnp/``, and the
-    report is written as JSON. Where filters are pruned, the LightningModule that was trained is
+    report is written as JSON. If filters are pruned, the LightningModule that was trained is
     changed in place, and a checkpoint of it is written beside the report: a ``ModelCheckpoint``
     has saved the network before. Training itself, its random state included, is not affected.
 
@@ -56,14 +65,14 @@ class MNPCallback(Callback):
         when: ``"never"`` audits only, ``"flagged"`` prunes if the verdict is ``"backdoored"``,
             ``"always"`` prunes in any case.
         defense_loader: Clean, labeled images: a data loader, a data set or a
-            :class:`~lightning_mnp.defense_data.defense_set.DefenseSet`. Where None, the method
+            :class:`~lightning_mnp.defense_data.defense_set.DefenseSet`. If None, the method
             ``defense_dataloader()`` of the datamodule or the LightningModule gives it.
         config: Options of the method.
-        network: Dotted name of the submodule that classifies, where the LightningModule has no
+        network: Dotted name of the submodule that classifies, if the LightningModule has no
             ``forward`` of its own.
         forward: A function (network, images) that calls it and returns the logits.
         unpack: A function (batch) that gives images and labels.
-        output_dir: Folder of the report and the purified checkpoint; where None, the logger's
+        output_dir: Folder of the report and the purified checkpoint; if None, the logger's
             folder, or the Trainer's ``default_root_dir``.
 
     Attributes:
@@ -142,7 +151,7 @@ class MNPCallback(Callback):
                 self._defense(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Audit the trained network, prune it where asked, log and write the outcome.
+        """Audit the trained network, prune it if asked, log and write the outcome.
 
         An error waits until :meth:`on_fit_end`, so that what saves when training ends does so;
         not where other processes would wait for this one meanwhile.
@@ -171,7 +180,7 @@ class MNPCallback(Callback):
             write_outcome(trainer, report, self._folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise what the audit raised; warn where there was none, or its outcome was undone.
+        """Raise what the audit raised; warn if there was none, or its outcome was undone.
 
         Raises:
             Exception: Whatever the audit raised when training ended.
@@ -202,15 +211,7 @@ class MNPCallback(Callback):
         assert self._data is not None
         config = self.config
         if _is_trial(trainer):
-            config = replace(
-                config,
-                runs=1,
-                suppression_epochs=1,
-                mask_epochs=1,
-                rule="count",
-                amount=1,
-                verdict="ratio",
-            )
+            config = config.changed(_TRIAL)
         return MNPDefense(
             module,
             self._data,

@@ -197,7 +197,7 @@ class MNPModule(LightningModule):
         """Raise where processes have come to different places, before one waits for another."""
         if process_count() == 1:
             return
-        places = gather_objects((defense.phase, defense.run, defense.batches_done))
+        places = gather_objects(defense.place)
         if len(set(places)) > 1:
             raise RuntimeError(
                 f"Expected all processes to compute the same, but they have come to different "

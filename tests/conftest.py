@@ -5,12 +5,22 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from lightning_mnp.config import Constants
+from lightning_mnp.signals.margin import MarginConstants
+from lightning_mnp.signals.overlay import OverlayConstants
+from lightning_mnp.signals.patch import PatchConstants
+from lightning_mnp.signals.permutation import PermutationConstants
+from lightning_mnp.signals.reach import ReachConstants
+from lightning_mnp.signals.warp import WarpConstants
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -55,18 +65,22 @@ def isolated() -> Iterator[None]:
 
 @pytest.fixture
 def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make searches for surrogate triggers short, where what they find is of no account."""
-    for name, steps in {
-        "signals.margin._STEPS": 4,
-        "signals.overlay.OverlayTrigger.steps": 2,
-        "signals.patch.PatchTrigger.steps": 3,
-        "signals.permutation._AWAY_STEPS": 2,
-        "signals.permutation._FAR_STEPS": 2,
-        "signals.permutation._NEAR_STEPS": 3,
-        "signals.reach._MOST_STEPS": 3,
-        "signals.warp.WarpTrigger.steps": 2,
-    }.items():
-        monkeypatch.setattr(f"lightning_mnp.{name}", steps)
+    """Make searches for triggers short, where what they find is of no account."""
+    short = {
+        MarginConstants: {"steps": 4, "first_steps": 4, "next_steps": 2},
+        OverlayConstants: {"steps": 2},
+        PatchConstants: {"far_steps": 2, "near_steps": 1},
+        PermutationConstants: {"away_steps": 2, "far_steps": 2, "near_steps": 3},
+        ReachConstants: {"most_steps": 3},
+        WarpConstants: {"steps": 2},
+    }
+    of = Constants.of
+
+    def shortened(self: Constants, kind: type[Any]) -> Any:
+        found = of(self, kind)
+        return replace(found, **short[kind]) if kind in short and found == kind() else found
+
+    monkeypatch.setattr(Constants, "of", shortened)
 
 
 @pytest.fixture(scope="session")

@@ -138,8 +138,13 @@ def command(processes: int, folder: Path) -> list[str]:
     return [
         *("defend", "--model=lightning_mnp.models.Classifier", "--model.width=2"),
         *("--model.in_channels=1", "--data=lightning_mnp.data.DigitsDataModule"),
-        *("--data.defense_size=20", "--mnp.runs=1", "--mnp.suppression_epochs=1"),
-        *("--mnp.mask_epochs=1", "--mnp.rule=count", "--mnp.amount=3", "--mnp.verdict=ratio"),
+        *("--data.defense_size=20", "--mnp.suppression.runs=1", "--mnp.suppression.epochs=1"),
+        *(
+            "--mnp.masks.epochs=1",
+            "--mnp.pruning.rule=count",
+            "--mnp.pruning.amount=3",
+            "--mnp.verdict.rule=ratio",
+        ),
         *("--trainer.accelerator=cpu", *[f"--trainer.{option}=false" for option in quiet]),
         *("--trainer.strategy=ddp", f"--trainer.devices={processes}", "--when=always"),
         f"--ckpt_path={folder / 'suspicious.pt'}",

@@ -19,6 +19,21 @@ from lightning_mnp.signals.pattern import PatternTrigger
 
 CLASSES = 4
 
+# Names of options in tests, which say in one word what they change.
+SHORT_NAMES = {
+    **{name: name for name in ("seed", "batch_size", "augment")},
+    **{name: f"filters.{name}" for name in ("include", "exclude", "site", "statistics")},
+    **{name: f"suppression.{name}" for name in ("runs", "more_runs", "stop_accuracy", "mu")},
+    **{f"suppression_{n}": f"suppression.{n}" for n in ("lr", "momentum", "epochs", "parts")},
+    **{f"mask_{name}": f"masks.{name}" for name in ("lr", "momentum", "epochs")},
+    "penalty": "masks.penalty",
+    **{name: f"pruning.{name}" for name in ("rule", "amount", "harm", "impurity")},
+    **{name: f"pruning.{name}" for name in ("soft_mask_steps", "repair", "reaudit")},
+    **{name: f"verdict.{name}" for name in ("threshold", "delta", "most_classes")},
+    "verdict": "verdict.rule",
+    "raise_rare_classes": "verdict.raise_rare_classes",
+}
+
 # Short, but through every phase.
 QUICK: dict[str, Any] = {
     "runs": 2,
@@ -28,13 +43,18 @@ QUICK: dict[str, Any] = {
     "mask_epochs": 2,
     "rule": "count",
     "amount": 5,
-    "attenuation_steps": 4,
+    "soft_mask_steps": 4,
     "reaudit": False,
 }
 
 
+def config_of(**options: Any) -> MNPConfig:
+    """The default with other values, by their short names."""
+    return MNPConfig().changed({SHORT_NAMES[name]: value for name, value in options.items()})
+
+
 def quick_config(**changes: Any) -> MNPConfig:
-    return MNPConfig(**{**QUICK, **changes})
+    return config_of(**{**QUICK, **changes})
 
 
 def images_and_labels(count: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from rich.errors import LiveError
 from torch import nn
 
 import lightning_mnp
-from lightning_mnp import DefenseSet, MNPConfig, MNPDefense
+from lightning_mnp import DefenseSet, MNPDefense, PruningOptions
 from lightning_mnp.engine import runner
 from lightning_mnp.engine.runner import run_defense
 
@@ -176,7 +176,7 @@ def test_bad_input_is_told_before_any_work(change: str, message: str) -> None:
 
 def test_threshold_out_of_range() -> None:
     with pytest.raises(ValueError, match="from 1 to 3"):
-        MNPConfig(rule="threshold", amount=3.5)
+        PruningOptions(rule="threshold", amount=3.5)
 
 
 @pytest.mark.parametrize("network", [None, "net"])
@@ -189,7 +189,7 @@ def test_purified_module_without_forward_is_audited_again(network: str | None) -
         module, loader(), network=network, config=config, when="always", seed=0
     )
     assert report.reaudit is not None
-    assert report.reaudit["verdict"] in ("clean", "backdoored", "undecided")
+    assert report.reaudit.verdict in ("clean", "backdoored", "undecided")
 
 
 def test_module_that_keeps_results_is_purified() -> None:
@@ -221,11 +221,17 @@ def test_classes_that_are_not_tried_are_told() -> None:
     def warnings(most: int) -> list[str]:
         config = quick_config(most_classes=most)
         report = lightning_mnp.audit(trained_network(), loader(), config=config)
-        assert len(report.reaches) == len(report.patch_margins) == min(most, 4)
+        tried = {
+            signal.name: len(signal.classes)
+            for signal in report.signals
+            if signal.name not in ("pile-up", "permutation")
+        }
+        assert len(tried) == 5
+        assert set(tried.values()) == {min(most, 4)}
         return report.warnings
 
     assert warnings(4) == []
-    assert "was tried for 3 of 4 classes" in warnings(3)[0]
+    assert "triggers were searched for in 3 of 4 classes" in warnings(3)[0]
 
 
 def test_weights_of_low_precision_are_told() -> None:

@@ -14,15 +14,12 @@ import torch
 from conftest import REPOSITORY
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DistributedSampler, SubsetRandomSampler
 
 import lightning_mnp
 from lightning_mnp import MNPModule
 from lightning_mnp.cli.command_line import main
 from lightning_mnp.hosting import processes
-from lightning_mnp.hosting.processes import whole_loader
 from lightning_mnp.models import Classifier
-from lightning_mnp.surgery.guards import refuse_wrappers, running_alone
 
 DOORS = ("callback", "module", "sampler", "gathered", "synchronized")
 # For a machine that is busy; the processes themselves need a few seconds.
@@ -192,21 +189,6 @@ def test_epochs_of_different_length_are_refused(monkeypatch: pytest.MonkeyPatch)
         script.quiet_trainer(max_epochs=-1).fit(module, script.data())
 
 
-def test_a_failure_of_the_first_process_is_raised_in_the_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with pytest.raises(OSError, match="no space"):
-        processes.do_in_first(_fail)
-    monkeypatch.setattr(processes, "process_rank", lambda: 1)
-    monkeypatch.setattr(processes, "gather_objects", lambda value: ["OSError: no space", value])
-    with pytest.raises(RuntimeError, match="Process 0 of 2 failed: OSError: no space"):
-        processes.do_in_first(_fail)
-
-
-def _fail() -> None:
-    raise OSError("no space")
-
-
 def test_a_trainer_of_one_process_in_a_group_of_several_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -226,38 +208,11 @@ def test_parts_of_different_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -
         lightning_mnp.DefenseSet.from_loader(script.data(), gather=True)
 
 
-def test_whole_loader_takes_only_the_plain_sampler_for_sharding() -> None:
-    dataset = script.data().dataset
-    plain = DistributedSampler(dataset, num_replicas=4, rank=1)
-    assert len(whole_loader(script.data(sampler=plain))) == 4  # type: ignore[arg-type]
-    batches = torch.utils.data.BatchSampler(plain, 20, drop_last=True)
-    sharded = torch.utils.data.DataLoader(dataset, batch_sampler=batches)
-    assert len(whole_loader(sharded)) == 2  # type: ignore[arg-type]
-
-    class Own(DistributedSampler):  # type: ignore[type-arg]
-        pass
-
-    for sampler in (Own(dataset, num_replicas=4, rank=1), SubsetRandomSampler([0, 1])):
-        loader = script.data(sampler=sampler)
-        assert whole_loader(loader) is loader
-
-
 @pytest.mark.parametrize("inside", [False, True])
 def test_parallel_wrappers_are_refused(inside: bool) -> None:
     network: nn.Module = nn.DataParallel(script.small_network())
     if inside:
         network = nn.Sequential(network)
-    match = "but '0' in it is a DataParallel" if inside else "but it is a DataParallel. Give its"
-    with pytest.raises(ValueError, match=match):
-        refuse_wrappers(network)
+    match = "but '0' in it is a DataParallel" if inside else "but it is a DataParallel. Pass its"
     with pytest.raises(ValueError, match=match):
         lightning_mnp.audit(network, script.data())
-
-
-def test_running_alone_leaves_no_trace() -> None:
-    network = script.small_network(synchronized=True)
-    before = [dict(vars(module)) for module in network.modules()]
-    with running_alone(network), running_alone(network):  # also one in the other
-        network(torch.rand(2, 1, 8, 8))
-    for module, attributes in zip(network.modules(), before, strict=True):
-        assert vars(module).keys() == attributes.keys()

@@ -12,11 +12,14 @@ import lightning as L
 import pytest
 from conftest import REPOSITORY
 
+from lightning_mnp import MNPConfig
 from lightning_mnp.cli.command_line import main
 
 DOCS = REPOSITORY / "docs"
-PAGES = sorted([*(DOCS / "tutorial").glob("*.md"), *(DOCS / "how-to").glob("*.md")])
-TEXTS = [*PAGES, REPOSITORY / "README.md", *sorted((DOCS / "explanation").glob("*.md"))]
+PAGES = [DOCS / "index.md", *sorted((DOCS / "tutorial").glob("*.md"))]
+PAGES += sorted((DOCS / "how-to").glob("*.md"))
+TEXTS = [*PAGES, *sorted((DOCS / "explanation").glob("*.md"))]
+TEXTS += [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "research").glob("*.md"))]
 
 # An HTML comment `<!-- setup ... -->` has what a page takes for granted; blocks after a comment
 # `<!-- not run: reason -->` are left out.
@@ -27,16 +30,25 @@ _PIECES = re.compile(
 )
 _COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-# The same code on a smaller scale.
+# The same code on a smaller scale; `SHORT` has the options of a defense of few steps.
+SHORT = MNPConfig().changed(
+    {
+        "suppression.runs": 1,
+        "suppression.more_runs": 0,
+        "suppression.epochs": 1,
+        "pruning.amount": 0.005,
+        "pruning.soft_mask_steps": 1,
+        "pruning.reaudit": False,
+        "verdict.most_classes": 3,
+    }
+)
 SHORTER = {
     "width=8": "width=2",
-    "image_size=16": "image_size=8",
-    "DigitsDataModule(attack": "DigitsDataModule(defense_size=20, attack",
-    "DigitsDataModule()": "DigitsDataModule(defense_size=20)",
-    "attack=BadNets(patch_size=3, poison_rate=0.1, target_class=0),": (
-        "attack=BadNets(patch_size=2), defense_size=20, "
-    ),
-    "size=200": "size=20",
+    "image_size=16": "image_size=8, defense_size=20",
+    "patch_size=3": "patch_size=2",
+    "MNPConfig(seed=0)": "SHORT",
+    'MNPCallback(when="never")': 'MNPCallback(when="never", config=SHORT)',
+    'when="always", seed=0': 'when="always", config=SHORT',
 }
 
 
@@ -55,6 +67,10 @@ def code(page: Path) -> str:
     for old, new in SHORTER.items():
         source = source.replace(old, new)
     return source
+
+
+def name(page: Path) -> str:
+    return page.relative_to(REPOSITORY).as_posix()
 
 
 WITH_CODE = [page for page in PAGES if code(page).strip()]
@@ -79,16 +95,16 @@ class QuickTrainer(L.Trainer):
 @pytest.mark.usefixtures("short_searches")
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: f"{page.parent.name}/{page.stem}")
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(L, "Trainer", QuickTrainer)
-    exec(compile(code(page), str(page), "exec"), {"__name__": "page"})
+    exec(compile(code(page), str(page), "exec"), {"__name__": "page", "SHORT": SHORT})
 
 
 def test_pages_with_code_are_found() -> None:
-    without = [f"{page.parent.name}/{page.stem}" for page in PAGES if page not in WITH_CODE]
-    assert without == ["how-to/audit-a-checkpoint", "how-to/index"]
+    without = [name(page) for page in PAGES if page not in WITH_CODE]
+    assert without == ["docs/how-to/audit-a-checkpoint.md", "docs/how-to/index.md"]
 
 
 @pytest.mark.parametrize("text", SHORTER)
@@ -128,9 +144,9 @@ def test_command_is_understood(
     assert stop.value.code == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", TEXTS, ids=name)
 def test_files_that_are_named_exist(page: Path) -> None:
     text = page.read_text("utf-8")
-    names = set(re.findall(r"\b(?:examples|benchmarks)/[\w.-]+\.\w+", text))
-    names |= set(re.findall(r"\b(?:tests)/[\w./-]+\.py", text))
+    names = set(re.findall(r"\b(?:examples|benchmarks|docs|research)/[\w./-]+\.\w+", text))
+    names |= set(re.findall(r"\btests/[\w./-]+\.py", text))
     assert not [name for name in names if not (REPOSITORY / name).is_file()]

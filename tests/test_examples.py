@@ -6,7 +6,7 @@ import json
 import runpy
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ import yaml
 from conftest import REPOSITORY
 from PIL import Image
 
-from lightning_mnp import MNPConfig, read_state_dict
+from lightning_mnp import (
+    MaskOptions,
+    MNPConfig,
+    PruningOptions,
+    SuppressionOptions,
+    read_state_dict,
+)
 from lightning_mnp.cli.command_line import main
 from lightning_mnp.data import CIFAR10DataModule
 from lightning_mnp.data.cifar10 import CLASSES
@@ -43,13 +49,13 @@ SHORT_FIT = [
 ]
 SHORT_AUDIT = [
     *QUIET,
-    "--mnp.suppression_epochs=1",
-    "--mnp.mask_epochs=1",
+    "--mnp.suppression.epochs=1",
+    "--mnp.masks.epochs=1",
     "--model.init_args.width=4",
     "--data.init_args.defense_size=20",
 ]
 # Of no account for the paper's setting, which has none of either.
-SHORT_DEFENSE = ["--mnp.attenuation_steps=2", "--mnp.more_runs=0"]
+SHORT_DEFENSE = ["--mnp.pruning.soft_mask_steps=2", "--mnp.suppression.more_runs=0"]
 
 pytestmark = [
     pytest.mark.usefixtures("short_searches"),
@@ -80,14 +86,24 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@dataclass(frozen=True)
+class QuickConfig(MNPConfig):
+    """Options whose defaults take one pass or step instead of twenty or more."""
+
+    suppression: SuppressionOptions = field(
+        default_factory=lambda: SuppressionOptions(epochs=1, more_runs=0)
+    )
+    masks: MaskOptions = field(default_factory=lambda: MaskOptions(epochs=1))
+    pruning: PruningOptions = field(
+        default_factory=lambda: PruningOptions(amount=0.01, soft_mask_steps=2)
+    )
+
+
 @pytest.fixture
 def short_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let scripts, which have no options for it, take one pass where they would take twenty."""
-    defaults = {field.name: field.default for field in fields(MNPConfig)}
-    defaults.update(
-        suppression_epochs=1, mask_epochs=1, amount=0.01, attenuation_steps=2, more_runs=0
-    )
-    monkeypatch.setattr(MNPConfig.__init__, "__defaults__", tuple(defaults.values()))
+    """Let scripts, which have no options for it, take few steps."""
+    for name in ("config", "config.options"):
+        monkeypatch.setattr(f"lightning_mnp.{name}.MNPConfig", QuickConfig)
 
 
 def data_options(name: str, cifar10: Path) -> list[str]:
@@ -164,7 +180,7 @@ def test_callback_goes_on_top_of_a_training(
 
 def test_paper_setting_is_that_of_the_class() -> None:
     options = yaml.safe_load((EXAMPLES / "mnp-paper.yaml").read_text())
-    assert MNPConfig(**options) == MNPConfig.paper()
+    assert MNPConfig.from_dict(options) == MNPConfig.paper()
 
 
 def test_paper_setting_is_taken(cifar10: Path, tmp_path: Path) -> None:
@@ -174,7 +190,7 @@ def test_paper_setting_is_taken(cifar10: Path, tmp_path: Path) -> None:
     options += [*SHORT_AUDIT, *data_options("cifar10", cifar10)]
     assert main(["audit", *options, f"--ckpt_path={suspicious}", f"--report={report}"]) in (0, 3, 4)
     written = json.loads(report.read_text())["config"]
-    expected = MNPConfig.paper(suppression_epochs=1, mask_epochs=1).to_dict()
+    expected = MNPConfig.paper({"suppression.epochs": 1, "masks.epochs": 1}).to_dict()
     assert written == expected
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import no_more_than
 from helpers import images_and_labels, loader, quick_config, same, snapshot
 from killing import defend_until, new_defense, small_network
-from test_output import no_more_than
 from torch import Tensor, nn
 
 import lightning_mnp
@@ -426,12 +426,12 @@ def test_interrupt_while_loading_passes() -> None:
 
 
 def test_unpack_at_fault_is_told() -> None:
-    with pytest.raises(ValueError, match=r"`unpack` to give images.*on batch 0 it raised KeyError"):
+    with pytest.raises(ValueError, match=r"`unpack` to return images.*on batch 0 it raised Key"):
         DefenseSet.from_loader([{}], unpack=lambda batch: (batch["a"], batch["b"]))
 
 
 def test_defense_set_beyond_memory_is_told() -> None:
-    with pytest.raises(torch.OutOfMemoryError, match=r"in reading the defense set\. Give a loader"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"while reading the defense set\. Pass a"):
         DefenseSet.from_loader(Failing(1, MemoryError()))
 
 

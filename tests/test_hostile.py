@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import RunsCommand, rewrite_member
 from helpers import CLASSES, loader, quick_config
 from lightning.pytorch import LightningDataModule
-from test_checkpoint import RunsCommand, rewrite_member
 from test_cli import COMMON
 from test_cli import QUICK as SHORT
 from torch import nn
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.usefixtures("short_searches"),
 ]
 
-QUICK = [*SHORT, "--mnp.verdict=ratio"]
+QUICK = [*SHORT, "--mnp.verdict.rule=ratio"]
 HOSTILE_NAMES = ["\x1b[31mred\x07", "<script>alert(1)</script>", "/etc/up", "a&b\u202e\x9b2J"]
 
 
@@ -370,7 +370,7 @@ def test_process_that_gets_sigint_ends_with_130(
     """Ctrl-C as it is: a signal to a process, which the same command then takes up again."""
     torch.save(Classifier(width=4, in_channels=1).state_dict(), "weights.pt")
     before = Path("weights.pt").read_bytes()
-    endless = ["--mnp.suppression_epochs=1000000", "--mnp.mask_epochs=1000000", "--when=always"]
+    endless = ["--mnp.suppression.epochs=1000000", "--mnp.masks.epochs=1000000", "--when=always"]
     args = ["defend", *COMMON, *QUICK, *endless, "--ckpt_path=weights.pt", "--output=out.pt"]
     args += ["--report=report.json", "--state_file=state.pt"]
     process = subprocess.Popen(

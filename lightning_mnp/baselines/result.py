@@ -1,4 +1,4 @@
-"""What a baseline defense gives back."""
+"""The result of a baseline defense."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ __all__ = ["BaselineResult"]
 
 @dataclass(frozen=True)
 class BaselineResult:
-    """The outcome of a baseline defense.
+    """The result of a baseline defense.
 
     Attributes:
-        model: The defended copy.
-        pruned: Pairs (layer name, filter index) of the removed filters, worst first; empty for a
-            defense that does not prune.
-        scores: What the removed filters were chosen by, in the same order.
-        accuracy_before: Accuracy on the defense set, evaluation mode, from 0 to 1.
-        accuracy_after: The same of the defended copy.
-        details: Numbers that tell how the defense went, by name.
+        model: The defended copy of the network.
+        pruned: Pairs (layer name, filter index) of the removed filters, the most suspicious first;
+            empty if the defense does not prune.
+        scores: The numbers that the removed filters were chosen by, in the same order.
+        accuracy_before: Accuracy of the network on the defense set, in evaluation mode, from 0 to
+            1.
+        accuracy_after: Accuracy of the defended copy, measured in the same way.
+        details: Further numbers about the run, by name.
 
     Example:
         >>> BaselineResult(nn.Linear(1, 2), [("conv", 3)], [0.1], 0.9, 0.88).pruned

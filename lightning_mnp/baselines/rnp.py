@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_mnp.baselines.result import BaselineResult
-from lightning_mnp.config import Augmentation, require_option
+from lightning_mnp.config import require
+from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.defense_data.evaluation import accuracy, clean_logits
-from lightning_mnp.surgery.forward import Forward, call_apart, find_logits
+from lightning_mnp.surgery.forward import Forward, call_on_copies, find_logits
 from lightning_mnp.surgery.guards import (
     refuse_scripts,
     refuse_wrappers,
@@ -28,7 +29,7 @@ from lightning_mnp.surgery.layers import FilterLayers, find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 from lightning_mnp.surgery.network import check_network, network_forward
 
-__all__ = ["RNPConfig", "RNPRule", "rnp"]
+__all__ = ["RNPConfig", "RNPRule", "default_rnp", "rnp"]
 
 RNPRule = Literal["threshold", "fixed"]
 
@@ -38,30 +39,30 @@ _MOST_STEPS = 18  # up to 0.9, as in the published code
 
 @dataclass(frozen=True)
 class RNPConfig:
-    """All options of RNP; the defaults are those of the published code, `rule` excepted.
+    """The options of RNP; the defaults are those of the published code, except for `rule`.
 
     Args:
         seed: Seed of batch order and augmentation.
-        batch_size: Most images in a batch, at least 3; batches of a pass are made equally large.
-        augment: Shifts and mirrors images in the first two stages: ``"none"``, ``"crop"`` or
-            ``"crop-flip"``.
+        batch_size: Most images in a batch, at least 3; the batches of a pass are of equal size.
+        augment: How images are changed in the first two stages: ``"none"``, ``"crop"`` (shifted)
+            or ``"crop-flip"`` (shifted and mirrored).
         unlearning_lr: Learning rate of unlearning.
-        unlearning_momentum: Its momentum, from 0 to below 1.
-        unlearning_weight_decay: Its weight decay.
-        unlearning_epochs: Most passes over the defense set.
-        decay_epochs: The learning rate of unlearning is a tenth after this many passes.
-        clip_norm: Longest gradient of unlearning; longer ones are shortened to it.
+        unlearning_momentum: Momentum of unlearning, from 0 to below 1.
+        unlearning_weight_decay: Weight decay of unlearning.
+        unlearning_epochs: Most passes of unlearning over the defense set.
+        decay_epochs: After this many passes, the learning rate of unlearning is a tenth.
+        clip_norm: Greatest length of a gradient in unlearning; longer ones are shortened to it.
         stop_accuracy: Unlearning ends with the first pass whose accuracy is at most this share.
-        recovering_lr: Learning rate of the mask.
-        recovering_momentum: Its momentum, from 0 to below 1.
-        recovering_epochs: Passes over the defense set.
+        recovering_lr: Learning rate of the masks.
+        recovering_momentum: Momentum of the masks, from 0 to below 1.
+        recovering_epochs: Passes of recovering over the defense set.
         alpha: Factor of the loss in recovering.
-        rule: ``"threshold"`` searches a threshold with clean images, ``"fixed"`` takes
-            `threshold`; see :func:`rnp`.
-        threshold: For the rule ``"fixed"``: channels with a mask at or below it are pruned, from
-            0 to below 1.
-        max_drop: For the rule ``"threshold"``: by how much the accuracy on the defense set may
-            fall, as a share from 0 to 1.
+        rule: ``"threshold"`` finds a threshold by clean images, ``"fixed"`` uses `threshold`; see
+            :func:`rnp`.
+        threshold: For the rule ``"fixed"``: channels whose mask is at most this number are pruned,
+            from 0 to below 1.
+        max_drop: For the rule ``"threshold"``: how much the accuracy on the defense set may fall,
+            as a share from 0 to 1.
 
     Raises:
         ValueError: If an option is out of range.
@@ -91,26 +92,20 @@ class RNPConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (("augment", Augmentation), ("rule", RNPRule)):
-            require_option(
-                getattr(self, name) in get_args(choices), self, name, f"{get_args(choices)}"
-            )
+            require(getattr(self, name) in get_args(choices), self, name, f"{get_args(choices)}")
         for name in ("unlearning_epochs", "decay_epochs", "recovering_epochs"):
             value = getattr(self, name)
-            require_option(
-                isinstance(value, int) and value >= 1, self, name, "an integer of at least 1"
-            )
+            require(isinstance(value, int) and value >= 1, self, name, "an integer of at least 1")
         fits = isinstance(self.batch_size, int) and self.batch_size >= 3
-        require_option(
-            fits, self, "batch_size", "at least 3, so that no batch holds a single image"
-        )
+        require(fits, self, "batch_size", "at least 3, so that no batch holds a single image")
         for name in ("unlearning_lr", "clip_norm", "recovering_lr", "alpha"):
-            require_option(0 < getattr(self, name) < math.inf, self, name, "above 0")
+            require(0 < getattr(self, name) < math.inf, self, name, "above 0")
         decay = self.unlearning_weight_decay
-        require_option(0 <= decay < math.inf, self, "unlearning_weight_decay", "at least 0")
+        require(0 <= decay < math.inf, self, "unlearning_weight_decay", "at least 0")
         for name in ("unlearning_momentum", "recovering_momentum", "threshold"):
-            require_option(0 <= getattr(self, name) < 1, self, name, "from 0 to below 1")
-        require_option(0 < self.stop_accuracy < 1, self, "stop_accuracy", "between 0 and 1")
-        require_option(0 <= self.max_drop <= 1, self, "max_drop", "a share from 0 to 1")
+            require(0 <= getattr(self, name) < 1, self, name, "from 0 to below 1")
+        require(0 < self.stop_accuracy < 1, self, "stop_accuracy", "between 0 and 1")
+        require(0 <= self.max_drop <= 1, self, "max_drop", "a share from 0 to 1")
 
 
 def rnp(
@@ -122,42 +117,42 @@ def rnp(
     network: str | None = None,
     unpack: Unpack = unpack_batch,
 ) -> BaselineResult:
-    """Prune a copy of a network by RNP; the network itself stays as it is.
+    """Prune a copy of a network by RNP; the network itself does not change.
 
-    Three stages, all on clean images. *Unlearning* climbs up the loss of a copy of the network
-    by SGD until it has forgotten the task. The copy is in training mode, as the published code
-    has it: it normalizes by batch statistics, and its running statistics move. *Recovering*
-    gives every channel of batch normalization a mask in [0, 1], beginning with 1, on its scale
-    (not its shift) and lowers the unlearned copy's loss by SGD on the masks alone. *Pruning* sets
-    the scale of the channels with the lowest masks to zero in a copy of the original network;
-    their shift stays, so that a pruned map is constant.
+    There are three stages, all on clean images. *Unlearning* raises the loss of a copy of the
+    network by SGD (gradient ascent) until the copy has forgotten its task. The copy is in training
+    mode, as in the published code: it normalizes by batch statistics, and its running statistics
+    change. *Recovering* puts a mask in [0, 1], 1 at first, on the scale (not the shift) of each
+    channel of batch normalization, and lowers the loss of the unlearned copy by SGD on the masks
+    alone. *Pruning* sets the scale of the channels with the lowest masks to zero, in a copy of the
+    original network. Their shift stays, so that the map of a pruned channel is constant.
 
-    The published code prints clean accuracy and attack success on the test set for each threshold
-    from 0 to 0.9 in steps of 0.05 and leaves the choice to the reader. A defender has no triggered
-    images and could not choose so. The rule ``"threshold"`` takes, from the same thresholds, the
-    largest at which the accuracy on the defense set is at most ``max_drop`` below that of the
-    network as it was, or prunes nothing where there is none; ``"fixed"`` takes one from the
-    options. Another difference: the published code clips gradients before it has computed them,
-    here they are clipped afterwards. Where the accuracy does not fall to ``stop_accuracy``, the
-    last weights are used.
+    The published code prints clean accuracy and attack success rate on the test set for each
+    threshold from 0 to 0.9 in steps of 0.05, and its user chooses one. A defender has no triggered
+    images and cannot choose in this way. The rule ``"threshold"`` takes the largest of these
+    thresholds at which the accuracy on the defense set falls by at most ``max_drop``, and prunes
+    nothing if there is none; the rule ``"fixed"`` takes the threshold in the options. There is one
+    more difference: the published code clips gradients before it has computed them; here they are
+    clipped afterwards. If the accuracy does not fall to ``stop_accuracy``, the weights after the
+    last pass are used.
 
-    Channels take part whose batch normalization is fed by one convolution and nothing else; in a
-    network that normalizes in front of its convolutions, that is not all of them.
+    Only channels take part whose batch normalization gets its input from one convolution and
+    nothing else. In a network that normalizes in front of its convolutions, some are left out.
 
     Args:
         model: The network, or a module around it, on the device to work on.
         loader: Yields batches of clean, labeled images as the network takes them; or a
             :class:`~lightning_mnp.defense_data.defense_set.DefenseSet`.
-        config: Options.
-        forward: A function (network, images) that calls it and returns logits, or something that
-            holds them.
-        network: Dotted name of the submodule that classifies, where the model has no ``forward``.
-        unpack: A function (batch) that gives images and labels.
+        config: Options; the defaults if None.
+        forward: A function (network, images) that calls the network and returns logits, or
+            something that holds them.
+        network: Dotted name of the submodule that classifies, if the model has no ``forward``.
+        unpack: A function (batch) that returns images and labels.
 
     Returns:
-        The defended copy, with the masks of the pruned channels as scores; the details are the
-        ``threshold`` (NaN where nothing was pruned for want of one), the ``unlearning_epochs``
-        and the ``unlearning_accuracy`` over the last of them.
+        The defended copy, with the masks of the pruned channels as scores. The details are the
+        ``threshold`` (NaN if none of them keeps enough accuracy), the ``unlearning_epochs`` and the
+        ``unlearning_accuracy`` over the last of them.
 
     Raises:
         ValueError: If the model, the data and the options do not fit each other, or no filter is
@@ -197,7 +192,7 @@ def rnp(
         threshold = config.threshold
         if config.rule == "threshold":
             threshold = _search_threshold(masked, masks, data, config, before)
-        removed = masks <= threshold  # none for NaN
+        removed = masks <= threshold  # nothing if the threshold is NaN
         after = _accuracy(masked, data, config.batch_size, removed)
     _zero_scales(defended, layers, removed)
     chosen = removed.nonzero().flatten()
@@ -212,8 +207,32 @@ def rnp(
     )
 
 
+def default_rnp(
+    network: nn.Module, images: Iterable[Any] | DefenseSet, seed: int
+) -> BaselineResult:
+    """Prune a copy of a network by RNP with its default options, as the registry calls it.
+
+    Args:
+        network: The network.
+        images: Yields batches of clean, labeled images; or a
+            :class:`~lightning_mnp.defense_data.defense_set.DefenseSet`.
+        seed: Seed of batch order and augmentation.
+
+    Returns:
+        The result of :func:`rnp`.
+
+    Example:
+        >>> network = nn.Sequential(
+        ...     nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+        >>> batch = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
+        >>> 0 <= default_rnp(network, [batch], seed=0).accuracy_after <= 1
+        True
+    """
+    return rnp(network, images, config=RNPConfig(seed=seed))
+
+
 def _normalized_layers(model: nn.Module, images: Tensor, forward: Forward) -> FilterLayers:
-    """The layers whose filters are followed by batch normalization with a scale."""
+    """Find the layers whose filters are followed by batch normalization with a scale."""
     found = find_filter_layers(model, images, forward=forward, site="norm")
     layers = []
     for layer in found:
@@ -232,7 +251,7 @@ def _normalized_layers(model: nn.Module, images: Tensor, forward: Forward) -> Fi
 def _unlearn(
     model: nn.Module, data: DefenseSet, config: RNPConfig, forward: Forward
 ) -> dict[str, float]:
-    """Stage 1, in place: gradient ascent on the clean loss until the accuracy has fallen."""
+    """Run stage 1, in place: gradient ascent on the clean loss until the accuracy has fallen."""
     model.train()
     parameters = [p.requires_grad_() for p in model.parameters() if p.is_floating_point()]
     optimizer = torch.optim.SGD(
@@ -273,7 +292,7 @@ def _recover(
     config: RNPConfig,
     forward: Forward,
 ) -> Tensor:
-    """Stage 2: the mask of every channel, shape (total filters,), from 0 to 1."""
+    """Run stage 2 and return the mask of each channel, shape (total filters,), from 0 to 1."""
     weights = {name: parameter.detach() for name, parameter in unlearned.named_parameters()}
     device = next(iter(weights.values())).device
     masks = torch.ones(layers.total, device=device, requires_grad=True)
@@ -284,7 +303,7 @@ def _recover(
         for index in range(data.passes(config.batch_size)):
             images, labels = _batch(data, config, "recovering", epoch, index, device)
             scaled = {**weights, **_masked_scales(layers, weights, masks)}
-            logits = call_apart(unlearned, images, forward, scaled).float()
+            logits = call_on_copies(unlearned, images, forward, scaled).float()
             loss = config.alpha * F.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -309,12 +328,13 @@ def _batch(
     index: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
+    """Return a batch of the defense set, in an order drawn for this pass."""
     key = (config.seed, "rnp", stage, epoch)
     return data.batch(index, config.batch_size, device, config.augment, key)
 
 
 def _masked_scales(layers: FilterLayers, weights: Weights, masks: Tensor) -> Weights:
-    """The scales of the normalization layers, multiplied by the masks, by name."""
+    """Return the scales of the normalization layers, multiplied by the masks, by name."""
     parts = masks.split(layers.sizes)
     names = [f"{layer.site}.weight" for layer in layers]
     return {
@@ -326,7 +346,7 @@ def _masked_scales(layers: FilterLayers, weights: Weights, masks: Tensor) -> Wei
 def _accuracy(
     masked: MaskedNetwork, data: DefenseSet, batch_size: int, removed: Tensor | None = None
 ) -> float:
-    """Accuracy on the defense set, where given with the scales of some channels at zero."""
+    """Compute the accuracy on the defense set, with the scales of some channels set to zero."""
     weights = masked.weights()
     if removed is not None:
         weights.update(_masked_scales(masked.layers, weights, ~removed))
@@ -336,8 +356,8 @@ def _accuracy(
 def _search_threshold(
     masked: MaskedNetwork, masks: Tensor, data: DefenseSet, config: RNPConfig, before: float
 ) -> float:
-    """The largest threshold with an accuracy of at least ``before - max_drop``, or NaN."""
-    least = before - config.max_drop - 1e-9  # a drop of just `max_drop` is allowed
+    """Return the largest threshold with an accuracy of at least ``before - max_drop``, or NaN."""
+    least = before - config.max_drop - 1e-9  # a drop of exactly `max_drop` is allowed
     tried = -1
     for step in range(_MOST_STEPS, -1, -1):
         threshold = round(step * _THRESHOLD_STEP, 2)

@@ -1,1 +1,1 @@
-"""A threshold for the verdict, from clean networks of the user's own."""
+"""Calibration: a threshold for the verdict, from clean networks of the user's own."""

@@ -1,4 +1,4 @@
-"""The file of a calibration, which keeps the score of every network as soon as it is known."""
+"""The file of a calibration, which keeps the score of each network as soon as it is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mnp.calibration.threshold import Calibration
-from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable, write_whole
+from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable, write_atomically
 from lightning_mnp.checkpoints.printable import printable
 
 __all__ = ["CalibrationFile", "NetworkScore"]
@@ -20,14 +20,14 @@ _FORMAT = "lightning-mnp calibration 1"
 
 @dataclass(frozen=True)
 class NetworkScore:
-    """What the audit of one clean network gave.
+    """The result of the audit of one clean network.
 
     Attributes:
-        file: The checkpoint, as it was named.
+        file: Name of the checkpoint, as the user wrote it.
         weights: Digest of its weights, see :func:`~lightning_mnp.surgery.network.weights_digest`.
         score: The score, from 0.
         verdict: The verdict, by the threshold in the options.
-        seconds: How long the audit took.
+        seconds: Duration of the audit.
     """
 
     file: str
@@ -38,18 +38,20 @@ class NetworkScore:
 
 
 class CalibrationFile:
-    """The scores so far, on disk, so that a calibration that ended early can go on.
+    """The scores so far, on disk, so that a calibration that was interrupted can go on.
 
     Args:
         path: The file, JSON; it may exist if an earlier call with the same settings wrote it.
-        settings: What the scores depend on beside the networks: primitives by name.
+        settings: All that the scores depend on beside the networks: primitives by name, also in
+            groups (dicts in dicts).
 
     Attributes:
-        networks: The scores so far, also those of networks that an earlier call was given.
+        settings: The settings by dotted names, such as ``"suppression.runs"``.
+        networks: The scores so far, also those of networks from earlier calls.
 
     Raises:
         OutputError: If the file cannot be written.
-        ValueError: If there is a file that holds something else, or scores of other settings.
+        ValueError: If the file holds something else, or scores of other settings.
 
     Example:
         >>> import tempfile
@@ -62,20 +64,20 @@ class CalibrationFile:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         check_writable(path, "output")
         self.path = path
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.settings = _flat(json.loads(json.dumps(settings)))
         self.networks: list[NetworkScore] = []
         if path.exists():
             self._read()
 
     def find(self, file: str, weights: str) -> NetworkScore | None:
-        """Give the score of a network, if it is known.
+        """Return the score of a network, or None if it is not known yet.
 
         Args:
-            file: The checkpoint, as it is named.
+            file: Name of the checkpoint, as the user wrote it.
             weights: Digest of its weights.
 
         Raises:
-            ValueError: If there is a score for a file of that name with other weights.
+            ValueError: If the score of a file with this name belongs to other weights.
         """
         for network in self.networks:
             if network.file == file and network.weights == weights:
@@ -83,32 +85,35 @@ class CalibrationFile:
             if network.file == file:
                 raise ValueError(
                     f"Expected {printable(file)} to hold the weights whose score is in "
-                    f"{printable(str(self.path))}, but they differ. Give another name as "
+                    f"{printable(str(self.path))}, but they differ. Choose another name as "
                     "`output`, or put the file back."
                 )
         return None
 
     def add(self, network: NetworkScore) -> None:
-        """Add a score and write the file; where that fails, a warning tells so."""
+        """Add a score and write the file; if writing fails, warn and go on.
+
+        Args:
+            network: The score.
+        """
         self.networks.append(network)
         try:
             self._write(None)
-        except OutputError as error:  # hours of work are not given up for it
+        except OutputError as error:  # no reason to give up hours of work
             warnings.warn(
-                f"{error} The calibration goes on; were it killed, it would go on from the file as "
-                "it was.",
+                f"{error} The calibration goes on, but its latest scores are not on disk.",
                 stacklevel=2,
             )
 
     def finish(self, calibration: Calibration, files: list[str]) -> None:
-        """Write the file with the outcome.
+        """Write the file with the threshold.
 
         Args:
-            calibration: The outcome.
-            files: The checkpoints that it rests on, in the order of its scores.
+            calibration: The threshold and what it was computed from.
+            files: Names of the checkpoints, in the order of the scores.
 
         Raises:
-            OutputError: If it cannot be written; what was there is unharmed.
+            OutputError: If it cannot be written; the file is then as it was.
         """
         self._write({"files": files, **calibration.to_dict()})
 
@@ -125,14 +130,14 @@ class CalibrationFile:
             text = json.dumps(content, indent=2, allow_nan=False)
             partial.write_text(text + "\n", encoding="utf-8")
 
-        write_whole(self.path, write, argument="output", replace=True)
+        write_atomically(self.path, write, argument="output", replace=True)
 
     def _read(self) -> None:
         shown = printable(str(self.path))
         try:
             content = json.loads(self.path.read_text("utf-8"))
             known = content["format"] == _FORMAT
-            settings = dict(content["settings"])
+            settings = _flat(dict(content["settings"]))
             networks = [NetworkScore(**entry) for entry in content["networks"]]
             known = known and all(_is_sound(network) for network in networks)
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -154,7 +159,19 @@ class CalibrationFile:
         self.networks = networks
 
 
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings in groups by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
 def _is_sound(network: NetworkScore) -> bool:
+    """Return whether the values read from a file have the right types and ranges."""
     names = (network.file, network.weights, network.verdict)
     numbers = (network.score, network.seconds)
     return all(isinstance(name, str) for name in names) and all(

@@ -1,4 +1,4 @@
-"""The run of a calibration: checks of the networks, one audit each, the table."""
+"""The run of a calibration: check the networks, audit each of them, print a table."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = ["check_networks", "collect_scores", "digest_networks", "score_table"]
 
 
 def check_networks(paths: Sequence[Path], rate: float, config: MNPConfig) -> list[str]:
-    """Check what a calibration is asked for, before any file is read.
+    """Check the arguments of a calibration, before any file is read.
 
     Args:
         paths: The checkpoints.
-        rate: The false positive rate asked for.
+        rate: The false positive rate that the user asks for, between 0 and 1.
         config: Options of the audits.
 
     Returns:
-        The files' names.
+        Names of the files.
 
     Raises:
-        ValueError: If a file is named twice, there are too few for the rate, or the verdict's rule
-            has no score.
+        ValueError: If a file is named twice, there are too few files for the rate, or the verdict
+            is by a rule without a score.
 
     Example:
         >>> check_networks([Path("a.ckpt"), Path("b.ckpt")], 0.5, MNPConfig())
@@ -44,23 +44,26 @@ def check_networks(paths: Sequence[Path], rate: float, config: MNPConfig) -> lis
         if place in places[:index]:
             raise ValueError(
                 f"Expected argument `ckpt_paths` to name every file once, but got "
-                f"{printable(files[index])} again. Name each one once."
+                f"{printable(files[index])} again. Leave the repetition out."
             )
     check_count(len(files), rate)
-    if config.verdict != "signals":
+    if config.verdict.rule != "signals":
         raise ValueError(
-            f"Expected option `verdict` to be 'signals', whose score is calibrated, but got "
-            f"{config.verdict!r}. Leave `--mnp.verdict` out."
+            f"Expected option `verdict.rule` to be 'signals', whose score is calibrated, but got "
+            f"{config.verdict.rule!r}. Leave `--mnp.verdict.rule` out."
         )
     return files
 
 
 def digest_networks(files: Sequence[str], digest: Callable[[str], str]) -> dict[str, str]:
-    """Give the digests of the networks' weights by the files' names.
+    """Compute a digest of the weights in each file.
 
     Args:
-        files: The checkpoints.
-        digest: Reads a file and gives the digest of its weights.
+        files: Names of the checkpoints.
+        digest: A function that reads a file and returns a digest of its weights.
+
+    Returns:
+        The digests by the names of the files.
 
     Raises:
         ValueError: If two files hold the same weights.
@@ -87,19 +90,20 @@ def collect_scores(
     audit: Callable[[str], DefenseReport],
     say: Callable[[str], None],
 ) -> list[NetworkScore]:
-    """Give the networks' scores, and audit those that have none yet.
+    """Collect the scores of all networks, and audit those that have none yet.
 
     Args:
-        digests: Digests of the weights by the files' names.
-        kept: The scores so far; new ones are added to it one by one.
-        audit: Audits the network in a file.
-        say: Prints a line for every network.
+        digests: Digests of the weights by the names of the files.
+        kept: The scores so far; each new one is added to it at once.
+        audit: A function that audits the network in a file.
+        say: A function that prints a line; it is called once for each network.
 
     Returns:
         The scores in the order of the files.
 
     Raises:
-        ValueError: If a file has other weights than its score, or an audit gives no score.
+        ValueError: If the known score of a file belongs to other weights, or an audit returns no
+            score.
     """
     known = {file: kept.find(file, weights) for file, weights in digests.items()}
     scores = []
@@ -121,6 +125,7 @@ def collect_scores(
 
 
 def _check_score(file: str, report: DefenseReport) -> None:
+    """Raise if an audit returned no score that means something."""
     if not (math.isfinite(report.score) and report.judged):
         found = f"{report.score:.4g}" if report.judged else "of no meaning"
         raise ValueError(
@@ -134,8 +139,17 @@ def score_table(scores: Sequence[NetworkScore], calibration: Calibration) -> Tab
     """Make the table that the command prints.
 
     Args:
-        scores: The scores, one row each.
-        calibration: Its threshold stands in the title.
+        scores: The scores, one for each row.
+        calibration: The result, whose threshold is shown in the title.
+
+    Returns:
+        A table with the columns network, score, verdict and seconds.
+
+    Example:
+        >>> from lightning_mnp.calibration.threshold import calibrate_threshold
+        >>> score = NetworkScore("a.ckpt", "12ef", 0.4, "clean", 61.6)
+        >>> score_table([score], calibrate_threshold([0.4], 0.5)).row_count
+        1
     """
     table = Table(title=f"{len(scores)} clean networks, threshold {calibration.threshold:.4g}")
     table.add_column("network", overflow="fold")

@@ -1,4 +1,4 @@
-"""A threshold for the verdict's score, from clean networks of the user's own."""
+"""The threshold of the verdict's score, computed from clean networks of the user's own."""
 
 from __future__ import annotations
 
@@ -20,17 +20,23 @@ _CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold, with what it rests on.
+    """A threshold, and what it was computed from.
 
     Attributes:
-        scores: The networks' scores, from 0, in the order given.
+        scores: Scores of the networks, from 0, in the order of the argument.
         rate: The false positive rate that was asked for, between 0 and 1.
         threshold: Value for :attr:`MNPConfig.threshold <lightning_mnp.config.MNPConfig>`.
-        bound: Most that the probability is of flagging one more clean network; at most ``rate``.
-        default_threshold: The threshold that is used where none is given.
-        default_flagged: How many of the networks that one flags.
-        default_interval: Clopper-Pearson interval, at 95%, of the rate at which it flags clean
-            networks of this kind.
+        bound: Upper bound of the probability that one more clean network is flagged; at most
+            ``rate``.
+        default_threshold: The threshold that is used by default.
+        default_flagged: Number of the networks that the default threshold flags.
+        default_interval: Clopper-Pearson interval, at 95%, of the rate at which the default
+            threshold flags clean networks of this kind.
+
+    Example:
+        >>> calibration = calibrate_threshold([0.2, 0.9, 0.4, 0.5], rate=0.2)
+        >>> calibration.bound, calibration.default_share
+        (0.2, 0.0)
     """
 
     scores: tuple[float, ...]
@@ -47,7 +53,7 @@ class Calibration:
         return self.default_flagged / len(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give everything as primitives, ready for JSON."""
+        """Return everything as primitives, ready for JSON."""
         content = asdict(self)
         content["scores"] = list(self.scores)
         content["default_interval"] = list(self.default_interval)
@@ -55,7 +61,7 @@ class Calibration:
         return content
 
     def to_json(self) -> str:
-        """Give everything as JSON."""
+        """Return everything as JSON text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
@@ -68,26 +74,28 @@ class Calibration:
             f"the default threshold, {self.default_threshold:g}, flags {self.default_flagged} of "
             f"{count}: {self.default_share:.1%}, with an interval of {low:.1%} to {high:.1%} at "
             f"{_CONFIDENCE:.0%}\n"
-            f"to use the threshold: --mnp.threshold {self.threshold!r}"
+            f"to use the threshold: --mnp.verdict.threshold {self.threshold!r}"
         )
 
 
 def calibrate_threshold(scores: Iterable[float], rate: float = 0.05) -> Calibration:
-    """Find the threshold that flags few clean networks, from the scores of clean networks.
+    """Compute the threshold that flags few clean networks, from the scores of clean networks.
 
     It lies just above the k-th smallest of n scores, k = ceil((n + 1) (1 - rate)) (split conformal
-    prediction, Vovk et al. 2005). If the n networks and a new one are exchangeable, all made by
-    the same recipe, then the new one's score is at least the threshold with a probability of at
-    most ``rate``, whatever the scores' distribution. The probability is over the n networks, too.
+    prediction, Vovk et al. 2005). If the n networks and a new one are exchangeable, because all of
+    them were made by the same recipe, then the score of the new one is at least the threshold with
+    a probability of at most ``rate``, whatever the distribution of the scores. This probability is
+    over the choice of the n networks, too.
 
     Args:
-        scores: What :attr:`DefenseReport.score <lightning_mnp.report.DefenseReport>` is for each
-            network that could be judged, finite, from 0; all from the same options and the same
-            defense set. The score does not depend on the threshold in force.
-        rate: The most that the probability of flagging a clean network may be, between 0 and 1.
+        scores: The :attr:`DefenseReport.score <lightning_mnp.report.DefenseReport>` of each
+            network, finite, from 0; only of networks that could be judged, and all with the same
+            options and the same defense set. A score does not depend on the threshold that was
+            used.
+        rate: The greatest accepted probability of flagging a clean network, between 0 and 1.
 
     Returns:
-        The threshold and how the default one would do.
+        The threshold, and how the default threshold would do.
 
     Raises:
         ValueError: If there are too few scores for the rate, or a value is out of range.
@@ -105,13 +113,13 @@ def calibrate_threshold(scores: Iterable[float], rate: float = 0.05) -> Calibrat
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(
                 f"Expected argument `scores` to hold finite numbers from 0, but number {index} is "
-                f"{value!r}. A report has no score where the verdict is by Eq. 8. Leave that "
-                "network out, and those whose report says that they could not be `judged`."
+                f"{value!r}. A report has no score if the verdict is by Eq. 8. Leave that network "
+                "out, and those whose report says that they could not be `judged`."
             )
     check_count(len(values), rate)
     above = math.floor((len(values) + 1) * _exact(rate))  # n + 1 - k
     threshold = math.nextafter(sorted(values)[len(values) - above], math.inf)
-    default = MNPConfig().threshold
+    default = MNPConfig().verdict.threshold
     flagged = sum(value >= default for value in values)
     interval = binomtest(flagged, len(values)).proportion_ci(_CONFIDENCE, method="exact")
     return Calibration(
@@ -130,7 +138,7 @@ def check_count(count: int, rate: float) -> None:
 
     Args:
         count: Number of networks.
-        rate: The false positive rate asked for.
+        rate: The false positive rate that the user asks for.
 
     Raises:
         ValueError: If there are fewer than 1 / rate - 1, or the rate is out of range.
@@ -145,18 +153,18 @@ def check_count(count: int, rate: float) -> None:
         raise ValueError(
             f"Expected at least {needed} clean networks for a `rate` of {rate:g}, but got {count}. "
             + (
-                f"Give more, or a `rate` of at least {_least_rate(count):.4g}."
+                f"Add networks, or choose a `rate` of at least {_least_rate(count):.4g}."
                 if count
-                else "Give more."
+                else "Add networks."
             )
         )
 
 
 def _exact(rate: float) -> Fraction:
-    """Take a rate for the decimal number that it was written as, so that 20 * 0.05 is 1."""
+    """Return a rate as the decimal number that it was written as, so that 20 * 0.05 is 1."""
     return Fraction(repr(float(rate)))
 
 
 def _least_rate(count: int) -> float:
-    """The smallest rate of four digits that so many networks suffice for."""
+    """Return the smallest rate, of four digits, that so many networks are enough for."""
     return math.ceil(10_000 / (count + 1)) / 10_000

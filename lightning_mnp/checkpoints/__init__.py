@@ -1,1 +1,1 @@
-"""Untrusted files in, safe files out."""
+"""Checkpoint files: untrusted ones are read safely, new ones are written whole or not at all."""

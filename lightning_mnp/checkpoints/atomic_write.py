@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, in places that are tried before the work starts."""
+"""Files that appear whole or not at all, and checks of their places before the work starts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from lightning_mnp.checkpoints.printable import printable
 
-__all__ = ["OutputError", "check_new", "check_writable", "write_whole"]
+__all__ = ["OutputError", "check_new", "check_writable", "write_atomically"]
 
 
 class OutputError(OSError):
-    """A file that cannot be written; the message names the argument it was given as."""
+    """A file cannot be written; the message names the argument that the path came from."""
 
 
 def check_new(path: Path, argument: str) -> None:
@@ -27,7 +27,7 @@ def check_new(path: Path, argument: str) -> None:
         argument: Name of the argument, for the message.
 
     Raises:
-        OutputError: If there is something of that name, be it a link that leads nowhere.
+        OutputError: If something has this name, even a link to a file that does not exist.
 
     Example:
         >>> check_new(Path(tempfile.mkdtemp(), "report.json"), "report")
@@ -40,10 +40,10 @@ def check_new(path: Path, argument: str) -> None:
 
 
 def check_writable(path: Path, argument: str, size: int = 4096) -> None:
-    """Check that a file could be written, by writing a nameless one in its place.
+    """Check that a file can be written, by writing a temporary file to its folder.
 
     Args:
-        path: The file; the folders above it may be missing.
+        path: The file; its folder may not exist yet.
         argument: Name of the argument, for the message.
         size: How many bytes it will have at least.
 
@@ -77,31 +77,35 @@ def check_writable(path: Path, argument: str, size: int = 4096) -> None:
         )
 
 
-def write_whole(
-    path: Path, write: Callable[[Path], None], *, argument: str, replace: bool = False
+def write_atomically(
+    path: Path, write: Callable[[Path], object], *, argument: str, replace: bool = False
 ) -> None:
-    """Write a file that appears whole or not at all, whatever happens meanwhile.
+    """Write a file so that it appears whole or not at all, even if the process is killed.
+
+    The content is written to a temporary file beside it, which then gets its name.
 
     Args:
-        path: The file, in an existing folder.
-        write: Writes to the path that it is called with, which is in the same folder.
+        path: The file, in a folder that exists.
+        write: A function that writes the content to the temporary path that it is called with.
         argument: Name of the argument, for messages.
-        replace: Whether what was there is replaced; if not, the name has to be free.
+        replace: Whether an existing file is replaced; if not, the name must be free.
 
     Raises:
-        OutputError: If it cannot be written, or the name is taken. What was there is unharmed.
+        OutputError: If it cannot be written, or the name is taken. An existing file stays as it
+            was.
 
     Example:
         >>> path = Path(tempfile.mkdtemp(), "note.txt")
-        >>> write_whole(path, lambda partial: partial.write_text("whole") and None, argument="path")
+        >>> write_atomically(path, lambda partial: partial.write_text("whole"), argument="path")
         >>> path.read_text()
         'whole'
     """
     shown = printable(str(path))
-    # A name of its own keeps two writers apart; what is replaced has one writer.
+    # A random name keeps two writers apart. A file that is replaced has one writer, which finds
+    # the temporary file of an earlier one that was killed.
     unique = "partial" if replace else f"{secrets.token_hex(4)}.tmp"
     partial = path.with_name(f".{path.name}.{unique}")
-    with suppress(OSError):  # of a killed writer, or a link that would lead elsewhere
+    with suppress(OSError):  # left by a killed writer, or a link that somebody put there
         partial.unlink()
     try:
         write(partial)
@@ -113,20 +117,21 @@ def write_whole(
             _publish(partial, path)
     except FileExistsError as error:
         raise OutputError(
-            f"Expected argument `{argument}` not to exist, but {shown} has appeared meanwhile."
+            f"Expected argument `{argument}` not to exist, but {shown} has appeared meanwhile. "
+            "Nothing is overwritten: choose another name, or move the file away."
         ) from error
-    except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by a RuntimeError
+    except (OSError, RuntimeError) as error:  # PyTorch raises RuntimeError if the disk is full
         raise OutputError(
             f"Argument `{argument}`: {shown} could not be written: {_reason(error)}. There is no "
             "partial file. Make space, or choose another folder."
         ) from error
     finally:
-        with suppress(OSError):  # there is none, or not even a folder
+        with suppress(OSError):  # there is no such file, or not even its folder
             partial.unlink()
 
 
 def _publish(partial: Path, path: Path) -> None:
-    """Give a finished file its name, which must be free."""
+    """Rename a finished file to its final name, which must be free."""
     try:
         os.link(partial, path)
     except FileExistsError:
@@ -141,7 +146,7 @@ def _publish(partial: Path, path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Say what went wrong, in one line; PyTorch's own text hides the reason in its cause."""
+    """Return what went wrong, in one line; PyTorch hides the reason in the error's cause."""
     for cause in (error, error.__cause__, error.__context__):
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror

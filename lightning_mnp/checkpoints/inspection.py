@@ -1,4 +1,4 @@
-"""What a checkpoint file holds, checked before any of it is unpickled."""
+"""Inspection of a checkpoint file before anything in it is unpickled."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 from lightning_mnp.checkpoints.printable import printable
 
-__all__ = ["CheckpointError", "check_archive"]
+__all__ = ["CheckpointError", "inspect_checkpoint"]
 
 ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_MAGIC = b"\x80"
-LEGACY_PICKLES = 5  # magic number, protocol, system, the object, storage keys
-MAX_PICKLE_BYTES = 64 * 2**20  # the structure of a checkpoint, not its weights
-MAX_DEPTH = 1000  # of tuples in tuples
-MAX_SHARED_ITEMS = 10**7  # items in tuples that are used again, counted as often as they are
+# What a file from before PyTorch 1.6 consists of: magic number, protocol, system, object, keys.
+LEGACY_PICKLES = 5
+MAX_PICKLE_BYTES = 64 * 2**20  # for the structure of a checkpoint, without its weights
+MAX_DEPTH = 1000  # tuples inside each other
+MAX_SHARED_ITEMS = 10**7  # items of tuples that are used more than once, counted at each use
 
 _ALLOWED_GLOBALS = frozenset(
     {
@@ -46,20 +47,20 @@ _ALLOWED_TORCH_NAMES = frozenset(
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why and what to do about it."""
+    """A checkpoint cannot be used; the message says why, and what to do about it."""
 
 
-def check_archive(path: Path, max_bytes: int) -> bool:
+def inspect_checkpoint(path: Path, max_bytes: int) -> bool:
     """Check a file written by ``torch.save`` without unpickling it.
 
-    The file has to be whole (check sums), not larger than declared or allowed, uncompressed, and
-    its pickle may only name the classes that tensors and plain containers are made of. This comes
-    before ``torch.load(weights_only=True)``, which checks again, and is stricter: it does not
-    honor what other code has added with ``torch.serialization.add_safe_globals``.
+    The file must be undamaged (check sums), uncompressed, and not larger than it declares or than
+    is allowed. Its pickle may only name the classes that tensors and plain containers are made of.
+    ``torch.load(weights_only=True)`` checks the names again afterwards. This check is stricter: it
+    ignores classes that other code has allowed by ``torch.serialization.add_safe_globals``.
 
     Args:
         path: An existing file.
-        max_bytes: Largest accepted size.
+        max_bytes: Largest accepted size in bytes.
 
     Returns:
         Whether it is a zip archive, the format of ``torch.save`` since PyTorch 1.6.
@@ -71,7 +72,7 @@ def check_archive(path: Path, max_bytes: int) -> bool:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp(), "model.pt")
         >>> path.write_text("no checkpoint") and None
-        >>> check_archive(path, max_bytes=2**20)
+        >>> inspect_checkpoint(path, max_bytes=2**20)
         Traceback (most recent call last):
         ...
         lightning_mnp.checkpoints.inspection.CheckpointError: Expected ...model.pt to be a
@@ -96,7 +97,7 @@ def check_archive(path: Path, max_bytes: int) -> bool:
 
 
 def _check_zip(path: Path, max_bytes: int) -> None:
-    """Check sizes, check sums and the pickle of a zip archive."""
+    """Check the sizes, the check sums and the pickle of a zip archive."""
     shown = printable(str(path))
     try:
         with zipfile.ZipFile(path) as archive:
@@ -144,7 +145,7 @@ def _check_zip(path: Path, max_bytes: int) -> None:
 
 
 def _check_pickle(stream: io.BytesIO, path: Path) -> None:
-    """Walk over the instructions of one pickle, run none, refuse what could do harm."""
+    """Check the instructions of one pickle, without running any of them."""
     shown = printable(str(path))
     tuples = _Tuples()
     try:
@@ -189,18 +190,23 @@ def _check_pickle(stream: io.BytesIO, path: Path) -> None:
 
 
 class _Size(NamedTuple):
-    """What is below an object: items of tuples, and how deep they are in each other."""
+    """Size of an object: number of items of all tuples in it, and how deep the tuples go."""
 
     items: int = 0
     depth: int = 0
 
 
 class _Tuples:
-    """Counts the items of tuples that a pickle uses more than once, and how deep tuples are.
+    """Follows a pickle and counts how deep tuples go and how many of their items are used again.
 
-    A tuple that holds one tuple twice, which holds another twice, and so on, is written in a few
-    bytes. As a key of a dict it is hashed, item by item, as often as it occurs: without an end.
-    Hashing goes down into tuples by calls in C, which exhaust the stack of the process.
+    A few bytes can describe a tuple that holds another tuple twice, which holds a third one twice,
+    and so on. Used as the key of a dict, it is hashed item by item, each item at each use, which
+    never ends. And hashing tuples inside each other takes a C call for each level, which can
+    exhaust the stack of the process.
+
+    Attributes:
+        shared: Number of items of tuples that were used again.
+        deepest: Number of tuples inside each other, at most.
     """
 
     def __init__(self) -> None:
@@ -210,7 +216,7 @@ class _Tuples:
         self._memo: dict[object, _Size] = {}
 
     def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
-        """Follow one instruction; IndexError or KeyError where it has nothing to work on."""
+        """Follow one instruction; raise IndexError or KeyError if an operand is missing."""
         name = opcode.name
         if name.endswith("PUT"):
             self._memo[argument] = self._stack[-1] or _Size()
@@ -235,7 +241,7 @@ class _Tuples:
         self._stack.append(size)
 
     def _pop(self, opcode: pickletools.OpcodeInfo) -> list[_Size]:
-        """Take from the stack what an instruction takes, and give it without marks."""
+        """Remove from the stack what an instruction takes, and return it without marks."""
         before = opcode.stack_before
         items = []
         if pickletools.markobject in before:

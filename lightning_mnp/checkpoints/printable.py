@@ -9,11 +9,11 @@ def printable(name: object, limit: int = 120) -> str:
     r"""Make a name from an untrusted file safe to print: no control characters, no endless line.
 
     Args:
-        name: The name, of any type; ``str`` is taken as it is, all else by its ``repr``.
-        limit: Longest result in characters, at least 1.
+        name: The name, of any type; if it is no ``str``, its ``repr`` is used.
+        limit: Most characters of the result, at least 1.
 
     Returns:
-        The name with unprintable characters escaped, cut at ``limit`` characters.
+        The name with unprintable characters escaped, cut to ``limit`` characters.
 
     Example:
         >>> print(printable("conv1\x1b[2J.weight"))

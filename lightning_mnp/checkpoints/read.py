@@ -1,4 +1,4 @@
-"""Reading weights from checkpoint files that nobody vouches for, and writing new ones."""
+"""Reading checkpoint files from sources that nobody vouches for."""
 
 from __future__ import annotations
 
@@ -11,27 +11,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_mnp.checkpoints.inspection import CheckpointError, check_archive
+from lightning_mnp.checkpoints.inspection import CheckpointError, inspect_checkpoint
 from lightning_mnp.checkpoints.printable import printable
-from lightning_mnp.checkpoints.state_dict import (
-    PrefixMatch,
-    all_tensors,
-    check_finite,
-    first_names,
-    load_into,
-)
+from lightning_mnp.checkpoints.state_dict import all_tensors, find_state_dict, strip_wrappers
 
-__all__ = [
-    "CheckpointError",
-    "PrefixMatch",
-    "check_finite",
-    "load_into",
-    "read_checkpoint",
-    "read_state_dict",
-]
+__all__ = ["read_checkpoint", "read_state_dict"]
 
 MAX_BYTES = 8 * 2**30
-NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net", "sd")
 
 
 def read_state_dict(
@@ -43,17 +29,17 @@ def read_state_dict(
 ) -> dict[str, Tensor]:
     """Read the weights, and nothing else, from a checkpoint that nobody vouches for.
 
-    Files ending in ``.safetensors`` are read by safetensors, all others as files written by
-    ``torch.save``: only with ``weights_only=True``, after a check of their own that unpickles
-    nothing. Hyperparameters, optimizer states and class paths in the file are ignored. The
-    prefixes that ``DataParallel`` (``module.``) and ``torch.compile`` (``_orig_mod.``) put before
-    names are taken off.
+    Files that end in ``.safetensors`` are read by safetensors. All others are read as files written
+    by ``torch.save``: first they are checked without unpickling anything, then they are read with
+    ``weights_only=True``. Hyperparameters, optimizer states and class paths in the file are
+    ignored. The prefixes that ``DataParallel`` (``module.``) and ``torch.compile``
+    (``_orig_mod.``) add to names are removed.
 
     Args:
         path: The file.
-        key: Where in the file the state dict is, for example ``"ema"`` or ``"nets.student"``;
-            ``None`` finds it at the top or under ``state_dict``, ``model_state_dict``, ``model``,
-            ``net`` or ``sd``.
+        key: Where in the file the state dict is, for example ``"ema"`` or ``"nets.student"``; if
+            None, it is looked for at the top and under ``state_dict``, ``model_state_dict``,
+            ``model``, ``net`` and ``sd``.
         max_bytes: Largest accepted size in bytes, of the file and of its tensors.
         argument: Name of the argument, for messages.
 
@@ -62,28 +48,28 @@ def read_state_dict(
 
     Raises:
         CheckpointError: If there is no such file, it is too large, damaged, no checkpoint, would
-            run code, holds no tensors, or does not say clearly which of several dicts is meant.
+            run code, holds no tensors, or it is not clear which of several dicts is meant.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp(), "model.pt")
-        >>> write_state_dict(path, torch.nn.Linear(2, 1).state_dict())
+        >>> torch.save(torch.nn.Linear(2, 1).state_dict(), path)
         >>> {name: tuple(tensor.shape) for name, tensor in read_state_dict(path).items()}
         {'weight': (1, 2), 'bias': (1,)}
     """
     shown = printable(os.fspath(path))
     content = _read_mapped(Path(path), max_bytes, argument)
-    named = _strip_wrappers(_find_state_dict(content, key, shown), shown)
+    named = strip_wrappers(find_state_dict(content, key, shown), shown)
     return _detach_from_file(named, shown, max_bytes)
 
 
 def read_checkpoint(
     path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, argument: str = "path"
 ) -> Any:
-    """Read a whole file written by ``torch.save``, under the checks of :func:`read_state_dict`.
+    """Read a whole file written by ``torch.save``, with the checks of :func:`read_state_dict`.
 
-    For files whose optimizer states and counters are wanted as well. What is in them is tensors
-    and primitives; whether these make sense is for the caller to tell.
+    For files whose optimizer states and counters are needed as well. The content consists of
+    tensors and primitives; the caller has to check whether it makes sense.
 
     Args:
         path: The file.
@@ -109,7 +95,7 @@ def read_checkpoint(
     _check_declared(list(all_tensors(content)), shown, max_bytes)
     try:
         return copy.deepcopy(content)
-    except Exception as error:  # nested deeper than Python goes, say
+    except Exception as error:  # for example, it is nested deeper than Python can go
         raise CheckpointError(
             f"{shown} is refused: its content cannot be copied ({printable(str(error))})."
         ) from error
@@ -133,8 +119,8 @@ def _read_mapped(
     try:
         if by_suffix and path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device="cpu")
-        is_zip = check_archive(path, max_bytes)
-        # A mapped file cannot make storages larger than itself.
+        is_zip = inspect_checkpoint(path, max_bytes)
+        # Storages that are mapped from a file cannot be larger than the file.
         return torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip)
     except CheckpointError:
         raise
@@ -143,7 +129,7 @@ def _read_mapped(
 
 
 def _reason(error: Exception) -> str:
-    """Say what a reader met, without PyTorch's advice to read the file with less care."""
+    """Return why a file could not be read, without PyTorch's advice to read it with less care."""
     text = str(error)
     if "weights_only" in text:
         _, found, text = text.partition("WeightsUnpickler error: ")
@@ -151,76 +137,8 @@ def _reason(error: Exception) -> str:
     return printable(text, 300)
 
 
-def _find_state_dict(content: object, key: str | None, shown: str) -> dict[str, Tensor]:
-    """Find the dict of tensors that is meant and drop what is no tensor."""
-    if key is not None:
-        found: object = content
-        for part in [key] if isinstance(content, dict) and key in content else key.split("."):
-            if not isinstance(found, dict) or part not in found:
-                names = list(found) if isinstance(found, dict) else []
-                raise CheckpointError(
-                    f"Expected argument `key` to lead to a state dict in {shown}, but {key!r} does "
-                    f"not. There is: {first_names(names)}."
-                )
-            found = found[part]
-        content = found
-    for _ in NESTING_KEYS:
-        if not isinstance(content, dict):
-            break
-        nested = [name for name in NESTING_KEYS if isinstance(content.get(name), dict)]
-        if len(nested) > 1:
-            raise CheckpointError(
-                f"{shown} holds several state dicts. Choose one with the option `key`: "
-                f"{first_names(nested)}."
-            )
-        if not nested:
-            break
-        content = content[nested[0]]
-    tensors = _tensors(content)
-    if tensors:
-        return tensors
-    if isinstance(content, dict):
-        candidates = [name for name, value in content.items() if _tensors(value)]
-        if candidates:
-            raise CheckpointError(
-                f"{shown} holds no state dict under a usual key. Choose one with the option `key`: "
-                f"{first_names(candidates)}."
-            )
-    raise CheckpointError(
-        f"{shown} holds no weights by name. Expected a state dict, also under one of "
-        f"{NESTING_KEYS}; save `model.state_dict()`."
-    )
-
-
-def _tensors(content: object) -> dict[str, Tensor]:
-    """Keep the named tensors of a dict; empty for anything else."""
-    if not isinstance(content, dict):
-        return {}
-    return {
-        name: value
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-
-
-def _strip_wrappers(tensors: dict[str, Tensor], shown: str) -> dict[str, Tensor]:
-    """Take off what torch.compile, DataParallel and AveragedModel put around names."""
-    names = list(tensors)
-    plain = [
-        ".".join(part for part in name.split(".") if part != "_orig_mod") or name for name in names
-    ]
-    if all(name.startswith("module.") or name == "n_averaged" for name in plain):
-        plain = [name.removeprefix("module.") for name in plain]
-    if len(set(plain)) < len(plain):
-        raise CheckpointError(
-            f"{shown} is refused: without the prefixes `module.` and `_orig_mod.`, names occur "
-            "twice."
-        )
-    return {new: tensors[old] for new, old in zip(plain, names, strict=True) if new != "n_averaged"}
-
-
 def _detach_from_file(tensors: dict[str, Tensor], shown: str, max_bytes: int) -> dict[str, Tensor]:
-    """Copy tensors out of the file, once their declared shapes are known to fit in memory."""
+    """Copy tensors out of the file, after a check that their declared shapes fit in memory."""
     _check_declared(list(tensors.values()), shown, max_bytes)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -235,7 +153,7 @@ def _detach_from_file(tensors: dict[str, Tensor], shown: str, max_bytes: int) ->
 
 
 def _check_declared(tensors: list[Tensor], shown: str, max_bytes: int) -> None:
-    """Add up declared shapes: a few numbers in a file can claim to be any number of weights."""
+    """Check the total size of the declared shapes: a few numbers can be declared as very many."""
     declared = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if declared > max_bytes:
         raise CheckpointError(

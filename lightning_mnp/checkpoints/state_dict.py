@@ -1,4 +1,4 @@
-"""Fitting a state dict to a module: names, prefixes, shapes, finite values."""
+"""State dicts: found in the content of a file, checked, and loaded into a module."""
 
 from __future__ import annotations
 
@@ -11,25 +11,37 @@ from torch import Tensor, nn
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.printable import printable
 
-__all__ = ["PrefixMatch", "all_tensors", "check_finite", "first_names", "load_into"]
+__all__ = [
+    "PrefixMatch",
+    "all_tensors",
+    "check_finite",
+    "find_state_dict",
+    "first_names",
+    "load_into",
+    "strip_wrappers",
+]
 
+NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net", "sd")
 SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
 class PrefixMatch:
-    """How the names in a file and in a module differ.
+    """The prefixes by which names in a file and in a module differ.
 
     Attributes:
-        file: What names in the file start with and names in the module lack.
-        module: What names in the module start with and names in the file lack.
+        file: Prefix of the names in the file that the names in the module do not have.
+        module: Prefix of the names in the module that the names in the file do not have.
     """
 
     file: str = ""
     module: str = ""
 
     def to_file(self, name: str) -> str:
-        """Give the name in the file for a name in the module.
+        """Return the name in the file of a tensor of the module.
+
+        Args:
+            name: Its name in the module.
 
         Example:
             >>> PrefixMatch(file="network.").to_file("conv1.weight")
@@ -39,10 +51,12 @@ class PrefixMatch:
 
 
 def all_tensors(content: object) -> Iterator[Tensor]:
-    """Find the tensors in nested containers, each container once, however often it is in there.
+    """Yield the tensors in nested containers, in their order.
+
+    A container that occurs more than once is searched only the first time.
 
     Args:
-        content: Tensors in dicts, lists and tuples.
+        content: A tensor, or tensors in dicts, lists and tuples.
 
     Example:
         >>> len(list(all_tensors({"a": torch.zeros(1), "b": [torch.ones(1), "text"]})))
@@ -56,11 +70,112 @@ def all_tensors(content: object) -> Iterator[Tensor]:
             yield found
         elif isinstance(found, (dict, list, tuple)) and id(found) not in seen:
             seen.add(id(found))
-            waiting.extend(found.values() if isinstance(found, dict) else found)
+            items = found.values() if isinstance(found, dict) else found
+            waiting.extend(reversed(list(items)))
+
+
+def find_state_dict(content: object, key: str | None, shown: str) -> dict[str, Tensor]:
+    """Find the state dict in the content of a file.
+
+    Args:
+        content: What the file holds.
+        key: Where the state dict is, for example ``"ema"`` or ``"nets.student"``; if None, it is
+            looked for at the top and under the usual keys (``state_dict``, ``model`` and others).
+        shown: Name of the file, for messages.
+
+    Returns:
+        Tensors by name; other entries are left out.
+
+    Raises:
+        CheckpointError: If there is none, or it is not clear which of several is meant.
+
+    Example:
+        >>> find_state_dict({"epoch": 3, "model": {"weight": torch.ones(1)}}, None, "last.pt")
+        {'weight': tensor([1.])}
+    """
+    if key is not None:
+        found: object = content
+        for part in [key] if isinstance(content, dict) and key in content else key.split("."):
+            if not isinstance(found, dict) or part not in found:
+                names = list(found) if isinstance(found, dict) else []
+                raise CheckpointError(
+                    f"Expected argument `key` to lead to a state dict in {shown}, but {key!r} does "
+                    f"not. There is: {first_names(names)}."
+                )
+            found = found[part]
+        content = found
+    for _ in NESTING_KEYS:
+        if not isinstance(content, dict):
+            break
+        nested = [name for name in NESTING_KEYS if isinstance(content.get(name), dict)]
+        if len(nested) > 1:
+            raise CheckpointError(
+                f"{shown} holds several state dicts. Choose one with the option `key`: "
+                f"{first_names(nested)}."
+            )
+        if not nested:
+            break
+        content = content[nested[0]]
+    tensors = _named_tensors(content)
+    if tensors:
+        return tensors
+    if isinstance(content, dict):
+        candidates = [name for name, value in content.items() if _named_tensors(value)]
+        if candidates:
+            raise CheckpointError(
+                f"{shown} holds no state dict under a usual key. Choose one with the option `key`: "
+                f"{first_names(candidates)}."
+            )
+    raise CheckpointError(
+        f"{shown} holds no weights by name. Expected a state dict, also under one of "
+        f"{NESTING_KEYS}; save `model.state_dict()`."
+    )
+
+
+def _named_tensors(content: object) -> dict[str, Tensor]:
+    """Return the tensors of a dict that have names; nothing for any other content."""
+    if not isinstance(content, dict):
+        return {}
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+
+
+def strip_wrappers(tensors: dict[str, Tensor], shown: str) -> dict[str, Tensor]:
+    """Remove what ``torch.compile``, ``DataParallel`` and ``AveragedModel`` add to names.
+
+    Args:
+        tensors: Tensors by name.
+        shown: Name of the file, for messages.
+
+    Returns:
+        The tensors by their names without ``_orig_mod.`` and ``module.``.
+
+    Raises:
+        CheckpointError: If two tensors have the same name then.
+
+    Example:
+        >>> list(strip_wrappers({"module.fc.weight": torch.ones(1)}, "last.pt"))
+        ['fc.weight']
+    """
+    names = list(tensors)
+    plain = [
+        ".".join(part for part in name.split(".") if part != "_orig_mod") or name for name in names
+    ]
+    if all(name.startswith("module.") or name == "n_averaged" for name in plain):
+        plain = [name.removeprefix("module.") for name in plain]
+    if len(set(plain)) < len(plain):
+        raise CheckpointError(
+            f"{shown} is refused: without the prefixes `module.` and `_orig_mod.`, names occur "
+            "twice."
+        )
+    return {new: tensors[old] for new, old in zip(plain, names, strict=True) if new != "n_averaged"}
 
 
 def check_finite(state_dict: Mapping[str, Tensor]) -> None:
-    """Check that weights hold no NaN and no infinity.
+    """Check that weights hold neither NaN nor infinity.
 
     Args:
         state_dict: Tensors by name.
@@ -88,18 +203,18 @@ def load_into(
 ) -> PrefixMatch:
     """Load weights into a module, all of them or none.
 
-    Names have to be the module's own, except for one prefix that all names of the file have
+    The names must be those of the module, except for one prefix that all names in the file have
     (``network.conv1.weight`` for ``conv1.weight``) or that all names of the module have. The
-    counters ``num_batches_tracked``, which old checkpoints lack, may be missing.
+    counters ``num_batches_tracked`` may be missing, as they are in old checkpoints.
 
     Args:
-        module: Gets the weights in place; its device and dtypes stay.
+        module: The module, which is changed in place; its device and dtypes stay.
         state_dict: Tensors by name.
-        prefix: Use only the tensors whose names start with this, for example ``"model."``, and
-            ignore the others; ``None`` finds out.
+        prefix: Only the tensors whose names start with this are used, for example ``"model."``;
+            if None, the prefix is found.
 
     Returns:
-        The prefixes by which names differ, so that weights can be written back under the names
+        The prefixes by which names differ. With them, weights can be written back under the names
         of the file.
 
     Raises:
@@ -128,10 +243,10 @@ def load_into(
     _check_fit(own, incoming)
     before = {name: value.clone() for name, value in own.items()}
     try:
-        complete = module.state_dict()  # also says in which version its modules write weights
+        complete = module.state_dict()  # it also holds the versions of the module's classes
         complete.update(incoming)
         module.load_state_dict(complete, strict=True)
-    except BaseException as error:  # hooks of the module may raise anything; Ctrl-C may come
+    except BaseException as error:  # hooks of the module may raise anything; so may Ctrl-C
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(before[name])
@@ -144,12 +259,12 @@ def load_into(
 
 
 def _essential(tensors: Mapping[str, Tensor]) -> list[str]:
-    """List the names that every checkpoint of a module has."""
+    """Return the names that every checkpoint of a module has."""
     return [name for name in tensors if not name.endswith("num_batches_tracked")]
 
 
 def _match_prefixes(own: list[str], given: list[str]) -> PrefixMatch:
-    """Find the prefix that makes the names equal; none if there is no such prefix."""
+    """Find the prefix by which all names differ; no prefixes if there is no such prefix."""
     for longer, shorter, side in ((given, own, "file"), (own, given, "module")):
         if not shorter or len(longer) != len(shorter):
             continue
@@ -163,7 +278,7 @@ def _match_prefixes(own: list[str], given: list[str]) -> PrefixMatch:
 
 
 def _check_fit(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-    """Compare names, shapes and kinds of numbers."""
+    """Check that names, shapes and kinds of numbers agree."""
     missing = [name for name in _essential(own) if name not in given]
     unexpected = [name for name in given if name not in own]
     shared = [name for name in own if name in given]
@@ -196,7 +311,10 @@ def _check_fit(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
 
 
 def first_names(names: Iterable[object]) -> str:
-    """List the first few names of an untrusted file, made safe to print.
+    """Return the first few names of an untrusted file as text that is safe to print.
+
+    Args:
+        names: The names.
 
     Example:
         >>> first_names("abcdefg")

@@ -1,4 +1,4 @@
-"""Writing weights to new files, whole or not at all."""
+"""Writing weights to new checkpoint files, whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_mnp.checkpoints.atomic_write import (
     OutputError,
     check_new,
     check_writable,
-    write_whole,
+    write_atomically,
 )
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.printable import printable
@@ -28,7 +28,7 @@ WRITTEN_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 def check_output(
     path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], argument: str = "path"
 ) -> None:
-    """Check that :func:`write_state_dict` can write to a file, before the work starts.
+    """Check that :func:`write_state_dict` can write a file, before the work starts.
 
     Args:
         path: The file.
@@ -36,8 +36,8 @@ def check_output(
         argument: Name of the argument, for messages.
 
     Raises:
-        CheckpointError: If the path exists, its ending is unknown, or its folder cannot be made or
-            written to, or has too little space.
+        CheckpointError: If the file exists, its ending is unknown, or its folder cannot be written
+            to or has too little space.
 
     Example:
         >>> check_output("weights.onnx", {})
@@ -71,23 +71,23 @@ def write_state_dict(
     """Write weights to a new file that appears whole or not at all.
 
     Args:
-        path: The file; its folder is made where it is missing. The ending says the format:
+        path: The file; its folder is made if it does not exist. The ending chooses the format:
             ``.safetensors``, ``.ckpt`` (weights under ``state_dict``, as Lightning reads them for
             validating, testing and predicting) or ``.pt`` and ``.pth`` (the plain state dict).
-        state_dict: Tensors by name, written as contiguous copies: tied weights come out equal,
-            no longer shared, and load strictly into the class that ties them.
-        metadata: Strings to keep beside the weights; ``.pt`` and ``.pth`` have no place for them.
+        state_dict: Tensors by name, written as contiguous copies. Tied weights are written once for
+            each name; they load strictly into the class that ties them.
+        metadata: Strings to keep beside the weights; ``.pt`` and ``.pth`` files do not hold them.
         argument: Name of the argument, for messages.
 
     Raises:
-        CheckpointError: If the path exists, its ending is unknown, its folder cannot be made or
+        CheckpointError: If the file exists, its ending is unknown, its folder cannot be made or
             written to, there is too little space, or there is nothing to write.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
         >>> write_state_dict(path, {"weight": torch.ones(2)}, {"verdict": "clean"})
-        >>> read_state_dict(path)
+        >>> safetensors.torch.load_file(path)
         {'weight': tensor([1., 1.])}
     """
     path = Path(path)
@@ -112,13 +112,13 @@ def write_state_dict(
             raise OSError(str(error)) from error
 
     try:
-        write_whole(path, write, argument=argument)
+        write_atomically(path, write, argument=argument)
     except OutputError as error:
         raise CheckpointError(str(error)) from error
 
 
 def _write(path: Path, suffix: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write the format that the suffix names."""
+    """Write the format that the suffix stands for."""
     if suffix == ".safetensors":
         safetensors.torch.save_file(tensors, path, metadata or None)
     elif suffix == ".ckpt":
@@ -135,7 +135,7 @@ def _write(path: Path, suffix: str, tensors: dict[str, Tensor], metadata: dict[s
 
 
 def _lightning_version() -> str:
-    """Tell the version by which Lightning decides how to migrate a checkpoint."""
+    """Return the version by which Lightning decides how to migrate a checkpoint."""
     for package in ("lightning", "pytorch-lightning"):
         try:
             return version(package)

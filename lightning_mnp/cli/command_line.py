@@ -17,7 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_mnp.attacks import TriggerCheckpoint
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.cli.trainer import MNPTrainer
-from lightning_mnp.hosting.checkpoint_io import read_checked
+from lightning_mnp.hosting.checkpoint_io import use_checked_io
 
 __all__ = ["MNPCLI", "main"]
 
@@ -108,7 +108,7 @@ class MNPCLI(LightningCLI):
         options = self.config_init[self.subcommand]
         if options.get("weights_only") is None:
             options["weights_only"] = True
-        read_checked(self.trainer)
+        use_checked_io(self.trainer)
 
 
 def _join_files(args: list[str]) -> list[str]:

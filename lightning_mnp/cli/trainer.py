@@ -213,7 +213,7 @@ class MNPTrainer(Trainer):
         digests = digest_networks(files, digest)
         data = self._defense_set(model, datamodule)
         settings = {
-            **mnp.to_dict(),
+            **mnp.flat(),
             "network": network,
             "defense_set": data.fingerprint,
             "precision": str(self.precision_plugin.precision),

@@ -1,1 +1,1 @@
-"""The clean images: read, batched, augmented, chosen."""
+"""The defense set: clean images, read from the user's data and checked."""

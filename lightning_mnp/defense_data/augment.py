@@ -1,22 +1,27 @@
-"""Random crop and flip of a whole batch, each image by its own draw."""
+"""Random shifts and flips of a batch of images, drawn for each image."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["random_crop_flip", "usual_padding"]
+__all__ = ["Augmentation", "random_crop_flip", "usual_padding"]
+
+Augmentation = Literal["none", "crop", "crop-flip"]
 
 
 def usual_padding(images: Tensor) -> tuple[int, int]:
-    """Tell by how many pixels images of a size are shifted: an eighth of height and width.
+    """Return by how many pixels images are shifted at most: an eighth of their height and width.
 
     Args:
         images: Shape (..., H, W).
 
     Returns:
-        The most rows and columns; at least 1 where there are four or more, else 0.
+        The number of rows and of columns: at least 1 for a side of four pixels or more, 0 for a
+        shorter side.
 
     Example:
         >>> usual_padding(torch.zeros(3, 32, 32)), usual_padding(torch.zeros(1, 2, 128))
@@ -32,17 +37,17 @@ def random_crop_flip(
     flip: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Shift every image by up to ``padding`` pixels, filling with zeros, and mirror half of them.
+    """Shift each image by up to ``padding`` pixels, fill with zeros, and mirror it by chance.
 
-    It equals torchvision's ``RandomCrop(size, padding)`` and ``RandomHorizontalFlip`` drawn for
-    each image, done for the batch at once.
+    This is torchvision's ``RandomCrop(size, padding)`` followed by ``RandomHorizontalFlip``, drawn
+    for each image and computed for the batch at once.
 
     Args:
         images: Shape (N, C, H, W), any dtype.
-        padding: Pixels added on every side before the crop, 0 for no shift; of two numbers, the
-            first above and below, the second left and right.
-        flip: Whether to mirror images left to right with probability 1/2.
-        generator: Source of randomness on the CPU; the global one where None.
+        padding: Pixels added on each side before the crop, 0 for no shift; or a pair of such
+            numbers, the first for top and bottom, the second for left and right.
+        flip: Whether images are mirrored left to right, with probability 1/2.
+        generator: Random generator on the CPU; PyTorch's global one if None.
 
     Returns:
         New images of the same shape, dtype and device.

@@ -1,4 +1,4 @@
-"""Batches of a user's data loader: read to the end, taken apart, and checked one by one."""
+"""Batches of a user's data loader: read to the end, split into images and labels, and checked."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ _LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
 
 
 def unpack_batch(batch: Any) -> tuple[Tensor, Tensor]:
-    """Take images and labels out of a batch.
+    """Return the images and labels of a batch.
 
     Args:
-        batch: A tuple or list that starts with images and labels, or a dict that names them
-            (``image``, ``pixel_values``, ``x``, ...; ``label``, ``labels``, ``y``, ...).
+        batch: A tuple or list that starts with images and labels, or a dict with one of the usual
+            keys for each (``image``, ``pixel_values``, ``x`` and others; ``label``, ``y``,
+            ``target`` and others).
 
     Returns:
         Images (N, C, ...) and labels (N,).
@@ -47,8 +48,9 @@ def unpack_batch(batch: Any) -> tuple[Tensor, Tensor]:
         if hasattr(batch, "keys"):
             what += f" with the keys {sorted(map(str, batch.keys()))}"
         raise TypeError(
-            f"Expected every batch to be a pair (images, labels) of tensors, or a dict that names "
-            f"them, but got {what}. Tell how it is taken apart with the argument `unpack`."
+            "Expected every batch to be a pair (images, labels) of tensors, or a dict that names "
+            f"them, but got {what}. Pass as argument `unpack` a function that returns the images "
+            "and labels of a batch."
         )
     return pair[0], pair[1]
 
@@ -56,12 +58,12 @@ def unpack_batch(batch: Any) -> tuple[Tensor, Tensor]:
 def read_batches(
     loader: Iterable[Any], unpack: Unpack = unpack_batch, limit: int | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Read a data loader to its end, once.
+    """Read all batches of a data loader, once.
 
     Args:
         loader: Yields batches.
-        unpack: Takes images and labels out of a batch.
-        limit: Most batches to read.
+        unpack: A function that returns images and labels of a batch.
+        limit: Most batches to read; all if None.
 
     Returns:
         Images and labels of each batch, on the CPU.
@@ -69,7 +71,7 @@ def read_batches(
     Raises:
         ValueError: If the loader or ``unpack`` fails, the loader ends before its length, or a
             batch does not fit those before it.
-        TypeError: If a batch cannot be taken apart.
+        TypeError: If no images and labels are found in a batch.
 
     Example:
         >>> import torch
@@ -81,7 +83,7 @@ def read_batches(
     images: list[Tensor] = []
     labels: list[Tensor] = []
     for number, batch in enumerate(_batches(loader, limit)):
-        part, classes = _take_apart(batch, unpack, number)
+        part, classes = _unpack(batch, unpack, number)
         check_batch(part, classes, images, number)
         images.append(part.detach().cpu())
         labels.append(classes.detach().cpu())
@@ -89,10 +91,10 @@ def read_batches(
 
 
 def _batches(loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
-    """Read a loader to its end, and tell where it fails or ends early."""
+    """Yield the batches of a loader; raise if it fails or ends early."""
     try:
         length = len(loader)  # type: ignore[arg-type]
-    except Exception:  # it has none, or does not know it yet
+    except Exception:  # it has no length, or does not know it yet
         length = 0
     count = 0
     try:
@@ -110,28 +112,29 @@ def _batches(loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
     if count < expected:
         raise ValueError(
             f"Expected the defense set's loader to yield {expected} batches, as its length says, "
-            f"but it ended after {count}. Mend it, or give a list of its batches."
+            f"but it ended after {count}. Correct the loader, or pass a list of its batches."
         )
 
 
-def _take_apart(batch: Any, unpack: Unpack, number: int) -> tuple[Tensor, Tensor]:
+def _unpack(batch: Any, unpack: Unpack, number: int) -> tuple[Tensor, Tensor]:
+    """Return the images and labels of a batch; raise if the user's function fails."""
     try:
         images, labels = unpack(batch)
     except Exception as error:
         if unpack is unpack_batch:
             raise
         raise ValueError(
-            f"Expected argument `unpack` to give images and labels, but on batch {number} it "
+            f"Expected argument `unpack` to return images and labels, but on batch {number} it "
             f"raised {type(error).__name__}: {error}"
         ) from error
     return images, labels
 
 
 def check_batch(images: Tensor, labels: Tensor, earlier: list[Tensor], number: int) -> None:
-    """Check that images and labels belong together, and to those before them.
+    """Check that the images and labels of a batch fit each other and the batches before.
 
     Args:
-        images: Images of a batch, shape (N, C, ...).
+        images: Images of the batch, shape (N, C, ...).
         labels: Their classes, shape (N,).
         earlier: Images of earlier batches.
         number: Number of the batch, for messages.
@@ -145,9 +148,10 @@ def check_batch(images: Tensor, labels: Tensor, earlier: list[Tensor], number: i
     """
     if images.ndim == 0 or labels.ndim != 1 or len(images) != len(labels):
         raise ValueError(
-            f"Expected every batch to hold one label for each image, but got images of shape "
+            "Expected every batch to hold one label for each image, but got images of shape "
             f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)} in batch {number}. "
-            "Mend the data set, or tell how a batch is taken apart with the argument `unpack`."
+            "Correct the data set, or pass as argument `unpack` a function that returns the images "
+            "and labels of a batch."
         )
     if earlier and images.shape[1:] != earlier[0].shape[1:]:
         raise ValueError(

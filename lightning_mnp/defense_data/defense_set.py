@@ -1,9 +1,10 @@
-"""The defense set: a few hundred clean images, held in memory in an order of their own."""
+"""The defense set: a few hundred clean images in memory, in an order of their own."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lightning_mnp.defense_data.augment import random_crop_flip, usual_padding
 from lightning_mnp.defense_data.batches import Unpack, check_batch, read_batches, unpack_batch
 from lightning_mnp.defense_data.subset import balanced_indices
-from lightning_mnp.hosting.memory import memory_told
+from lightning_mnp.hosting.memory import explain_out_of_memory
 from lightning_mnp.hosting.processes import process_count, read_together, whole_loader
 
 __all__ = [
@@ -27,15 +28,19 @@ __all__ = [
     "value_range",
 ]
 
-# Fewer images have no statistics of their own to be normalized by.
+# Least batch size, so that no batch has a single image: it has no statistics to normalize by.
 LEAST_BATCH = 3
 
 
 def seeded_generator(*key: str | int) -> torch.Generator:
-    """Make a random generator for one purpose, independent of those of other purposes.
+    """Make a random generator for one purpose, independent of those for other purposes.
 
     Args:
-        key: The seed, and what the numbers are for, such as ``(0, "suppression", run, epoch)``.
+        key: The seed, and what the random numbers are for, such as
+            ``(0, "suppression", run, epoch)``.
+
+    Returns:
+        A generator on the CPU; the same key always gives the same numbers.
 
     Example:
         >>> a, b = (torch.rand(1, generator=seeded_generator(0, "a")) for _ in range(2))
@@ -47,7 +52,7 @@ def seeded_generator(*key: str | int) -> torch.Generator:
 
 
 def value_range(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the least and the greatest value of each channel.
+    """Compute the least and the greatest value of each channel.
 
     Args:
         images: Shape (N, C, ...).
@@ -65,14 +70,20 @@ def value_range(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DefenseSet:
-    """Clean, labeled images in memory, in an order that depends on nothing but themselves.
+    """Clean, labeled images in memory, in an order that depends on the images only.
 
-    Images are sorted by a hash of their pixels and counted once, so that the loader's order, its
-    batch size, shards on several processes and repeated images make no difference.
+    Images are sorted by a hash of pixels and label, and repeated images are dropped. So the
+    loader's order and batch size, and how images are shared out among processes, make no
+    difference.
 
     Args:
         images: Shape (N, C, ...), floating point, as the network takes them.
         labels: True classes, shape (N,), integers.
+
+    Attributes:
+        images: The images in their order, on the CPU.
+        labels: Their classes, on the CPU.
+        fingerprint: A SHA-256 of images and labels, as 64 hexadecimal digits.
 
     Raises:
         ValueError: If the images or labels cannot serve as a defense set.
@@ -103,16 +114,21 @@ class DefenseSet:
     def others(
         self, target: int, count: int, device: torch.device, key: tuple[str | int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Draw images of other classes than one, without putting any back.
+        """Draw images of all classes but one, each image at most once.
 
         Args:
-            target: That class.
-            count: Most images.
-            device: Where they go.
-            key: Of the random numbers, see :func:`seeded_generator`.
+            target: The class that is left out.
+            count: Most images to draw.
+            device: Where the images and labels are moved to.
+            key: Names the draw, see :func:`seeded_generator`.
 
         Returns:
-            Images, shape (N, C, ...), and labels, shape (N,).
+            Images, shape (n, C, ...), and labels, shape (n,).
+
+        Example:
+            >>> data = DefenseSet(torch.rand(6, 3, 8, 8), torch.arange(6) % 3)
+            >>> data.others(2, 10, torch.device("cpu"), (0, "example"))[1].sort().values
+            tensor([0, 0, 1, 1])
         """
         others = (self.labels != target).nonzero().flatten()
         drawn = torch.randperm(len(others), generator=seeded_generator(*key))
@@ -127,23 +143,28 @@ class DefenseSet:
         limit: int | None = None,
         gather: bool = False,
     ) -> DefenseSet:
-        """Read a data loader to its end, once.
+        """Read all batches of a data loader, once.
 
         Args:
-            loader: Yields batches; or a :class:`DefenseSet`; or a data set, of which batches are
-                made. Of a data loader with a ``DistributedSampler`` every process reads the whole
-                data set.
-            unpack: Takes images and labels out of a batch.
-            limit: Most batches to read.
-            gather: Whether to put together what the loaders of all processes yield; all of them
-                have to call this then.
+            loader: Yields batches; or a data set, whose items are put into batches; or a
+                :class:`DefenseSet`, which is returned as it is. If a data loader has a
+                ``DistributedSampler``, each process reads the whole data set.
+            unpack: A function that returns images and labels of a batch.
+            limit: Most batches to read; all if None.
+            gather: Whether to put together the images that all processes have; then all processes
+                have to call this.
 
         Raises:
             ValueError: If the loader fails, ends before its length, yields no batch, or yields
                 images or labels that cannot serve.
-            TypeError: If a batch cannot be taken apart.
+            TypeError: If no images and labels are found in a batch.
             torch.OutOfMemoryError: If the images do not fit in memory.
             RuntimeError: If reading failed in another process.
+
+        Example:
+            >>> batch = torch.rand(6, 3, 8, 8), torch.arange(6) % 2
+            >>> DefenseSet.from_loader([batch])
+            DefenseSet(6 images of shape (3, 8, 8), 2 classes)
         """
         if isinstance(loader, Dataset):
             loader = DataLoader(loader, batch_size=100)
@@ -156,14 +177,15 @@ class DefenseSet:
                 return [loader.images], [loader.labels]
             return read_batches(whole_loader(loader), unpack, limit)
 
-        few = "Give a loader of fewer images: a few hundred are enough."
-        # A loader draws from the global generator.
-        with memory_told("in reading the defense set", few), torch.random.fork_rng(devices=[]):
+        where = "while reading the defense set"
+        fewer = "Pass a loader of fewer images: a few hundred are enough."
+        # A loader draws from PyTorch's global generator.
+        with explain_out_of_memory(where, fewer), torch.random.fork_rng(devices=[]):
             images, labels = read_together(read) if several else read()
             if not images:
                 raise ValueError(
                     "Expected the defense set to hold images, but its loader yields no batch. "
-                    "A generator can be read only once; give a loader."
+                    "A generator can be read only once: pass a loader."
                 )
             for number in range(len(images)) if several else ():
                 check_batch(images[number], labels[number], images[:1], number)
@@ -177,14 +199,14 @@ class DefenseSet:
         seed: int = 0,
         unpack: Unpack = unpack_batch,
     ) -> DefenseSet:
-        """Draw a class-balanced share of a data set that is known to be clean.
+        """Draw the same number of images of each class from a data set that is known to be clean.
 
         Args:
-            dataset: Items (image, label); it is read once for the labels where it has no
-                ``targets`` or ``labels``.
+            dataset: Yields items (image, label) by index. If it has neither ``targets`` nor
+                ``labels``, all its items are read once for the labels.
             size: Number of images, at least one for each class.
             seed: Seed of the draw.
-            unpack: Takes images and labels out of a batch.
+            unpack: A function that returns images and labels of a batch.
 
         Raises:
             ValueError: If the data set has too few images of a class.
@@ -199,7 +221,7 @@ class DefenseSet:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise TypeError(
                 f"Expected argument `dataset` to have a length and items by index, but got "
-                f"{type(dataset).__name__}. Give a loader of clean images instead."
+                f"{type(dataset).__name__}. Pass a loader of clean images to `from_loader` instead."
             )
         labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
         if labels is None:
@@ -215,11 +237,23 @@ class DefenseSet:
         return dict(sorted(Counter(self.labels.tolist()).items()))
 
     def passes(self, batch_size: int) -> int:
-        """Number of batches in one pass."""
-        return -(-len(self) // batch_size)
+        """Return the number of batches in one pass.
+
+        Args:
+            batch_size: Most images in a batch.
+        """
+        return math.ceil(len(self) / batch_size)
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of one pass in the stored order, on a device."""
+        """Yield the batches of one pass in the stored order.
+
+        Args:
+            batch_size: Most images in a batch.
+            device: Where the batches are moved to.
+
+        Yields:
+            Images (n, C, ...) and labels (n,).
+        """
         for index in range(self.passes(batch_size)):
             yield self.batch(index, batch_size, device)
 
@@ -232,40 +266,47 @@ class DefenseSet:
         key: tuple[int | str, ...] | None = None,
         among: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Give one batch of a pass; all batches of a pass are equally large, or differ by one.
+        """Return one batch of a pass; the sizes of all batches of a pass differ by one at most.
 
         Args:
-            index: Which batch of the pass, from 0.
+            index: Number of the batch in the pass, from 0.
             batch_size: Most images in a batch.
-            device: Where the batch is to be.
-            augment: ``"none"``, ``"crop"`` or ``"crop-flip"``.
-            key: Names the pass, the seed first; its order and augmentation follow from it. None
-                for the stored order.
-            among: Positions of the images that the pass is over; all where None.
+            device: Where the batch is moved to.
+            augment: ``"none"``, ``"crop"`` or ``"crop-flip"``; it needs a key.
+            key: Names the pass, see :func:`seeded_generator`; order and augmentation are drawn by
+                it. If None, the images are in the stored order and not augmented.
+            among: Positions of the images that the pass goes over; all images if None.
 
         Returns:
-            Images (N, C, ...) and labels (N,).
+            Images (n, C, ...) and labels (n,).
+
+        Example:
+            >>> data = DefenseSet(torch.rand(7, 3, 8, 8), torch.arange(7) % 2)
+            >>> parts = [data.batch(index, 3, torch.device("cpu"), key=(0, "example"))
+            ...          for index in range(data.passes(3))]
+            >>> [len(labels) for images, labels in parts]
+            [3, 2, 2]
         """
         order = torch.arange(len(self)) if among is None else among
         if key is not None:
             drawn = torch.randperm(len(order), generator=seeded_generator(*key, "order"))
             order = order[drawn]
-        rows = order.tensor_split(-(-len(order) // batch_size))[index]
+        rows = order.tensor_split(math.ceil(len(order) / batch_size))[index]
         images, labels = self.images[rows], self.labels[rows]
         if key is not None:
             images = _augment(images, augment, (*key, "augment", index))
         return images.to(device), labels.to(device)
 
     def part(self, number: int, parts: int, key: tuple[int | str, ...]) -> Tensor:
-        """Draw parts that have no image in common, and give one.
+        """Split the images into random parts, and return one of the parts.
 
         Args:
-            number: Which part, from 0.
-            parts: Number of parts, as equal as can be.
-            key: Names the draw, the seed first.
+            number: Number of the part, from 0.
+            parts: Number of parts; their sizes differ by one at most.
+            key: Names the draw, see :func:`seeded_generator`.
 
         Returns:
-            Positions of its images, shape (n,).
+            Positions of the images of this part, shape (n,).
 
         Example:
             >>> data = DefenseSet(torch.rand(6, 3, 8, 8), torch.arange(6) % 2)
@@ -277,14 +318,15 @@ class DefenseSet:
         return drawn.tensor_split(parts)[number]
 
     def augmented(self, augment: str, seed: int) -> DefenseSet:
-        """Give the same images, each shifted and mirrored by a draw of its own.
+        """Return the same images, each shifted and, with ``"crop-flip"``, mirrored by chance.
 
         Args:
             augment: ``"crop"`` or ``"crop-flip"``.
             seed: Seed of the draws.
 
         Returns:
-            A defense set in the order of this one; images other than (C, H, W) are as they were.
+            A defense set in the order of this one. Images of another shape than (C, H, W) are
+            unchanged.
 
         Example:
             >>> data = DefenseSet(torch.rand(6, 3, 8, 8), torch.arange(6) % 2)
@@ -304,6 +346,7 @@ class DefenseSet:
 
 
 def _augment(images: Tensor, augment: str, key: tuple[int | str, ...]) -> Tensor:
+    """Shift and mirror images by draws that follow from a key."""
     if augment == "none" or images.ndim != 4:
         return images
     padding = usual_padding(images)
@@ -311,6 +354,7 @@ def _augment(images: Tensor, augment: str, key: tuple[int | str, ...]) -> Tensor
 
 
 def _check(images: Tensor, labels: Tensor) -> None:
+    """Check that images and labels can serve as a defense set."""
     if images.ndim < 3:
         raise ValueError(
             f"Expected the defense set's images to have the shape (N, C, ...), but got "

@@ -1,4 +1,4 @@
-"""A pass over a defense set in evaluation mode."""
+"""Evaluation of a network on a defense set: its logits and its accuracy."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def clean_logits(
     weights: Weights | None = None,
     masks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a network on all images of a defense set, with the stored statistics.
+    """Compute the logits of all images of a defense set, with stored normalization statistics.
 
     Args:
         masked: The network.
         data: The defense set.
         batch_size: Most images in a batch.
-        weights: Parameters to run with, by name; the network's own where None.
-        masks: Filter masks, shape (total filters,); none where None.
+        weights: Parameters to run with, by name; the network's own if None.
+        masks: Filter masks, shape (total filters,); no masks if None.
 
     Returns:
         Logits, shape (N, K), and labels, shape (N,), on the network's device.
@@ -50,7 +50,7 @@ def clean_logits(
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Tell the share of images that are classified right, from 0 to 1.
+    """Compute the share of images that are classified correctly, from 0 to 1.
 
     Args:
         logits: Shape (N, K).

@@ -1,4 +1,4 @@
-"""Class-balanced subsets, drawn from a seed."""
+"""Class-balanced subsets of a data set, drawn by a seed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def balanced_indices(
 ) -> Tensor:
     """Draw a subset with the same number of images of each class.
 
-    Where ``size`` is not a multiple of the number of classes, some classes, drawn from the seed
-    as well, have one image more than the others.
+    If ``size`` is not a multiple of the number of classes, some classes get one image more than
+    the others; which ones is drawn, too.
 
     Args:
         labels: Classes of the whole set, shape (N,), integers.
         size: Number of images to draw, at least one of each class.
         seed: Seed of the draw.
-        num_classes: Number of classes K; without it, the distinct values in ``labels``.
-        argument: What the caller's user knows ``size`` as, for messages.
+        num_classes: Number of classes K; if None, only the classes that occur in ``labels`` count.
+        argument: The name that the user knows ``size`` by, for messages.
 
     Returns:
-        ``size`` distinct indices into ``labels``, on the CPU, in an order drawn from the seed:
-        an image's class says nothing about its place.
+        ``size`` distinct indices into ``labels``, on the CPU, in a random order that does not
+        depend on the classes.
 
     Raises:
         ValueError: If ``labels`` is not one row of integers from 0 to K - 1, ``size`` is smaller
@@ -72,7 +72,7 @@ def balanced_indices(
             raise ValueError(
                 f"Expected argument `{argument}` to need at most the {len(found)} images of class "
                 f"{label}, but {size} images of {len(classes)} classes need {wanted} of it. "
-                f"Choose a smaller `{argument}` or add images of this class."
+                f"Choose a smaller `{argument}`, or add images of this class."
             )
         parts.append(found[torch.randperm(len(found), generator=generator)[:wanted]])
     chosen = torch.cat(parts)

@@ -1,4 +1,4 @@
-"""What one pass over the defense set adds up: saliency, logits and what follows from them."""
+"""Sums of one pass over the defense set: saliency, logits and what follows from them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class PassTally:
         return saliency_correlation(magnitudes, self._changes / self.images, self.masked.layers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state as tensors and primitives."""
+        """Return the state as tensors and primitives."""
         return {
             "changes": self._changes,
             "logits": self.logits,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.errors import LiveError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable, write_whole
+from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable, write_atomically
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.checkpoints.read import read_checkpoint
@@ -30,7 +29,6 @@ def run_defense(
     state_file: Path | str | None = None,
     progress: bool = False,
     observe: Callable[[MNPDefense, str, dict[str, float]], None] | None = None,
-    guard: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Take all steps of a defense.
 
@@ -40,7 +38,6 @@ def run_defense(
             when the outcome is safe.
         progress: Whether to show a progress bar.
         observe: Called after every step with the engine, the step's phase and its numbers.
-        guard: Makes a context around the whole.
 
     Raises:
         ValueError: If the state file belongs to another model, data or options, or is damaged.
@@ -52,7 +49,7 @@ def run_defense(
         check_writable(path, "state_file")
         if path.exists():
             _load_state(defense, path)
-    with guard(), _progress_bar(progress) as bar:
+    with _progress_bar(progress) as bar:
         task = bar.add_task("reference", total=defense.most_steps())
         done = 0
         while not defense.finished:
@@ -119,7 +116,7 @@ def _save_state(defense: MNPDefense, path: Path) -> None:
         torch.save(defense.state_dict(), partial)
 
     try:
-        write_whole(path, write, argument="state_file", replace=True)
+        write_atomically(path, write, argument="state_file", replace=True)
     except OutputError as error:  # hours of work are not given up for it
         warnings.warn(
             f"{error} The run goes on; were it killed, it would go on from the file as it was.",

@@ -1,191 +1,121 @@
-"""What the engine knows, as tensors and primitives: its state in between, its report at the end."""
+"""The state of a defense as tensors and primitives, from which it goes on as if never stopped."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning_mnp.report import DefenseReport, RunResult
+from lightning_mnp.engine.case import Case
+from lightning_mnp.report import RunResult, SecondAudit
 from lightning_mnp.surgery.network import weights_digest
 
-if TYPE_CHECKING:
-    from lightning_mnp.engine.defense import MNPDefense
+__all__ = ["case_state", "check_state", "identity", "load_case"]
 
-__all__ = ["dump_state", "load_state", "make_report"]
-
-_FORMAT = 10
+FORMAT = 11
 
 
-def dump_state(defense: MNPDefense) -> dict[str, Any]:
-    """Give the whole state, readable with ``weights_only=True``.
+def identity(case: Case) -> dict[str, Any]:
+    """Return what a state belongs to: another model, defense set or option has another one.
 
     Args:
-        defense: The engine; the tensors in its state are its own, not copies.
+        case: The case.
     """
     return {
-        "format": _FORMAT,
-        "identity": _identity(defense),
-        "plan": [list(entry) for entry in defense.plan],
-        "position": defense.position,
-        "batches_done": defense.batches_done,
-        "runs": [{**asdict(run), "predictions": list(run.predictions)} for run in defense.runs],
-        "handicaps": dict(defense.handicaps),
-        "suppressed": list(defense.suppressed),
-        "correlation": defense.correlation,
-        "accuracy_before": defense.accuracy_before,
-        "seconds": dict(defense.seconds),
-        "warnings": list(defense.warnings),
-        "tally": defense.tally.state_dict(),
-        "masks_sum": defense.masks_sum,
-        "masks_count": defense.masks_count,
-        "surrogates": defense.surrogates.state_dict(),
-        "second": None if defense.second is None else dump_state(defense.second),
-        "purification": defense.purification.state_dict(),
-        "suppression": defense.suppression.state_dict(),
-        "penalty": defense.penalty.state_dict(),
-        "preserving": defense.preserving.state_dict(),
+        "defense set": case.data.fingerprint,
+        "options": case.config.to_dict(),
+        "constants": case.constants.to_dict(),
+        "signals": list(case.wanted_signals),
+        "occasion": case.when,
+        "layers": [[layer.name, layer.filters] for layer in case.layers],
+        "weights": weights_digest(case.model),
+        "precision": case.masked.precision,
+        "version": version("lightning-mnp"),
     }
 
 
-def load_state(defense: MNPDefense, state: dict[str, Any]) -> None:
-    """Go on where :func:`dump_state` left.
+def check_state(case: Case, state: Any) -> None:
+    """Check that a state belongs to a case.
 
     Args:
-        defense: A new engine for the same model, defense set and options.
-        state: The state.
+        case: The case.
+        state: What was read.
 
     Raises:
         ValueError: If the state is of another format, model, defense set or options.
     """
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ValueError(
-            f"Expected the state of a defense in format {_FORMAT}, but got {found!r}. Remove the "
+            f"Expected the state of a defense in format {FORMAT}, but got {found!r}. Remove the "
             "file to start anew."
         )
-    for name, value in _identity(defense).items():
+    for name, value in identity(case).items():
         if state["identity"].get(name) != value:
             raise ValueError(
                 f"Expected the state to belong to the same {name}, but it was {value!r} and "
                 f"is {state['identity'].get(name)!r} in the state. Remove the file to start "
                 "anew."
             )
-    device = defense.masked.device
-    defense.plan = [(phase, int(run)) for phase, run in state["plan"]]
-    defense.position = int(state["position"])
-    defense.batches_done = int(state["batches_done"])
-    defense.runs = [
+
+
+def case_state(case: Case) -> dict[str, Any]:
+    """Return all that is known of a network, readable with ``weights_only=True``.
+
+    Args:
+        case: The case; the tensors in its state are its own, not copies.
+    """
+    begun = "suppression" in vars(case)  # stages are built when they are first used
+    second = case.second_audit
+    return {
+        "runs": [{**asdict(run), "predictions": list(run.predictions)} for run in case.runs],
+        "tried": list(case.scene.tried),
+        "rare_classes": dict(case.rare_classes),
+        "correlation": case.correlation,
+        "accuracy": case.accuracy,
+        "warnings": list(case.warnings),
+        "suppression": case.suppression.state_dict() if begun else None,
+        "suppressed": list(case.suppressed),
+        "masks_sum": case.masks_sum,
+        "masks_count": case.masks_count,
+        "searches": {name: search.state_dict() for name, search in case.searches.items()},
+        "judged": case.judgement is not None,
+        "purification": case.purification.state_dict(),
+        "second_audit": None if second is None else asdict(second),
+    }
+
+
+def load_case(case: Case, state: dict[str, Any]) -> None:
+    """Go on where :func:`case_state` was taken; the network does not run.
+
+    Args:
+        case: A new case of the same network, defense set and options.
+        state: The state.
+    """
+    device = case.masked.device
+    case.runs[:] = [
         RunResult(**{**run, "predictions": tuple(run["predictions"])}) for run in state["runs"]
     ]
-    defense.balance({int(index): float(value) for index, value in state["handicaps"].items()})
-    defense.suppressed = [
+    case.scene.tried = [int(index) for index in state["tried"]]
+    rare = {int(index): float(value) for index, value in state["rare_classes"].items()}
+    case.raise_rare_classes(rare)
+    case.correlation = float(state["correlation"])
+    case.accuracy = float(state["accuracy"])
+    case.warnings = list(state["warnings"])
+    if state["suppression"] is not None:
+        case.suppression.load_state_dict(state["suppression"])
+    case.suppressed = [
         {name: weight.to(device) for name, weight in weights.items()}
         for weights in state["suppressed"]
     ]
-    defense.correlation = float(state["correlation"])
-    defense.accuracy_before = float(state["accuracy_before"])
-    defense.seconds = defaultdict(float, state["seconds"])
-    defense.warnings = list(state["warnings"])
-    defense.tally.load_state_dict(state["tally"])
-    defense.masks_sum = state["masks_sum"].to(device, copy=True)
-    defense.masks_count = int(state["masks_count"])
-    defense.surrogates.load_state_dict(state["surrogates"])
-    defense.suppression.load_state_dict(state["suppression"])
-    defense.penalty.restart(defense.suppression.weights)
-    defense.penalty.load_state_dict(state["penalty"])
-    defense.preserving.load_state_dict(state["preserving"])
-    if ("verdict", 0) in defense.plan[: defense.position]:
-        defense.judgement = defense.judge()
+    case.masks_sum = state["masks_sum"].to(device, copy=True)
+    case.masks_count = int(state["masks_count"])
+    case.searches.clear()
+    for name, part in state["searches"].items():
+        case.search(str(name)).load_state_dict(part)
+    case.judgement = case.judge() if state["judged"] else None
     purification = state["purification"]
-    sources = [] if purification["search"] is None else defense.new_sources()
-    defense.purification.load_state_dict(purification, sources)
-    defense.second = None
-    if state["second"] is not None:
-        defense.second = defense.new_second()
-        load_state(defense.second, state["second"])
-
-
-def make_report(defense: MNPDefense) -> DefenseReport:
-    """Give the outcome of a finished engine, without a model."""
-    purification = defense.purification
-    search, shift = purification.search, purification.shift
-    evidence = defense.surrogates.evidence
-    scores: list[float] = []
-    if defense.masks_count:
-        scores = [float(defense.scores[int(position)]) for position in purification.removed]
-    return DefenseReport(
-        verdict=defense.judgement.verdict,
-        detection_ratio=defense.judgement.detection_ratio,
-        pile_up=defense.judgement.pile_up,
-        score=defense.judgement.score,
-        judged=defense.judgement.judged,
-        target_class=defense.judgement.target_class,
-        all_to_all=defense.judgement.all_to_all,
-        reasons=list(defense.judgement.reasons),
-        runs=list(defense.runs),
-        reaches=dict(sorted(evidence.reaches.items())),
-        margins=dict(sorted(evidence.margins.items())),
-        patch_margins=dict(sorted(evidence.patch_margins.items())),
-        overlay_rises=dict(sorted(evidence.overlay_rises.items())),
-        warp_rises=dict(sorted(evidence.warp_rises.items())),
-        permutation=dict(evidence.permutation),
-        moved=evidence.moved,
-        handicaps=dict(defense.handicaps),
-        pruned=[defense.layers.locate(int(position)) for position in purification.removed],
-        scores=scores,
-        masks=_masks_of(defense),
-        search=[] if search is None else [list(point) for point in search.curve],
-        filters=defense.layers.total,
-        accuracy_before=defense.accuracy_before,
-        accuracy_after=purification.accuracy,
-        shift=[] if shift is None else shift.values.tolist(),
-        reaudit=_second_verdict(defense),
-        layers=[asdict(layer) for layer in defense.layers],
-        skipped=list(defense.layers.skipped),
-        defense_set={
-            "images": len(defense.data),
-            "shape": list(defense.data.images.shape[1:]),
-            "classes": defense.data.counts,
-            "sha256": defense.data.fingerprint,
-        },
-        config=defense.config.to_dict(),
-        seconds=dict(defense.seconds),
-        versions={name: version(name) for name in ("lightning-mnp", "torch", "torchvision")},
-        warnings=[*purification.warnings, *defense.warnings],
-    )
-
-
-def _masks_of(defense: MNPDefense) -> dict[str, list[float]]:
-    if defense.purification.masks is None:
-        return {}
-    parts = defense.purification.masks.split(defense.layers.sizes)
-    return {layer.name: part.tolist() for layer, part in zip(defense.layers, parts, strict=True)}
-
-
-def _second_verdict(defense: MNPDefense) -> dict[str, Any] | None:
-    if defense.second is None:
-        return None
-    judgement = defense.second.judgement
-    return {
-        "verdict": judgement.verdict,
-        "score": judgement.score,
-        "target_class": judgement.target_class,
-        "all_to_all": judgement.all_to_all,
-        "pile_up": judgement.pile_up,
-        "detection_ratio": judgement.detection_ratio,
-        "reasons": list(judgement.reasons),
-    }
-
-
-def _identity(defense: MNPDefense) -> dict[str, Any]:
-    return {
-        "defense set": defense.data.fingerprint,
-        "options": defense.config.to_dict(),
-        "occasion": defense.when,
-        "layers": [[layer.name, layer.filters] for layer in defense.layers],
-        "weights": weights_digest(defense.model),
-        "precision": defense.masked.precision,
-        "version": version("lightning-mnp"),
-    }
+    traces = [] if purification["greedy"] is None else case.traces()
+    case.purification.load_state_dict(purification, traces)
+    second = state["second_audit"]
+    case.second_audit = None if second is None else SecondAudit(**second)

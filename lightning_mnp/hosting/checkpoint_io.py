@@ -1,4 +1,4 @@
-"""Lightning's own commands read checkpoints under the checks that audits and defenses make."""
+"""Checks of the checkpoints that Lightning's own commands read."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.checkpoints.read import read_checkpoint
 from lightning_mnp.checkpoints.state_dict import check_finite, first_names
 
-__all__ = ["CheckedCheckpointIO", "read_checked"]
+__all__ = ["CheckedCheckpointIO", "use_checked_io"]
 
 _EXPECTED = (
     "Expected argument `ckpt_path` to be a Lightning checkpoint, with the weights under "
     "`state_dict`"
 )
 _REMEDY = (
-    "For other files use `audit` or `defend`; `defend` writes a Lightning checkpoint where its "
+    "For other files use `audit` or `defend`; `defend` writes a Lightning checkpoint if its "
     "`--output` ends in .ckpt."
 )
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
-    """Reads checkpoints by :func:`~lightning_mnp.checkpoints.read.read_checkpoint` only.
+    """Reads checkpoints only by :func:`~lightning_mnp.checkpoints.read.read_checkpoint`.
+
+    So Lightning's ``fit``, ``validate``, ``test`` and ``predict`` refuse the same files as audits
+    and defenses do.
 
     Example:
         >>> CheckedCheckpointIO().load_checkpoint("missing.ckpt")
@@ -44,16 +47,19 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = None,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a whole Lightning checkpoint to the CPU, with ``weights_only=True`` in any case.
+        """Read a whole Lightning checkpoint to the CPU, always with ``weights_only=True``.
 
         Args:
             path: A local file.
             map_location: Ignored: the Trainer moves what it reads.
             weights_only: Ignored.
 
+        Returns:
+            The content of the file.
+
         Raises:
-            CheckpointError: If the file is refused, holds no weights under ``state_dict``, holds
-                weights that are not finite, or names that cannot be printed.
+            CheckpointError: If the file is refused, has no weights under ``state_dict``, or has
+                weights that are not finite or whose names are not printable.
         """
         if Path(path).suffix == ".safetensors":
             raise CheckpointError(f"{_EXPECTED}, but got {printable(str(path))}. {_REMEDY}")
@@ -70,10 +76,19 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         return dict(content)
 
 
-def read_checked(trainer: Trainer) -> None:
-    """Let a Trainer read checkpoints by :class:`CheckedCheckpointIO`.
+def use_checked_io(trainer: Trainer) -> None:
+    """Make a Trainer read checkpoints by :class:`CheckedCheckpointIO`.
 
-    A reader that the user has configured stays: it is the user's code.
+    A way of reading that the user has configured stays, because it is the user's own code.
+
+    Args:
+        trainer: The Trainer.
+
+    Example:
+        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> use_checked_io(trainer)
+        >>> type(trainer.strategy.checkpoint_io).__name__
+        'CheckedCheckpointIO'
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = CheckedCheckpointIO()

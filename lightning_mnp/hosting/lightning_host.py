@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_mnp.checkpoints.atomic_write import check_writable, write_whole
+from lightning_mnp.checkpoints.atomic_write import check_writable, write_atomically
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack
 from lightning_mnp.engine.defense import MNPDefense
 from lightning_mnp.hosting.processes import do_in_first, gather_objects, process_count
@@ -187,7 +187,7 @@ def _publish(finished: Path, path: Path) -> None:
     def write(partial: Path) -> None:
         finished.replace(partial)
 
-    write_whole(path, write, argument="output_dir")
+    write_atomically(path, write, argument="output_dir")
 
 
 def follow_first(defense: MNPDefense) -> DefenseReport:
@@ -204,8 +204,8 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
     own = defense.purification
     bias = None if own.shift is None else own.shift.name
     removed, bias, report = gather_objects((own.removed.tolist(), bias, defense.report()))[0]
-    own.shift = None if bias is None else LogitShift(bias, torch.tensor(report.shift))
+    own.shift = None if bias is None else LogitShift(bias, torch.tensor(report.pruning.shift))
     own.remove(torch.tensor(removed, dtype=torch.long))
-    masks = [value for part in report.masks.values() for value in part]
+    masks = [value for part in report.pruning.masks.values() for value in part]
     own.masks = torch.tensor(masks, device=own.removed.device) if masks else None
     return cast(DefenseReport, report)

@@ -1,4 +1,4 @@
-"""Out of memory, told with what to do about it."""
+"""Errors of too little memory, with what to do about them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["is_out_of_memory", "memory_told"]
+__all__ = ["explain_out_of_memory", "is_out_of_memory"]
 
-# PyTorch has a class of its own for accelerators; elsewhere it raises plain RuntimeErrors.
+# PyTorch has an error class for accelerators; on other devices it raises a plain RuntimeError.
 _SIGNS = ("out of memory", "DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Tell whether an exception, or the one that it was raised from, is about memory.
+    """Return whether an exception, or one that caused it, was raised for want of memory.
+
+    Args:
+        error: The exception, or None.
 
     Example:
         >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shape mismatch"))
@@ -30,22 +33,22 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def memory_told(where: str, remedy: str) -> Iterator[None]:
-    """Say where memory ran out, and what helps.
+def explain_out_of_memory(where: str, remedy: str) -> Iterator[None]:
+    """Replace an error of too little memory by one that says where it happened and what helps.
 
     Args:
-        where: What was being done, for "Out of memory ...".
-        remedy: A sentence.
+        where: What was being done; it follows the words "Out of memory".
+        remedy: What the user can do, as a sentence.
 
     Raises:
-        torch.OutOfMemoryError: For whatever was raised because there was too little memory.
+        torch.OutOfMemoryError: If memory runs out before the context ends. Other errors pass.
 
     Example:
-        >>> with memory_told("in a test", "Buy some."):
+        >>> with explain_out_of_memory("on 512 images", "Lower `batch_size`."):
         ...     raise MemoryError
         Traceback (most recent call last):
         ...
-        torch.OutOfMemoryError: Out of memory in a test. Buy some.
+        torch.OutOfMemoryError: Out of memory on 512 images. Lower `batch_size`.
     """
     try:
         yield

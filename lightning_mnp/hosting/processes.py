@@ -1,4 +1,4 @@
-"""The processes of a distributed run: who there is, what each has, and whether all go on."""
+"""The processes of a distributed run: their number, what they exchange, errors in one of them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ __all__ = [
     "whole_loader",
 ]
 
-Parts = tuple[list[Tensor], list[Tensor]]
+# Images and labels, one tensor each for a batch.
+Batches = tuple[list[Tensor], list[Tensor]]
 
 
 def process_count() -> int:
-    """Number of processes in PyTorch's process group; 1 where there is none.
+    """Return the number of processes in PyTorch's process group; 1 if there is no group.
 
     Example:
         >>> process_count()
@@ -34,7 +35,7 @@ def process_count() -> int:
 
 
 def process_rank() -> int:
-    """Number of this process among them, from 0.
+    """Return the number of this process in PyTorch's process group, from 0.
 
     Example:
         >>> process_rank()
@@ -44,13 +45,13 @@ def process_rank() -> int:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Give every process what each of them has. All of them have to call this.
+    """Collect a value from each process. All processes have to call this function.
 
     Args:
-        value: Anything that can be pickled, tensors on the CPU.
+        value: The value of this process: anything that can be pickled, with tensors on the CPU.
 
     Returns:
-        The values in the order of the processes.
+        The values of all processes, in their order; the same in each process.
 
     Example:
         >>> gather_objects("only one")
@@ -64,13 +65,16 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def do_in_first(work: Callable[[], None]) -> None:
-    """Do something in the first process only; where it fails, all fail. All have to call this.
+    """Run a function in the first process only. All processes have to call this function.
+
+    If it fails in the first process, an error is raised in all of them, so that none waits for
+    another one for ever.
 
     Args:
-        work: What is done; an exception in it is raised in the first process.
+        work: The function; an exception in it is raised in the first process.
 
     Raises:
-        RuntimeError: In the other processes, if it failed in the first.
+        RuntimeError: In the other processes, if the function failed in the first.
 
     Example:
         >>> do_in_first(lambda: print("done once"))
@@ -87,23 +91,24 @@ def do_in_first(work: Callable[[], None]) -> None:
 
 def _raise_together(error: Exception | None, what: str) -> None:
     """Raise in all processes if there is an error in one of them."""
-    told = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
-    for rank, text in enumerate(told):
+    for rank, text in enumerate(texts):
         if text is not None:
-            raise RuntimeError(f"Process {rank} of {len(told)} {what}: {text}")
+            raise RuntimeError(f"Process {rank} of {len(texts)} {what}: {text}")
 
 
-def read_together(read: Callable[[], Parts]) -> Parts:
-    """Read images and labels in every process, and give each of them all. All have to call this.
+def read_together(read: Callable[[], Batches]) -> Batches:
+    """Read batches in each process and share them. All processes have to call this function.
 
     Args:
-        read: Gives lists of tensors, images and labels, as this process has them; both may be
-            empty.
+        read: A function that returns the images and labels that this process has, as lists of
+            tensors; they may be empty.
 
     Returns:
-        The lists of all processes, one behind the other; where all have read the same, only once.
+        The batches of all processes, in the order of the processes. If all processes have read the
+        same batches, these are returned once.
 
     Raises:
         RuntimeError: If reading failed in another process.
@@ -112,14 +117,14 @@ def read_together(read: Callable[[], Parts]) -> Parts:
         >>> read_together(lambda: ([torch.ones(1, 1, 1)], [torch.tensor([4])]))[1]
         [tensor([4])]
     """
-    own: Parts = [], []
+    own: Batches = [], []
     error: Exception | None = None
     try:
         own = read()
     except Exception as raised:
         error = raised
     _raise_together(error, "could not read its part of the defense set")
-    # Most often every process has the same images: then there is no need to send them around.
+    # Most often all processes have read the same images: then they need not be sent.
     if len(set(gather_objects(_digest(own)))) == 1:
         return own
     images: list[Tensor] = []
@@ -131,10 +136,13 @@ def read_together(read: Callable[[], Parts]) -> Parts:
 
 
 def whole_loader(loader: Iterable[Any]) -> Iterable[Any]:
-    """Give a loader of the whole data set where one has a ``DistributedSampler``.
+    """Return a loader of the whole data set if a ``DistributedSampler`` would give only a part.
 
     Args:
-        loader: Any loader; it is returned as it is if there is no such sampler.
+        loader: Any loader; one without such a sampler is returned as it is.
+
+    Returns:
+        A loader of all images, in the order of the data set.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -148,7 +156,7 @@ def whole_loader(loader: Iterable[Any]) -> Iterable[Any]:
         return loader
     batch_sampler = loader.batch_sampler
     samplers = (loader.sampler, getattr(batch_sampler, "sampler", None))
-    # Not its subclasses: which part of the data set those draw from is theirs to say.
+    # Not its subclasses: they may choose which images to draw for other reasons.
     if DistributedSampler not in map(type, samplers):
         return loader
     return DataLoader(
@@ -161,9 +169,9 @@ def whole_loader(loader: Iterable[Any]) -> Iterable[Any]:
     )
 
 
-def _digest(parts: Parts) -> str:
+def _digest(batches: Batches) -> str:
     digest = hashlib.sha256()
-    for tensor in [*parts[0], *parts[1]]:
+    for tensor in [*batches[0], *batches[1]]:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

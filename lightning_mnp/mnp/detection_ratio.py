@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_mnp.surgery.layers import FilterLayers
 
-__all__ = ["layer_normalized", "saliency_correlation"]
+__all__ = ["detection_ratio", "layer_normalized", "rank_correlation", "saliency_correlation"]
 
 
 def layer_normalized(values: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -35,8 +36,27 @@ def layer_normalized(values: Tensor, sizes: Sequence[int]) -> Tensor:
     return normalized.to(values)
 
 
+def rank_correlation(first: Tensor, second: Tensor) -> float:
+    """Compute Spearman's rank correlation; tied values share the mean of their ranks.
+
+    Args:
+        first: Shape (N,).
+        second: Shape (N,).
+
+    Returns:
+        From -1 to 1; NaN if either is constant.
+
+    Example:
+        >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 9.0, 5.0]))
+        0.5
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        return float(spearmanr(first.cpu().numpy(), second.cpu().numpy()).statistic)
+
+
 def saliency_correlation(magnitudes: Tensor, changes: Tensor, layers: FilterLayers) -> float:
-    """Rank correlation of magnitude and saliency over all filters (Sec. 4.3, A.3).
+    """Compute rho, the rank correlation of magnitude and saliency over all filters (Sec. 4.3, A.3).
 
     Args:
         magnitudes: Norms of the filters, shape (total filters,).
@@ -44,10 +64,26 @@ def saliency_correlation(magnitudes: Tensor, changes: Tensor, layers: FilterLaye
         layers: The layers, within which both are normalized.
 
     Returns:
-        Spearman's coefficient from -1 to 1, NaN where either is constant.
+        Spearman's coefficient from -1 to 1, NaN if either is constant.
     """
-    first = layer_normalized(magnitudes, layers.sizes).cpu().numpy()
-    second = layer_normalized(changes.abs(), layers.sizes).cpu().numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        return float(spearmanr(first, second).statistic)
+    sizes = layers.sizes
+    return rank_correlation(
+        layer_normalized(magnitudes, sizes), layer_normalized(changes.abs(), sizes)
+    )
+
+
+def detection_ratio(suppressed: float, original: float) -> float:
+    """Compute the detection ratio (Eq. 8): rho after clean suppression over rho before.
+
+    Args:
+        suppressed: Rank correlation of the suppressed network.
+        original: Rank correlation of the network as it is.
+
+    Returns:
+        The ratio; NaN if the network as it is has no correlation.
+
+    Example:
+        >>> detection_ratio(0.25, 0.5)
+        0.5
+    """
+    return suppressed / original if original else math.nan

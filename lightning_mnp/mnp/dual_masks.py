@@ -56,7 +56,7 @@ class DualMask:
         self.preserving = preserving
         self.values = torch.ones(masked.layers.total, device=masked.device, requires_grad=True)
         self.optimizer = torch.optim.SGD(
-            [self.values], lr=config.mask_lr, momentum=config.mask_momentum
+            [self.values], lr=config.masks.lr, momentum=config.masks.momentum
         )
         self.restart(weights)
 
@@ -85,7 +85,7 @@ class DualMask:
         if self.stopped:
             return {"loss": math.nan, "accuracy": math.nan}
         logits = self.masked(images, weights=self.weights, masks=self.values)
-        magnitude = self.config.penalty * (self.norms * self.values.abs()).sum()
+        magnitude = self.config.masks.penalty * (self.norms * self.values.abs()).sum()
         loss = F.cross_entropy(logits, labels) + (-magnitude if self.preserving else magnitude)
         value = float(loss.detach())
         metrics = {"loss": value, "accuracy": float((logits.argmax(1) == labels).float().mean())}
@@ -103,7 +103,7 @@ class DualMask:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Give all that a resumed run needs beside the weights, as tensors and primitives."""
+        """Return all that a resumed run needs beside the weights, as tensors and primitives."""
         return {
             "values": self.values.detach(),
             "optimizer": self.optimizer.state_dict(),

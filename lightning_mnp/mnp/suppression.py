@@ -21,7 +21,7 @@ _LONGEST_STEP = 1.0
 
 
 def suppression_parts(data: DefenseSet, config: MNPConfig) -> int:
-    """Tell into how many parts runs divide a defense set: as asked for, or as there are images for.
+    """Return into how many parts runs divide a defense set: as asked for, or fewer for few images.
 
     Args:
         data: The defense set.
@@ -29,10 +29,10 @@ def suppression_parts(data: DefenseSet, config: MNPConfig) -> int:
 
     Example:
         >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
-        >>> suppression_parts(data, MNPConfig(suppression_parts=2))
+        >>> suppression_parts(data, MNPConfig())
         2
     """
-    return max(1, min(config.suppression_parts, len(data) // LEAST_BATCH))
+    return max(1, min(config.suppression.parts, len(data) // LEAST_BATCH))
 
 
 class RunImages:
@@ -49,7 +49,7 @@ class RunImages:
 
     Example:
         >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
-        >>> images = RunImages(data, MNPConfig(suppression_epochs=3), run=1)
+        >>> images = RunImages(data, MNPConfig().changed({"suppression.epochs": 3}), run=1)
         >>> images.size, images.most_steps, images.batch(0, torch.device("cpu"))[0].shape
         (4, 3, torch.Size([4, 1, 2, 2]))
     """
@@ -63,10 +63,10 @@ class RunImages:
         self._seen = None if parts == 1 else data.part(number, parts, (config.seed, draw))
         self.size = len(data) if self._seen is None else len(self._seen)
         self._passes = math.ceil(self.size / config.batch_size)
-        self.most_steps = self._passes * config.suppression_epochs
+        self.most_steps = self._passes * config.suppression.epochs
 
     def batch(self, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Give the images and labels of a step.
+        """Return the images and labels of a step.
 
         Args:
             step: Which step, from 0.
@@ -104,7 +104,8 @@ class CleanSuppression:
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> images, labels = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
         >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
-        >>> stage = CleanSuppression(masked, MNPConfig(stop_accuracy=None))
+        >>> config = MNPConfig().changed({"suppression.stop_accuracy": None})
+        >>> stage = CleanSuppression(masked, config)
         >>> losses = [stage.step(images, labels, 8, PlainUpdates())["loss"] for _ in range(5)]
         >>> losses[-1] > losses[0]
         True
@@ -119,9 +120,9 @@ class CleanSuppression:
         }
         self.optimizer = torch.optim.SGD(
             [weight for weight in self.weights.values() if weight.requires_grad],
-            lr=config.suppression_lr,
-            momentum=config.suppression_momentum,
-            weight_decay=2 * config.mu,
+            lr=config.suppression.lr,
+            momentum=config.suppression.momentum,
+            weight_decay=2 * config.suppression.mu,
         )
         self._reset()
 
@@ -169,7 +170,7 @@ class CleanSuppression:
         while sum(count for _, count in self._window[1:]) >= pass_size:
             self._window.pop(0)
         full = sum(count for _, count in self._window) >= pass_size
-        stop = self.config.stop_accuracy
+        stop = self.config.suppression.stop_accuracy
         if stop is not None and full and self.accuracy <= stop:
             return self._stop("the accuracy fell to `stop_accuracy`", value)
         updates.backward(-loss, self.optimizer)
@@ -196,14 +197,14 @@ class CleanSuppression:
         for weight in self.optimizer.param_groups[0]["params"]:
             if weight.grad is None:
                 continue
-            step = torch.add(weight.grad, weight, alpha=2 * self.config.mu)
+            step = torch.add(weight.grad, weight, alpha=2 * self.config.suppression.mu)
             buffer = self.optimizer.state[weight].get("momentum_buffer")
             if buffer is not None:
-                step.add_(buffer, alpha=self.config.suppression_momentum)
+                step.add_(buffer, alpha=self.config.suppression.momentum)
             steps.append(step.norm())
             weights.append(weight.norm())
         length, norm = (torch.stack(norms).norm() for norms in (steps, weights))
-        return float(self.config.suppression_lr * length / norm.clamp_min(1e-12))
+        return float(self.config.suppression.lr * length / norm.clamp_min(1e-12))
 
     @torch.no_grad()
     def _undo(self) -> None:
@@ -211,7 +212,7 @@ class CleanSuppression:
         if self.steps == 0:
             return
         self.steps -= 1
-        rate, decay = self.config.suppression_lr, 2 * self.config.mu
+        rate, decay = self.config.suppression.lr, 2 * self.config.suppression.mu
         for weight in self.optimizer.param_groups[0]["params"]:
             buffer = self.optimizer.state[weight].get("momentum_buffer")
             if buffer is not None:
@@ -220,13 +221,13 @@ class CleanSuppression:
                 weight.add_(weight.grad, alpha=rate).div_(1 - rate * decay)
 
     def _gradients(self) -> Weights:
-        """What :meth:`_undo` needs where there is no momentum."""
-        if self.config.suppression_momentum > 0:
+        """What :meth:`_undo` needs if there is no momentum."""
+        if self.config.suppression.momentum > 0:
             return {}
         return {name: w.grad for name, w in self.weights.items() if w.grad is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give all that a resumed run needs, as tensors and primitives."""
+        """Return all that a resumed run needs, as tensors and primitives."""
         return {
             "weights": {name: weight.detach() for name, weight in self.weights.items()},
             "gradients": self._gradients(),

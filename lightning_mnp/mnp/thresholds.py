@@ -26,7 +26,7 @@ def pruning_order(scores: Tensor) -> Tensor:
 
 
 def pruned_count(scores: Tensor, rule: PruningRule, amount: float) -> int:
-    """Tell how many filters a rule that needs no search prunes.
+    """Return how many filters a rule prunes that ranks them by M1 + M2.
 
     Args:
         scores: M1 + M2 of every filter, shape (total filters,), from 1 to 3.
@@ -44,12 +44,14 @@ def pruned_count(scores: Tensor, rule: PruningRule, amount: float) -> int:
     if rule == "count":
         if amount >= len(scores):
             raise ValueError(
-                f"Expected argument `amount` to be below {len(scores)}, the number of filters, "
-                f"but got {amount:g}."
+                f"Expected argument `pruning.amount` to be below {len(scores)}, the number of "
+                f"filters, but got {amount:g}."
             )
         return int(amount)
     if rule == "share":
         return round(amount * len(scores))
     if rule == "threshold":
         return int((scores <= amount).sum())
-    raise ValueError(f"Expected argument `rule` to be one without a search, but got {rule!r}.")
+    raise ValueError(
+        f"Expected argument `rule` to be 'count', 'share' or 'threshold', but got {rule!r}."
+    )

@@ -1,79 +1,99 @@
-"""Which filters to prune and how many, from clean data: as many as are harmless, worst first."""
+"""Greedy pruning: filters taken one by one, worst first, as many as clean images can do without."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import DefenseSet, seeded_generator
-from lightning_mnp.purify.harm import CleanHarm
-from lightning_mnp.purify.traces import LEAST_STRENGTH, Source, strength
-from lightning_mnp.signals.margin import class_margins
+from lightning_mnp.purify.harm import CleanHarm, HarmConstants
+from lightning_mnp.signals.logits import class_margins
+from lightning_mnp.signals.trace import Trace, TraceConstants, strength
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
-__all__ = ["FilterSearch"]
-
-_CANDIDATES = 4
-_REJECTED = 24
-# A filter that was too harmful is tried again after so many others.
-_PATIENCE = 4
-_SLOPE_IMAGES = 250
-# Candidates have at least this share of the largest effect.
-_LEAST_EFFECT = 0.05
-# How the slope of a clean margin counts as a rise of the clean loss, roughly.
-_HARM_WEIGHT = 0.1
-_HARM_FLOOR = 0.005
-# A filter that does no more harm than this is taken without looking further.
-_HARMLESS = 0.001
-# From when all sources that decide show little, filters may do this share of the harm allowed.
-_LITTLE_HARM = 0.25
+__all__ = ["GreedyConstants", "GreedyPruning"]
 
 
-class FilterSearch:
+@dataclass(frozen=True)
+class GreedyConstants:
+    """How the next filter is chosen.
+
+    Attributes:
+        candidates: Filters whose harm is measured in each step, best first.
+        rejected: Greedy pruning ends when so many filters have been too harmful lately.
+        patience: A filter that was too harmful is tried again after so many others.
+        slope_images: Images that the slope of the clean margin is taken on.
+        least_effect: Least effect of a candidate, as a share of the largest.
+        harm_weight: What the slope of a clean margin counts as a rise of the clean loss, roughly.
+        harm_floor: Added to every harm, in nats, so that no effect is divided by nothing.
+        harmless: A filter that does no more harm than this is taken without looking further.
+        little_harm: Share of the harm allowed that filters may do once little of the backdoor
+            shows.
+    """
+
+    candidates: int = 4
+    rejected: int = 24
+    patience: int = 4
+    slope_images: int = 250
+    least_effect: float = 0.05
+    harm_weight: float = 0.1
+    harm_floor: float = 0.005
+    harmless: float = 0.001
+    little_harm: float = 0.25
+
+
+class GreedyPruning:
     """Takes filters one by one: those that carry the target class and that clean images do without.
 
-    In each step, the first-order effect of every filter on the margins of the sources is set
+    In each step, the first-order effect of every filter on the margins of the traces is set
     against its first-order effect on clean margins. The harm (:class:`CleanHarm`) without each of
     the best four is measured, best first, and the one with the most effect for its harm is taken,
-    or the first that does none. The search ends at the most filters, or when all that is left is
+    or the first that does none. It ends at the most filters, or when all that is left is
     too harmful: one filter may do half of the harm allowed, all of them as much as is allowed
     above the least on the way.
 
     Args:
         masked: The network.
         clean: Clean images, by which harm is measured; the last set gives the slopes.
-        sources: Where the backdoor shows.
+        traces: Where the backdoor shows.
         most: The most filters to take.
         harm: The most harm allowed, in nats.
         batch_size: Most images in a batch.
         seed: Seed of everything that is drawn.
         impurity: The share of clean images that may be poisoned after all.
+        constants: Constants that differ from their defaults.
 
     Attributes:
         taken: Positions of the filters taken so far, in their order.
-        curve: For each number of filters from 0: the harm, then for each source its mean margin
+        curve: For each number of filters from 0: the harm, then for each trace its mean margin
             as a share of that at the start.
-        references: The strength of each source at the start, or what it counts for at least.
-        stopped: Why the search ended, or "".
+        references: The strength of each trace at the start, or what it counts for at least.
+        stopped: Why it ended, or "".
     """
 
     def __init__(
         self,
         masked: MaskedNetwork,
         clean: Sequence[DefenseSet],
-        sources: Sequence[Source],
+        traces: Sequence[Trace],
         most: int,
         harm: float,
         batch_size: int,
         seed: int,
         impurity: float = 0.0,
+        constants: Constants | None = None,
     ) -> None:
+        constants = constants or Constants()
+        self.constants = constants.of(GreedyConstants)
+        self._least = constants.of(TraceConstants).least_strength
         self.masked = masked
         self.clean = list(clean)
-        self.sources = list(sources)
+        self.traces = list(traces)
         self.most = most
         self.harm = harm
         self.batch_size = batch_size
@@ -83,20 +103,24 @@ class FilterSearch:
         self.stopped = ""
         self._rejected: dict[int, int] = {}
         self.references: list[float] = []
-        self._measure = CleanHarm(masked, clean, batch_size, impurity)
+        self._measure = CleanHarm(masked, clean, batch_size, impurity, constants.of(HarmConstants))
 
     def masks(self, without: Sequence[int] = ()) -> Tensor:
-        """Masks with zeros for the filters taken, and for others, shape (total filters,)."""
+        """Return masks with zeros for the filters taken, and for others, shape (total filters,).
+
+        Args:
+            without: Positions of these others.
+        """
         values = torch.ones(self.masked.layers.total, device=self.masked.device)
         values[[*self.taken, *without]] = 0.0
         return values
 
     def step(self) -> dict[str, float]:
-        """Begin, take one more filter, or end the search.
+        """Begin, take one more filter, or end.
 
         Returns:
             The number of ``filters``, the ``harm`` in nats, and the greatest
-            ``margin`` of a source as a share of that at the start.
+            ``margin`` of a trace as a share of that at the start.
         """
         if not self.curve:
             self._begin()
@@ -107,9 +131,9 @@ class FilterSearch:
 
     def _begin(self) -> None:
         masks = self.masks()
-        for source in self.sources:
-            source.adapt(masks, 0)
-        self.references = [max(level, LEAST_STRENGTH) for level in self._levels()]
+        for trace in self.traces:
+            trace.adapt(masks, 0)
+        self.references = [max(level, self._least) for level in self._levels()]
         self._note(0.0)
 
     def _take_next(self) -> None:
@@ -123,8 +147,8 @@ class FilterSearch:
             return
         self.taken.append(best[0])
         masks = self.masks()
-        for source in self.sources:
-            source.adapt(masks, len(self.taken))
+        for trace in self.traces:
+            trace.adapt(masks, len(self.taken))
         self._note(best[1])
 
     def _note(self, harm: float) -> None:
@@ -133,14 +157,14 @@ class FilterSearch:
 
     @torch.no_grad()
     def _levels(self) -> list[float]:
-        """The strength of each source."""
+        """The strength of each trace."""
         masks = self.masks()
-        return [float(strength(source, masks)) for source in self.sources]
+        return [float(strength(trace, masks)) for trace in self.traces]
 
     def _best(self) -> tuple[int, float] | None:
         """The best filter to take next, and the harm with it.
 
-        None where all candidates of this step were too harmful, or where the search has ended.
+        None if all candidates of this step were too harmful, or it has ended.
         """
         promise, effect = self._promise()
         if not bool((promise > 0).any()):
@@ -149,19 +173,19 @@ class FilterSearch:
         harm_now = self.curve[-1][0]
         most = min(self._most_harm(), harm_now + self.harm / 2)
         best: tuple[float, int, float] | None = None
-        order = promise.argsort(descending=True, stable=True)[:_CANDIDATES].tolist()
+        order = promise.argsort(descending=True, stable=True)[: self.constants.candidates].tolist()
         for index in (index for index in order if promise[index] > 0):
             harm = self.harm_of(self.masks(without=[index]))
             if not harm <= most:  # not so where it is NaN
                 self._rejected[index] = len(self.taken)
                 continue
-            value = float(effect[index]) / (max(harm - harm_now, 0.0) + _HARM_FLOOR)
+            value = float(effect[index]) / (max(harm - harm_now, 0.0) + self.constants.harm_floor)
             if best is None or value > best[0]:
                 best = (value, index, harm)
-            if harm - harm_now <= _HARMLESS:  # the others promise less
+            if harm - harm_now <= self.constants.harmless:  # the others promise less
                 break
         if best is None:
-            if len(self._waiting()) >= _REJECTED:
+            if len(self._waiting()) >= self.constants.rejected:
                 self.stopped = f"more filters would do more harm than {self.harm:g} nats"
             return None
         return best[1], best[2]
@@ -170,40 +194,44 @@ class FilterSearch:
         """The most harm that the next filter may lead to."""
         most = min(point[0] for point in self.curve) + self.harm
         for harm, *levels in self.curve:
-            shown = zip(self.sources, levels, self.references, strict=True)
+            shown = zip(self.traces, levels, self.references, strict=True)
             decisive = [
-                source.shows_little(level * before, before)
-                for source, level, before in shown
-                if source.decides
+                trace.shows_little(level * before, before)
+                for trace, level, before in shown
+                if trace.decides
             ]
             if decisive and all(decisive):
-                return min(most, harm + _LITTLE_HARM * self.harm)
+                return min(most, harm + self.constants.little_harm * self.harm)
         return most
 
     def _waiting(self) -> list[int]:
         """Filters that were too harmful a short while ago."""
-        since = len(self.taken) - _PATIENCE
+        since = len(self.taken) - self.constants.patience
         return [index for index, count in self._rejected.items() if count > since]
 
     def _promise(self) -> tuple[Tensor, Tensor]:
-        """First-order effect on the sources' margins for the harm, and that effect, each filter."""
+        """First-order effect on the traces' margins for the harm, and that effect, each filter."""
         effect = torch.zeros(self.masked.layers.total, device=self.masked.device)
-        for source, reference in zip(self.sources, self.references, strict=True):
+        for trace, reference in zip(self.traces, self.references, strict=True):
             masks = self.masks().requires_grad_()
             with torch.enable_grad():
-                effect += torch.autograd.grad(strength(source, masks), masks)[0] / reference
+                effect += torch.autograd.grad(strength(trace, masks), masks)[0] / reference
         effect = effect.nan_to_num(0.0, 0.0, 0.0)  # nothing is known of such filters
         effect[self.taken] = 0.0
         effect[self._waiting()] = 0.0
-        effect = effect.where(effect >= _LEAST_EFFECT * effect.max(), 0.0).clamp_min(0.0)
-        promise = effect / (_HARM_WEIGHT * self._clean_slope().abs() + _HARM_FLOOR)
+        constants = self.constants
+        least = constants.least_effect * effect.max()
+        effect = effect.where(effect >= least, 0.0).clamp_min(0.0)
+        harm = constants.harm_weight * self._clean_slope().abs() + constants.harm_floor
+        promise = effect / harm
         return promise.nan_to_num(0.0), effect
 
     def _clean_slope(self) -> Tensor:
         """Gradient, with respect to the masks, of the mean clean margin, shape (total filters,)."""
         key = (self.seed, "search", len(self.taken), len(self._rejected))
         data = self.clean[-1]
-        rows = torch.randperm(len(data), generator=seeded_generator(*key))[:_SLOPE_IMAGES]
+        drawn = torch.randperm(len(data), generator=seeded_generator(*key))
+        rows = drawn[: self.constants.slope_images]
         device = self.masked.device
         slope = torch.zeros(self.masked.layers.total, device=device)
         for part in rows.split(self.batch_size):
@@ -216,7 +244,7 @@ class FilterSearch:
         return slope / len(rows)
 
     def harm_of(self, masks: Tensor) -> float:
-        """Tell the harm of masks, in nats.
+        """Measure the harm of masks, in nats.
 
         Args:
             masks: Filter masks, shape (total filters,).
@@ -224,14 +252,14 @@ class FilterSearch:
         return self._measure.of(masks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state as tensors and primitives."""
+        """Return the state as tensors and primitives."""
         return {
             "taken": list(self.taken),
             "curve": [list(point) for point in self.curve],
             "stopped": self.stopped,
             "rejected": dict(self._rejected),
             "reference": list(self.references),
-            "sources": [source.state_dict() for source in self.sources],
+            "traces": [trace.state_dict() for trace in self.traces],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -241,5 +269,5 @@ class FilterSearch:
         self.stopped = str(state["stopped"])
         self._rejected = {int(index): int(count) for index, count in state["rejected"].items()}
         self.references = [float(value) for value in state["reference"]]
-        for source, part in zip(self.sources, state["sources"], strict=True):
-            source.load_state_dict(part)
+        for trace, part in zip(self.traces, state["traces"], strict=True):
+            trace.load_state_dict(part)

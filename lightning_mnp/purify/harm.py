@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,16 +14,25 @@ from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.defense_data.evaluation import clean_logits
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
-__all__ = ["CleanHarm", "trimmed_mean"]
+__all__ = ["CleanHarm", "HarmConstants", "trimmed_mean"]
 
-# From so many images on, the rise of their loss is trusted alone.
-_ENOUGH_IMAGES = 2500
-# What a nat of divergence counts: part of it is the backdoor's own doing on clean images.
-_DIVERGENCE = 0.5
+
+@dataclass(frozen=True)
+class HarmConstants:
+    """How harm is measured with few images.
+
+    Attributes:
+        enough_images: From so many images on, the rise of their loss is trusted alone.
+        divergence: What a nat of divergence counts: part of it is the backdoor's own doing on
+            clean images.
+    """
+
+    enough_images: int = 2500
+    divergence: float = 0.5
 
 
 def trimmed_mean(values: Tensor, share: float) -> Tensor:
-    """Give the mean without the greatest values.
+    """Compute the mean without the greatest values.
 
     Args:
         values: Shape (N,).
@@ -39,22 +49,23 @@ def trimmed_mean(values: Tensor, share: float) -> Tensor:
 
 
 class CleanHarm:
-    """Tells how much harm masks do to clean images, in nats.
+    """Measures how much harm masks do to clean images, in nats.
 
-    With many images it is the rise of the clean loss. With few, a search finds filters without
-    which the loss on just these images falls, by chance; how far the predictions move away from
-    those of the network as it is (the Kullback-Leibler divergence) cannot fall, and is the rise
-    of the loss to be expected where the network's probabilities are right. So with N images,
+    With many images it is the rise of the clean loss. With few, there are always filters without
+    which the loss on just these images falls, by chance. How far the predictions move away from
+    those of the network as it is (the Kullback-Leibler divergence) cannot fall, and it is the rise
+    of the loss to be expected if the network's probabilities are right. So with N images,
     fewer than 2500, the rise counts N / 2500, and half of the divergence the rest.
 
-    Images that are poisoned suffer most when a backdoor is removed, and would protect it. Where
-    some may be, as many are left out: those that suffer most.
+    Images that are poisoned suffer most when a backdoor is removed, and would protect it. If
+    some may be poisoned, as many are left out: those that suffer most.
 
     Args:
         masked: The network.
         clean: Clean images, the defense set first; the others are copies of it.
         batch_size: Most images in a batch.
         impurity: The share of images that may be poisoned.
+        constants: How harm is measured with few images.
 
     Example:
         >>> from torch import nn
@@ -73,17 +84,20 @@ class CleanHarm:
         clean: Sequence[DefenseSet],
         batch_size: int,
         impurity: float = 0.0,
+        constants: HarmConstants | None = None,
     ) -> None:
+        constants = constants or HarmConstants()
         self.masked = masked
         self.clean = list(clean)
         self.batch_size = batch_size
         self.impurity = impurity
-        self._share = min(1.0, len(self.clean[0]) / _ENOUGH_IMAGES)
+        self._share = min(1.0, len(self.clean[0]) / constants.enough_images)
+        self._divergence = constants.divergence
         self._before: Tensor | None = None
 
     @torch.no_grad()
     def of(self, masks: Tensor) -> float:
-        """Tell the harm of filter masks, in nats; 0 for masks of ones.
+        """Measure the harm of filter masks, in nats; 0 for masks of ones.
 
         Args:
             masks: Filter masks, shape (total filters,).
@@ -96,7 +110,7 @@ class CleanHarm:
         harm = (before.gather(1, own) - after.gather(1, own))[:, 0]
         if self._share < 1:
             divergence = F.kl_div(after, before, reduction="none", log_target=True).sum(1)
-            harm = self._share * harm + (1 - self._share) * _DIVERGENCE * divergence
+            harm = self._share * harm + (1 - self._share) * self._divergence * divergence
         return float(trimmed_mean(harm, self.impurity))
 
     def _log_probabilities(self, masks: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,36 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mnp.config import MNPConfig
+from lightning_mnp.config import Constants, MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.defense_data.evaluation import accuracy, clean_logits
-from lightning_mnp.defense_data.views import CleanSets, clean_sets, known_clean_sets
-from lightning_mnp.purify.greedy import FilterSearch
-from lightning_mnp.purify.soft_masks import Attenuation
-from lightning_mnp.purify.traces import Source
-from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, fit_shift
+from lightning_mnp.defense_data.views import Views, make_views, recognized_views
+from lightning_mnp.purify.greedy import GreedyPruning
+from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks, harmless_share
+from lightning_mnp.signals.trace import Trace
+from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, repair_shift
 from lightning_mnp.surgery.masked_network import MaskedNetwork
-from lightning_mnp.surgery.masks import scalable
+from lightning_mnp.surgery.masks import scalable_filters
 from lightning_mnp.surgery.network import copy_network
 from lightning_mnp.surgery.prune import Pruning, prune
 
 __all__ = ["Purification"]
 
-# Harm that masks may do beside that of pruning, in units of what pruning may.
-_MASKS_HARM = 2
-# After so many steps, and at so many more each time, masks that do more than `harm` beside pruning
-# are left as they are: what they gain by then is not worth what they cost.
-_LOOK_FROM = 30
-_LOOK_EVERY = 10
-# Masks that do too much harm are turned back to a share known to 1 / 2 ** this.
-_HALVINGS = 4
-
 
 class Purification:
     """Finds what to change in a network, and changes it.
 
-    Filters are named from outside (:meth:`remove`) or searched for, one a step
-    (:meth:`begin`, :meth:`search_step`), and then turned down (:meth:`attenuation_step`).
+    Filters are named from outside (:meth:`remove`) or taken one by one
+    (:meth:`begin`, :meth:`greedy_step`), and then turned down (:meth:`soft_mask_step`).
     :meth:`check` measures what is left and fits the repair. The network itself changes only by
     :meth:`apply`.
 
@@ -46,17 +37,18 @@ class Purification:
         masked: The network as it is, on its device.
         data: The defense set.
         config: Options.
-        balanced: The same network with the logits of starved classes raised, by which filters are
-            pruned and turned down: else the backdoor's would be kept for the little that they do
-            for such a class. None for the network as it is.
+        raised: The same network with the logits of rare classes raised, by which filters are
+            pruned and turned down: else those of the backdoor would be kept for the little that
+            they do for such a class. None for the network as it is.
+        constants: Constants that differ from their defaults.
 
     Attributes:
         removed: Positions of the filters to prune, worst first.
         masks: What all filters are multiplied by, shape (total filters,), or None.
         shift: What is added to the logits, or None.
         accuracy: Accuracy on the defense set after all that, or None before :meth:`check`.
-        search: The automatic rule's search, once it has begun.
-        attenuation: What turns filters down, once it has begun.
+        greedy: What takes filters one by one, once it has begun.
+        soft: What turns filters down, once it has begun.
         warnings: What the reader of the report should know, in words.
 
     Example:
@@ -76,20 +68,22 @@ class Purification:
         masked: MaskedNetwork,
         data: DefenseSet,
         config: MNPConfig,
-        balanced: MaskedNetwork | None = None,
+        raised: MaskedNetwork | None = None,
+        constants: Constants | None = None,
     ) -> None:
         self.masked = masked
-        self.balanced = masked if balanced is None else balanced
+        self.raised = masked if raised is None else raised
+        self.constants = constants or Constants()
         self.data = data
         self.config = config
         self.removed = torch.empty(0, dtype=torch.long, device=masked.device)
         self.masks: Tensor | None = None
         self.shift: LogitShift | None = None
         self.accuracy: float | None = None
-        self.search: FilterSearch | None = None
-        self.attenuation: Attenuation | None = None
+        self.greedy: GreedyPruning | None = None
+        self.soft: SoftMasks | None = None
         self.warnings: list[str] = []
-        self._known: CleanSets | None = None
+        self._known: Views | None = None
 
     @property
     def changes(self) -> bool:
@@ -99,7 +93,7 @@ class Purification:
     @property
     def most_filters(self) -> int:
         """The most filters that the automatic rule prunes."""
-        share = self.config.amount * self.masked.layers.total
+        share = self.config.pruning.amount * self.masked.layers.total
         return max(1, math.floor(share + 1e-9))  # 0.29 times 100 is not quite 29
 
     def remove(self, positions: Tensor) -> None:
@@ -110,78 +104,88 @@ class Purification:
         """
         self.removed = positions.to(self.masked.device)
 
-    def begin(self, sources: Sequence[Source]) -> None:
-        """Begin the automatic rule's search.
+    def begin(self, traces: Sequence[Trace]) -> None:
+        """Begin greedy pruning.
 
         Args:
-            sources: Where the backdoor shows.
+            traces: Where the backdoor shows.
         """
-        self.search = FilterSearch(
-            self.balanced,
+        self.greedy = GreedyPruning(
+            self.raised,
             self._clean.sets,
-            sources,
+            traces,
             self.most_filters,
-            self.config.harm,
+            self.config.pruning.harm,
             self.config.batch_size,
             self.config.seed,
-            self.config.impurity,
+            self.config.pruning.impurity,
+            self.constants,
         )
 
-    def search_step(self) -> dict[str, float]:
-        """Take one more filter; the search is over when its ``stopped`` says why."""
-        search = self._begun
-        metrics = search.step()
-        if search.stopped:
-            self.remove(torch.tensor(search.taken, dtype=torch.long))
+    def greedy_step(self) -> dict[str, float]:
+        """Take one more filter; it is over when ``greedy.stopped`` says why.
+
+        Returns:
+            Numbers of this step, see :meth:`GreedyPruning.step`.
+        """
+        greedy = self._begun
+        metrics = greedy.step()
+        if greedy.stopped:
+            self.remove(torch.tensor(greedy.taken, dtype=torch.long))
         return metrics
 
-    def attenuation_step(self) -> dict[str, float]:
-        """Turn filters down by one step, until the ``attenuation`` is ``finished``."""
-        self.attenuation = self.attenuation or self._new_attenuation()
-        metrics = self.attenuation.step()
-        if not self.attenuation.finished and self._is_dear(self.attenuation):
-            self.attenuation.stop()
-        if self.attenuation.finished and self.attenuation.taken:
-            self.masks = self._harmless(self.attenuation.masks)
+    def soft_mask_step(self) -> dict[str, float]:
+        """Turn filters down by one step, until ``soft.finished``.
+
+        Returns:
+            Numbers of this step, see :meth:`SoftMasks.step`.
+        """
+        self.soft = self.soft or self._new_soft_masks()
+        metrics = self.soft.step()
+        if not self.soft.finished and self._is_dear(self.soft):
+            self.soft.stop()
+        if self.soft.finished and self.soft.taken:
+            self.masks = self._harmless(self.soft.masks)
         return metrics
 
     @property
-    def _begun(self) -> FilterSearch:
-        if self.search is None:
-            raise RuntimeError("The search has not begun; call `begin` first.")
-        return self.search
+    def _begun(self) -> GreedyPruning:
+        if self.greedy is None:
+            raise RuntimeError("Greedy pruning has not begun; call `begin` first.")
+        return self.greedy
 
     @property
-    def _clean(self) -> CleanSets:
+    def _clean(self) -> Views:
         """The images by which harm and repair are measured."""
         config = self.config
         if self._known is None:
-            self._known = clean_sets(
+            self._known = recognized_views(
                 self.masked, self.data, config.augment, config.batch_size, config.seed
             )
         return self._known
 
-    def _new_attenuation(self) -> Attenuation:
-        search, config = self._begun, self.config
-        return Attenuation(
-            self.balanced,
+    def _new_soft_masks(self) -> SoftMasks:
+        greedy, config = self._begun, self.config
+        return SoftMasks(
+            self.raised,
             self.data,
-            search.sources,
-            search.references,
-            search.masks(),
-            scalable(self.masked.network, self.masked.layers).to(self.masked.device),
+            greedy.traces,
+            greedy.references,
+            greedy.masks(),
+            scalable_filters(self.masked.network, self.masked.layers).to(self.masked.device),
             self._clean.augment,
-            config.attenuation_steps,
+            config.pruning.soft_mask_steps,
             config.batch_size,
             config.seed,
-            config.impurity,
+            config.pruning.impurity,
+            self.constants,
         )
 
-    def _is_dear(self, attenuation: Attenuation) -> bool:
+    def _is_dear(self, soft: SoftMasks) -> bool:
         """Whether masks do too much harm to be turned down further."""
-        if attenuation.taken < _LOOK_FROM or attenuation.taken % _LOOK_EVERY:
+        if not soft.constants.looks_after(soft.taken):
             return False
-        return not self._harm_beyond_pruning(attenuation.masks) <= self.config.harm  # so if NaN
+        return not self._harm_beyond_pruning(soft.masks) <= self.config.pruning.harm  # so if NaN
 
     def _harm_beyond_pruning(self, masks: Tensor) -> float:
         return self._begun.harm_of(masks) - self._begun.curve[-1][0]
@@ -189,28 +193,29 @@ class Purification:
     def _harmless(self, masks: Tensor) -> Tensor | None:
         """The masks, turned back as far as they do more harm than is allowed.
 
-        None where nothing is left of them.
+        None if nothing is left of them.
         """
-        most = _MASKS_HARM * self.config.harm
+        constants = self.constants.of(SoftMaskConstants)
+        most = constants.harm * self.config.pruning.harm
         rise = self._harm_beyond_pruning(masks)
         if rise <= most:
             return masks
         begun = self._begun.masks()
-        share, width = 0.0, 1.0
-        for _ in range(_HALVINGS):
-            width /= 2
-            tried = self._harm_beyond_pruning(begun.lerp(masks, share + width))
-            if tried <= most:  # not so where it is NaN
-                share += width
+        share = harmless_share(
+            lambda share: self._harm_beyond_pruning(begun.lerp(masks, share)),
+            most,
+            constants.halvings,
+        )
         done = f"filters were turned down by {share:.0%} of what was found"
         self.warnings.append(
             f"{done if share else 'filters were not turned down'}: all of it did {rise:.3g} nats "
-            f"more harm than pruning, and {most:g}, {_MASKS_HARM} times `harm`, is allowed"
+            f"more harm than pruning, and {most:g}, {constants.harm} times `pruning.harm`, is "
+            "allowed"
         )
         return begun.lerp(masks, share) if share else None
 
     def factors(self) -> Tensor:
-        """Give what every filter is multiplied by, 0 for those pruned, shape (total filters,)."""
+        """Return what every filter is multiplied by, 0 for those pruned, shape (total filters,)."""
         values = torch.ones(self.masked.layers.total, device=self.masked.device)
         if self.masks is not None:
             values = self.masks.clone()
@@ -221,21 +226,21 @@ class Purification:
         """Fit the repair, if one is wanted, and measure what is left.
 
         Args:
-            target: The class whose logit stays as it is, unless it is starved; None for none.
+            target: The class whose logit stays as it is, unless it is rare; None for none.
 
         Returns:
             The accuracy on the defense set, from 0 to 1.
         """
         factors, size = self.factors(), self.config.batch_size
-        if self.config.repair and self.changes:
-            # With starved classes raised: a target among them is to get back what pruning took from
+        if self.config.pruning.repair and self.changes:
+            # With rare classes raised: a target among them is to get back what pruning took from
             # it, but not, as clean images would have it, what it never had.
             passed = [
-                clean_logits(self.balanced, data, size, masks=factors) for data in self._clean.sets
+                clean_logits(self.raised, data, size, masks=factors) for data in self._clean.sets
             ]
             seen, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
-            fixed = None if target in self.balanced.handicaps else target
-            self.shift = self._shift_of(fit_shift(seen, classes, fixed))
+            fixed = None if target in self.raised.raised else target
+            self.shift = self._shift_of(repair_shift(seen, classes, fixed))
         logits, labels = clean_logits(self.masked, self.data, size, masks=factors)
         if self.shift is not None:
             logits = logits + self.shift.values.to(logits)
@@ -243,7 +248,7 @@ class Purification:
         return self.accuracy
 
     def _shift_of(self, values: Tensor) -> LogitShift | None:
-        """Make a shift of this network's logits; None where it has no bias for that."""
+        """Make a shift of this network's logits; None if it has no bias for that."""
         sample = self.data.images[:2].to(self.masked.device)
         name = find_logit_bias(self.masked.network, sample, self.masked.forward)
         return None if name is None else LogitShift(name, values)
@@ -260,13 +265,13 @@ class Purification:
         return prune(network, self.masked.layers, self.removed, self.shift, self.masks)
 
     def purified(self) -> nn.Module:
-        """Give a changed copy of the network."""
+        """Return a changed copy of the network."""
         network = copy_network(self.masked.network)
         self.apply(network)
         return network
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state as tensors and primitives."""
+        """Return the state as tensors and primitives."""
         return {
             "removed": self.removed,
             "masks": self.masks,
@@ -274,16 +279,16 @@ class Purification:
             "augment": None if self._known is None else self._known.augment,
             "accuracy": self.accuracy,
             "warnings": list(self.warnings),
-            "search": None if self.search is None else self.search.state_dict(),
-            "attenuation": None if self.attenuation is None else self.attenuation.state_dict(),
+            "greedy": None if self.greedy is None else self.greedy.state_dict(),
+            "soft": None if self.soft is None else self.soft.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], sources: Sequence[Source]) -> None:
+    def load_state_dict(self, state: dict[str, Any], traces: Sequence[Trace]) -> None:
         """Go on where :meth:`state_dict` was taken; the network does not run.
 
         Args:
             state: The state.
-            sources: Those of the search, made anew; of no account where none had begun.
+            traces: Those of greedy pruning, made anew; of no account if it had not begun.
         """
         device = self.masked.device
         self.remove(state["removed"])
@@ -291,13 +296,13 @@ class Purification:
         self.shift = None if state["shift"] is None else LogitShift(*state["shift"])
         self._known = None
         if state["augment"] is not None:
-            self._known = known_clean_sets(self.data, state["augment"], self.config.seed)
+            self._known = make_views(self.data, state["augment"], self.config.seed)
         self.accuracy = state["accuracy"]
         self.warnings = list(state["warnings"])
-        self.search = self.attenuation = None
-        if state["search"] is not None:
-            self.begin(sources)
-            self._begun.load_state_dict(state["search"])
-        if state["attenuation"] is not None:
-            self.attenuation = self._new_attenuation()
-            self.attenuation.load_state_dict(state["attenuation"])
+        self.greedy = self.soft = None
+        if state["greedy"] is not None:
+            self.begin(traces)
+            self._begun.load_state_dict(state["greedy"])
+        if state["soft"] is not None:
+            self.soft = self._new_soft_masks()
+            self.soft.load_state_dict(state["soft"])

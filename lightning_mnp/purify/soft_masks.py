@@ -1,4 +1,4 @@
-"""Masks between 0 and 1 for the filters that are left: what pruning alone cannot take.
+"""Soft masks: factors from 0 to 1 for the filters that are left after pruning.
 
 The filters that carry a backdoor carry clean classes, too. Taken out one by one, they cost more
 clean accuracy than is allowed long before some attacks are gone; turned down together, with the
@@ -7,46 +7,98 @@ clean loss in the same objective, they do not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_mnp.config import Augmentation
+from lightning_mnp.config import Constants
+from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.purify.harm import trimmed_mean
-from lightning_mnp.purify.traces import LEAST_STRENGTH, Source, strength
+from lightning_mnp.signals.trace import Trace, TraceConstants, strength
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
-__all__ = ["Attenuation"]
-
-# What the sources count against the clean loss, in nats for all of their strength at the start.
-_WEIGHT = 0.1
-# Length of a step: the root mean square over all filters, where gradients agree.
-_STEP = 0.03
-_MOMENTUM = 0.9
-# Of the masks, whose mean over the latest steps is the outcome.
-_AVERAGE = 0.9
-# The sources follow the network in every so many steps.
-_FOLLOW = 2
+__all__ = ["SoftMaskConstants", "SoftMasks", "harmless_share"]
 
 
-class Attenuation:
-    """Turns filters down: the least of clean loss and sources, over masks from 0 to 1.
+@dataclass(frozen=True)
+class SoftMaskConstants:
+    """How filters are turned down, and how far.
+
+    Attributes:
+        weight: What the traces count against the clean loss, in nats for all of their strength at
+            the start.
+        step: Length of a step: the root mean square over all filters, if gradients agree.
+        momentum: Momentum of the steps.
+        average: Weight of the masks so far in their mean over the latest steps, the outcome.
+        follow: The traces follow the network in every so many steps.
+        harm: Harm that masks may do beside that of pruning, in units of what pruning may.
+        look_from: After so many steps, masks that do more than `harm` beside pruning are left
+            as they are: what they gain by then is not worth what they cost.
+        look_every: The same at so many more steps each time.
+        halvings: Masks that do too much harm are turned back to a share known to 1 / 2 to this.
+    """
+
+    weight: float = 0.1
+    step: float = 0.03
+    momentum: float = 0.9
+    average: float = 0.9
+    follow: int = 2
+    harm: int = 2
+    look_from: int = 30
+    look_every: int = 10
+    halvings: int = 4
+
+    def looks_after(self, taken: int) -> bool:
+        """Return whether harm is looked at after so many steps.
+
+        Args:
+            taken: The steps.
+        """
+        return taken >= self.look_from and taken % self.look_every == 0
+
+
+def harmless_share(harm: Callable[[float], float], most: float, halvings: int) -> float:
+    """Find the greatest share of a change that does no more harm than is allowed.
+
+    Args:
+        harm: The harm of a share from 0 to 1; NaN is too much.
+        most: The most harm allowed.
+        halvings: The share is known to 1 / 2 to this.
+
+    Returns:
+        From 0 to below 1, a multiple of that.
+
+    Example:
+        >>> harmless_share(lambda share: 4 * share, most=2.5, halvings=4)
+        0.625
+    """
+    share, width = 0.0, 1.0
+    for _ in range(halvings):
+        width /= 2
+        if harm(share + width) <= most:
+            share += width
+    return share
+
+
+class SoftMasks:
+    """Turns filters down: the least of clean loss and traces, over masks from 0 to 1.
 
     It is the optimization of masks in the paper (Sec. 4.2) with two changes: what counts against
     the clean loss is not the norm of the filters but the margin of the target class where the
     backdoor shows, and the masks stay as they are instead of being cut at a threshold. Steps have
     a length that does not depend on the scale of the gradients: momentum, divided by the running
-    root mean square over all filters. They end when all sources that decide are weak.
+    root mean square over all filters. They end when all traces that decide are weak.
 
     Args:
         masked: The network.
         data: The defense set.
-        sources: Where the backdoor shows; they follow the network.
-        references: The strength of each source before anything was pruned, above 0.
+        traces: Where the backdoor shows; they follow the network.
+        references: The strength of each trace before anything was pruned, above 0.
         masks: Masks to begin with, shape (total filters,), 0 for the filters pruned, which stay
             pruned.
         free: Which filters may be turned down, boolean, same shape.
@@ -56,30 +108,31 @@ class Attenuation:
         seed: Seed of order and augmentation.
         impurity: The share of images that may be poisoned; of each batch, as many are left out of
             the clean loss, those with the greatest.
+        constants: Constants that differ from their defaults.
 
     Attributes:
         steps: Number of steps.
         taken: Steps taken.
-        enough: Whether the sources that decide are weak.
+        enough: Whether the traces that decide are weak.
         stopped: Whether :meth:`stop` has ended it.
         masks: Mean of the masks over the latest steps, shape (total filters,).
 
     Example:
         >>> from torch import nn
         >>> from lightning_mnp.surgery.layers import find_filter_layers
-        >>> from lightning_mnp.purify.traces import SuppressedSource
+        >>> from lightning_mnp.signals.pile_up import SuppressedTrace
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
         >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
         >>> goals = 1 - data.labels
-        >>> source = SuppressedSource(masked, [masked.weights()], data.images, goals)
-        >>> attenuation = Attenuation(
-        ...     masked, data, [source], [1.0], torch.tensor([0.0, 1.0, 1.0, 1.0]),
+        >>> trace = SuppressedTrace(masked, [masked.weights()], data.images, goals)
+        >>> soft = SoftMasks(
+        ...     masked, data, [trace], [1.0], torch.tensor([0.0, 1.0, 1.0, 1.0]),
         ...     free=torch.ones(4) > 0, augment="none", steps=5, batch_size=8, seed=0,
         ... )
-        >>> while not attenuation.finished:
-        ...     metrics = attenuation.step()
-        >>> float(attenuation.masks[0]), float(attenuation.masks.max()) <= 1
+        >>> while not soft.finished:
+        ...     metrics = soft.step()
+        >>> float(soft.masks[0]), float(soft.masks.max()) <= 1
         (0.0, True)
     """
 
@@ -87,7 +140,7 @@ class Attenuation:
         self,
         masked: MaskedNetwork,
         data: DefenseSet,
-        sources: Sequence[Source],
+        traces: Sequence[Trace],
         references: Sequence[float],
         masks: Tensor,
         free: Tensor,
@@ -96,10 +149,14 @@ class Attenuation:
         batch_size: int,
         seed: int,
         impurity: float = 0.0,
+        constants: Constants | None = None,
     ) -> None:
+        constants = constants or Constants()
+        self.constants = constants.of(SoftMaskConstants)
+        self._least = constants.of(TraceConstants).least_strength
         self.masked = masked
         self.data = data
-        self.sources = list(sources)
+        self.traces = list(traces)
         self.references = list(references)
         self.augment = augment
         self.steps = steps
@@ -114,7 +171,7 @@ class Attenuation:
         self._values = masks.clone()
         self._velocity = torch.zeros_like(masks)
         self._square = 0.0
-        self._now: list[float] = []  # the strength of each source when this stage began
+        self._now: list[float] = []  # the strength of each trace when this stage began
 
     @property
     def finished(self) -> bool:
@@ -129,13 +186,13 @@ class Attenuation:
         """Take one step.
 
         Returns:
-            The clean ``loss`` before it, and the greatest ``margin`` of a source as a share of
+            The clean ``loss`` before it, and the greatest ``margin`` of a trace as a share of
             that at the start.
         """
         if not self._now:
             with torch.no_grad():
-                begun = [float(strength(source, self._values)) for source in self.sources]
-            self._now = [max(each, LEAST_STRENGTH) for each in begun]
+                begun = [float(strength(trace, self._values)) for trace in self.traces]
+            self._now = [max(each, self._least) for each in begun]
         epoch, index = divmod(self.taken, self.data.passes(self.batch_size))
         key = (self.seed, "attenuation", epoch)
         images, labels = self.data.batch(
@@ -149,33 +206,37 @@ class Attenuation:
             (gradient,) = torch.autograd.grad(loss, masks)
         greatest, enough = 0.0, True
         # One by one, so that no more than one batch's activations are in memory.
-        for source, now, before in zip(self.sources, self._now, self.references, strict=True):
+        for trace, now, before in zip(self.traces, self._now, self.references, strict=True):
             with torch.enable_grad():
-                found = strength(source, masks)
-                gradient = gradient + _WEIGHT / now * torch.autograd.grad(found, masks)[0]
+                found = strength(trace, masks)
+                gradient = (
+                    gradient + self.constants.weight / now * torch.autograd.grad(found, masks)[0]
+                )
             level = float(found.detach()) / before
             greatest = max(greatest, level)
-            if source.decides:
-                enough = enough and source.is_weak(float(found.detach()), before)
+            if trace.decides:
+                enough = enough and trace.is_weak(float(found.detach()), before)
         self.enough = enough
         if not self.enough:
             self._move(gradient)
-            if self.taken % _FOLLOW == 0:
-                for source in self.sources:
-                    source.adapt(self._values, self.taken)
+            if self.taken % self.constants.follow == 0:
+                for trace in self.traces:
+                    trace.adapt(self._values, self.taken)
         return {"loss": float(loss.detach()), "margin": greatest}
 
     def _move(self, gradient: Tensor) -> None:
+        constants = self.constants
+        rest = 1 - constants.momentum
         gradient = gradient * self._free
         self.taken += 1
-        self._square += (1 - _MOMENTUM) * (float(gradient.square().mean()) - self._square)
-        size = (self._square / (1 - _MOMENTUM**self.taken)) ** 0.5
-        self._velocity = _MOMENTUM * self._velocity + (1 - _MOMENTUM) * gradient / max(size, 1e-12)
-        self._values = (self._values - _STEP * self._velocity).clamp(0.0, 1.0)
-        self.masks = _AVERAGE * self.masks + (1 - _AVERAGE) * self._values
+        self._square += rest * (float(gradient.square().mean()) - self._square)
+        size = (self._square / (1 - constants.momentum**self.taken)) ** 0.5
+        self._velocity = constants.momentum * self._velocity + rest * gradient / max(size, 1e-12)
+        self._values = (self._values - constants.step * self._velocity).clamp(0.0, 1.0)
+        self.masks = constants.average * self.masks + (1 - constants.average) * self._values
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state as tensors and primitives; that of the sources is not part of it."""
+        """Return the state as tensors and primitives; that of the traces is not part of it."""
         return {
             "taken": self.taken,
             "enough": self.enough,

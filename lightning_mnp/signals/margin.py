@@ -1,43 +1,51 @@
-"""Greatest margins: how far above all others the logit of each class can be driven."""
+"""The greatest margin: how far above all others the logit of each class can be driven."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import seeded_generator, value_range
-from lightning_mnp.signals.reach import least_positive
+from lightning_mnp.report import Signal
+from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.logits import class_margins, least_positive
+from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
-__all__ = ["MarginAscent", "MarginSearch", "class_margins", "margin_ratio"]
-
-_IMAGES = 4
-_STEPS = 60
-_MOMENTUM = 0.9
-# Length of a step as a share of the length of the box that images may move in.
-_STEP = 0.01
+__all__ = ["MarginAscent", "MarginConstants", "MarginSearch", "MarginTrace", "margin_ratio"]
 
 
-def class_margins(logits: Tensor, classes: Tensor) -> Tensor:
-    """Tell how far the logit of a class is above the greatest of the others.
+@dataclass(frozen=True)
+class MarginConstants:
+    """How images are driven to a class, and when the greatest margin counts.
 
-    Args:
-        logits: Shape (N, K).
-        classes: A class for each image, shape (N,).
-
-    Returns:
-        Margins, shape (N,).
-
-    Example:
-        >>> class_margins(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([1]))
-        tensor([2.])
+    Attributes:
+        counts_from: Multiple of the next class's margin from which the greatest counts fully.
+        normal: Multiple up to which it is nothing out of the ordinary.
+        images: Images for each class.
+        steps: Steps of each image.
+        momentum: Momentum of the steps.
+        length: Length of a step, as a share of that of the box that images may move in.
+        trace_images: Images of a trace.
+        first_steps: Steps in which a trace's images are made.
+        next_steps: Steps in which they follow the network.
     """
-    rivals = logits.scatter(1, classes[:, None], -math.inf).amax(1)
-    return logits.gather(1, classes[:, None])[:, 0] - rivals
+
+    counts_from: float = 2.0
+    normal: float = 1.5
+    images: int = 4
+    steps: int = 60
+    momentum: float = 0.9
+    length: float = 0.01
+    trace_images: int = 8
+    first_steps: int = 60
+    next_steps: int = 10
 
 
 class MarginAscent:
@@ -50,6 +58,7 @@ class MarginAscent:
         low: Least value of each channel, shape (1, C, 1, ...).
         high: Greatest value of each channel, same shape.
         batch_size: Most images that the network sees at a time.
+        constants: Length and momentum of the steps.
 
     Example:
         >>> from torch import nn
@@ -74,23 +83,34 @@ class MarginAscent:
         low: Tensor,
         high: Tensor,
         batch_size: int = 128,
+        constants: MarginConstants | None = None,
     ) -> None:
+        constants = constants or MarginConstants()
         self.masked = masked
         self.batch_size = batch_size
         self.images = images.clone()
         self.classes = classes
         self.low, self.high = low, high
         self.velocity = torch.zeros_like(self.images)
-        self._length = _STEP * float((high - low).mean()) * math.sqrt(images[0].numel())
+        self._momentum = constants.momentum
+        self._length = constants.length * float((high - low).mean()) * math.sqrt(images[0].numel())
 
     def margins(self, masks: Tensor | None = None) -> Tensor:
-        """Margins of the images as they are, shape (N,)."""
+        """Return the margins of the images as they are, shape (N,).
+
+        Args:
+            masks: Filter masks that are in force.
+        """
         parts = self.images.split(self.batch_size)
         logits = [self.masked(part, masks=masks, statistics="running") for part in parts]
         return class_margins(torch.cat(logits), self.classes)
 
     def step(self, masks: Tensor | None = None) -> Tensor:
-        """Take one step up the margins; gives those before it, shape (N,)."""
+        """Take one step up the margins, and return those before it, shape (N,).
+
+        Args:
+            masks: Filter masks that are in force.
+        """
         parts = zip(
             self.images.split(self.batch_size), self.classes.split(self.batch_size), strict=True
         )
@@ -98,9 +118,9 @@ class MarginAscent:
         gradient = torch.cat([slope for slope, _ in found])
         norms = gradient.flatten(1).norm(dim=1).clamp_min(least_positive(gradient))
         gradient = gradient / norms.reshape(-1, *[1] * (gradient.ndim - 1))
-        self.velocity = _MOMENTUM * self.velocity + gradient
+        self.velocity = self._momentum * self.velocity + gradient
         moved = self.images + self._length * self.velocity
-        self.images = torch.minimum(torch.maximum(moved, self.low), self.high)
+        self.images = moved.clamp(self.low, self.high)
         return torch.cat([margins for _, margins in found])
 
     def _slope(
@@ -114,7 +134,7 @@ class MarginAscent:
         return gradient, margins.detach()
 
 
-class MarginSearch:
+class MarginSearch(SignalSearch):
     """Measures for each class the greatest margin that an image can be given.
 
     A trigger makes a network surer of its target class than any object of a class makes it, so
@@ -122,43 +142,39 @@ class MarginSearch:
     2024, which starts from noise; here it starts from clean images of the defense set).
 
     Args:
-        masked: The network.
-        images: The defense set's images, shape (N, C, ...), at least one.
-        classes: The classes to try; may be set later, before the first step.
-        seed: Seed of everything that is drawn.
-        batch_size: Most images that the network sees at a time.
+        scene: What it works on.
 
     Attributes:
         margins: The greatest margin of each class, in logits, when finished.
         steps: Steps taken.
     """
 
-    def __init__(
-        self,
-        masked: MaskedNetwork,
-        images: Tensor,
-        classes: Sequence[int],
-        seed: int,
-        batch_size: int = 128,
-    ) -> None:
-        self.masked = masked
-        self.data = images
-        self.classes = list(classes)
-        self.seed = seed
-        self.batch_size = batch_size
+    name = "margin"
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        self.constants = scene.constants.of(MarginConstants)
         self.margins: dict[int, float] = {}
         self.steps = 0
         self._ascent: MarginAscent | None = None
 
+    @classmethod
+    def all_steps(cls, scene: Scene) -> int:
+        """Return the number of steps, which is the same for any number of classes.
+
+        Args:
+            scene: What it will work on.
+        """
+        return scene.constants.of(MarginConstants).steps
+
     @property
     def finished(self) -> bool:
         """Whether all steps were taken."""
-        return self.steps >= _STEPS
+        return self.steps >= self.constants.steps
 
-    @staticmethod
-    def most_steps() -> int:
-        """The number of steps."""
-        return _STEPS
+    def most_steps(self) -> int:
+        """Return the number of steps left."""
+        return self.constants.steps - self.steps
 
     def step(self) -> dict[str, float]:
         """Take one step on a few images of every class.
@@ -171,9 +187,10 @@ class MarginSearch:
         margins = self._ascent.step()
         self.steps += 1
         if self.finished:
+            classes = self.scene.tried
             with torch.no_grad():
-                greatest = self._ascent.margins().reshape(len(self.classes), -1).amax(1)
-            self.margins = dict(zip(self.classes, greatest.tolist(), strict=True))
+                greatest = self._ascent.margins().reshape(len(classes), -1).amax(1)
+            self.margins = dict(zip(classes, greatest.tolist(), strict=True))
             self._ascent = None
         return {"margin": float(margins.mean())}
 
@@ -187,21 +204,60 @@ class MarginSearch:
         return self._ascent_of(torch.full((count,), target), ("margin", target))
 
     def _begin(self) -> MarginAscent:
-        classes = torch.tensor(self.classes).repeat_interleave(_IMAGES)
+        classes = torch.tensor(self.scene.tried).repeat_interleave(self.constants.images)
         return self._ascent_of(classes, ("margins",))
 
     def _ascent_of(self, classes: Tensor, key: tuple[str | int, ...]) -> MarginAscent:
-        generator = seeded_generator(self.seed, *key)
-        rows = torch.randint(len(self.data), (len(classes),), generator=generator)
-        device = self.masked.device
-        low, high = (bound.to(device) for bound in value_range(self.data))
-        images = self.data[rows].to(device)
-        return MarginAscent(self.masked, images, classes.to(device), low, high, self.batch_size)
+        scene, config = self.scene, self.scene.config
+        pixels, device = scene.data.images, scene.masked.device
+        generator = seeded_generator(config.seed, *key)
+        rows = torch.randint(len(pixels), (len(classes),), generator=generator)
+        low, high = (bound.to(device) for bound in value_range(pixels))
+        images, classes = pixels[rows].to(device), classes.to(device)
+        size, constants = config.batch_size, self.constants
+        return MarginAscent(scene.masked, images, classes, low, high, size, constants)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a margin is NaN."""
+        return any(math.isnan(margin) for margin in self.margins.values())
+
+    def signal(self) -> Signal:
+        """Return what the greatest margin says."""
+        counts_from = self.constants.counts_from
+        greatest, ratio, _ = margin_ratio(self.margins)
+        reason = (
+            f"the greatest margin of class {greatest} is {ratio:.2f} times that of the next class "
+            f"(counts fully from {counts_from:g})"
+        )
+        strength, classes = ratio / counts_from, dict(self.margins)
+        return Signal(self.name, strength, greatest, ratio, counts_from, reason, classes)
+
+    def stands_out(self, target: int) -> bool:
+        """Return whether the margin of a class is out of the ordinary.
+
+        Args:
+            target: The class.
+        """
+        greatest, ratio, _ = margin_ratio(self.margins)
+        return greatest == target and ratio > self.constants.normal
+
+    def traces(self, target: int | None, searches: Mapping[str, SignalSearch]) -> list[Trace]:
+        """Return images of greatest margin, if that of the class stands out.
+
+        Args:
+            target: The suspected class.
+            searches: All finished searches, by name.
+        """
+        if target is None or not self.stands_out(target):
+            return []
+        count = min(self.constants.trace_images, self.scene.config.batch_size)
+        normal = margin_ratio(self.margins)[2]
+        return [MarginTrace(self.ascent(target, count), normal, self.scene.constants)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state as tensors and primitives."""
+        """Return the state as tensors and primitives."""
         return {
-            "classes": list(self.classes),
             "margins": dict(self.margins),
             "steps": self.steps,
             "images": None if self._ascent is None else self._ascent.images,
@@ -210,24 +266,23 @@ class MarginSearch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        self.classes = [int(index) for index in state["classes"]]
         self.margins = {int(index): float(value) for index, value in state["margins"].items()}
         self.steps = int(state["steps"])
         self._ascent = None
         if state["images"] is not None:
             self._ascent = self._begin()
-            self._ascent.images = state["images"].to(self.masked.device)
-            self._ascent.velocity = state["velocity"].to(self.masked.device)
+            self._ascent.images = state["images"].to(self.scene.masked.device)
+            self._ascent.velocity = state["velocity"].to(self.scene.masked.device)
 
 
-def margin_ratio(margins: dict[int, float]) -> tuple[int, float, float]:
+def margin_ratio(margins: Mapping[int, float]) -> tuple[int, float, float]:
     """Compare the class of the greatest margin with the next.
 
     Args:
         margins: The greatest margin of each class, two classes or more.
 
     Returns:
-        That class, its margin divided by the next class's, and that one. Where the next margin is
+        That class, its margin divided by the next class's, and that one. If the next margin is
         not above zero, or a margin is not finite, the ratio is 0: there is nothing to compare.
 
     Example:
@@ -238,3 +293,51 @@ def margin_ratio(margins: dict[int, float]) -> tuple[int, float, float]:
     first, second = margins[greatest], margins[following]
     comparable = second > 0 and all(math.isfinite(value) for value in margins.values())
     return greatest, first / second if comparable else 0.0, second
+
+
+class MarginTrace(Trace):
+    """Images of greatest margin for the target class, as far as they exceed what is normal.
+
+    Args:
+        ascent: Images on their way to the target class.
+        normal: Greatest margin among the other classes, in logits.
+        constants: Constants that differ from their defaults.
+    """
+
+    name = "greatest margin"
+
+    def __init__(
+        self, ascent: MarginAscent, normal: float, constants: Constants | None = None
+    ) -> None:
+        constants = constants or Constants()
+        super().__init__(constants)
+        self.ascent = ascent
+        self.normal = normal
+        self._margin = constants.of(MarginConstants)
+
+    def margins(self, masks: Tensor) -> Tensor:
+        """Return margins above the normal one, shape (N,).
+
+        Args:
+            masks: Filter masks, shape (total filters,).
+        """
+        return self.ascent.margins(masks) - self.normal
+
+    def adapt(self, masks: Tensor, taken: int) -> None:
+        """Take some steps of the images.
+
+        Args:
+            masks: Filter masks that are in force.
+            taken: Steps of pruning so far.
+        """
+        self.ascent.velocity.zero_()
+        for _ in range(self._margin.next_steps if taken else self._margin.first_steps):
+            self.ascent.step(masks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the images."""
+        return {"images": self.ascent.images}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.ascent.images = state["images"].to(self.ascent.images.device)

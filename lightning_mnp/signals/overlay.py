@@ -8,17 +8,33 @@ still drives others further to it than one made for any other class does to that
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from lightning_mnp.signals.pattern import PatternTrigger
+from lightning_mnp.config import Constants
+from lightning_mnp.signals.pattern import LeadSearch, PatternTrigger
 
-__all__ = ["OverlayTrigger"]
+__all__ = ["OverlayConstants", "OverlaySearch", "OverlayTrigger"]
 
-# Share of the overlay in the blend. With more of it, ordinary classes differ more, too.
-_STRENGTH = 0.05
-_STEPS = 10
-# Root mean square of a step, as a share of the range of values.
-_LENGTH = 0.1
+
+@dataclass(frozen=True)
+class OverlayConstants:
+    """How an overlay is made, and when it counts.
+
+    Attributes:
+        counts_from: Lead over the next class from which it counts fully, in multiples of the usual
+            distance to a class.
+        strength: Share of the overlay in the blend. With more of it, ordinary classes differ more,
+            too.
+        steps: Number of steps.
+        length: Root mean square of a step, as a share of the range of values.
+    """
+
+    counts_from: float = 0.3
+    strength: float = 0.05
+    steps: int = 10
+    length: float = 0.1
 
 
 class OverlayTrigger(PatternTrigger):
@@ -47,17 +63,60 @@ class OverlayTrigger(PatternTrigger):
     """
 
     name = "overlay"
-    steps = _STEPS
+
+    @property
+    def _overlay(self) -> OverlayConstants:
+        return self.constants.of(OverlayConstants)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps in which an overlay is made."""
+        return self._overlay.steps
 
     def blank(self) -> Tensor:
-        """Give the mean of the images."""
+        """Return the mean of the images."""
         return self.images.mean(0, keepdim=True)
 
     def applied(self, images: Tensor, pattern: Tensor) -> Tensor:
-        """Blend an overlay into images."""
-        return (1 - _STRENGTH) * images + _STRENGTH * pattern
+        """Blend an overlay into images.
 
-    @staticmethod
-    def length(taken: int) -> float:
-        """Give the root mean square of each step's change."""
-        return _LENGTH
+        Args:
+            images: Shape (N, C, ...).
+            pattern: The overlay.
+        """
+        share = self._overlay.strength
+        return (1 - share) * images + share * pattern
+
+    def length(self, taken: int) -> float:
+        """Return the root mean square of each step's change.
+
+        Args:
+            taken: Steps taken so far.
+        """
+        return self._overlay.length
+
+
+class OverlaySearch(LeadSearch[OverlayTrigger]):
+    """Measures for each class how much nearer a faint overlay brings images to it.
+
+    Args:
+        scene: What it works on.
+    """
+
+    name = "overlay"
+    kind = OverlayTrigger
+    what = "an image blended in faintly"
+
+    @classmethod
+    def class_steps(cls, constants: Constants) -> int:
+        """Return the number of steps for each class.
+
+        Args:
+            constants: Constants that differ from their defaults.
+        """
+        return constants.of(OverlayConstants).steps
+
+    @property
+    def counts_from(self) -> float:
+        """The lead from which an overlay counts fully."""
+        return self.scene.constants.of(OverlayConstants).counts_from

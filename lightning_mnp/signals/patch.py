@@ -11,24 +11,47 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_mnp.signals.pattern import PatternTrigger
-from lightning_mnp.signals.reach import goal_margins, leads, least_positive, push_loss
+from lightning_mnp.config import Constants
+from lightning_mnp.report import Signal
+from lightning_mnp.signals.base import SignalSearch
+from lightning_mnp.signals.logits import goal_margins, leads, least_positive, push_loss
+from lightning_mnp.signals.pattern import PatternSearch, PatternTrace, PatternTrigger
+from lightning_mnp.signals.trace import Trace
 
-__all__ = ["PatchTrigger", "patch_ratio"]
+__all__ = ["PatchConstants", "PatchSearch", "PatchTrigger", "patch_ratio"]
 
-# Share of the pixels that a patch may cover.
-_SHARE = 0.05
-# The largest change of a pixel in a step, as a share of the range of values: far at first, so that
-# pixels can be exchanged for better ones, then closer.
-_FAR_STEPS, _FAR = 8, 0.5
-_NEAR_STEPS, _NEAR = 12, 0.2
-# An image whose own class is behind the others by so many logits is driven away no further.
-_LOST = -1.0
+
+@dataclass(frozen=True)
+class PatchConstants:
+    """How a patch is made, and when it counts.
+
+    Steps are long at first, so that pixels can be exchanged for better ones, then shorter.
+
+    Attributes:
+        counts_from: How much further than usual a patch takes images to one class, from where it
+            counts fully; in multiples of the usual distance to a class.
+        share: Share of the pixels that a patch may cover.
+        far_steps: Number of long steps.
+        far: Largest change of a pixel in each of these, as a share of the range of values.
+        near_steps: Number of short steps.
+        near: Largest change of a pixel in each of these.
+        lost: An image whose own class is behind the others by so many logits is driven away no
+            further.
+    """
+
+    counts_from: float = 0.85
+    share: float = 0.05
+    far_steps: int = 8
+    far: float = 0.5
+    near_steps: int = 12
+    near: float = 0.2
+    lost: float = -1.0
 
 
 class PatchTrigger(PatternTrigger):
@@ -58,14 +81,28 @@ class PatchTrigger(PatternTrigger):
     """
 
     name = "patch"
-    steps = _FAR_STEPS + _NEAR_STEPS
+
+    @property
+    def _patch(self) -> PatchConstants:
+        return self.constants.of(PatchConstants)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps in which a patch is made."""
+        return self._patch.far_steps + self._patch.near_steps
 
     def blank(self) -> Tensor:
-        """Give a patch that changes nothing."""
+        """Return a patch that changes nothing."""
         return torch.zeros_like(self.images[:1])
 
     def applied(self, images: Tensor, pattern: Tensor) -> Tensor:
-        """Add a patch to images, within the range of values."""
+        """Add a patch to images, within the range of values.
+
+        Args:
+            images: Shape (N, C, ...).
+            pattern: The patch.
+        """
+        # Not `clamp`: the slope of a pixel on the border of the range is another one there.
         return torch.minimum(torch.maximum(images + pattern, self.low), self.high)
 
     @property
@@ -73,10 +110,13 @@ class PatchTrigger(PatternTrigger):
         """Any value can be made of any other."""
         return -self.unit, self.unit
 
-    @staticmethod
-    def length(taken: int) -> float:
-        """Give the largest change of a pixel in the step that follows so many."""
-        return _FAR if taken < _FAR_STEPS else _NEAR
+    def length(self, taken: int) -> float:
+        """Return the largest change of a pixel in the step that follows so many.
+
+        Args:
+            taken: Steps taken so far.
+        """
+        return self._patch.far if taken < self._patch.far_steps else self._patch.near
 
     def step(self, length: float, masks: Tensor | None = None) -> float:
         """Take one step towards the classes that images are pushed to.
@@ -103,13 +143,13 @@ class PatchTrigger(PatternTrigger):
         Returns:
             By how much all other classes together are ahead of the own one, before it, at most 1.
         """
-        logits = self._move(length, None, lambda logits: _own_lead(logits, self.labels))
-        return -float(_own_lead(logits, self.labels))
+        logits = self._move(length, None, self._own_lead)
+        return -float(self._own_lead(logits))
 
     def _move(
         self, length: float, masks: Tensor | None, objective: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Step down an objective of the logits, and give the logits before."""
+        """Step down an objective of the logits, and return the logits before."""
         slope, logits = self.slope(masks, objective)
         slope = slope / slope.abs().max().clamp_min(least_positive(slope))
         self.pattern = self.limited(self.pattern - length * self.unit * slope)
@@ -119,16 +159,65 @@ class PatchTrigger(PatternTrigger):
         """Put back all pixels but those that are changed most."""
         change = (pattern / self.unit.clamp_min(least_positive(self.unit))).abs().sum(1).flatten()
         kept = torch.zeros_like(change)
-        kept[change.topk(max(1, round(_SHARE * len(change)))).indices] = 1.0
+        kept[change.topk(max(1, round(self._patch.share * len(change)))).indices] = 1.0
         return pattern * kept.reshape(1, 1, *pattern.shape[2:])
 
+    def _own_lead(self, logits: Tensor) -> Tensor:
+        """Mean logit of the true class above all others together, as far as images are in it."""
+        return leads(logits, self.labels).clamp_min(self._patch.lost).mean()
 
-def _own_lead(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean logit of the true class above all others together, as far as images are in it."""
-    return leads(logits, labels).clamp_min(_LOST).mean()
+
+class PatchSearch(PatternSearch[PatchTrigger]):
+    """Measures for each class how far a patch on few pixels drives images to it.
+
+    Args:
+        scene: What it works on.
+    """
+
+    name = "patch"
+    kind = PatchTrigger
+
+    @classmethod
+    def class_steps(cls, constants: Constants) -> int:
+        """Return the number of steps for each class.
+
+        Args:
+            constants: Constants that differ from their defaults.
+        """
+        patch = constants.of(PatchConstants)
+        return patch.far_steps + patch.near_steps
+
+    @property
+    def failed(self) -> bool:
+        """Whether a figure is NaN."""
+        return any(math.isnan(value) for value in self.margins.values())
+
+    def signal(self) -> Signal:
+        """Return what the patch that drives images furthest says."""
+        counts_from = self.scene.constants.of(PatchConstants).counts_from
+        furthest, excess = patch_ratio(self.margins)
+        reason = (
+            f"a patch on few pixels drives images to class {furthest} by {excess:.2f} of the "
+            f"usual distance further than to other classes (counts fully from {counts_from:g})"
+        )
+        strength, classes = excess / counts_from, dict(self.margins)
+        return Signal(self.name, strength, furthest, excess, counts_from, reason, classes)
+
+    def traces(self, target: int | None, searches: Mapping[str, SignalSearch]) -> list[Trace]:
+        """Return images under a patch, if patches drive images to the class further than usual.
+
+        Args:
+            target: The suspected class.
+            searches: All finished searches, by name.
+        """
+        furthest, excess = patch_ratio(self.margins)
+        counts_from = self.scene.constants.of(PatchConstants).counts_from
+        if target is None or furthest != target or excess <= counts_from:
+            return []
+        return [PatternTrace(self.trigger(target))]
 
 
-def patch_ratio(patch_margins: dict[int, float]) -> tuple[int, float]:
+def patch_ratio(patch_margins: Mapping[int, float]) -> tuple[int, float]:
     """Compare the class that a patch drives images to furthest with the others.
 
     Args:
@@ -137,7 +226,7 @@ def patch_ratio(patch_margins: dict[int, float]) -> tuple[int, float]:
 
     Returns:
         That class, and how much further that is than for the median of the others, in multiples of
-        the usual distance; 0 where a figure is not finite.
+        the usual distance; 0 if a figure is not finite.
 
     Example:
         >>> patch_ratio({0: -0.25, 1: 1.5, 2: 0.25, 3: -0.5})

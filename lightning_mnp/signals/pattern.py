@@ -1,8 +1,8 @@
 """Patterns: one change of all images that stands in for an unknown trigger, and how far it drives.
 
-What a trigger does to images is not known, so that there are several kinds of patterns: a patch
+What a trigger does to images is not known, so there are several kinds of patterns: a patch
 replaces a few pixels, an overlay is blended into all, a warp moves them. Each is made by following
-the gradient to a class, and how far it drives images there, compared with other classes, says
+the gradient to a class. How far it drives images there, compared with other classes, says
 whether there is a trigger of its kind.
 """
 
@@ -11,22 +11,49 @@ from __future__ import annotations
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_mnp.defense_data.defense_set import DefenseSet, value_range
-from lightning_mnp.signals.reach import goal_margins, least_positive
+from lightning_mnp.config import Constants
+from lightning_mnp.defense_data.defense_set import value_range
+from lightning_mnp.report import Signal
+from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.logits import goal_margins, least_positive
+from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
-__all__ = ["PatternSearch", "PatternTrigger", "pattern_lead"]
+__all__ = [
+    "LeadSearch",
+    "PatternConstants",
+    "PatternSearch",
+    "PatternTrace",
+    "PatternTrigger",
+    "pattern_lead",
+]
 
-_IMAGES = 64
-# In logits. A network that knows little has its classes close together, and all are easily reached.
-_LEAST_DISTANCE = 1.0
-_FOLLOWING_STEPS = 3
+
+@dataclass(frozen=True)
+class PatternConstants:
+    """What all kinds of patterns share.
+
+    Attributes:
+        images: Images that a pattern is made on.
+        least_distance: Least usual distance to a class, in logits. A network that knows little has
+            its classes close together, and all are easily reached.
+        following_steps: Steps in which a trace's pattern follows the network.
+        weak_below: A trace is weak only below this strength: a tenth of what a strong backdoor
+            shows still takes most images to the target. This is half a logit above their own
+            class, where no pattern of that size gets images in an ordinary network.
+    """
+
+    images: int = 64
+    least_distance: float = 1.0
+    following_steps: int = 3
+    weak_below: float = 1.5
 
 
 class PatternTrigger(ABC):
@@ -39,15 +66,14 @@ class PatternTrigger(ABC):
         goals: The class that each image is pushed to, shape (N,).
         low: Least value of each channel, shape (1, C, 1, ...).
         high: Greatest value of each channel, same shape.
+        constants: Constants that differ from their defaults.
 
     Attributes:
         name: The kind of pattern.
-        steps: The number of steps in which a pattern is made.
         pattern: What is done to every image.
     """
 
     name: ClassVar[str]
-    steps: ClassVar[int]
 
     def __init__(
         self,
@@ -57,25 +83,40 @@ class PatternTrigger(ABC):
         goals: Tensor,
         low: Tensor,
         high: Tensor,
+        constants: Constants | None = None,
     ) -> None:
         self.masked = masked
         self.images, self.labels = images, labels
         self.goals = goals
         self.low, self.high = low, high
+        self.constants = constants or Constants()
         self.pattern = self.blank()
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """The number of steps in which a pattern is made."""
 
     @abstractmethod
     def blank(self) -> Tensor:
-        """Give the pattern that all steps begin with."""
+        """Return the pattern that all steps begin with."""
 
     @abstractmethod
     def applied(self, images: Tensor, pattern: Tensor) -> Tensor:
-        """Do what a pattern says to images, shape (N, C, ...)."""
+        """Do what a pattern says to images, shape (N, C, ...).
 
-    @staticmethod
+        Args:
+            images: Shape (N, C, ...).
+            pattern: The pattern.
+        """
+
     @abstractmethod
-    def length(taken: int) -> float:
-        """Give the length of the step that follows so many."""
+    def length(self, taken: int) -> float:
+        """Return the length of the step that follows so many.
+
+        Args:
+            taken: Steps taken so far.
+        """
 
     @property
     def unit(self) -> Tensor:
@@ -88,9 +129,12 @@ class PatternTrigger(ABC):
         return self.low, self.high
 
     def limited(self, pattern: Tensor) -> Tensor:
-        """Keep a pattern to its limits."""
-        least, greatest = self.limits
-        return torch.minimum(torch.maximum(pattern, least), greatest)
+        """Keep a pattern to its limits.
+
+        Args:
+            pattern: The pattern.
+        """
+        return pattern.clamp(*self.limits)
 
     def step(self, length: float, masks: Tensor | None = None) -> float:
         """Take one step towards the classes that images are pushed to, up the mean margin.
@@ -113,18 +157,27 @@ class PatternTrigger(ABC):
         return -float(distance(logits))
 
     def logits(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Run the network on images under the pattern, shape (N, K)."""
+        """Run the network on images under the pattern, shape (N, K).
+
+        Args:
+            images: Shape (N, C, ...).
+            masks: Filter masks that are in force.
+        """
         changed = self.applied(images, self.pattern)
         return self.masked(changed, masks=masks, statistics="running")
 
     def margins(self, masks: Tensor | None = None) -> Tensor:
-        """Logit of the class pushed to above that of the true class, shape (N,)."""
+        """Return the logit of the class pushed to above that of the true class, shape (N,).
+
+        Args:
+            masks: Filter masks that are in force.
+        """
         return goal_margins(self.logits(self.images, masks), self.labels, self.goals)
 
     def slope(
         self, masks: Tensor | None, objective: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Give the slope of an objective of the logits, per unit of the pattern, and the logits.
+        """Compute the slope of an objective of the logits, per unit of the pattern, and the logits.
 
         Args:
             masks: Filter masks that are in force.
@@ -141,67 +194,49 @@ class PatternTrigger(ABC):
         return gradient * self.unit, logits.detach()
 
     def approach(self, masks: Tensor | None = None) -> None:
-        """Take all the steps from the beginning, with filter masks in force."""
+        """Take all the steps from the beginning, with filter masks in force.
+
+        Args:
+            masks: Filter masks, shape (total filters,).
+        """
         self.pattern = self.blank()
         for taken in range(self.steps):
             self.step(self.length(taken), masks)
 
     def follow(self, masks: Tensor) -> None:
-        """Take some steps more, after the masks have changed a little."""
-        for _ in range(_FOLLOWING_STEPS):
+        """Take some steps more, after the masks have changed a little.
+
+        Args:
+            masks: Filter masks, shape (total filters,).
+        """
+        for _ in range(self.constants.of(PatternConstants).following_steps):
             self.step(self.length(self.steps - 1), masks)
 
 
 Trigger = TypeVar("Trigger", bound=PatternTrigger)
 
 
-class PatternSearch(Generic[Trigger]):
+class PatternSearch(SignalSearch, Generic[Trigger]):
     """Measures for each class how far a pattern drives images to it.
 
+    A subclass names the kind of pattern, and says what the figures mean.
+
     Args:
-        kind: The kind of pattern.
-        masked: The network.
-        data: The defense set.
-        classes: The classes to try; may be set later, before the first step.
-        seed: Seed of the images.
-        batch_size: Most images that the network sees at a time.
+        scene: What it works on.
 
     Attributes:
+        kind: The kind of pattern.
         margins: For every class, when finished: the mean margin of the class over images of
             others under the pattern made for it, as a multiple of the usual distance to a class,
             so that it is about -1 without a pattern and 0 on the border.
         rises: For every class, when finished: by how much the pattern raises that margin, in the
             same unit. Classes need not be equally near without a pattern.
-
-    Example:
-        >>> from torch import nn
-        >>> from lightning_mnp.surgery.layers import find_filter_layers
-        >>> from lightning_mnp.signals.patch import PatchTrigger
-        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
-        >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
-        >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
-        >>> search = PatternSearch(PatchTrigger, masked, data, [0, 1], seed=0)
-        >>> while not search.finished:
-        ...     metrics = search.step()
-        >>> list(search.margins), list(metrics)
-        ([0, 1], ['margin'])
     """
 
-    def __init__(
-        self,
-        kind: type[Trigger],
-        masked: MaskedNetwork,
-        data: DefenseSet,
-        classes: Sequence[int],
-        seed: int,
-        batch_size: int = 128,
-    ) -> None:
-        self.kind = kind
-        self.masked = masked
-        self.data = data
-        self.classes = list(classes)
-        self.seed = seed
-        self.batch_size = batch_size
+    kind: type[Trigger]
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
         self.margins: dict[int, float] = {}
         self.rises: dict[int, float] = {}
         self._starts: list[float] = []
@@ -209,19 +244,33 @@ class PatternSearch(Generic[Trigger]):
         self._taken = 0
         self._trigger: Trigger | None = None
 
+    @classmethod
+    @abstractmethod
+    def class_steps(cls, constants: Constants) -> int:
+        """Return the number of steps for each class.
+
+        Args:
+            constants: Constants that differ from their defaults.
+        """
+
+    @classmethod
+    def all_steps(cls, scene: Scene) -> int:
+        """Return the number of steps for all classes.
+
+        Args:
+            scene: What it will work on.
+        """
+        return scene.most_tried * cls.class_steps(scene.constants)
+
     @property
     def finished(self) -> bool:
         """Whether all classes are done."""
         return bool(self.margins)
 
-    @staticmethod
-    def most_steps_of(kind: type[PatternTrigger], tried: int) -> int:
-        """The number of steps for a kind of pattern and so many classes."""
-        return tried * kind.steps
-
     def most_steps(self) -> int:
-        """The number of steps left."""
-        return (len(self.classes) - len(self._ends)) * self.kind.steps - self._taken
+        """Return the number of steps left."""
+        classes = len(self.scene.tried) - len(self._ends)
+        return classes * self.class_steps(self.scene.constants) - self._taken
 
     def step(self) -> dict[str, float]:
         """Take one step towards the current class.
@@ -229,19 +278,20 @@ class PatternSearch(Generic[Trigger]):
         Returns:
             The mean ``margin`` before it.
         """
-        self._trigger = self._trigger or self.trigger(self.classes[len(self._ends)])
+        classes = self.scene.tried
+        self._trigger = self._trigger or self.trigger(classes[len(self._ends)])
         margin = self._trigger.step(self._trigger.length(self._taken))
         if not self._taken:
             self._starts.append(margin)
         self._taken += 1
-        if self._taken == self.kind.steps:
+        if self._taken == self._trigger.steps:
             with torch.no_grad():
                 self._ends.append(float(self._trigger.margins().mean()))
             self._trigger, self._taken = None, 0
-        if len(self._ends) == len(self.classes):
-            usual = max(-statistics.median(self._starts), _LEAST_DISTANCE)
-            passed = zip(self.classes, self._starts, self._ends, strict=True)
-            for index, start, end in passed:
+        if len(self._ends) == len(classes):
+            least = self.scene.constants.of(PatternConstants).least_distance
+            usual = max(-statistics.median(self._starts), least)
+            for index, start, end in zip(classes, self._starts, self._ends, strict=True):
                 self.margins[index], self.rises[index] = end / usual, (end - start) / usual
         return {"margin": margin}
 
@@ -251,17 +301,17 @@ class PatternSearch(Generic[Trigger]):
         Args:
             target: The class.
         """
-        device, count = self.masked.device, min(_IMAGES, self.batch_size)
-        key = (self.seed, self.kind.name, target)
-        images, labels = self.data.others(target, count, device, key)
-        low, high = (bound.to(device) for bound in value_range(self.data.images))
+        scene, device = self.scene, self.scene.masked.device
+        count = min(scene.constants.of(PatternConstants).images, scene.config.batch_size)
+        key = (scene.config.seed, self.kind.name, target)
+        images, labels = scene.data.others(target, count, device, key)
+        low, high = (bound.to(device) for bound in value_range(scene.data.images))
         goals = torch.full_like(labels, target)
-        return self.kind(self.masked, images, labels, goals, low, high)
+        return self.kind(scene.masked, images, labels, goals, low, high, scene.constants)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state as tensors and primitives."""
+        """Return the state as tensors and primitives."""
         return {
-            "classes": list(self.classes),
             "margins": dict(self.margins),
             "rises": dict(self.rises),
             "starts": list(self._starts),
@@ -272,7 +322,6 @@ class PatternSearch(Generic[Trigger]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        self.classes = [int(index) for index in state["classes"]]
         self.margins = {int(index): float(value) for index, value in state["margins"].items()}
         self.rises = {int(index): float(value) for index, value in state["rises"].items()}
         self._starts = [float(value) for value in state["starts"]]
@@ -280,12 +329,55 @@ class PatternSearch(Generic[Trigger]):
         self._taken = int(state["taken"])
         self._trigger = None
         if state["pattern"] is not None:
-            self._trigger = self.trigger(self.classes[len(self._ends)])
-            self._trigger.pattern = state["pattern"].to(self.masked.device)
+            self._trigger = self.trigger(self.scene.tried[len(self._ends)])
+            self._trigger.pattern = state["pattern"].to(self.scene.masked.device)
 
 
-def pattern_lead(rises: dict[int, float]) -> tuple[int, float]:
-    """Compare the class that a pattern brings images nearer to than to any other with the next.
+class LeadSearch(PatternSearch[Trigger]):
+    """A pattern whose signal is how much nearer it brings images to one class than to the next.
+
+    Attributes:
+        what: The pattern in words, for the reason.
+    """
+
+    what: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def counts_from(self) -> float:
+        """The lead from which the signal counts fully, in multiples of the usual distance."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a figure is NaN."""
+        return any(math.isnan(value) for value in self.rises.values())
+
+    def signal(self) -> Signal:
+        """Return what the pattern's lead says."""
+        nearest, lead = pattern_lead(self.rises)
+        reason = (
+            f"{self.what} brings images nearer to class {nearest} than to any other, by "
+            f"{lead:.2f} of the usual distance (counts fully from {self.counts_from:g})"
+        )
+        strength, classes = lead / self.counts_from, dict(self.rises)
+        return Signal(self.name, strength, nearest, lead, self.counts_from, reason, classes)
+
+    def traces(self, target: int | None, searches: Mapping[str, SignalSearch]) -> list[Trace]:
+        """Return images under a pattern, if patterns of its kind get images to the class.
+
+        Args:
+            target: The suspected class.
+            searches: All finished searches, by name.
+        """
+        nearest, lead = pattern_lead(self.rises)
+        if target is None or nearest != target or lead <= self.counts_from:
+            return []
+        # If images do not arrive, there is nothing in them to be pruned away.
+        return [PatternTrace(self.trigger(target))] if self.margins[target] > 0 else []
+
+
+def pattern_lead(rises: Mapping[int, float]) -> tuple[int, float]:
+    """Compare the class that a pattern brings images nearest to with the next one.
 
     Args:
         rises: By how much a pattern raises the margin of each class, two classes or more, see
@@ -293,7 +385,7 @@ def pattern_lead(rises: dict[int, float]) -> tuple[int, float]:
 
     Returns:
         That class, and how much more that is than for the next class, in multiples of the usual
-        distance; 0 where a figure is not finite.
+        distance; 0 if a figure is not finite.
 
     Example:
         >>> pattern_lead({0: 0.0, 1: 1.5, 2: 0.25, 3: 0.125})
@@ -302,3 +394,49 @@ def pattern_lead(rises: dict[int, float]) -> tuple[int, float]:
     furthest, following = sorted(rises, key=rises.__getitem__, reverse=True)[:2]
     finite = all(math.isfinite(value) for value in rises.values())
     return furthest, rises[furthest] - rises[following] if finite else 0.0
+
+
+class PatternTrace(Trace):
+    """Clean images under one pattern for all of them.
+
+    Args:
+        trigger: A pattern that has not been made yet.
+    """
+
+    def __init__(self, trigger: PatternTrigger) -> None:
+        super().__init__(trigger.constants)
+        self.trigger = trigger
+        self.weak_below = trigger.constants.of(PatternConstants).weak_below
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The kind of pattern."""
+        return self.trigger.name
+
+    def margins(self, masks: Tensor) -> Tensor:
+        """Return the logit of the class pushed to above that of the true class, shape (N,).
+
+        Args:
+            masks: Filter masks, shape (total filters,).
+        """
+        return self.trigger.margins(masks)
+
+    def adapt(self, masks: Tensor, taken: int) -> None:
+        """Take some steps of the pattern; all of them from the beginning if nothing was pruned.
+
+        Args:
+            masks: Filter masks that are in force.
+            taken: Steps of pruning so far.
+        """
+        if taken:
+            self.trigger.follow(masks)
+        else:
+            self.trigger.approach(masks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the pattern."""
+        return {"pattern": self.trigger.pattern}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.trigger.pattern = state["pattern"].to(self.trigger.images.device)

@@ -9,27 +9,64 @@ logits speak for most, which is guessed anew from what the patch does so far.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lightning_mnp.defense_data.defense_set import DefenseSet, seeded_generator, value_range
+from lightning_mnp.defense_data.defense_set import seeded_generator, value_range
+from lightning_mnp.report import Signal
+from lightning_mnp.signals.base import Scene, SignalSearch
 from lightning_mnp.signals.patch import PatchTrigger
-from lightning_mnp.surgery.masked_network import MaskedNetwork
+from lightning_mnp.signals.pattern import PatternTrace
+from lightning_mnp.signals.trace import Trace
 
-__all__ = ["PermutationSearch", "best_permutation", "permutation_excess"]
+__all__ = [
+    "PermutationConstants",
+    "PermutationSearch",
+    "best_permutation",
+    "permutation_excess",
+]
 
-# Images that the patch is made on, and most of those that it is measured on.
-_IMAGES = 100
-_MEASURED = 250
-# As in `patch`, with more steps: there is one patch for all classes, and more to find out.
-_AWAY_STEPS, _AWAY = 10, 0.1
-_FAR_STEPS, _FAR = 15, 0.5
-_NEAR_STEPS, _NEAR = 35, 0.2
-# The permutation is guessed anew every so many steps.
-_GUESS = 5
+
+@dataclass(frozen=True)
+class PermutationConstants:
+    """How the patch is made that exchanges classes, and when it counts.
+
+    There are more steps than for the patch to one class: more has to be found out.
+
+    Attributes:
+        counts_from: Share of the images that a patch takes where it should, from where it counts
+            fully, between chance, 0, and all of them, 1.
+        images: Images that the patch is made on.
+        measured: Most images that it is measured on.
+        away_steps: Number of steps away from the images' own classes, with any number of pixels.
+        away: Largest change of a pixel in each of these, as a share of the range of values.
+        far_steps: Number of long steps of the patch.
+        far: Largest change of a pixel in each of these.
+        near_steps: Number of short steps.
+        near: Largest change of a pixel in each of these.
+        guess: The permutation is guessed anew every so many steps.
+    """
+
+    counts_from: float = 0.4
+    images: int = 100
+    measured: int = 250
+    away_steps: int = 10
+    away: float = 0.1
+    far_steps: int = 15
+    far: float = 0.5
+    near_steps: int = 35
+    near: float = 0.2
+    guess: int = 5
+
+    @property
+    def steps(self) -> int:
+        """The number of all steps."""
+        return self.away_steps + self.far_steps + self.near_steps
 
 
 def best_permutation(logits: Tensor, labels: Tensor) -> dict[int, int]:
@@ -60,64 +97,53 @@ def best_permutation(logits: Tensor, labels: Tensor) -> dict[int, int]:
     return {classes[row]: classes[column] for row, column in zip(rows, columns, strict=True)}
 
 
-class PermutationSearch:
+class PermutationSearch(SignalSearch):
     """Makes one patch that takes images of every class to another one, and measures it.
 
     The patch is made on some images of the defense set and measured on others, at least as many.
 
     Args:
-        masked: The network.
-        data: The defense set.
-        seed: Seed of the images.
-        batch_size: Most images that the network sees at a time.
+        scene: What it works on.
 
     Attributes:
         permutation: The class that the patch was made to take each class to.
         moved: The share of images that it takes there, measured for each class and averaged over
-            them, from 0 to 1; None until finished, or where there are too few images to tell.
-
-    Example:
-        >>> from torch import nn
-        >>> from lightning_mnp.surgery.layers import find_filter_layers
-        >>> generator = torch.manual_seed(0)
-        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
-        >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
-        >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
-        >>> search = PermutationSearch(masked, data, seed=0)
-        >>> while not search.finished:
-        ...     metrics = search.step()
-        >>> search.permutation, 0 <= search.moved <= 1
-        ({0: 1, 1: 0}, True)
+            them, from 0 to 1; None until finished, or if there are too few images to tell.
     """
 
-    def __init__(
-        self, masked: MaskedNetwork, data: DefenseSet, seed: int, batch_size: int = 128
-    ) -> None:
-        self.masked = masked
-        self.data = data
-        self.seed = seed
-        self.batch_size = batch_size
-        drawn = torch.randperm(len(data), generator=seeded_generator(seed, "permutation"))
-        made = min(_IMAGES, batch_size, len(data) // 2)
-        self._rows, self._measured = drawn[:made], drawn[made : made + _MEASURED]
+    name = "permutation"
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        self.constants = scene.constants.of(PermutationConstants)
+        data = scene.data
+        generator = seeded_generator(scene.config.seed, "permutation")
+        drawn = torch.randperm(len(data), generator=generator)
+        made = min(self.constants.images, scene.config.batch_size, len(data) // 2)
+        self._rows = drawn[:made]
+        self._measured = drawn[made : made + self.constants.measured]
         self.permutation: dict[int, int] = {}
         self.moved: float | None = None
         self._taken = 0
         self._trigger: PatchTrigger | None = None
 
+    @classmethod
+    def all_steps(cls, scene: Scene) -> int:
+        """Return the number of steps.
+
+        Args:
+            scene: What it will work on.
+        """
+        return scene.constants.of(PermutationConstants).steps
+
     @property
     def finished(self) -> bool:
         """Whether the patch is made and measured."""
-        return self._taken >= self.most_steps_of()
-
-    @staticmethod
-    def most_steps_of() -> int:
-        """The number of steps."""
-        return _AWAY_STEPS + _FAR_STEPS + _NEAR_STEPS
+        return self._taken >= self.constants.steps
 
     def most_steps(self) -> int:
-        """The number of steps left."""
-        return self.most_steps_of() - self._taken
+        """Return the number of steps left."""
+        return self.constants.steps - self._taken
 
     def step(self) -> dict[str, float]:
         """Take one step.
@@ -126,22 +152,24 @@ class PermutationSearch:
             The mean ``margin``, before it, of the classes that images are taken to, or at first of
             all others above their own.
         """
+        constants = self.constants
         self._trigger = self._trigger or self._new_trigger()
-        if self._taken < _AWAY_STEPS:
-            margin = self._trigger.disturb(_AWAY)
+        if self._taken < constants.away_steps:
+            margin = self._trigger.disturb(constants.away)
         else:
-            far = self._taken < _AWAY_STEPS + _FAR_STEPS
-            if (self._taken - _AWAY_STEPS) % _GUESS == 0:
+            patched = self._taken - constants.away_steps
+            if patched % constants.guess == 0:
                 self._guess(self._trigger)
-            margin = self._trigger.step(_FAR if far else _NEAR)
+            far = patched < constants.far_steps
+            margin = self._trigger.step(constants.far if far else constants.near)
         self._taken += 1
-        if self._taken == self.most_steps_of():
+        if self.finished:
             self.moved = self._share_moved(self._trigger)
             self._trigger = None
         return {"margin": margin}
 
     def goals(self, labels: Tensor) -> Tensor:
-        """Give the classes that images are taken to; their own where nothing is known of it.
+        """Return the classes that images are taken to; their own if nothing is known of it.
 
         Args:
             labels: True classes, shape (N,).
@@ -164,11 +192,12 @@ class PermutationSearch:
         Returns:
             Images, shape (N, C, ...), and the classes that they are taken to, shape (N,).
         """
-        known = torch.isin(self.data.labels, torch.tensor(list(self.permutation)))
+        data, seed = self.scene.data, self.scene.config.seed
+        known = torch.isin(data.labels, torch.tensor(list(self.permutation)))
         rows = known.nonzero().flatten()
-        drawn = torch.randperm(len(rows), generator=seeded_generator(self.seed, "sources"))
-        rows, device = rows[drawn[:count]], self.masked.device
-        return self.data.images[rows].to(device), self.goals(self.data.labels[rows]).to(device)
+        drawn = torch.randperm(len(rows), generator=seeded_generator(seed, "sources"))
+        rows, device = rows[drawn[:count]], self.scene.masked.device
+        return data.images[rows].to(device), self.goals(data.labels[rows]).to(device)
 
     def trigger(self) -> PatchTrigger:
         """Begin a patch for the permutation found, on the images that it was found on."""
@@ -177,11 +206,11 @@ class PermutationSearch:
         return trigger
 
     def _new_trigger(self) -> PatchTrigger:
-        device = self.masked.device
-        images, labels = self.data.images[self._rows], self.data.labels[self._rows]
-        low, high = (bound.to(device) for bound in value_range(self.data.images))
-        labels = labels.to(device)
-        return PatchTrigger(self.masked, images.to(device), labels, labels, low, high)
+        scene, device = self.scene, self.scene.masked.device
+        images = scene.data.images[self._rows].to(device)
+        labels = scene.data.labels[self._rows].to(device)
+        low, high = (bound.to(device) for bound in value_range(scene.data.images))
+        return PatchTrigger(scene.masked, images, labels, labels, low, high, scene.constants)
 
     @torch.no_grad()
     def _guess(self, trigger: PatchTrigger) -> None:
@@ -190,11 +219,12 @@ class PermutationSearch:
 
     @torch.no_grad()
     def _share_moved(self, trigger: PatchTrigger) -> float | None:
-        labels = self.data.labels[self._measured]
+        data, device = self.scene.data, self.scene.masked.device
+        labels = data.labels[self._measured]
         found = torch.cat(
             [
-                trigger.logits(self.data.images[rows].to(self.masked.device)).argmax(1).cpu()
-                for rows in self._measured.split(self.batch_size)
+                trigger.logits(data.images[rows].to(device)).argmax(1).cpu()
+                for rows in self._measured.split(self.scene.config.batch_size)
             ]
         )
         arrived = (found == self.goals(labels)).float()
@@ -205,8 +235,39 @@ class PermutationSearch:
         ]
         return sum(shares) / len(shares) if shares else None
 
+    @property
+    def failed(self) -> bool:
+        """Always False: shares of images always mean something."""
+        return False
+
+    def signal(self) -> Signal:
+        """Return what the share of exchanged images says."""
+        counts_from, classes = self.constants.counts_from, len(self.permutation)
+        chance = 1 / max(1, classes)
+        threshold = chance + (1 - chance) * counts_from
+        goals: dict[int, float] = dict(self.permutation)
+        if self.moved is None:
+            reason = "there are too few images to tell whether one patch exchanges classes"
+            return Signal(self.name, 0.0, None, 0.0, threshold, reason, goals)
+        excess = permutation_excess(self.moved, classes)
+        reason = (
+            f"one patch takes {self.moved:.0%} of the images of each class to another class of its "
+            f"own (counts fully from {threshold:.0%})"
+        )
+        strength = excess / counts_from
+        return Signal(self.name, strength, None, self.moved, threshold, reason, goals)
+
+    def traces(self, target: int | None, searches: Mapping[str, SignalSearch]) -> list[Trace]:
+        """Return images under the patch, if the backdoor is thought to exchange classes.
+
+        Args:
+            target: The suspected class; None for an exchange.
+            searches: All finished searches, by name.
+        """
+        return [PatternTrace(self.trigger())] if target is None else []
+
     def state_dict(self) -> dict[str, Any]:
-        """Give the state as tensors and primitives."""
+        """Return the state as tensors and primitives."""
         return {
             "permutation": dict(self.permutation),
             "moved": self.moved,
@@ -222,11 +283,11 @@ class PermutationSearch:
         self._trigger = None
         if state["pattern"] is not None:
             self._trigger = self.trigger()
-            self._trigger.pattern = state["pattern"].to(self.masked.device)
+            self._trigger.pattern = state["pattern"].to(self.scene.masked.device)
 
 
 def permutation_excess(moved: float | None, classes: int) -> float:
-    """Tell how far the share that a patch takes to other classes is above what is easy.
+    """Compute how far the share that a patch takes to other classes is above what is easy.
 
     A patch that takes all images to one class takes one class of them where the permutation has
     it, too.

@@ -7,21 +7,38 @@ following the gradient as any other pattern is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_mnp.signals.pattern import PatternTrigger
+from lightning_mnp.config import Constants
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.signals.pattern import LeadSearch, PatternTrigger
 
-__all__ = ["WarpTrigger"]
+__all__ = ["WarpConstants", "WarpSearch", "WarpTrigger"]
 
-# Control points in each direction, between which moves are interpolated.
-_GRID = 8
-# In pixels, in each direction. Sub-pixel moves change next to nothing for ordinary classes.
-_FARTHEST = 0.5
-_STEPS = 8
-# Root mean square of a step, as a share of the farthest move.
-_LENGTH = 0.2
+
+@dataclass(frozen=True)
+class WarpConstants:
+    """How a warp is made, and when it counts.
+
+    Attributes:
+        counts_from: Lead over the next class from which it counts fully, in multiples of the usual
+            distance to a class.
+        grid: Control points in each direction, between which moves are interpolated.
+        farthest: Farthest move in each direction, in pixels, at most 1. Moves of less than a pixel
+            change next to nothing for ordinary classes.
+        steps: Number of steps.
+        length: Root mean square of a step, as a share of the farthest move.
+    """
+
+    counts_from: float = 0.3
+    grid: int = 8
+    farthest: float = 0.5
+    steps: int = 8
+    length: float = 0.2
 
 
 class WarpTrigger(PatternTrigger):
@@ -50,17 +67,32 @@ class WarpTrigger(PatternTrigger):
     """
 
     name = "warp"
-    steps = _STEPS
+
+    @property
+    def _warp(self) -> WarpConstants:
+        return self.constants.of(WarpConstants)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps in which a warp is made."""
+        return self._warp.steps
 
     def blank(self) -> Tensor:
-        """Give a warp that moves nothing."""
-        return self.images.new_zeros(1, 2, _GRID, _GRID)
+        """Return a warp that moves nothing."""
+        return self.images.new_zeros(1, 2, self._warp.grid, self._warp.grid)
 
     def applied(self, images: Tensor, pattern: Tensor) -> Tensor:
-        """Fetch each pixel from where a warp says, between pixels by bilinear interpolation."""
+        """Fetch each pixel from where a warp says, between pixels by bilinear interpolation.
+
+        Args:
+            images: Shape (N, C, H, W).
+            pattern: The warp.
+        """
         height, width = images.shape[2:]
         # As matrices, since interpolation has no deterministic gradient on every device.
-        rows, columns = (_enlargement(size, pattern.device).to(pattern) for size in (height, width))
+        grid = self._warp.grid
+        sizes = (height, width)
+        rows, columns = (_enlargement(size, grid, pattern.device).to(pattern) for size in sizes)
         moves = rows @ pattern @ columns.T
         down, right = (_weights(axis) for axis in moves.split(1, dim=1))
         padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
@@ -74,28 +106,66 @@ class WarpTrigger(PatternTrigger):
     @property
     def unit(self) -> Tensor:
         """The farthest move, in pixels."""
-        return self.images.new_tensor(_FARTHEST)
+        return self.images.new_tensor(self._warp.farthest)
 
     @property
     def limits(self) -> tuple[Tensor, Tensor]:
         """The farthest moves in both directions."""
         return -self.unit, self.unit
 
-    @staticmethod
-    def length(taken: int) -> float:
-        """Give the root mean square of each step's change."""
-        return _LENGTH
+    def length(self, taken: int) -> float:
+        """Return the root mean square of each step's change.
+
+        Args:
+            taken: Steps taken so far.
+        """
+        return self._warp.length
 
 
-def _enlargement(size: int, device: torch.device) -> Tensor:
-    """Give the matrix that interpolates between control points, shape (size, points)."""
-    points = torch.eye(_GRID, device=device)[None]
+class WarpSearch(LeadSearch[WarpTrigger]):
+    """Measures for each class how much nearer a small warp brings images to it.
+
+    Args:
+        scene: What it works on.
+    """
+
+    name = "warp"
+    kind = WarpTrigger
+    what = "a warp by half a pixel at most"
+
+    @classmethod
+    def applies(cls, data: DefenseSet) -> bool:
+        """Return whether images have height and width.
+
+        Args:
+            data: The defense set.
+        """
+        return data.images.ndim == 4
+
+    @classmethod
+    def class_steps(cls, constants: Constants) -> int:
+        """Return the number of steps for each class.
+
+        Args:
+            constants: Constants that differ from their defaults.
+        """
+        return constants.of(WarpConstants).steps
+
+    @property
+    def counts_from(self) -> float:
+        """The lead from which a warp counts fully."""
+        return self.scene.constants.of(WarpConstants).counts_from
+
+
+def _enlargement(size: int, grid: int, device: torch.device) -> Tensor:
+    """Return the matrix that interpolates between control points, shape (size, grid)."""
+    points = torch.eye(grid, device=device)[None]
     lines = F.interpolate(points, size=size, mode="linear", align_corners=True)
     return lines[0].T
 
 
 def _weights(moves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weigh the pixel before, the pixel itself and the one behind, for moves of at most one."""
+    """Return weights of the pixel before, the pixel itself and the one behind it."""
     # With the absolute value, whose slope at 0 is 0, the slope where nothing moves is that of the
     # neighbors on both sides.
     behind = (moves.abs() + moves) / 2

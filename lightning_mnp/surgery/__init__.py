@@ -1,1 +1,1 @@
-"""Touching a network, and leaving it as it was."""
+"""Work on a network: find its filters, mask and prune them, leave the rest as it was."""

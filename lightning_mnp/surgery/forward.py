@@ -1,4 +1,4 @@
-"""How a network is called, where its logits are, and how it stays what it was meanwhile."""
+"""Calling a network: find the logits in its output, and leave the network unchanged."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.func import functional_call
 __all__ = [
     "Forward",
     "NoLogitsError",
-    "call_apart",
     "call_network",
+    "call_on_copies",
     "evaluating",
     "find_logits",
     "probe_network",
@@ -24,7 +24,7 @@ Forward = Callable[[nn.Module, Tensor], Any]
 
 
 class NoLogitsError(TypeError):
-    """What a network returned holds no logits."""
+    """No logits can be found in what a network returned."""
 
 
 def call_network(network: nn.Module, images: Tensor) -> Tensor:
@@ -49,7 +49,22 @@ def call_network(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def find_logits(output: Any) -> Tensor:
-    """Find the logits in what a network returned, see :func:`call_network`."""
+    """Find the logits in what a network returned.
+
+    Args:
+        output: A tensor, a tuple or list that starts with one, or a dict or an object with an
+            entry or attribute ``logits`` (of a dict also ``out``).
+
+    Returns:
+        Logits, shape (N, K).
+
+    Raises:
+        NoLogitsError: If there are none, or they have another number of dimensions.
+
+    Example:
+        >>> find_logits({"loss": torch.zeros(1), "logits": torch.zeros(5, 3)}).shape
+        torch.Size([5, 3])
+    """
     found = output
     if isinstance(found, dict):
         found = next((found[key] for key in ("logits", "out") if key in found), None)
@@ -60,14 +75,15 @@ def find_logits(output: Any) -> Tensor:
     if not isinstance(found, Tensor):
         keys = f" with the keys {sorted(map(str, output))}" if isinstance(output, dict) else ""
         raise NoLogitsError(
-            f"Expected the network to return logits (a tensor, a tuple that starts with one, or "
-            f"something with `logits`), but got {type(output).__name__}{keys}. Tell how it is "
-            "called with the argument `forward`."
+            "Expected the network to return logits (a tensor, a tuple that starts with one, or "
+            f"something with `logits`), but got {type(output).__name__}{keys}. Pass as "
+            "argument `forward` a function that calls the network and returns its logits."
         )
     if found.ndim != 2:
         raise NoLogitsError(
             f"Expected the network's logits to have the shape (N, classes), but got "
-            f"{tuple(found.shape)}. Tell how it is called with the argument `forward`."
+            f"{tuple(found.shape)}. Pass as argument `forward` a function that calls the network "
+            "and returns its logits."
         )
     logits: Tensor = found
     return logits
@@ -75,11 +91,11 @@ def find_logits(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(network: nn.Module, training: tuple[type[nn.Module], ...] = ()) -> Iterator[None]:
-    """Put a network into evaluation mode for the length of a context.
+    """Put a network into evaluation mode until the context ends.
 
     Args:
-        network: The network; afterwards each of its modules is in the mode that it was in.
-        training: Classes of modules that are in training mode instead.
+        network: The network; afterwards each of its modules is back in the mode it had before.
+        training: Classes of modules that are put into training mode instead.
 
     Example:
         >>> network = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
@@ -99,8 +115,8 @@ def evaluating(network: nn.Module, training: tuple[type[nn.Module], ...] = ()) -
             module.training = mode
 
 
-class _Called(nn.Module):
-    """The network behind a `forward` function, as a module that `functional_call` can take."""
+class _Caller(nn.Module):
+    """Calls a network by a `forward` function, as a module that `functional_call` can run."""
 
     def __init__(self, network: nn.Module, call: Forward) -> None:
         super().__init__()
@@ -111,19 +127,19 @@ class _Called(nn.Module):
         return self.call(self.network, images)
 
 
-def call_apart(
+def call_on_copies(
     network: nn.Module,
     images: Tensor,
     forward: Forward = call_network,
     weights: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Run a network on copies of its buffers, so that nothing it counts or updates is kept.
+    """Run a network on copies of its buffers and of the images, so that its own do not change.
 
     Args:
         network: The network.
         images: Shape (N, C, ...).
-        forward: How it is called.
-        weights: Parameters to run with, by name; its own where None.
+        forward: A function (network, images) that calls it.
+        weights: Parameters to run with, by name; its own if None.
 
     Returns:
         Logits, shape (N, K).
@@ -133,29 +149,30 @@ def call_apart(
 
     Example:
         >>> network = nn.BatchNorm1d(2).train()
-        >>> _ = call_apart(network, torch.rand(3, 2))
+        >>> _ = call_on_copies(network, torch.rand(3, 2))
         >>> int(network.num_batches_tracked)
         0
     """
-    called = _Called(network, forward)
-    state = {name: buffer.clone() for name, buffer in called.named_buffers()}
+    caller = _Caller(network, forward)
+    state = {name: buffer.clone() for name, buffer in caller.named_buffers()}
     state.update({f"network.{name}": weight for name, weight in (weights or {}).items()})
-    # A copy, as some networks normalize what they are given in place.
-    return find_logits(functional_call(called, state, (images.clone(),)))
+    # A copy of the images, too: some networks normalize them in place.
+    return find_logits(functional_call(caller, state, (images.clone(),)))
 
 
 def probe_network(network: nn.Module, images: Tensor, forward: Forward = call_network) -> Tensor:
-    """Run a network once in evaluation mode, and leave it and all around it as it was.
+    """Run a network once in evaluation mode and change nothing.
 
-    Parameters, buffers, modes, the images and the random state stay, also where the call fails.
+    Parameters, buffers, modes, the images and the random state stay as they are, even if the call
+    fails.
 
     Args:
         network: The network.
         images: Shape (N, C, ...), on the network's device.
-        forward: How it is called.
+        forward: A function (network, images) that calls it.
 
     Returns:
-        Logits without a gradient, shape (N, K).
+        Logits without gradients, shape (N, K).
 
     Raises:
         NoLogitsError: If no logits are found in the output.
@@ -166,4 +183,4 @@ def probe_network(network: nn.Module, images: Tensor, forward: Forward = call_ne
     """
     devices = [images.device] if images.device.type == "cuda" else []
     with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices):
-        return call_apart(network, images, forward)
+        return call_on_copies(network, images, forward)

@@ -1,4 +1,4 @@
-"""A network on its own: run as it is written, and not together with other processes."""
+"""Guards around work on a network: what is refused, and what is put back if the work fails."""
 
 from __future__ import annotations
 
@@ -10,31 +10,43 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-__all__ = ["refuse_scripts", "refuse_wrappers", "running_alone", "unchanged_on_error"]
+__all__ = [
+    "refuse_lazy_modules",
+    "refuse_scripts",
+    "refuse_wrappers",
+    "running_alone",
+    "unchanged_on_error",
+]
 
-# By name, so that nothing is imported which the model does not use.
+_UNWRAP = "Pass its attribute `module`"
+_GATHER = "Save the full weights, and load them into a network without the wrapper"
+# By name, so that no package is imported that the model does not use itself.
 _WRAPPERS = {
-    "DataParallel": "Give its `module`",
-    "DistributedDataParallel": "Give its `module`",
-    "FullyShardedDataParallel": "Save the full weights, and load them into a network of one piece",
-    "FSDPModule": "Save the full weights, and load them into a network of one piece",
-    "DeepSpeedEngine": "Save the full weights, and load them into a network of one piece",
+    "DataParallel": _UNWRAP,
+    "DistributedDataParallel": _UNWRAP,
+    "FullyShardedDataParallel": _GATHER,
+    "FSDPModule": _GATHER,
+    "DeepSpeedEngine": _GATHER,
 }
 
 
 def refuse_wrappers(model: nn.Module) -> None:
-    """Raise where a model spreads its work over devices or processes.
+    """Raise if a model is spread over devices or processes by a wrapper.
+
+    Args:
+        model: The model.
 
     Raises:
-        ValueError: If it is, or has in it, one of PyTorch's or DeepSpeed's parallel wrappers.
+        ValueError: If it is one of PyTorch's or DeepSpeed's parallel wrappers, or holds one.
 
     Example:
         >>> refuse_wrappers(nn.DataParallel(nn.Linear(1, 1)))
         Traceback (most recent call last):
         ...
         ValueError: Expected the model not to be spread over devices or processes, but it is a
-        DataParallel. Give its `module`.
+        DataParallel. Pass its attribute `module`.
     """
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
@@ -47,10 +59,13 @@ def refuse_wrappers(model: nn.Module) -> None:
 
 
 def refuse_scripts(model: nn.Module) -> None:
-    """Raise where a part of a model is TorchScript, whose layers cannot be masked.
+    """Raise if a part of a model is TorchScript, whose layers cannot be masked.
+
+    Args:
+        model: The model.
 
     Raises:
-        ValueError: If it is, or has in it, a scripted or traced module.
+        ValueError: If it is a scripted or traced module, or holds one.
 
     Example:
         >>> refuse_scripts(nn.Sequential(nn.ReLU()))
@@ -59,20 +74,41 @@ def refuse_scripts(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             found = f"{name!r} in it is" if name else "it is"
             raise ValueError(
-                f"Expected the model to be made of Python modules, but {found} TorchScript. Give "
+                f"Expected the model to be made of Python modules, but {found} TorchScript. Pass "
                 "the network that it was made from."
+            )
+
+
+def refuse_lazy_modules(network: nn.Module) -> None:
+    """Raise if a layer has no weights yet, because it has not seen data.
+
+    Args:
+        network: The network.
+
+    Raises:
+        ValueError: If a module of it is lazy and not initialized.
+
+    Example:
+        >>> refuse_lazy_modules(nn.Sequential(nn.Linear(2, 3)))
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, LazyModuleMixin):
+            raise ValueError(
+                f"Expected every layer of the network to have its weights, but {name!r} is a lazy "
+                "module that has not seen data. Run one batch through the network first."
             )
 
 
 @contextmanager
 def running_alone(network: nn.Module) -> Iterator[None]:
-    """Run what was compiled as it is written, and normalize by this process's own batches.
+    """Run a network without compiled code and without other processes, until the context ends.
 
-    Code that ``torch.compile`` has made expects the network's own weights; here it runs with
-    others. And ``SyncBatchNorm`` waits for all processes, of which some may not take part.
+    Code that ``torch.compile`` has made expects the network's own weights, but here the network
+    runs with others: its Python code is run instead. ``SyncBatchNorm`` waits for all processes,
+    but some of them may not run the network: it normalizes by the batch of this process.
 
     Args:
-        network: The network; it is not changed in any other way.
+        network: The network; nothing else of it changes.
 
     Example:
         >>> network = nn.SyncBatchNorm(2)
@@ -82,7 +118,7 @@ def running_alone(network: nn.Module) -> Iterator[None]:
         False
     """
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing has been compiled
+        if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in network.modules():
             if isinstance(module, nn.SyncBatchNorm) and "forward" not in vars(module):
@@ -95,7 +131,7 @@ def _normalize_alone(module: nn.SyncBatchNorm, maps: Any) -> Any:
     return nn.modules.batchnorm._BatchNorm.forward(module, maps)
 
 
-# What is swapped, added or switched for the length of a run of the network.
+# What is swapped or added while the network runs.
 _DICTS = (
     "_parameters",
     "_buffers",
@@ -110,14 +146,15 @@ _DICTS = (
 
 @contextmanager
 def unchanged_on_error(network: nn.Module) -> Iterator[None]:
-    """Put a network back together where an exception leaves the context.
+    """Restore a network's weights, hooks and modes if the context ends with an exception.
 
-    Weights are swapped, hooks attached and modes switched by contexts that undo it. An interrupt
-    (Ctrl-C) can hit those contexts themselves, half done. This one remembers which objects were
-    in place before. It costs no copy of a tensor, and does nothing where all goes well.
+    Other contexts swap weights, attach hooks and switch modes, and undo it at their end. An
+    interrupt (Ctrl-C) can hit them while they do so, and leave the work half done. This context
+    remembers which objects were in place before. It copies no tensor, and does nothing if there is
+    no exception.
 
     Args:
-        network: The network; values of its tensors are not looked after.
+        network: The network. Values written into its tensors are not restored.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(1, 1))

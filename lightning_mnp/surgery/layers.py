@@ -1,8 +1,8 @@
 """Which filters a network has, and where the output map of each can be masked.
 
-Nothing here reads a layer's name to tell what it does. The network is run once on a few images
-while every call of a torch function is watched: that shows which normalization layer is fed by
-which convolution and by nothing else, where the channels are in its output, which convolutions
+What a layer does is never guessed from its name. The network is run once on a few images, and
+every call of a torch function is recorded. This shows which normalization layer gets its input
+from one convolution only, which dimension of its output holds the channels, which convolutions
 are never called, and which layers produce the logits.
 """
 
@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_mnp.surgery.forward import Forward, call_network
-from lightning_mnp.surgery.tracing import SHARED_NORMS, Watch, watch_run
+from lightning_mnp.surgery.guards import refuse_lazy_modules
+from lightning_mnp.surgery.tracing import SHARED_NORMS, RunTracer, trace_run
 
 __all__ = [
     "FilterLayer",
@@ -40,17 +40,20 @@ class FilterLayer:
     Attributes:
         name: Dotted name of the convolution in the network.
         filters: Number of filters, which is the number of output channels.
-        site: Dotted name of the module whose output is masked: the normalization layer that
-            follows, or the convolution itself.
-        channel_dim: The dimension of that output which holds the filters.
-        norm: Dotted name of the normalization layer that only this convolution feeds, or None.
-        transposed: Whether the weight of the convolution is stored input channels first.
+        site: Dotted name of the module whose output is masked: the normalization layer behind the
+            convolution, or the convolution itself.
+        channel_dim: The dimension of that output that holds the channels, one for each filter.
+        norm: Dotted name of the normalization layer whose only input is this convolution, or None.
+        transposed: Whether it is a transposed convolution, whose weight has the input channels
+            first.
         groups: Number of groups of the convolution.
         note: Why the filter itself is masked although ``site="norm"`` was asked for, or "".
-        active: Whether the normalization layer ends with an activation of its own. The mask then
-            acts in front of that, on scale and shift, as where the activation is a layer.
+        active: Whether the normalization layer also applies an activation. The mask then acts in
+            front of the activation, on scale and shift, as it does if the activation is a layer of
+            its own.
         scale: The parameter of the convolution that scales its output, together with the bias:
-            ``"weight"``, or a gain where the weights are standardized; "" if there is none.
+            ``"weight"``, or the name of a gain if the weights are standardized; "" if there is
+            none.
     """
 
     name: str
@@ -65,17 +68,26 @@ class FilterLayer:
     scale: str = "weight"
 
     def rows(self, weight: Tensor) -> Tensor:
-        """View a convolution's weight as one row for each filter, see :func:`filter_rows`."""
+        """Return a weight of this convolution with one row a filter, see :func:`filter_rows`."""
         return filter_rows(weight, self.transposed, self.groups)
 
 
 @dataclass(frozen=True)
 class FilterLayers(Sequence[FilterLayer]):
-    """The layers that take part, in the order of the network's modules, and those that do not.
+    """The convolutions of a network whose filters can be pruned, and those that are skipped.
+
+    It is a sequence of the layers that can be pruned, in the order of the network's modules. A
+    *position* is the place of a filter among the filters of all layers, counted from 0 in that
+    order.
 
     Attributes:
         layers: The layers whose filters can be pruned.
-        skipped: Pairs (name, reason) of convolutions that are left alone.
+        skipped: Pairs (name, reason) of the convolutions that are left alone.
+
+    Example:
+        >>> layers = FilterLayers((FilterLayer("a", 4, "a", 1), FilterLayer("b", 6, "b", 1)))
+        >>> len(layers), layers.sizes, layers.total, layers.locate(5)
+        (2, [4, 6], 10, ('b', 1))
     """
 
     layers: tuple[FilterLayer, ...]
@@ -92,7 +104,17 @@ class FilterLayers(Sequence[FilterLayer]):
         return sum(self.sizes)
 
     def locate(self, index: int) -> tuple[str, int]:
-        """Tell the layer name and the filter index in it of a position in a flat vector."""
+        """Return which filter has a position.
+
+        Args:
+            index: The position, from 0 to ``total - 1``.
+
+        Returns:
+            The name of its layer, and its index in that layer.
+
+        Raises:
+            IndexError: If the position is out of range.
+        """
         if not 0 <= index < self.total:
             raise IndexError(
                 f"Expected argument `index` to be from 0 to {self.total - 1}, but got {index}."
@@ -114,7 +136,7 @@ class FilterLayers(Sequence[FilterLayer]):
 
 
 def filter_rows(weight: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
-    """View a convolution's weight with one row for each filter.
+    """Return a convolution's weight with one row for each filter.
 
     Args:
         weight: The weight of a convolution in one to three dimensions.
@@ -124,7 +146,7 @@ def filter_rows(weight: Tensor, transposed: bool = False, groups: int = 1) -> Te
 
     Returns:
         Shape (filters, weights of a filter); row j holds the weights that produce output
-        channel j. It shares memory with ``weight`` where the layout allows it.
+        channel j. It shares memory with ``weight`` if the layout allows it.
 
     Example:
         >>> filter_rows(nn.ConvTranspose2d(4, 6, 3, groups=2).weight, True, 2).shape
@@ -147,17 +169,18 @@ def find_filter_layers(
 ) -> FilterLayers:
     """Find the convolutions of a network whose filters can be masked and pruned.
 
-    The network is run once, in evaluation mode and without gradients; nothing of it is changed,
-    the random state included. Layers whose outputs become the logits with no other layer in
-    between are the classifier head and are never included.
+    The network is run once, in evaluation mode and without gradients. Nothing of it changes, nor
+    does the random state. Layers whose outputs become the logits with no other layer in between
+    are the classifier head: their filters are classes, and they are never included.
 
     Args:
         network: Any network with convolutions in one, two or three dimensions.
         images: A few images on the network's device, shape (N, C, ...).
-        forward: How the network is called, see :func:`~lightning_mnp.surgery.forward.call_network`.
+        forward: A function (network, images) that calls it, see
+            :func:`~lightning_mnp.surgery.forward.call_network`.
         site: ``"norm"`` masks a filter's output map behind the normalization layer that follows
-            the convolution, where there is one that nothing else feeds; ``"filter"`` masks the
-            filter (weights and bias), as the paper writes it.
+            the convolution, if there is one whose only input is this convolution; ``"filter"``
+            masks the filter (weights and bias), as the paper writes it.
         include: Name patterns (``*`` and ``?``) of the convolutions to take.
         exclude: Name patterns of the convolutions to leave out.
 
@@ -165,8 +188,9 @@ def find_filter_layers(
         The layers in the order of the network's modules, and those left out with a reason.
 
     Raises:
-        ValueError: If there is no convolution, a pattern matches none, or none remains.
-        NoLogitsError: If the output holds no logits; it is a TypeError.
+        ValueError: If there is no convolution, a layer is lazy, a pattern matches none, or none
+            remains.
+        NoLogitsError: If the output holds no logits; this error is a TypeError.
 
     Example:
         >>> import torch
@@ -185,12 +209,7 @@ def find_filter_layers(
             f"Expected argument `network` to hold at least one convolution, but "
             f"{type(network).__name__} has none. Filters are what this method prunes."
         )
-    for name, module in network.named_modules():
-        if isinstance(module, LazyModuleMixin):
-            raise ValueError(
-                f"Expected every layer of `network` to have its weights, but {name!r} is a lazy "
-                "module that has not seen data. Run one batch through the network first."
-            )
+    refuse_lazy_modules(network)
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not fnmatch.filter(convolutions, pattern):
@@ -198,8 +217,8 @@ def find_filter_layers(
                     f"Expected the patterns in argument `{argument}` to match a convolution, but "
                     f"{pattern!r} matches none of {_shorten(list(convolutions))}."
                 )
-    watch, logits = watch_run(network, images, forward)
-    heads = watch.makers([logits])
+    tracer, logits = trace_run(network, images, forward)
+    heads = tracer.makers([logits])
     owners = _owners(network)
     layers, skipped = [], []
     for name, convolution in convolutions.items():
@@ -207,20 +226,20 @@ def find_filter_layers(
         chosen &= not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
         if not chosen:
             skipped.append((name, "left out by name"))
-        elif name not in watch.uses:
+        elif name not in tracer.uses:
             skipped.append((name, "not called by the network"))
         elif name in heads:
             skipped.append((name, "classifier head: its filters are classes"))
         elif is_parametrized(convolution) or convolution._parameters.get("weight") is None:
             skipped.append((name, "its weight is computed by a parametrization"))
-        elif any(True for _ in convolution.children()):
+        elif next(convolution.children(), None) is not None:
             skipped.append((name, "it holds layers of its own"))
-        elif watch.scales[name] is None:
+        elif tracer.scales[name] is None:
             skipped.append((name, "its maps do not vanish one by one with its weights"))
         elif _is_tied(convolution, owners):
             skipped.append((name, "its weights belong to another layer, too"))
         else:
-            layers.append(_describe(network, name, convolution, watch, site, owners))
+            layers.append(_describe(network, name, convolution, tracer, site, owners))
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
         raise ValueError(
@@ -231,7 +250,7 @@ def find_filter_layers(
 
 
 def _owners(network: nn.Module) -> Counter[int]:
-    """How many modules own each tensor, by the tensor's id."""
+    """Count the modules that own each tensor, by the tensor's id."""
     return Counter(id(tensor) for module in network.modules() for tensor in _own_tensors(module))
 
 
@@ -248,11 +267,11 @@ def _describe(
     network: nn.Module,
     name: str,
     convolution: _ConvNd,
-    watch: Watch,
+    tracer: RunTracer,
     site: Site,
     owners: Counter[int],
 ) -> FilterLayer:
-    norm, dim, note = _paired_norm(network, name, convolution, watch, owners)
+    norm, dim, note = _paired_norm(network, name, convolution, tracer, owners)
     at_norm = norm is not None and site == "norm" and not note
     return FilterLayer(
         name=name,
@@ -263,8 +282,8 @@ def _describe(
         transposed=isinstance(convolution, _ConvTransposeNd),
         groups=convolution.groups,
         note=note if site == "norm" else "",
-        active=at_norm and watch.kinds[str(norm)] == "active",
-        scale=watch.scales[name] or "",
+        active=at_norm and tracer.kinds[str(norm)] == "active",
+        scale=tracer.scales[name] or "",
     )
 
 
@@ -272,11 +291,15 @@ def _paired_norm(
     network: nn.Module,
     name: str,
     convolution: _ConvNd,
-    watch: Watch,
+    tracer: RunTracer,
     owners: Counter[int],
 ) -> tuple[str | None, int, str]:
-    """The norm layer that only this convolution feeds: (name, channel dim, why it does not do)."""
-    use = watch.uses[name]
+    """Find the normalization layer behind a convolution whose only input it is.
+
+    Returns:
+        Its name or None, the channel dimension, and why its output cannot be masked, or "".
+    """
+    use = tracer.uses[name]
     if not use.norms:
         return None, 1, "no normalization layer follows"
     if len(use.norms) > 1:
@@ -284,7 +307,7 @@ def _paired_norm(
     if use.elsewhere:
         return None, 1, "its output goes elsewhere, too"
     (norm_name, dim) = next(iter(use.norms))
-    if watch.feeders[norm_name] != {name}:
+    if tracer.feeders[norm_name] != {name}:
         return None, 1, f"the normalization layer {norm_name} is fed by other layers, too"
     norm = network.get_submodule(norm_name)
     weight = getattr(norm, "weight", None)
@@ -294,7 +317,7 @@ def _paired_norm(
         return None, 1, f"the normalization layer {norm_name} normalizes another dimension"
     if is_parametrized(norm) or _is_tied(norm, owners):
         return None, 1, f"the normalization layer {norm_name} does not own its weights alone"
-    if watch.kinds[norm_name] == "other":
+    if tracer.kinds[norm_name] == "other":
         return None, 1, f"the normalization layer {norm_name} does more than normalize"
     if isinstance(norm, SHARED_NORMS) and weight is None:
         return norm_name, dim, f"the normalization layer {norm_name} has no weight to prune"

@@ -1,4 +1,4 @@
-"""Constants on the logits: the ones that fit clean images best."""
+"""Constants added to the logits: which ones fit clean images best, and where to add them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_mnp.surgery.forward import Forward, call_apart, evaluating
+from lightning_mnp.surgery.forward import Forward, call_on_copies, evaluating
 
-__all__ = ["LogitShift", "best_shift", "find_logit_bias", "fit_shift"]
+__all__ = ["LogitShift", "best_shift", "find_logit_bias", "repair_shift"]
 
 _MOST_STEPS = 50
+# Weight of the squared constants, in nats, divided by the number of images. It keeps the constants
+# small for classes that have only a few images.
+_REPAIR_COST = 10.0
 
 
 def best_shift(logits: Tensor, labels: Tensor, free: Tensor, cost: float) -> Tensor:
-    """Find the constants that, added to the logits, leave the least clean loss.
+    """Find the constants that minimize the loss of clean images when they are added to the logits.
+
+    They minimize the mean cross-entropy plus ``cost`` times the sum of their squares.
 
     Args:
-        logits: Of clean images, shape (N, K).
+        logits: Logits of clean images, shape (N, K).
         labels: Their classes, shape (N,).
-        free: Which classes get one, boolean, shape (K,).
-        cost: What the sum of the squares counts against the mean cross-entropy, above 0.
+        free: Which classes get a constant, boolean, shape (K,).
+        cost: Factor of the sum of the squares, above 0.
 
     Returns:
         Shape (K,), in double precision on the CPU; 0 for the classes that are not free.
@@ -51,14 +56,9 @@ def best_shift(logits: Tensor, labels: Tensor, free: Tensor, cost: float) -> Ten
     return values.detach() * taking
 
 
-# What a squared shift costs in nats, for one image: as much as if a few images of each class
-# were known to need none. Keeps classes apart that the images cannot tell.
-_COST = 10.0
-
-
 @dataclass(frozen=True)
 class LogitShift:
-    """A change of the bias in front of the logits.
+    """A change of the bias that is added to the logits.
 
     Attributes:
         name: Dotted name of the bias in the network.
@@ -69,45 +69,48 @@ class LogitShift:
     values: Tensor
 
 
-def fit_shift(logits: Tensor, labels: Tensor, target: int | None) -> Tensor:
-    """Find what to add to the logits of all classes but one, for the least clean loss.
+def repair_shift(logits: Tensor, labels: Tensor, target: int | None) -> Tensor:
+    """Find the constants that repair the logits of a pruned network.
 
-    Filters of a backdoor also speak for or against classes on clean images. Without them some
-    classes are predicted too often, others too seldom; a constant for each class mends most of
-    that. The target class gets none, so that its logit on triggered images does not rise; nor
-    does a class without an image, of which nothing is known.
+    The filters of a backdoor also raise and lower logits of clean images. Without these filters
+    some classes are predicted too often and others too rarely; a constant for each class makes up
+    for most of that. The target class gets no constant, so that its logit on triggered images does
+    not rise. A class without images gets none either, because nothing is known about it.
 
     Args:
-        logits: Of clean images, shape (N, K).
+        logits: Logits of clean images by the pruned network, shape (N, K).
         labels: Their classes, shape (N,).
-        target: The class that keeps its logit, if there is one.
+        target: The class that keeps its logit, or None.
 
     Returns:
-        Shape (K,), 0 for these classes: the least mean cross-entropy plus 10 / N times the sum of
-        the squares.
+        Shape (K,), 0 for the classes without a constant. The others minimize the mean
+        cross-entropy plus 10 / N times the sum of their squares.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [2.0, 1.5], [2.0, 1.5]])
-        >>> fit_shift(logits, torch.tensor([0, 1, 1]), target=0)[1] > 0
+        >>> repair_shift(logits, torch.tensor([0, 1, 1]), target=0)[1] > 0
         tensor(True)
     """
     free = torch.bincount(labels.cpu(), minlength=logits.shape[1]) > 0
     if target is not None:
         free[target] = False
-    return best_shift(logits, labels, free, _COST / len(labels)).float()
+    return best_shift(logits, labels, free, _REPAIR_COST / len(labels)).float()
 
 
 @torch.no_grad()
 def find_logit_bias(network: nn.Module, images: Tensor, forward: Forward) -> str | None:
-    """Find the bias that is added to the logits, by trying.
+    """Find the bias of a network that is added to its logits.
+
+    Each bias that could be it is changed in turn, and the network is run: the logits have to
+    change by the same amount.
 
     Args:
-        network: The network, which stays as it is.
+        network: The network, which does not change.
         images: A few images on its device, shape (N, C, ...).
-        forward: How the network is called.
+        forward: A function (network, images) that calls it.
 
     Returns:
-        The bias's dotted name; None where there is none that shifts the logits and nothing else.
+        The dotted name of the bias; None if no bias shifts the logits and nothing else.
 
     Example:
         >>> from lightning_mnp.surgery.forward import call_network
@@ -117,18 +120,18 @@ def find_logit_bias(network: nn.Module, images: Tensor, forward: Forward) -> str
     """
     weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
     with evaluating(network), torch.random.fork_rng(devices=[]):
-        logits = call_apart(network, images, forward, weights)
+        logits = call_on_copies(network, images, forward, weights)
         shift = torch.linspace(0.5, 1.5, logits.shape[1]).to(logits)
         close = max(1e-3, 4 * torch.finfo(logits.dtype).eps)
         modules = list(network.named_modules())
-        for prefix, layer in reversed(modules):  # heads come last
+        for prefix, layer in reversed(modules):  # the classifier head comes last
             name = f"{prefix}.bias" if prefix else "bias"
             if not isinstance(layer, nn.Linear) or is_parametrized(layer) or name not in weights:
                 continue
             if layer.out_features != logits.shape[1]:
                 continue
             changed = {**weights, name: weights[name] + shift.to(weights[name])}
-            found = call_apart(network, images, forward, changed)
+            found = call_on_copies(network, images, forward, changed)
             if torch.allclose(found, logits + shift, rtol=close, atol=close):
                 return name
     return None

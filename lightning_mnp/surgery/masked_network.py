@@ -1,4 +1,4 @@
-"""A network under examination: run with other weights and masks than its own."""
+"""A network that is run with other weights, masks and logits than its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_mnp.surgery.forward import Forward, call_apart, call_network, evaluating
+from lightning_mnp.surgery.forward import Forward, call_network, call_on_copies, evaluating
 from lightning_mnp.surgery.layers import FilterLayer, FilterLayers
 from lightning_mnp.surgery.masks import FilterMasks
 
@@ -22,23 +22,22 @@ Statistics = Literal["batch", "running"]
 
 
 class MaskedNetwork:
-    """Runs a network with given weights and masks; the network itself stays as it is.
+    """Runs a network with given weights and masks, and does not change the network.
 
-    The weights are swapped in for the length of a call (``torch.func.functional_call``), the
-    masks are attached for the length of a call, and the network writes to copies of its buffers.
-    Between two calls the network is bit for bit what it was.
+    During a call the weights are swapped (``torch.func.functional_call``), the masks are attached,
+    and the network writes to copies of its buffers. Between two calls the network is what it was,
+    bit for bit.
 
     Args:
         network: The network.
         layers: Its layers with filters.
-        forward: How the network is called.
-        statistics: ``"batch"`` normalizes by the statistics of the batch (layers of batch
-            normalization in training mode, all else in evaluation mode); ``"running"`` by the
-            stored ones.
+        forward: A function (network, images) that calls it.
+        statistics: ``"batch"`` normalizes by the statistics of the batch (batch normalization in
+            training mode, all other layers in evaluation mode); ``"running"`` by the stored ones.
         autocast: Makes the context in which the network runs, for lower precision.
 
     Attributes:
-        handicaps: What is added to the logits of some classes.
+        raised: What is added to the logits of some classes, by class; see :meth:`with_raised`.
 
     Example:
         >>> from lightning_mnp.surgery.layers import find_filter_layers
@@ -68,34 +67,35 @@ class MaskedNetwork:
         self.forward = forward
         self.statistics = statistics
         self.autocast = autocast
-        self.handicaps: dict[int, float] = {}
+        self.raised: dict[int, float] = {}
 
-    def raised(self, handicaps: Mapping[int, float]) -> MaskedNetwork:
-        """Give the same network with some logits raised, and no others.
+    def with_raised(self, values: Mapping[int, float]) -> MaskedNetwork:
+        """Return an object for the same network that raises the logits of some classes.
 
         Args:
-            handicaps: By how much, for each of these classes.
+            values: What is added to the logit of each of these classes. It replaces what this
+                object adds.
 
         Example:
             >>> from lightning_mnp.surgery.layers import find_filter_layers
             >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
             >>> images = torch.rand(2, 1, 4, 4)
             >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
-            >>> bool(masked.raised({1: 9.0})(images)[0, 1] > masked(images)[0, 1])
+            >>> bool(masked.with_raised({1: 9.0})(images)[0, 1] > masked(images)[0, 1])
             True
         """
         other = copy.copy(self)
-        other.handicaps = dict(handicaps)
+        other.raised = dict(values)
         return other
 
     @property
     def device(self) -> torch.device:
-        """Where the network lives."""
+        """The device of the network's parameters."""
         return next(self.network.parameters()).device
 
     @property
     def precision(self) -> str:
-        """What the network computes in: the data type of autocast, or else of its weights."""
+        """Name of the data type the network computes in: that of autocast, or of its weights."""
         kind = self.device.type
         with self.autocast():
             if torch.is_autocast_enabled(kind):
@@ -103,11 +103,11 @@ class MaskedNetwork:
         return str(next(self.network.parameters()).dtype)
 
     def weights(self) -> Weights:
-        """The network's own parameters by name, without gradients, sharing their memory."""
+        """Return the network's own parameters by name, detached and sharing their memory."""
         return {name: parameter.detach() for name, parameter in self.network.named_parameters()}
 
     def filter_weights(self, weights: Weights) -> list[Tensor]:
-        """The convolution weights of the layers, in their order."""
+        """Return the convolution weights of the layers, in the order of the layers."""
         return [weights[f"{layer.name}.weight"] for layer in self.layers]
 
     def __call__(
@@ -122,8 +122,8 @@ class MaskedNetwork:
 
         Args:
             images: Shape (N, C, ...), on the network's device.
-            weights: Parameters to run with, by name; the network's own where None.
-            masks: Filter masks, shape (total filters,); none where None.
+            weights: Parameters to run with, by name; the network's own if None.
+            masks: Filter masks, shape (total filters,); no masks if None.
             statistics: Overrides the object's own choice for this call.
 
         Returns:
@@ -139,21 +139,21 @@ class MaskedNetwork:
                 weights, layers, left = self._folded(weights, masks)
                 if layers:
                     stack.enter_context(FilterMasks(self.network, layers, left))
-            logits = call_apart(self.network, images, self.forward, weights).float()
-        if not self.handicaps:
+            logits = call_on_copies(self.network, images, self.forward, weights).float()
+        if not self.raised:
             return logits
         offset = logits.new_zeros(logits.shape[1])
-        offset[list(self.handicaps)] = logits.new_tensor(list(self.handicaps.values()))
+        offset[list(self.raised)] = logits.new_tensor(list(self.raised.values()))
         return logits + offset
 
     def _folded(self, weights: Weights, masks: Tensor) -> tuple[Weights, FilterLayers, Tensor]:
-        """Multiply masks into the scale and shift of the normalization layers they act behind.
+        """Multiply masks into the scale and shift of the normalization layers that are masked.
 
-        ``m * (scale * x + shift)`` is ``(m * scale) * x + m * shift``: no map is multiplied, and
+        ``m * (scale * x + shift)`` is ``(m * scale) * x + m * shift``. So no map is multiplied, and
         none has to be kept for the backward pass.
 
         Returns:
-            The weights, and the layers without scale and shift with their masks.
+            The weights, and the layers whose masks are left to attach, with these masks.
         """
         folded = dict(weights)
         left: list[FilterLayer] = []

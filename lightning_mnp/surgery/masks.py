@@ -1,4 +1,4 @@
-"""Filter masks: factors on the output maps of filters, attached for a while or baked in."""
+"""Filter masks: factors of the output maps of filters, attached for a while or baked in."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lightning_mnp.surgery.layers import FilterLayer, FilterLayers
 from lightning_mnp.surgery.scaling import scale_filters_
 from lightning_mnp.surgery.tracing import CHANNEL_NORMS
 
-__all__ = ["FilterMasks", "scalable"]
+__all__ = ["FilterMasks", "scalable_filters"]
 
 
 class FilterMasks:
     """One factor for each filter of a network, all in one vector.
 
-    Attached, the masks multiply the filters' output maps through forward hooks; where a
-    normalization layer ends with an activation of its own, its scale and shift for the length of
-    a call. After :meth:`remove` the network is what it was, bit for bit. Baked, the masks become
-    part of the weights: a filter with the mask 0 has its output map removed for good.
+    Attached masks multiply the filters' output maps by forward hooks. If a normalization layer
+    also applies an activation, they multiply its scale and shift during each call instead. After
+    :meth:`remove` the network is what it was, bit for bit. Baked masks become part of the weights:
+    the output map of a filter with the mask 0 is removed for good.
 
     Args:
         network: The network.
         layers: Its layers, from :func:`~lightning_mnp.surgery.layers.find_filter_layers`.
-        values: Masks, shape (total filters,), floating point; all ones where None. The tensor is
-            used as it is, so that it can be optimized while attached.
+        values: Masks, shape (total filters,), floating point; all ones if None. The tensor is not
+            copied, so that it can be optimized while attached.
 
     Raises:
         ValueError: If the values have another shape or are not floating point.
@@ -67,7 +67,7 @@ class FilterMasks:
         return bool(self._handles)
 
     def attach(self) -> FilterMasks:
-        """Let the masks act on the network until :meth:`remove`.
+        """Make the masks act on the network until :meth:`remove` is called.
 
         Returns:
             The object itself, so that ``with masks.attach():`` reads well.
@@ -89,7 +89,7 @@ class FilterMasks:
         return self
 
     def remove(self) -> None:
-        """Take the masks off again; does nothing where they are not attached."""
+        """Remove the masks from the network; if they are not attached, do nothing."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -109,14 +109,14 @@ class FilterMasks:
         """Write the masks into the network's weights, for good.
 
         In evaluation mode the network then computes what it computed with the masks attached.
-        A filter with the mask 0 loses everything that could produce its map: behind a batch
-        normalization, its weights and bias, its running mean, and the scale and shift; behind a
-        normalization over several channels, scale and shift only, because zeroed inputs would
-        change the statistics of the other channels; without one, its weights and bias.
+        For a filter with the mask 0, everything is set to 0 that could produce its map: with batch
+        normalization, the filter's weights and bias, running mean, scale and shift; with a
+        normalization over several channels, scale and shift only, because zeros in its input would
+        change the statistics of the other channels; without normalization, weights and bias.
 
         Raises:
-            RuntimeError: If the masks are attached, or a mask other than 0 and 1 falls on a
-                normalization layer without scale and shift, or on a filter whose weights are
+            RuntimeError: If the masks are attached, or a mask other than 0 and 1 belongs to a
+                normalization layer without scale and shift, or to a filter whose weights are
                 standardized without a gain.
         """
         if self.attached:
@@ -142,21 +142,21 @@ class FilterMasks:
         return f"FilterMasks({len(self.layers)} layers, {self.layers.total} filters, {state})"
 
 
-def scalable(network: nn.Module, layers: FilterLayers) -> Tensor:
-    """Tell which filters can have a mask other than 0 and 1 baked into them.
+def scalable_filters(network: nn.Module, layers: FilterLayers) -> Tensor:
+    """Find the filters that masks other than 0 and 1 can be baked into.
 
     Args:
         network: The network.
         layers: Its layers.
 
     Returns:
-        Boolean, shape (total filters,), on the CPU.
+        Whether each filter is one of them, boolean, shape (total filters,), on the CPU.
 
     Example:
         >>> from lightning_mnp.surgery.layers import find_filter_layers
         >>> network = nn.Sequential(nn.Conv2d(1, 2, 4), nn.BatchNorm2d(2, affine=False))
         >>> network = network.append(nn.Flatten()).append(nn.Linear(2, 2))
-        >>> scalable(network, find_filter_layers(network, torch.rand(2, 1, 4, 4)))
+        >>> scalable_filters(network, find_filter_layers(network, torch.rand(2, 1, 4, 4)))
         tensor([False, False])
     """
     parts = [torch.full((layer.filters,), _scales(network, layer)) for layer in layers]
@@ -178,7 +178,7 @@ def _multiply(values: Tensor, dim: int) -> Callable[[nn.Module, Any, Tensor], Te
 
 
 def _rescale(values: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks that scale a layer's weight and bias before a call and put them back after it."""
+    """Return hooks that scale a layer's weight and bias before a call, and restore them."""
     saved: dict[str, nn.Parameter] = {}
 
     def before(module: nn.Module, args: Any) -> None:

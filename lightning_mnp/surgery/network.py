@@ -1,4 +1,4 @@
-"""The network inside a model: which submodule classifies, and checks before any work."""
+"""The network inside a model: which submodule classifies, and what is checked before any work."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_mnp.checkpoints.state_dict import all_tensors
 from lightning_mnp.surgery.forward import (
     Forward,
     NoLogitsError,
-    call_apart,
     call_network,
+    call_on_copies,
     evaluating,
     probe_network,
 )
+from lightning_mnp.surgery.guards import refuse_lazy_modules
 
 __all__ = ["check_copy", "check_network", "copy_network", "network_forward", "weights_digest"]
 
 
 def copy_network(network: nn.Module) -> nn.Module:
-    """Copy a network, with results of earlier computations that its modules may keep.
+    """Copy a network, even if its modules keep results of earlier computations.
 
-    PyTorch refuses to copy a tensor that belongs to a graph, such as a loss that a module has put
-    into an attribute or a list of its own. Such tensors are copied without their graph.
+    PyTorch refuses to copy a tensor with a computation graph, such as a loss that a module keeps in
+    an attribute. Such tensors are copied without their graph.
 
     Args:
         network: The network.
+
+    Returns:
+        The copy.
 
     Example:
         >>> network = nn.Linear(2, 1)
@@ -48,11 +51,14 @@ def copy_network(network: nn.Module) -> nn.Module:
 
 
 def check_copy(model: nn.Module) -> None:
-    """Check that a model can be copied, before work whose outcome goes into a copy.
+    """Check that a model can be copied, before work whose result goes into a copy.
+
+    Args:
+        model: The model.
 
     Raises:
-        ValueError: If it holds what cannot be copied, such as an open file, or a ``forward`` that
-            would go on with the weights of the original.
+        ValueError: If it holds something that cannot be copied, such as an open file, or a
+            ``forward`` whose copy would still use the weights of the original.
 
     Example:
         >>> check_copy(nn.Linear(2, 1))
@@ -62,8 +68,8 @@ def check_copy(model: nn.Module) -> None:
         if isinstance(own, FunctionType) and type(module).__name__ != "OptimizedModule":
             found = f"{name!r}" if name else f"the {type(module).__name__}"
             raise ValueError(
-                f"Expected a `forward` that a copy of the model can run, but {found} has a "
-                "function put in its place, which would go on with the weights of the original. "
+                f"Expected a `forward` that a copy of the model can run, but that of {found} was "
+                "replaced by a function, which would still use the weights of the original. "
                 "Define it in the class, pass it as the argument `forward`, or compile the network "
                 "within a LightningModule and not the module itself."
             )
@@ -72,16 +78,21 @@ def check_copy(model: nn.Module) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # anything that a model's attributes may raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
-            "Expected the model to be one that can be copied, because what is pruned is audited "
-            f"again as a copy, but it failed: {reason}. Give the network within it, or remove the "
+            "Expected a model that can be copied, because filters are pruned in a copy, but "
+            f"copying failed: {_first_line(error)}. Pass the network within it, or remove the "
             "attribute (open files, locks and generators cannot be copied)."
         ) from error
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Sum up all parameters and buffers in a few digits, to recognize a model again.
+    """Compute a SHA-256 of all parameters and buffers, to recognize the same weights again.
+
+    Args:
+        model: The model, on any device.
+
+    Returns:
+        64 hexadecimal digits.
 
     Example:
         >>> weights_digest(nn.Linear(1, 1)) == weights_digest(nn.Linear(1, 1))
@@ -90,7 +101,7 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, Tensor):
-            continue  # an extra state can be any object
+            continue  # an extra state may be any object
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -99,20 +110,20 @@ def weights_digest(model: nn.Module) -> str:
 def network_forward(
     model: nn.Module, network: str | None = None, forward: Forward | None = None
 ) -> Forward:
-    """Tell how images go through a model.
+    """Return a function that runs the network inside a model on images.
 
     Args:
         model: The model, such as a user's LightningModule.
-        network: Dotted name of the submodule that classifies. Where None: the model itself if it
-            has a ``forward``, else its only submodule with parameters.
-        forward: A function (network, images) that calls it; where None it is called with the
-            images as its only argument.
+        network: Dotted name of the submodule that classifies. If None, it is the model itself if
+            the model has a ``forward``, otherwise its only submodule with parameters.
+        forward: A function (network, images) that calls the network; if None, the images are its
+            only argument.
 
     Returns:
         A function (model, images).
 
     Raises:
-        ValueError: If the submodule does not exist or cannot be told.
+        ValueError: If the submodule does not exist, or no name is passed and there are several.
 
     Example:
         >>> model = nn.ModuleDict({"net": nn.Flatten()})
@@ -136,9 +147,10 @@ def _default_call(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _find_path(model: nn.Module) -> str:
+    """Return the name of the submodule that classifies, "" for the model itself."""
     owner = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
     package = owner.__module__.split(".")[0]
-    # PyTorch's and Lightning's base classes have a forward that only raises.
+    # The base classes of PyTorch and Lightning have a forward that only raises.
     lightning = owner.__name__ == "LightningModule" and "lightning" in package
     own = owner is not nn.Module and not lightning
     # Under DDP, Lightning leaves the class's method on the object.
@@ -146,7 +158,7 @@ def _find_path(model: nn.Module) -> str:
     if own or ("forward" in vars(model) and replaced):
         return ""
     candidates = [
-        name for name, child in model.named_children() if any(True for _ in child.parameters())
+        name for name, child in model.named_children() if next(child.parameters(), None) is not None
     ]
     if len(candidates) == 1:
         return candidates[0]
@@ -161,28 +173,28 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
 
     Args:
         model: The model.
-        images: A few images on the model's device.
-        labels: All labels of the defense set.
-        forward: How the model is called.
+        images: A few images on the model's device, shape (N, C, ...).
+        labels: All labels of the defense set, shape (M,).
+        forward: A function (model, images) that calls it.
 
     Returns:
         The model's number of classes.
 
     Raises:
-        ValueError: If the model has no parameters, its weights or logits are not finite, it gives
-            probabilities or no gradients, or the images or labels do not fit it.
-        NoLogitsError: If its output holds no logits; it is a TypeError.
+        ValueError: If the model has no parameters, its weights or logits are not finite, it returns
+            probabilities, there are no gradients, or the images or labels do not fit it.
+        NoLogitsError: If its output holds no logits; this error is a TypeError.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> check_network(network, torch.rand(2, 1, 2, 2), torch.tensor([0, 2]), call_network)
+        3
     """
     if next(model.parameters(), None) is None:
         raise ValueError(
             f"Expected the model to have parameters, but {type(model).__name__} has none."
         )
-    for name, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin):
-            raise ValueError(
-                f"Expected every layer of the model to have its weights, but {name!r} is a lazy "
-                "module that has not seen data. Run one batch through the model first."
-            )
+    refuse_lazy_modules(model)
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             continue
@@ -196,11 +208,11 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
     except NoLogitsError:
         raise
     except (RuntimeError, IndexError, TypeError, ValueError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
             f"Expected the model to take images of shape {tuple(images.shape[1:])} and "
-            f"{images.dtype}, as the defense set has them, but it failed: {reason}. Transform the "
-            "images as in training, or tell how the model is called with the argument `forward`."
+            f"{images.dtype}, as the defense set has them, but it failed: {_first_line(error)}. "
+            "Transform the images as in training, or pass as argument `forward` a function that "
+            "calls the model."
         ) from error
     classes = logits.shape[1]
     if len(logits) != len(images):
@@ -208,7 +220,7 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
             f"Expected one row of logits for each of {len(images)} images, but got {len(logits)}."
         )
     if classes < 2:
-        raise ValueError(f"Expected the model to tell at least two classes, but got {classes}.")
+        raise ValueError(f"Expected the model to have at least two classes, but got {classes}.")
     if int(labels.max()) >= classes:
         raise ValueError(
             f"Expected the defense set's labels to be below {classes}, the model's number of "
@@ -224,28 +236,29 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
         raise ValueError(
             "Expected the model to return logits, but its outputs look like probabilities: none is "
             "below 0, and each row sums to 1. Searches fail on these. Name the part before the "
-            "softmax with the argument `network`, or give their logarithm with `forward`."
+            "softmax with the argument `network`, or return their logarithm by `forward`."
         )
     _check_gradients(model, images, forward)
     return classes
 
 
 def _check_gradients(model: nn.Module, images: Tensor, forward: Forward) -> None:
+    """Check that gradients lead from the logits to the images, without another forward pass."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
-            "Expected to be called outside of torch.inference_mode(), which leaves no gradients. "
+            "Expected to be called outside of torch.inference_mode(), which allows no gradients. "
             "Lightning's Trainer tests and validates in it, unless `inference_mode` is False."
         )
     devices = [images.device] if images.device.type == "cuda" else []
     rerun: list[str] = []
     with evaluating(model), torch.enable_grad(), torch.random.fork_rng(devices):
         sample = images.detach().clone().requires_grad_()
-        logits = call_apart(model, sample, forward)
+        logits = call_on_copies(model, sample, forward)
         if not logits.requires_grad:
             raise ValueError(
                 "Expected gradients to lead from the model's outputs to its images, but there are "
                 "none: it may run under torch.no_grad(), or be quantized. Name the network within "
-                "with the argument `network`, or tell how it is called with `forward`."
+                "with the argument `network`, or pass as `forward` a function that calls it."
             )
         hook = register_module_forward_pre_hook(
             lambda module, _: rerun.append(type(module).__name__)
@@ -255,15 +268,20 @@ def _check_gradients(model: nn.Module, images: Tensor, forward: Forward) -> None
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise ValueError(
-                f"Expected gradients of the model's outputs, but they failed: {reason}. Turn "
-                "gradient checkpointing off for the audit, where the model uses it."
+                "Expected gradients of the model's outputs, but computing them failed: "
+                f"{_first_line(error)}. If the model uses gradient checkpointing, turn it off for "
+                "the audit."
             ) from error
         finally:
             hook.remove()
-    if rerun:  # with other weights by then, which a search has swapped back
+    if rerun:  # a search has swapped the weights back by then, so the gradients would be wrong
         raise ValueError(
             f"Expected the model not to run again while gradients are computed, but {rerun[0]} "
             "did. Turn gradient checkpointing off for the audit."
         )
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's text without a full stop, or else its class."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

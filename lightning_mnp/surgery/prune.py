@@ -1,4 +1,4 @@
-"""Stage 3, thresholded pruning: which filters go, and how many."""
+"""Pruning: filters are removed from a network, for good or until it is undone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["Pruning", "prune"]
 
 @dataclass
 class Pruning:
-    """A removal that can be taken back.
+    """A pruning that can be undone.
 
     Attributes:
-        pruned: Pairs (layer name, filter index).
-        saved: What the affected tensors of the network held before, by name.
+        pruned: Pairs (layer name, filter index) of the removed filters.
+        saved: Copies of the changed tensors as they were before, by name.
     """
 
     pruned: list[tuple[str, int]]
@@ -28,13 +28,13 @@ class Pruning:
 
     @torch.no_grad()
     def undo(self, network: nn.Module) -> None:
-        """Put back what was removed, bit for bit.
+        """Restore the pruned network, bit for bit.
 
         Args:
             network: The network that was pruned.
 
         Raises:
-            KeyError: If the network has no tensor of a saved name.
+            KeyError: If the network has no tensor with the name of a saved one.
         """
         tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         for name, saved in self.saved.items():
@@ -48,18 +48,18 @@ def prune(
     shift: LogitShift | None = None,
     masks: Tensor | None = None,
 ) -> Pruning:
-    """Remove filters: their output maps are zero from then on, for good or until ``undo``.
+    """Remove filters from a network: their output maps are zero from then on.
 
     Args:
         network: The network, which is changed.
         layers: Its layers.
-        positions: Positions of the filters in a flat vector over all layers.
-        shift: What is added to the logits at the same time.
-        masks: What the output maps of the others are multiplied by, shape (total filters,);
-            nothing where None.
+        positions: Positions of the filters among the filters of all layers.
+        shift: Constants that are added to the logits at the same time, or None.
+        masks: Factors of the output maps of the other filters, shape (total filters,); all ones if
+            None.
 
     Returns:
-        What was removed, with the tensors needed to take it back.
+        The removed filters, and what :meth:`Pruning.undo` needs.
 
     Raises:
         IndexError: If a position is out of range.
@@ -95,7 +95,7 @@ def prune(
         if shift is not None:
             bias = tensors[shift.name]
             bias.data.add_(shift.values.to(bias))
-    except BaseException:  # an interrupt, too, leaves all filters or none of these
+    except BaseException:  # also after an interrupt, either all these filters are gone or none
         pruning.undo(network)
         raise
     return pruning

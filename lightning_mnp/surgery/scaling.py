@@ -1,8 +1,9 @@
-"""Which tensors of a layer scale its output maps, found by trying where the class does not say.
+"""Which parameters of a layer scale its output maps.
 
-PyTorch's own convolutions scale with their weights, its normalization layers with scale and
-shift. Classes derived from them may do otherwise: standardize the weights, so that a gain scales
-the filters, or apply an activation behind the shift, so that nothing scales what leaves the layer.
+The maps of PyTorch's own convolutions scale with the weights, those of its normalization layers
+with scale and shift. Subclasses may differ: a convolution may standardize its weights, so that
+only a gain scales the maps; a normalization layer may apply an activation behind the shift, so that
+nothing scales its output. Such layers are run with changed parameters to find out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -69,16 +71,17 @@ def scale_filters_(weight: Tensor, factors: Tensor, transposed: bool, groups: in
 
 
 def filter_scale(convolution: _ConvNd, args: Any, kwargs: dict[str, Any]) -> str | None:
-    """Tell which parameter scales the output maps of a convolution, together with its bias.
+    """Find the parameter that scales the output maps of a convolution, together with the bias.
 
     Args:
-        convolution: The convolution, whose weight is its own parameter.
-        args: Arguments of a call of it.
+        convolution: The convolution, whose weight is a parameter of its own.
+        args: Positional arguments of a call of it.
         kwargs: Keyword arguments of that call.
 
     Returns:
-        ``"weight"``, the name of another parameter with one number for each filter, ``""`` where
-        none scales the maps, or None where a map does not vanish with its weights and bias alone.
+        ``"weight"``, or the name of another parameter with one number for each filter; ``""`` if
+        no parameter scales the maps; None if the map of a filter does not vanish, or other maps
+        change, when weights and bias of this filter are set to zero.
 
     Example:
         >>> filter_scale(nn.Conv1d(1, 2, 1), (torch.rand(1, 1, 3),), {})
@@ -101,29 +104,30 @@ def filter_scale(convolution: _ConvNd, args: Any, kwargs: dict[str, Any]) -> str
 
     if not trial.matches(scaled("weight", trial.zeros), trial.zeros):
         return None
-    names = [
+    gains = [
         name
         for name, tensor in trial.parameters.items()
-        if name == "weight" or (name != "bias" and tensor.numel() == convolution.out_channels)
+        if name not in ("weight", "bias") and tensor.numel() == convolution.out_channels
     ]
-    for name in sorted(names, key="weight".__ne__):
+    for name in ("weight", *gains):
         if trial.matches(scaled(name, trial.factors), trial.factors):
             return name
     return ""
 
 
 def norm_kind(norm: nn.Module, args: Any, kwargs: dict[str, Any], dim: int) -> NormKind:
-    """Tell what happens behind the scale and shift of a normalization layer.
+    """Find out what a normalization layer does behind its scale and shift.
 
     Args:
         norm: The layer.
-        args: Arguments of a call of it.
+        args: Positional arguments of a call of it.
         kwargs: Keyword arguments of that call.
         dim: The dimension of its output that holds the channels.
 
     Returns:
-        ``"plain"`` if nothing does, so that the output scales with both; ``"active"`` if an
-        activation does, so that a channel without scale and shift is constant; else ``"other"``.
+        ``"plain"`` if it does nothing more, so that the output scales with both; ``"active"`` if it
+        applies an activation, so that a channel whose scale and shift are zero is constant;
+        ``"other"`` for anything else.
 
     Example:
         >>> norm_kind(nn.BatchNorm1d(2), (torch.rand(3, 2),), {}, 1)
@@ -147,17 +151,17 @@ def norm_kind(norm: nn.Module, args: Any, kwargs: dict[str, Any], dim: int) -> N
 
 
 def _forward(module: nn.Module) -> Any:
-    """The function that a call of a module runs."""
+    """Return the function that a call of a module runs."""
     return vars(module).get("forward", type(module).forward)
 
 
 class _Trial:
-    """Runs a layer on recorded arguments with parameters of its own choice."""
+    """Runs a layer again on recorded arguments, with random and with changed parameters."""
 
     def __init__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], dim: int) -> None:
         self.module, self.args, self.kwargs, self.dim = module, args, kwargs, dim
         generator = torch.Generator().manual_seed(0)
-        # Not the module's own values: zeros, say, scale whatever is done to them.
+        # Not the module's own values: zeros, for example, stay zeros by any factor.
         self.parameters = {
             name: (0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
             for name, tensor in module._parameters.items()
@@ -166,7 +170,7 @@ class _Trial:
         self.output = self._run({})
         channels = self.output.shape[dim]
         device = self.output.device
-        # A factor that is large enough for an activation that saturates to do so.
+        # 64 is large enough to drive an activation that saturates into saturation.
         self.factors = torch.tensor([64.0, 0.5], device=device).repeat(channels)[:channels]
         self.zeros = torch.tensor([0.0, 1.0], device=device).repeat(channels)[:channels]
 
@@ -174,7 +178,10 @@ class _Trial:
     def _run(self, changes: dict[str, Tensor]) -> Tensor:
         own = self.module._parameters
         saved = dict(own)
-        args, kwargs = _copied(self.args), _copied(self.kwargs)
+        # Copies, because a layer may work in place.
+        args, kwargs = apply_to_collection(
+            (self.args, self.kwargs), Tensor, torch.clone, allow_frozen=True
+        )
         try:
             for name, tensor in {**self.parameters, **changes}.items():
                 own[name] = tensor  # type: ignore[assignment]
@@ -189,12 +196,12 @@ class _Trial:
         return factors.to(self.output).reshape(shape)
 
     def matches(self, changes: dict[str, Tensor], factors: Tensor) -> bool:
-        """Whether the changes scale the output by these factors."""
+        """Return whether changed parameters scale the output by these factors."""
         wanted = self.output * self._along(factors)
         return self._close(self._run(changes), wanted)
 
     def silenced(self, changes: dict[str, Tensor]) -> bool:
-        """Whether the changes make the channels without a factor constant, and no others."""
+        """Return whether changed parameters make the channels whose `zeros` is 0 constant, only."""
         output = self._run(changes)
         constant = output.movedim(self.dim, 0).flatten(1)[:, :1]
         constant = constant.reshape(self._along(self.factors).shape)
@@ -205,14 +212,3 @@ class _Trial:
     def _close(found: Tensor, wanted: Tensor) -> bool:
         precision = max(1e-4, 3 * torch.finfo(wanted.dtype).eps)
         return bool((found - wanted).norm() <= precision * wanted.norm())
-
-
-def _copied(value: Any) -> Any:
-    """Copy all tensors in nested tuples, lists and dicts: a layer may work in place."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, (tuple, list)):
-        return [_copied(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return value

@@ -1,8 +1,8 @@
-"""Watching one run of a network: which layer feeds which, and along which dimension."""
+"""Tracing one run of a network: which layer feeds which, and which dimension holds the channels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,18 +14,19 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import FrozenBatchNorm2d
 
+from lightning_mnp.checkpoints.state_dict import all_tensors
 from lightning_mnp.surgery.forward import Forward, probe_network
 from lightning_mnp.surgery.scaling import NormKind, filter_scale, norm_kind
 
-__all__ = ["CHANNEL_NORMS", "SHARED_NORMS", "Use", "Watch", "watch_run"]
+__all__ = ["CHANNEL_NORMS", "SHARED_NORMS", "ConvolutionUse", "RunTracer", "trace_run"]
 
-# Per-channel statistics: a zeroed channel leaves the others as they are.
+# Statistics of each channel alone: a channel that is zero does not change the others.
 CHANNEL_NORMS = (_NormBase, FrozenBatchNorm2d)
-# Statistics over several channels: a channel can only be silenced behind the layer.
+# Statistics over several channels: a channel can only be set to zero behind the layer.
 SHARED_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _NORMS = (*CHANNEL_NORMS, *SHARED_NORMS)
 
-# Functions that move values without changing them, so that a filter's map stays one slice.
+# Functions that move values without changing them: the map of a filter stays one slice.
 _LAYOUT = frozenset(
     [
         "permute",
@@ -54,7 +55,7 @@ _LAYOUT = frozenset(
         "detach",
     ]
 )
-# Functions that are a layer of their own when they are given a parameter.
+# Functions that count as a layer if one of their arguments is a parameter.
 _WEIGHTED = frozenset(
     [
         "linear",
@@ -77,14 +78,15 @@ _WEIGHTED = frozenset(
 
 
 @dataclass
-class Use:
-    """What the run showed of one convolution.
+class ConvolutionUse:
+    """How one convolution was used in a run.
 
     Attributes:
         calls: How often it was called.
         norms: Pairs (name, channel dimension) of the normalization layers that its output enters.
         elsewhere: Whether its output enters anything else.
-        crossed: Those of the norms that work along a dimension which does not hold the channels.
+        crossed: Names of those normalization layers whose weights belong to a dimension other than
+            the channels.
     """
 
     calls: int = 0
@@ -93,26 +95,29 @@ class Use:
     crossed: set[str] = field(default_factory=set)
 
 
-class Watch(TorchFunctionMode):
-    """Follows tensors through a run: whose filters they hold, and which layers made them last.
+class RunTracer(TorchFunctionMode):
+    """Follows tensors through a run of a network.
+
+    For each tensor it knows the convolution whose output maps the tensor holds, if any, and the
+    last layers with weights that it was computed by. Use :func:`trace_run`.
 
     Args:
         network: The network that will run.
 
     Attributes:
-        uses: What was seen of each convolution that was called, by name.
-        feeders: For each normalization layer that was called, the convolutions that fed it;
-            None among them stands for anything else.
-        scales: For each convolution that was called, what
-            :func:`~lightning_mnp.surgery.scaling.filter_scale` says of it.
-        kinds: For each normalization layer that a convolution feeds, what
-            :func:`~lightning_mnp.surgery.scaling.norm_kind` says of it.
+        uses: How each convolution was used that was called, by name.
+        feeders: For each normalization layer that was called, the convolutions whose output it
+            got; None among them stands for any other input.
+        scales: For each convolution that was called, the result of
+            :func:`~lightning_mnp.surgery.scaling.filter_scale`.
+        kinds: For each normalization layer that got the output of a convolution, the result of
+            :func:`~lightning_mnp.surgery.scaling.norm_kind`.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self._names = {module: name for name, module in network.named_modules()}
-        self.uses: dict[str, Use] = {}
+        self.uses: dict[str, ConvolutionUse] = {}
         self.feeders: dict[str, set[str | None]] = {}
         self.scales: dict[str, str | None] = {}
         self.kinds: dict[str, NormKind] = {}
@@ -120,7 +125,7 @@ class Watch(TorchFunctionMode):
         self._makers: dict[int, frozenset[str]] = {}  # tensor id -> last layers with weights
         self._weights: set[int] = set()  # ids of tensors computed from parameters alone
         self._alive: list[Tensor] = []  # an id stays taken for as long as its tensor lives
-        self._inside = 0
+        self._inside = 0  # how many layers are being called, one inside the other
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -129,10 +134,10 @@ class Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if self._inside:
             return result
-        outputs = list(_tensors(result))
+        outputs = list(all_tensors(result))
         if not outputs:
             return result  # a question about a tensor (its shape, say), not a use of its values
-        inputs = list(_tensors((args, kwargs)))
+        inputs = list(all_tensors((args, kwargs)))
         name = getattr(func, "__name__", "")
         for tensor in inputs:
             if id(tensor) in self._maps:
@@ -160,16 +165,23 @@ class Watch(TorchFunctionMode):
         return isinstance(tensor, nn.Parameter) or id(tensor) in self._weights
 
     def makers(self, tensors: Iterable[Tensor]) -> frozenset[str]:
-        """The last layers with weights on every way to these tensors."""
+        """Return the last layers with weights that these tensors were computed by.
+
+        Args:
+            tensors: Tensors of the run.
+
+        Returns:
+            Names of the layers: on each path to the tensors, the last one.
+        """
         return frozenset().union(*(self._makers.get(id(tensor), ()) for tensor in tensors))
 
     def _keep(self, tensor: Tensor) -> None:
         self._alive.append(tensor)
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Note what enters a layer; a forward pre-hook."""
+        """Record what enters a layer; a forward pre-hook."""
         name = self._names[module]
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(all_tensors((args, kwargs)))
         if isinstance(module, _NORMS):
             feeders = self.feeders.setdefault(name, set())
             for tensor in tensors or [torch.empty(0)]:
@@ -186,56 +198,48 @@ class Watch(TorchFunctionMode):
         self._inside += 1
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Note what leaves a layer; a forward hook."""
+        """Record what leaves a layer; a forward hook."""
         makers = frozenset({name := self._names[module]})
         if isinstance(module, _NORMS):
-            makers = self.makers(_tensors((args, kwargs)))
+            makers = self.makers(all_tensors((args, kwargs)))
             self._try_norm(module, name, args, kwargs)
         elif isinstance(module, _ConvNd) and name not in self.scales and _owns_weight(module):
             self.scales[name] = filter_scale(module, args, kwargs)
         self._inside -= 1
-        for tensor in _tensors(output):
+        for tensor in all_tensors(output):
             self._keep(tensor)
             self._makers[id(tensor)] = makers
             self._maps.pop(id(tensor), None)
             if isinstance(module, _ConvNd):
-                self.uses.setdefault(name, Use()).calls += 1
+                self.uses.setdefault(name, ConvolutionUse()).calls += 1
                 self._maps[id(tensor)] = (name, 1)
 
     def _try_norm(self, norm: nn.Module, name: str, args: Any, kwargs: dict[str, Any]) -> None:
-        dims = [self._maps[id(x)][1] for x in _tensors((args, kwargs)) if id(x) in self._maps]
+        dims = [self._maps[id(x)][1] for x in all_tensors((args, kwargs)) if id(x) in self._maps]
         if dims and name not in self.kinds:
             self.kinds[name] = norm_kind(norm, args, kwargs, dims[0])
 
 
 def _owns_weight(convolution: nn.Module) -> bool:
-    bare = not any(True for _ in convolution.children())
+    bare = next(convolution.children(), None) is None
     return bare and convolution._parameters.get("weight") is not None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-
-
 def _norm_dim(norm: nn.Module, ndim: int, dim: int) -> int:
-    """Along which dimension a norm layer has its weight; ``dim`` where its class decides that."""
+    """Return the dimension that a norm layer's weight belongs to; ``dim`` if its class decides."""
     if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
         return 1
     own = type(norm).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
-    return ndim - 1 if own else dim  # torchvision's LayerNorm2d, say, moves the channels itself
+    return ndim - 1 if own else dim  # torchvision's LayerNorm2d, for one, moves the channels itself
 
 
 def _follow_channels(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor, dim: int
 ) -> int | None:
-    """Where a function that moves values puts the channels: it is tried on channel numbers."""
+    """Return the dimension that a function moves the channels to, or None if it mixes them.
+
+    The function is called on a tensor of the same shape that holds the numbers of the channels.
+    """
     channels = tensor.shape[dim]
     # Exact up to 2**24 channels, and there are devices without larger floats (MPS).
     numbers = torch.arange(channels, dtype=torch.float32, device=tensor.device)
@@ -257,32 +261,39 @@ def _follow_channels(
     return None
 
 
-def watch_run(network: nn.Module, images: Tensor, forward: Forward) -> tuple[Watch, Tensor]:
-    """Run a network once under watch, and leave it as it was.
+def trace_run(network: nn.Module, images: Tensor, forward: Forward) -> tuple[RunTracer, Tensor]:
+    """Run a network once, record which layer feeds which, and leave the network as it was.
 
     Args:
         network: The network.
         images: Shape (N, C, ...), on the network's device.
-        forward: How it is called.
+        forward: A function (network, images) that calls it.
 
     Returns:
-        What was seen, and the logits.
+        The tracer, with what it has recorded, and the logits.
 
     Raises:
         NoLogitsError: If no logits are found in the output.
+
+    Example:
+        >>> from lightning_mnp.surgery.forward import call_network
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.Flatten())
+        >>> tracer, logits = trace_run(network, torch.rand(2, 1, 2, 2), call_network)
+        >>> tracer.uses["0"].norms, tracer.makers([logits])
+        ({('1', 1)}, frozenset({'0'}))
     """
-    watch = Watch(network)
+    tracer = RunTracer(network)
     with ExitStack() as stack:
         for module in network.modules():
             if isinstance(module, (_ConvNd, nn.Linear, *_NORMS)):
-                before = module.register_forward_pre_hook(watch.before, with_kwargs=True)
+                before = module.register_forward_pre_hook(tracer.before, with_kwargs=True)
                 stack.callback(before.remove)
-                after = module.register_forward_hook(watch.after, with_kwargs=True)
+                after = module.register_forward_hook(tracer.after, with_kwargs=True)
                 stack.callback(after.remove)
 
-        def watched(module: nn.Module, probe: Tensor) -> Any:
-            with watch:
+        def traced(module: nn.Module, probe: Tensor) -> Any:
+            with tracer:
                 return forward(module, probe)
 
-        logits = probe_network(network, images, watched)
-    return watch, logits
+        logits = probe_network(network, images, traced)
+    return tracer, logits

@@ -71,6 +71,17 @@ def test_other_settings(settings: dict[str, Any], message: str | None, tmp_path:
     assert path.read_bytes() == before
 
 
+def test_settings_in_groups_are_compared_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    grouped = {"seed": 0, "suppression": {"runs": 3, "lr": 0.01}}
+    CalibrationFile(path, grouped).add(FIRST)
+    assert kept(path)["settings"] == {"seed": 0, "suppression.runs": 3, "suppression.lr": 0.01}
+    assert CalibrationFile(path, grouped).networks == [FIRST]
+    other = {"seed": 0, "suppression": {"runs": 7, "lr": 0.01}}
+    with pytest.raises(ValueError, match=r"Expected `suppression\.runs` to be 3, .*, but got 7"):
+        CalibrationFile(path, other)
+
+
 GOOD = {"format": "lightning-mnp calibration 1", "settings": SETTINGS, "networks": []}
 ENTRY = {"file": "a", "weights": "b", "score": 1, "verdict": "clean", "seconds": 1}
 
@@ -121,7 +132,7 @@ def test_a_full_disk_does_not_end_the_work(tmp_path: Path, monkeypatch: pytest.M
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", _full)
-        with pytest.warns(UserWarning, match="No space left .* The calibration goes on; were it"):
+        with pytest.warns(UserWarning, match="No space left .* The calibration goes on, but"):
             file.add(NetworkScore("b.ckpt", "34", 0.25, "clean", 4.5))
         with pytest.raises(OutputError, match="No space left"):
             file.finish(calibrate_threshold([0.5], 0.5), ["a.ckpt"])

@@ -1,305 +1,115 @@
 from __future__ import annotations
 
-import json
+import io
 import math
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from lightning_mnp import DefenseReport, MNPConfig, calibrate_threshold
 from lightning_mnp.calibration.file import CalibrationFile, NetworkScore
-from lightning_mnp.calibration.run import check_networks, digest_networks, score_table
-from lightning_mnp.cli.command_line import main
-from lightning_mnp.cli.trainer import MNPTrainer
-from lightning_mnp.data import DigitsDataModule
-from lightning_mnp.models import Classifier
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
-    pytest.mark.usefixtures("short_searches"),
-]
-
-COMMAND = [
-    "calibrate",
-    "--model=lightning_mnp.models.Classifier",
-    "--model.width=4",
-    "--model.in_channels=1",
-    "--data=lightning_mnp.data.DigitsDataModule",
-    "--data.defense_size=40",
-    "--trainer.accelerator=cpu",
-    "--trainer.logger=false",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_checkpointing=false",
-    "--trainer.enable_model_summary=false",
-    "--output=calibration.json",
-]
-
-NO_SCORE = 9  # stands for it in a file, whose weights have to be finite
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["lightning-mnp"])
-
-
-def write_networks(*scores: float) -> list[str]:
-    """Networks whose score stands in their last weight."""
-    files = []
-    for score in scores:
-        model = Classifier(width=4, in_channels=1)
-        with torch.no_grad():
-            list(model.parameters())[-1][-1] = score
-        files.append(f"score {score}.pt")
-        torch.save(model.state_dict(), files[-1])
-    return files
-
-
-@pytest.fixture
-def audited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Replace audits by a look at the last weight; gives the scores that were asked for."""
-    asked: list[float] = []
-
-    def defense(self: MNPTrainer, model: Any, *args: Any) -> Any:
-        score = round(list(model.parameters())[-1][-1].item(), 4)
-        asked.append(score)
-        score = score if score < NO_SCORE else math.nan
-        verdict: Any = "clean" if score < 1 else "backdoored"
-        report = DefenseReport(verdict, 0.9, 0.2, score=score, reasons=["as it is"])
-        return SimpleNamespace(report=lambda: report)
-
-    monkeypatch.setattr(MNPTrainer, "_defense", defense)
-    monkeypatch.setattr("lightning_mnp.cli.trainer.run_defense", lambda *args, **options: None)
-    return asked
-
-
-def content() -> Any:
-    return json.loads(Path("calibration.json").read_text())
-
-
-def test_calibrate_prints_and_writes_the_threshold(
-    audited: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = write_networks(0.25, 1.5, 0.75)
-    assert main([*COMMAND, "--rate=0.25", "--ckpt_paths", *files, "--mnp.seed=3"]) == 0
-    assert audited == [0.25, 1.5, 0.75]
-    threshold = math.nextafter(1.5, math.inf)
-    shown = capsys.readouterr().out
-    assert f"--mnp.threshold {threshold!r}" in shown
-    assert "the default threshold, 1, flags 1 of 3" in shown
-    assert "2 of 3: score 1.5.pt: score 1.5\n" in shown
-    rows = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
-    assert [[cell.strip() for cell in row[:3]] for row in rows] == [
-        ["score 0.25.pt", "0.25", "clean"],
-        ["score 1.5.pt", "1.5", "backdoored"],
-        ["score 0.75.pt", "0.75", "clean"],
-    ]
-    found = content()
-    assert found["calibration"]["threshold"] == threshold
-    assert found["calibration"]["files"] == files
-    assert [each["score"] for each in found["networks"]] == [0.25, 1.5, 0.75]
-    assert found["settings"]["seed"] == 3
-
-
-QUICK = ["--mnp.suppression_epochs=1", "--mnp.include=['*conv1']", "--rate=0.5"]
-
-
-def write_trained_network() -> str:
-    """A network that knows the digits a little."""
-    torch.manual_seed(0)
-    model = Classifier(width=4, in_channels=1)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    loader = DigitsDataModule(batch_size=64).train_dataloader()
-    for _ in range(2):
-        for images, labels in loader:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-    torch.save(model.state_dict(), "trained.pt")
-    return "trained.pt"
-
-
-def test_networks_that_cannot_be_judged_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(0)
-    [file] = write_networks(0.0)
-    assert main([*COMMAND, *QUICK, "--ckpt_paths", file]) == 2
-    told = capsys.readouterr().err
-    assert f"that of {file} is of no meaning (verdict: undecided; the network's accuracy" in told
-    assert not Path("calibration.json").exists()
-
-
-def test_real_audits_give_scores() -> None:
-    file = write_trained_network()
-    assert main([*COMMAND, *QUICK, "--ckpt_paths", file]) == 0
-    [network] = content()["networks"]
-    assert network["score"] >= 0
-    assert network["seconds"] > 0
-    assert content()["calibration"]["scores"] == [network["score"]]
-
-
-def test_a_repeated_command_goes_on(
-    audited: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = write_networks(0.25, 0.5, NO_SCORE, 0.75)
-    command = [*COMMAND, "--rate=0.34", "--ckpt_paths"]
-    assert main([*command, *files]) == 2
-    message = "Expected every network to have a score, but that of score 9.pt is nan"
-    assert (
-        f"{message} (verdict: backdoored; as it is). Leave the network" in capsys.readouterr().err
-    )
-    assert [each["score"] for each in content()["networks"]] == [0.25, 0.5]
-    assert content()["calibration"] is None
-    del files[2]
-    assert main([*command, *files]) == 0
-    assert audited[3:] == [0.75]
-    assert "1 of 3: score 0.25.pt: score 0.25 (from the file)\n" in capsys.readouterr().out
-    # Another rate needs no audit, nor does a part of the networks.
-    assert main([*COMMAND, "--rate=0.5", "--ckpt_paths", *files]) == 0
-    assert main([*COMMAND, "--rate=0.5", "--ckpt_paths", files[0]]) == 0
-    assert audited[4:] == []
-    assert content()["calibration"]["scores"] == [0.25]
-    assert len(content()["networks"]) == 3
-
-
-def test_an_interrupt_keeps_the_scores(
-    audited: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*args: Any, **options: Any) -> None:
-        if len(audited) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("lightning_mnp.cli.trainer.run_defense", interrupted)
-    files = write_networks(0.25, 0.5)
-    assert main([*COMMAND, "--rate=0.5", "--ckpt_paths", *files]) == 130
-    assert [each["score"] for each in content()["networks"]] == [0.25]
-
-
-def test_other_weights_or_options_are_refused(
-    audited: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = write_networks(0.25, 0.5)
-    command = [*COMMAND, "--rate=0.5", "--ckpt_paths", *files]
-    assert main(command) == 0
-    before = Path("calibration.json").read_bytes()
-    for options, name in (
-        (["--mnp.runs=7"], "runs"),
-        (["--data.defense_seed=1"], "defense_set"),
-        (["--network=network"], "network"),
-        (["--trainer.precision=bf16-mixed"], "precision"),
-    ):
-        capsys.readouterr()
-        assert main([*command, *options]) == 2, name
-        assert f"Expected `{name}` to be" in capsys.readouterr().err
-    torch.manual_seed(5)
-    write_networks(0.25)
-    assert main(command) == 2
-    assert "Expected score 0.25.pt to hold the weights whose score is" in capsys.readouterr().err
-    assert Path("calibration.json").read_bytes() == before
-    assert audited == [0.25, 0.5]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--ckpt_paths", "score 0.5.pt"], "Expected at least 3 clean networks for a `rate`"),
-        (["--ckpt_paths"], "Expected at least 3 clean networks for a `rate` of 0.25, but got 0"),
-        (["--ckpt_paths", "a.pt", "b.pt", "./a.pt"], "name every file once, but got a.pt again"),
-        (["--ckpt_paths", "a.pt", "b.pt", "c.pt"], "`ckpt_paths` to be an existing file"),
-        (["--ckpt_paths", "a.pt", "--rate=2"], "`rate` to be between 0 and 1, but got 2.0"),
-        (
-            ["--ckpt_paths", "a.pt", "b.pt", "c.pt", "--mnp.verdict=ratio"],
-            "Expected option `verdict` to be 'signals', whose score is calibrated, but got 'ratio'",
-        ),
-        (
-            ["--ckpt_paths", "score 0.5.pt", "twin.pt", "c.pt"],
-            "but score 0.5.pt and twin.pt hold the same weights",
-        ),
-        (["--ckpt_paths", "a", "b", "c", "--output=."], "Expected argument `output` to be a file"),
-    ],
+from lightning_mnp.calibration.run import (
+    check_networks,
+    collect_scores,
+    digest_networks,
+    score_table,
 )
-def test_wrong_use_is_told_before_any_work(
-    options: list[str], message: str, audited: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    [file] = write_networks(0.5)
-    Path("twin.pt").write_bytes(Path(file).read_bytes())
-    before = sorted(Path().iterdir())
-    assert main([*COMMAND, "--rate=0.25", *options]) == 2
-    assert message in capsys.readouterr().err
-    assert sorted(Path().iterdir()) == before
-    assert audited == []
 
 
-def test_a_network_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
-    [file] = write_networks(0.5)
-    before = Path(file).read_bytes()
-    command = [*COMMAND, "--rate=0.5", "--ckpt_paths", file, f"--output={file}"]
-    assert main(command) == 2
-    assert "holds something else. Nothing is overwritten" in capsys.readouterr().err
-    assert Path(file).read_bytes() == before
+def report(score: float, **changes: Any) -> DefenseReport:
+    verdict: Any = "clean" if score < 1 else "backdoored"
+    return DefenseReport(verdict, 0.9, 0.2, score=score, reasons=["as it is"], **changes)
 
 
-def test_several_processes_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("lightning_mnp.cli.trainer.process_count", lambda: 2)
-    assert main([*COMMAND, "--ckpt_paths", *write_networks(0.5)]) == 2
-    assert "Expected one process for a calibration, but got 2" in capsys.readouterr().err
-    assert not Path("calibration.json").exists()
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--ckpt_paths", "a b.pt", '"[x]', "null"],
-        ['--ckpt_paths=["a b.pt", "\\"[x]", "null"]'],
-        ["--ckpt_paths", '["a b.pt", "\\"[x]", "null"]'],
-        ["--ckpt_paths", "z.pt", "--rate=0.1", "--ckpt_paths", "a b.pt", '"[x]', "null"],
-    ],
-)
-@pytest.mark.parametrize("through", ["argument", "process"])
-def test_files_behind_the_option(
-    words: list[str], through: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: list[Path] = []
-
-    def check(paths: list[Path], *args: Any) -> list[str]:
-        found.extend(paths)
-        raise ValueError("as seen")
-
-    monkeypatch.setattr("lightning_mnp.cli.trainer.check_networks", check)
-    command = [*COMMAND, *words]
-    monkeypatch.setattr(sys, "argv", ["lightning-mnp", *(command if through == "process" else [])])
-    assert main(None if through == "process" else command) == 2
-    assert found == [Path("a b.pt"), Path('"[x]'), Path("null")]
-
-
-def test_checks_give_names_and_digests() -> None:
+def test_names_of_the_files() -> None:
     paths = [Path("a.pt"), Path("more/a.pt")]
     assert check_networks(paths, 0.4, MNPConfig()) == ["a.pt", "more/a.pt"]
-    assert digest_networks(["a", "b"], {"a": "1", "b": "2"}.__getitem__) == {"a": "1", "b": "2"}
+
+
+@pytest.mark.parametrize(
+    ("names", "rate", "message"),
+    [
+        (["a.pt", "b.pt", "./a.pt"], 0.3, r"name every file once, but got a\.pt again\. Leave"),
+        (["a.pt", "b.pt"], 0.05, "Expected at least 19 clean networks for a `rate` of 0.05"),
+        (["a.pt"], 2.0, "`rate` to be between 0 and 1, but got 2.0"),
+    ],
+)
+def test_arguments_that_make_no_calibration(names: list[str], rate: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_networks([Path(name) for name in names], rate, MNPConfig())
+
+
+def test_a_verdict_without_a_score_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'signals', whose score is calibrated, but got 'ratio'"):
+        check_networks([Path("a.pt")], 0.5, MNPConfig.paper())
+
+
+def test_digests_by_the_names_of_the_files() -> None:
+    found = {"a": "1", "b": "2"}
+    assert digest_networks(["a", "b"], found.__getitem__) == found
+    with pytest.raises(ValueError, match=r"but a and c hold the same weights\. A copy says"):
+        digest_networks(["a", "b", "c"], {**found, "c": "1"}.__getitem__)
+
+
+def test_only_networks_without_a_score_are_audited(tmp_path: Path) -> None:
+    kept = CalibrationFile(tmp_path / "calibration.json", {"seed": 0})
+    known = NetworkScore("b", "2", 0.25, "clean", 3.0)
+    kept.add(known)
+    audited: list[str] = []
+    lines: list[str] = []
+
+    def audit(file: str) -> DefenseReport:
+        audited.append(file)
+        return report(1.5)
+
+    scores = collect_scores({"a": "1", "b": "2"}, kept, audit, lines.append)
+    assert audited == ["a"]
+    assert lines == ["1 of 2: a: score 1.5", "2 of 2: b: score 0.25 (from the file)"]
+    assert scores[1] == known
+    new = scores[0]
+    assert (new.file, new.weights, new.score, new.verdict) == ("a", "1", 1.5, "backdoored")
+    again = CalibrationFile(tmp_path / "calibration.json", {"seed": 0})
+    assert again.networks == [known, new]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (report(math.nan), r"that of b is nan \(verdict: backdoored; as it is\)\. Leave the"),
+        (report(math.inf), "that of b is inf"),
+        (report(0.5, judged=False), r"that of b is of no meaning \(verdict: clean; as it is\)"),
+    ],
+)
+def test_an_audit_without_a_score_keeps_the_others(
+    result: DefenseReport, message: str, tmp_path: Path
+) -> None:
+    kept = CalibrationFile(tmp_path / "calibration.json", {"seed": 0})
+    results = iter([report(0.25), result])
+    with pytest.raises(ValueError, match=f"Expected every network to have a score, but {message}"):
+        collect_scores({"a": "1", "b": "2", "c": "3"}, kept, lambda file: next(results), print)
+    assert [network.file for network in kept.networks] == ["a"]
+
+
+def test_other_weights_are_told_before_any_audit(tmp_path: Path) -> None:
+    kept = CalibrationFile(tmp_path / "calibration.json", {"seed": 0})
+    kept.add(NetworkScore("b", "2", 0.25, "clean", 3.0))
+    audited: list[str] = []
+
+    def audit(file: str) -> DefenseReport:
+        audited.append(file)
+        return report(0.5)
+
+    with pytest.raises(ValueError, match="Expected b to hold the weights whose score is in"):
+        collect_scores({"a": "1", "b": "another"}, kept, audit, print)
+    assert audited == []
 
 
 def test_names_in_the_table_do_nothing() -> None:
     scores = [NetworkScore("[red]a[/]\x1b[2J.pt", "12", 0.5, "clean", 61.6)]
-    console = Console(width=100, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
+    console = Console(width=100, file=io.StringIO(), record=True)
     console.print(score_table(scores, calibrate_threshold([0.5], 0.5)))
     text = console.export_text()
     assert r"[red]a[/]\x1b[2J.pt" in text
     assert "62" in text
-    console.file.close()
-
-
-def test_an_earlier_file_is_what_python_reads(audited: list[float], tmp_path: Path) -> None:
-    files = write_networks(0.5)
-    assert main([*COMMAND, "--rate=0.5", "--ckpt_paths", *files]) == 0
-    kept = CalibrationFile(tmp_path / "calibration.json", content()["settings"])
-    assert [each.file for each in kept.networks] == files
-    found = calibrate_threshold([each.score for each in kept.networks], 0.5)
-    assert found.to_dict().items() <= content()["calibration"].items()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 
 import lightning_mnp
-from lightning_mnp import MNPConfig, calibrate_threshold
+from lightning_mnp import MNPConfig, VerdictOptions, calibrate_threshold
 from lightning_mnp.calibration.threshold import check_count
 
 
@@ -59,7 +59,7 @@ def test_of_distinct_scores_as_many_as_allowed_are_flagged() -> None:
 @pytest.mark.parametrize("scores", [[0.0] * 19, [1e-300] * 19, [5.0] * 19])
 def test_threshold_is_an_option(scores: list[float]) -> None:
     found = calibrate_threshold(scores)
-    assert MNPConfig(threshold=found.threshold).threshold > max(scores)
+    assert VerdictOptions(threshold=found.threshold).threshold > max(scores)
     assert float(repr(found.threshold)) == found.threshold
 
 
@@ -78,10 +78,10 @@ def test_interval_of_the_default_is_clopper_and_pearsons(flagged: int) -> None:
 @pytest.mark.parametrize(
     ("count", "rate", "needed", "remedy"),
     [
-        (18, 0.05, 19, "Give more, or a `rate` of at least 0.0527."),
+        (18, 0.05, 19, "Add networks, or choose a `rate` of at least 0.0527."),
         (98, 0.01, 99, "at least 0.0102."),
         (2, 0.3, 3, "at least 0.3334."),
-        (0, 0.5, 1, "Give more."),
+        (0, 0.5, 1, "Add networks."),
     ],
 )
 def test_too_few_networks_are_told(count: int, rate: float, needed: int, remedy: str) -> None:
@@ -120,7 +120,7 @@ def test_json_and_text() -> None:
     assert content["threshold"] == found.threshold
     assert content["default_share"] == pytest.approx(1 / 3)
     assert list(found.default_interval) == content["default_interval"]
-    assert f"--mnp.threshold {found.threshold!r}" in str(found)
+    assert f"--mnp.verdict.threshold {found.threshold!r}" in str(found)
     assert "with a probability of at most 25.00% (asked for: 25.00%; networks: 3)" in str(found)
     assert "the default threshold, 1, flags 1 of 3: 33.3%" in str(found)
 

@@ -1,33 +1,20 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import no_more_than
 
 from lightning_mnp.checkpoints.atomic_write import (
     OutputError,
     check_new,
     check_writable,
-    write_whole,
+    write_atomically,
 )
-
-
-@contextmanager
-def no_more_than(size: int) -> Iterator[None]:
-    """Let no file grow beyond a size: a real disk that is full, for this process only."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write_text(partial: Path) -> None:
@@ -86,7 +73,7 @@ def test_written_whole(tmp_path: Path, replace: bool) -> None:
     path = tmp_path / "file"
     if replace:
         path.write_text("old")
-    write_whole(path, write_text, argument="path", replace=replace)
+    write_atomically(path, write_text, argument="path", replace=replace)
     assert path.read_text() == "new" * 1000
     assert list(tmp_path.iterdir()) == [path]
 
@@ -100,14 +87,14 @@ def test_full_disk_leaves_what_was_there(tmp_path: Path, replace: bool) -> None:
         no_more_than(1000),
         pytest.raises(OutputError, match=r"Argument `report`: .*File too large\. There is no"),
     ):
-        write_whole(path, write_text, argument="report", replace=replace)
+        write_atomically(path, write_text, argument="report", replace=replace)
     assert [each.read_text() for each in tmp_path.iterdir()] == ["old"] * replace
 
 
 def test_full_disk_under_torch(tmp_path: Path) -> None:
     """PyTorch's own writer neither brings the process down nor leaves anything."""
     with no_more_than(10_000), pytest.raises(OutputError, match="could not be written"):
-        write_whole(
+        write_atomically(
             tmp_path / "file.pt",
             lambda partial: torch.save({"weight": torch.ones(100_000)}, partial),
             argument="state_file",
@@ -119,7 +106,7 @@ def test_a_link_in_the_place_of_the_partial_file_is_not_followed(tmp_path: Path)
     """The name can be guessed by who else writes to the folder."""
     (tmp_path / "precious").write_text("old")
     (tmp_path / ".file.partial").symlink_to(tmp_path / "precious")
-    write_whole(tmp_path / "file", write_text, argument="path", replace=True)
+    write_atomically(tmp_path / "file", write_text, argument="path", replace=True)
     assert (tmp_path / "precious").read_text() == "old"
     assert not (tmp_path / "file").is_symlink()
     assert (tmp_path / "file").read_text() == "new" * 1000
@@ -127,7 +114,7 @@ def test_a_link_in_the_place_of_the_partial_file_is_not_followed(tmp_path: Path)
 
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No such file or directory"):
-        write_whole(tmp_path / "none" / "file", write_text, argument="path")
+        write_atomically(tmp_path / "none" / "file", write_text, argument="path")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, ValueError])
@@ -137,7 +124,7 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, error: type[BaseExcept
         raise error
 
     with pytest.raises((error, OutputError)):
-        write_whole(tmp_path / "file", write, argument="path")
+        write_atomically(tmp_path / "file", write, argument="path")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -150,11 +137,11 @@ def test_name_reserved_without_links_is_given_back(
     monkeypatch.setattr(os, "link", refuse)
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OutputError, match="not here"):
-        write_whole(tmp_path / "file", write_text, argument="path")
+        write_atomically(tmp_path / "file", write_text, argument="path")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_control_characters_in_paths_are_escaped(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught:
-        write_whole(tmp_path / "none\x1b[2J" / "file", write_text, argument="path")
+        write_atomically(tmp_path / "none\x1b[2J" / "file", write_text, argument="path")
     assert str(caught.value).isprintable()

@@ -21,11 +21,11 @@ pytestmark = [
 ]
 
 QUICK = [
-    "--mnp.runs=1",
-    "--mnp.suppression_epochs=1",
-    "--mnp.mask_epochs=1",
-    "--mnp.rule=count",
-    "--mnp.amount=3",
+    "--mnp.suppression.runs=1",
+    "--mnp.suppression.epochs=1",
+    "--mnp.masks.epochs=1",
+    "--mnp.pruning.rule=count",
+    "--mnp.pruning.amount=3",
 ]
 MODEL = [
     "--model=lightning_mnp.models.Classifier",
@@ -121,7 +121,7 @@ def test_nothing_is_overwritten(checkpoint: Path, capsys: pytest.CaptureFixture[
     ("extra", "message"),
     [
         (["--ckpt_path=missing.pt"], "to be an existing file"),
-        (["--ckpt_path=suspicious.pt", "--mnp.include=[backbone.*]"], "matches none of"),
+        (["--ckpt_path=suspicious.pt", "--mnp.filters.include=[backbone.*]"], "matches none of"),
         (["--ckpt_path=suspicious.pt", "--model.width=8"], "Check the architecture"),
         (
             ["--ckpt_path=suspicious.pt", "--report=suspicious.pt"],
@@ -137,7 +137,7 @@ def test_wrong_use_is_told_and_ends_with_2(
 
 
 def test_wrong_option_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["audit", *COMMON, "--mnp.runs=0", "--ckpt_path=suspicious.pt"]) == 2
+    assert main(["audit", *COMMON, "--mnp.suppression.runs=0", "--ckpt_path=suspicious.pt"]) == 2
     assert (
         "Expected argument `runs` to be a whole number, at least 1, but got 0."
         in capsys.readouterr().err

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.defense_data.views import clean_sets
+from lightning_mnp.defense_data.views import recognized_views
 
 SEED = 3
 
@@ -53,7 +53,7 @@ def test_copies_are_those_that_the_network_recognizes(
 ) -> None:
     data = DefenseSet(*images_and_labels())
     masked: Any = Told(data, *known)
-    found = clean_sets(masked, data, augment, 16, SEED)
+    found = recognized_views(masked, data, augment, 16, SEED)
     assert found.sets[0] is data
     assert found.augment == (kind or "none")
     assert len(found.sets) == (1 if kind is None else 2)

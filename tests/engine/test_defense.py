@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 from distributed_script import small_network
-from helpers import QUICK, images_and_labels, loader, quick_config, trained_network
+from helpers import images_and_labels, loader, quick_config, trained_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_mnp import DefenseSet, MNPConfig, MNPDefense
+from lightning_mnp import DefenseReport, DefenseSet, MNPDefense
+from lightning_mnp.config import Constants
 from lightning_mnp.mnp.detection_ratio import saliency_correlation
 from lightning_mnp.mnp.saliency import approximate_clc, filter_magnitudes
 from lightning_mnp.mnp.suppression import suppression_parts
+from lightning_mnp.signals.trace import TraceConstants
 from lightning_mnp.signals.verdict import Judgement
 from lightning_mnp.surgery.masks import FilterMasks
 
@@ -22,10 +24,20 @@ short = pytest.mark.usefixtures("short_searches")
 
 
 def new_defense(
-    network: nn.Module | None = None, when: Any = "always", **changes: Any
+    network: nn.Module | None = None,
+    when: Any = "always",
+    constants: Constants | None = None,
+    **changes: Any,
 ) -> MNPDefense:
-    data = DefenseSet.from_loader(loader())
-    return MNPDefense(network or small_network(), data, quick_config(**changes), when=when)
+    data, config = DefenseSet.from_loader(loader()), quick_config(**changes)
+    return MNPDefense(network or small_network(), data, config, when=when, constants=constants)
+
+
+def lasting(report: DefenseReport) -> dict[str, Any]:
+    """All of a report that does not depend on the clock."""
+    content = report.to_dict()
+    del content["seconds"], content["date"]
+    return content
 
 
 def finished(defense: MNPDefense) -> MNPDefense:
@@ -63,20 +75,20 @@ def test_automatic_rule_needs_no_masks() -> None:
     changes = {"rule": "auto", "amount": 0.05}
     assert phases(new_defense(runs=1, **changes)) == [
         "reference", "suppression", "saliency", "reach", "margin", "patch", "overlay",
-        "warp", "permutation", "verdict", "pruning", "attenuation", "check",
+        "warp", "permutation", "verdict", "pruning", "soft_masks", "check",
     ]  # fmt: skip
-    assert "attenuation" not in phases(new_defense(runs=1, attenuation_steps=0, **changes))
+    assert "soft_masks" not in phases(new_defense(runs=1, soft_mask_steps=0, **changes))
 
 
 @short
 def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[list[int]] = []
 
-    def unclear(found: Any) -> bool:
-        judged.append([run.steps for run in defense.runs])
+    def unclear(found: Any, constants: Any) -> bool:
+        judged.append([run.steps for run in defense.case.runs])
         return True
 
-    monkeypatch.setattr("lightning_mnp.engine.defense.in_doubt", unclear)
+    monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", unclear)
     defense = new_defense(when="never", more_runs=3)
     assert phases(defense)[10:] == [
         "permutation", "verdict", *("suppression", "saliency") * 2, "verdict", "suppression",
@@ -84,7 +96,7 @@ def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> N
     ]  # fmt: skip
     assert [len(runs) for runs in judged] == [2, 4, 5]
     at_once = finished(new_defense(when="never", runs=5))
-    assert defense.runs == at_once.runs
+    assert defense.case.runs == at_once.case.runs
     assert defense.judgement == at_once.judgement
 
 
@@ -92,16 +104,16 @@ def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> N
 def test_further_runs_are_resumed_and_leave_the_masks_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lightning_mnp.engine.defense.in_doubt", lambda found: True)
+    monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", lambda *found: True)
     defense = new_defense(more_runs=2)
-    while len(defense.runs) < 3:
+    while len(defense.case.runs) < 3:
         defense.step()
     again = new_defense(more_runs=2)
     again.load_state_dict(copy.deepcopy(defense.state_dict()))
-    assert finished(again).runs == finished(defense).runs
-    assert len(again.runs) == 4
+    assert finished(again).case.runs == finished(defense).case.runs
+    assert len(again.case.runs) == 4
     plain = finished(new_defense())
-    torch.testing.assert_close(again.scores, plain.scores)
+    torch.testing.assert_close(again.case.scores, plain.case.scores)
     assert again.report().pruned == plain.report().pruned
 
 
@@ -110,8 +122,8 @@ def test_further_runs_are_resumed_and_leave_the_masks_alone(
 def test_there_are_no_further_runs(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("lightning_mnp.engine.defense.in_doubt", lambda found: "verdict" in changes)
-    assert len(finished(new_defense(more_runs=2, **changes)).runs) == 2
+    monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", lambda *found: "verdict" in changes)
+    assert len(finished(new_defense(more_runs=2, **changes)).case.runs) == 2
 
 
 @short
@@ -120,9 +132,9 @@ def test_there_are_no_further_runs(
 def test_most_steps_is_an_upper_bound(changes: dict[str, Any], when: Any) -> None:
     defense = new_defense(when=when, **changes)
     if when == "flagged":
-        return_plan = len(defense.plan)
+        planned = len(defense.plan.entries)
         finished(defense)
-        assert len(defense.plan) >= return_plan
+        assert len(defense.plan.entries) >= planned
         return
     bounds = [defense.most_steps()]
     while not defense.finished:
@@ -137,20 +149,20 @@ def test_most_steps_is_an_upper_bound(changes: dict[str, Any], when: Any) -> Non
 def test_reference_and_ratio_are_those_of_the_formulas() -> None:
     network = trained_network()
     defense = finished(new_defense(network, when="never", runs=1))
-    masked, data = defense.masked, defense.data
+    masked, data = defense.case.masked, defense.case.data
     batches = list(data.batches(16, torch.device("cpu")))
     correlations = []
-    for weights in (masked.weights(), defense.suppression.weights):
+    for weights in (masked.weights(), defense.case.suppression.weights):
         detached = {name: weight.detach() for name, weight in weights.items()}
         changes = approximate_clc(masked, detached, batches)
         magnitudes = filter_magnitudes(masked, detached)
-        correlations.append(saliency_correlation(magnitudes, changes, defense.layers))
-    [run] = defense.runs
-    assert defense.correlation == pytest.approx(correlations[0], abs=1e-6)
+        correlations.append(saliency_correlation(magnitudes, changes, defense.case.layers))
+    [run] = defense.case.runs
+    assert defense.case.correlation == pytest.approx(correlations[0], abs=1e-6)
     assert run.detection_ratio == pytest.approx(correlations[1] / correlations[0], abs=1e-6)
     with torch.no_grad():
         hits = (network(data.images).argmax(1) == data.labels).float().mean()
-    assert defense.accuracy_before == pytest.approx(float(hits))
+    assert defense.case.accuracy == pytest.approx(float(hits))
 
 
 @short
@@ -161,15 +173,15 @@ def test_scores_are_the_mean_of_m1_plus_m2_over_the_runs() -> None:
         at_masks = both.phase == "masks"
         both.step()
         if at_masks and both.phase != "masks":
-            sums.append(both.penalty.values.detach() + both.preserving.values.detach())
-    torch.testing.assert_close(both.scores, (sums[0] + sums[1]) / 2)
+            sums.append(both.case.penalty.values.detach() + both.case.preserving.values.detach())
+    torch.testing.assert_close(both.case.scores, (sums[0] + sums[1]) / 2)
 
 
 @short
 def test_accuracy_after_is_that_of_the_pruned_network() -> None:
     defense = finished(new_defense())
     purified = defense.purified()
-    images, labels = defense.data.images, defense.data.labels
+    images, labels = defense.case.data.images, defense.case.data.labels
     with torch.no_grad():
         hits = (purified(images).argmax(1) == labels).float().mean()
     assert defense.purification.accuracy == pytest.approx(float(hits))
@@ -188,8 +200,8 @@ def test_accuracy_after_is_that_of_the_pruned_network() -> None:
 def test_occasion_of_the_automatic_rule(
     monkeypatch: pytest.MonkeyPatch, verdict: Any, when: Any, pruned: bool
 ) -> None:
-    judgement = Judgement(verdict, 0.5, 0.2, 0.7, 0, ("a test says so",))
-    monkeypatch.setattr("lightning_mnp.engine.defense.judge", lambda *args: judgement)
+    judgement = Judgement(verdict, 0.5, 0.7, 0, ("a test says so",))
+    monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **options: judgement)
     defense = finished(new_defense(when=when, rule="auto", amount=0.05, harm=50.0, runs=1))
     assert bool(defense.report().pruned) == pruned
 
@@ -202,9 +214,9 @@ def test_pruned_network_is_audited_again() -> None:
     assert report.reaudit is not None
     options = {**changes, "reaudit": False}
     expected = finished(new_defense(defense.purified(), when="never", **options)).report()
-    assert report.reaudit["score"] == pytest.approx(expected.score)
-    assert report.reaudit["verdict"] == expected.verdict
-    assert report.reaudit["reasons"] == expected.reasons
+    assert report.reaudit.score == pytest.approx(expected.score)
+    assert report.reaudit.verdict == expected.verdict
+    assert report.reaudit.reasons == expected.reasons
 
 
 @short
@@ -213,73 +225,73 @@ def test_repair_shifts_the_logits_of_all_but_the_suspect() -> None:
     plain = finished(new_defense(trained_network(), amount=150, repair=False))
     report = defense.report()
     suspect = defense.judgement.suspect
-    assert report.shift[suspect] == 0.0
-    assert sum(value != 0.0 for value in report.shift) == len(report.shift) - 1
-    assert plain.report().shift == []
-    images = defense.data.images
+    assert report.pruning.shift[suspect] == 0.0
+    assert sum(value != 0.0 for value in report.pruning.shift) == len(report.pruning.shift) - 1
+    assert plain.report().pruning.shift == []
+    images = defense.case.data.images
     with torch.no_grad():
         difference = defense.purified()(images) - plain.purified()(images)
-    torch.testing.assert_close(difference, torch.tensor(report.shift).expand_as(difference))
+    torch.testing.assert_close(difference, torch.tensor(report.pruning.shift).expand_as(difference))
     again = new_defense(trained_network(), amount=150)
     again.load_state_dict(defense.state_dict())
-    assert again.report().shift == report.shift
+    assert again.report().pruning.shift == report.pruning.shift
 
 
 AUTO = {"rule": "auto", "amount": 0.05, "harm": 50.0, "runs": 1}
 
 
-def test_attenuation_turns_down_what_is_left() -> None:
-    defense = finished(at_attenuation())
+def test_soft_masks_turns_down_what_is_left() -> None:
+    defense = finished(at_soft_masks())
     report = defense.report()
-    masks = torch.tensor([value for part in report.masks.values() for value in part])
-    assert list(report.masks) == [layer.name for layer in defense.layers]
+    masks = torch.tensor([value for part in report.pruning.masks.values() for value in part])
+    assert list(report.pruning.masks) == [layer.name for layer in defense.case.layers]
     assert "filters turned down: " in str(report)
     assert int((masks == 0).sum()) >= len(report.pruned) > 0
     assert int(((masks > 0) & (masks < 1)).sum()) > 0
-    plain = finished(new_defense(trained_network(), **AUTO, attenuation_steps=0))
-    assert plain.report().masks == {}
+    plain = finished(new_defense(trained_network(), **AUTO, soft_mask_steps=0))
+    assert plain.report().pruning.masks == {}
     assert plain.report().pruned == report.pruned
-    images = defense.data.images
-    with torch.no_grad(), FilterMasks(plain.model, plain.layers, masks):
-        expected = plain.model(images) + torch.tensor(report.shift)
+    images = defense.case.data.images
+    with torch.no_grad(), FilterMasks(plain.case.model, plain.case.layers, masks):
+        expected = plain.case.model(images) + torch.tensor(report.pruning.shift)
         torch.testing.assert_close(defense.purified()(images), expected, atol=1e-4, rtol=1e-4)
 
 
 @functools.cache  # whole searches, which three tests share
-def state_at_attenuation() -> dict[str, Any]:
+def state_at_soft_masks() -> dict[str, Any]:
     defense = new_defense(trained_network(), **AUTO)
-    while defense.phase != "attenuation":
+    while defense.phase != "soft_masks":
         defense.step()
     return defense.state_dict()
 
 
-def at_attenuation() -> MNPDefense:
+def at_soft_masks() -> MNPDefense:
     defense = new_defense(trained_network(), **AUTO)
-    defense.load_state_dict(copy.deepcopy(state_at_attenuation()))
+    defense.load_state_dict(copy.deepcopy(state_at_soft_masks()))
     return defense
 
 
-def test_attenuation_that_does_harm_is_dropped_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    defense = at_attenuation()
-    assert defense.purification.search is not None
-    pruned = defense.purification.search.harm_of(defense.purification.search.masks())
-    assert pruned == pytest.approx(defense.purification.search.curve[-1][0], abs=1e-6)
-    monkeypatch.setattr(defense.purification.search, "harm_of", lambda masks: pruned + 100.1)
+def test_soft_masks_that_does_harm_is_dropped_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    defense = at_soft_masks()
+    assert defense.purification.greedy is not None
+    pruned = defense.purification.greedy.harm_of(defense.purification.greedy.masks())
+    assert pruned == pytest.approx(defense.purification.greedy.curve[-1][0], abs=1e-6)
+    monkeypatch.setattr(defense.purification.greedy, "harm_of", lambda masks: pruned + 100.1)
     report = finished(defense).report()
-    assert report.masks == {}
+    assert report.pruning.masks == {}
     [told] = [text for text in report.warnings if "turned down" in text]
     assert told == (
         "filters were not turned down: all of it did 100 nats more harm than pruning, and 100, 2 "
-        "times `harm`, is allowed"
+        "times `pruning.harm`, is allowed"
     )
 
 
-def test_attenuation_that_does_too_much_harm_is_turned_back(
+def test_soft_masks_that_does_too_much_harm_is_turned_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = finished(at_attenuation()).purification.factors()
-    defense = at_attenuation()
-    search = defense.purification.search
+    whole = finished(at_soft_masks()).purification.factors()
+    defense = at_soft_masks()
+    search = defense.purification.greedy
     assert search is not None
     pruned, begun = search.curve[-1][0], search.masks()
 
@@ -294,12 +306,12 @@ def test_attenuation_that_does_too_much_harm_is_turned_back(
     [told] = [text for text in report.warnings if "turned down" in text]
     assert told == (
         "filters were turned down by 62% of what was found: all of it did 158 nats more harm "
-        "than pruning, and 100, 2 times `harm`, is allowed"
+        "than pruning, and 100, 2 times `pruning.harm`, is allowed"
     )
 
 
 @short
-def test_attenuation_leaves_alone_what_cannot_be_scaled() -> None:
+def test_soft_masks_leaves_alone_what_cannot_be_scaled() -> None:
     network = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(),
         nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(96, 4),
@@ -309,44 +321,44 @@ def test_attenuation_leaves_alone_what_cannot_be_scaled() -> None:
     config = quick_config(**AUTO, stop_accuracy=None)
     report = finished(MNPDefense(network, data, config)).report()
     pruned = {index for name, index in report.pruned if name == "0"}
-    assert all(report.masks["0"][index] == (index not in pruned) for index in range(4))
+    assert all(report.pruning.masks["0"][index] == (index not in pruned) for index in range(4))
 
 
 @short
-def test_a_starved_class_is_raised_for_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rare_class_is_raised_for_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def found(logits: Tensor, labels: Tensor) -> dict[int, float]:
+    def found(logits: Tensor, labels: Tensor, constants: Any) -> dict[int, float]:
         seen.append((logits, labels))
         return {2: 1.5}
 
-    monkeypatch.setattr("lightning_mnp.engine.defense.find_handicaps", found)
+    monkeypatch.setattr("lightning_mnp.engine.phases.find_rare_classes", found)
     defense = finished(new_defense(when="never"))
     report = defense.report()
     [(logits, labels)] = seen
-    images = defense.data.images
+    images = defense.case.data.images
     with torch.no_grad():
-        torch.testing.assert_close(logits, defense.model(images))
-    assert labels.equal(defense.data.labels)
-    assert report.handicaps == {2: 1.5}
+        torch.testing.assert_close(logits, defense.case.model(images))
+    assert labels.equal(defense.case.data.labels)
+    assert report.rare_classes == {2: 1.5}
     assert any("class 2 is predicted far too rarely" in reason for reason in report.reasons)
-    raised = defense.balanced(images[:4]) - defense.masked(images[:4])
+    raised = defense.case.raised(images[:4]) - defense.case.masked(images[:4])
     expected = torch.tensor([0.0, 0.0, 1.5, 0.0]).expand_as(raised)
     torch.testing.assert_close(raised, expected, atol=1e-4, rtol=1e-4)
     again = new_defense(when="never")
     again.load_state_dict(defense.state_dict())
-    assert again.report().handicaps == report.handicaps
-    assert again.balanced.handicaps == {2: 1.5}
-    plain = finished(new_defense(when="never", balance=False))
-    assert plain.report().handicaps == {}
-    assert plain.balanced.handicaps == {}
+    assert again.report().rare_classes == report.rare_classes
+    assert again.case.rare_classes == {2: 1.5}
+    plain = finished(new_defense(when="never", raise_rare_classes=False))
+    assert plain.report().rare_classes == {}
+    assert plain.case.rare_classes == {}
 
 
 @short
 def test_each_run_sees_its_part_of_the_defense_set(monkeypatch: pytest.MonkeyPatch) -> None:
     defense = new_defense(when="never", runs=3, suppression_parts=2, augment="none")
     seen: dict[int, set[bytes]] = {}
-    step = defense.suppression.step
+    step = defense.case.suppression.step
 
     def watched(images: torch.Tensor, labels: Any, size: int, updates: Any) -> dict[str, float]:
         assert size == 20
@@ -354,9 +366,9 @@ def test_each_run_sees_its_part_of_the_defense_set(monkeypatch: pytest.MonkeyPat
         found.update(image.numpy().tobytes() for image in images)
         return step(images, labels, size, updates)
 
-    monkeypatch.setattr(defense.suppression, "step", watched)
+    monkeypatch.setattr(defense.case.suppression, "step", watched)
     finished(defense)
-    everything = {image.numpy().tobytes() for image in defense.data.images}
+    everything = {image.numpy().tobytes() for image in defense.case.data.images}
     assert [len(seen[run]) for run in range(3)] == [20, 20, 20]
     assert seen[0] | seen[1] == everything
     assert seen[2] not in (seen[0], seen[1])
@@ -366,7 +378,7 @@ def test_each_run_sees_its_part_of_the_defense_set(monkeypatch: pytest.MonkeyPat
 def test_few_images_are_not_parted() -> None:
     data = DefenseSet(*images_and_labels(5))
     defense = MNPDefense(trained_network(), data, quick_config(runs=1), when="never")
-    assert suppression_parts(data, defense.config) == 1
+    assert suppression_parts(data, defense.case.config) == 1
     assert finished(defense).report().runs[0].steps > 0
 
 
@@ -374,7 +386,7 @@ def test_few_images_are_not_parted() -> None:
 def test_a_network_without_a_bias_is_not_repaired() -> None:
     network = trained_network()
     network.fc = nn.Linear(network.fc.in_features, 4, bias=False)
-    assert finished(new_defense(network)).report().shift == []
+    assert finished(new_defense(network)).report().pruning.shift == []
 
 
 @short
@@ -382,7 +394,7 @@ def test_purified_network_that_is_still_flagged_is_told() -> None:
     changes = {"rule": "auto", "amount": 0.05, "harm": 50.0, "runs": 1, "reaudit": True}
     report = finished(new_defense(threshold=1e-3, **changes)).report()
     assert report.reaudit is not None
-    assert report.reaudit["verdict"] == "backdoored"
+    assert report.reaudit.verdict == "backdoored"
     assert "audited again after pruning, the network is backdoored" in report.warnings[-1]
     assert "audited again: backdoored" in str(report)
 
@@ -423,18 +435,15 @@ def test_state_is_readable_with_weights_only(tmp_path: Any) -> None:
             torch.load(tmp_path / "state.pt", weights_only=True)
 
 
-@pytest.fixture
-def masks_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never take the suppressed network's pile-up for weak, so that masks take steps."""
-    monkeypatch.setattr("lightning_mnp.purify.traces.SuppressedSource.weak_at", -1.0)
+# The suppressed network's pile-up is never weak, so that soft masks take steps.
+TURNING = Constants(TraceConstants(weak_at=-1.0))
 
 
 @short
-@pytest.mark.usefixtures("masks_turn")
 @pytest.mark.parametrize("changes", [{}, {"rule": "auto", "amount": 0.1, "runs": 1}])
 def test_resumed_at_any_step_ends_the_same(changes: dict[str, Any]) -> None:
     """In each phase twice: before its second step and after its last."""
-    defense = new_defense(**changes)
+    defense = new_defense(constants=TURNING, **changes)
     states: dict[str, dict[str, Any]] = {}
     while not defense.finished:
         phase = defense.phase
@@ -442,16 +451,13 @@ def test_resumed_at_any_step_ends_the_same(changes: dict[str, Any]) -> None:
         moment = f"{phase}, finished: {phase != defense.phase}"
         if moment not in states:
             states[moment] = copy.deepcopy(defense.state_dict())
-    expected = defense.report().to_dict()
-    del expected["seconds"]
+    expected = lasting(defense.report())
     assert len(states) >= 14
-    assert ("attenuation, finished: False" in states) == (changes.get("rule") == "auto")
+    assert ("soft_masks, finished: False" in states) == (changes.get("rule") == "auto")
     for moment, state in states.items():
-        second = new_defense(**changes)
+        second = new_defense(constants=TURNING, **changes)
         second.load_state_dict(state)
-        found = finished(second).report().to_dict()
-        del found["seconds"]
-        assert found == expected, moment
+        assert lasting(finished(second).report()) == expected, moment
 
 
 @short
@@ -484,7 +490,7 @@ def test_autocast_is_used_in_every_pass() -> None:
         def __exit__(self, *args: Any) -> None:
             pass
 
-    config = MNPConfig(**{**QUICK, "runs": 1})
+    config = quick_config(runs=1)
     defense = MNPDefense(
         trained_network(), DefenseSet(images, labels), config, when="never", autocast=Counting
     )

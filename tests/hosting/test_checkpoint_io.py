@@ -6,13 +6,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from checkpoint_files import rewrite_member
 from helpers import UserModule, loader, quiet_trainer, trained_network
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from test_checkpoint import rewrite_member
 
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.write import write_state_dict
-from lightning_mnp.hosting.checkpoint_io import CheckedCheckpointIO, read_checked
+from lightning_mnp.hosting.checkpoint_io import CheckedCheckpointIO, use_checked_io
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def test_resumed_training_is_the_same_as_without_the_checks(tmp_path: Path) -> N
         options = {"enable_checkpointing": True, "callbacks": [callback]}
         trainer = quiet_trainer(max_epochs=epochs, default_root_dir=tmp_path, **options)
         if checked:
-            read_checked(trainer)
+            use_checked_io(trainer)
             assert type(trainer.strategy.checkpoint_io) is CheckedCheckpointIO
         trainer.fit(
             Module(trained_network(steps=2).train()),
@@ -127,5 +127,5 @@ def test_nesting_beyond_what_python_copies(tmp_path: Path) -> None:
 def test_reader_of_the_user_stays() -> None:
     own = AsyncCheckpointIO()
     trainer = quiet_trainer(plugins=[own])
-    read_checked(trainer)
+    use_checked_io(trainer)
     assert trainer.strategy.checkpoint_io is own

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_mnp.hosting.memory import is_out_of_memory, memory_told
+from lightning_mnp.hosting.memory import explain_out_of_memory, is_out_of_memory
 
 
 def caused(error: Exception) -> Exception:
@@ -32,12 +32,12 @@ def test_lack_of_memory_is_recognized(error: Exception | None, expected: bool) -
 
 def test_a_real_one_is_told() -> None:
     with pytest.raises(torch.OutOfMemoryError, match=r"Out of memory here\. Do that\.") as caught:  # noqa: SIM117
-        with memory_told("here", "Do that."):
+        with explain_out_of_memory("here", "Do that."):
             torch.empty(2**60)
     assert "DefaultCPUAllocator" in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize("error", [KeyError("k"), KeyboardInterrupt(), RuntimeError("shape")])
 def test_other_errors_pass(error: BaseException) -> None:
-    with pytest.raises(type(error)), memory_told("here", "Do that."):
+    with pytest.raises(type(error)), explain_out_of_memory("here", "Do that."):
         raise error

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import config_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_mnp.config import MNPConfig
 from lightning_mnp.mnp.dual_masks import DualMask
 from lightning_mnp.mnp.updates import PlainUpdates
 from lightning_mnp.surgery.layers import find_filter_layers
@@ -35,7 +35,7 @@ def make_masked() -> MaskedNetwork:
 
 def make(preserving: bool, masked: MaskedNetwork | None = None, **options: Any) -> DualMask:
     masked = masked or make_masked()
-    return DualMask(masked, masked.weights(), MNPConfig(**options), preserving)
+    return DualMask(masked, masked.weights(), config_of(**options), preserving)
 
 
 def objective(mask: DualMask, values: Tensor, weights: Weights) -> Tensor:
@@ -78,8 +78,8 @@ def test_steps_are_equations_5_and_7_by_hand(preserving: bool, momentum: float) 
 def test_norms_are_those_of_the_weights_that_are_masked() -> None:
     masked = make_masked()
     doubled = {name: 2 * weight for name, weight in masked.weights().items()}
-    first = DualMask(masked, masked.weights(), MNPConfig(), False)
-    second = DualMask(masked, doubled, MNPConfig(), False)
+    first = DualMask(masked, masked.weights(), config_of(), False)
+    second = DualMask(masked, doubled, config_of(), False)
     torch.testing.assert_close(second.norms, 2 * first.norms)
 
 
@@ -110,7 +110,7 @@ def test_weights_and_network_are_unchanged() -> None:
     weights = {name: weight + 1 for name, weight in masked.weights().items()}
     copies = {name: weight.clone() for name, weight in weights.items()}
     state = {name: tensor.clone() for name, tensor in masked.network.state_dict().items()}
-    mask = DualMask(masked, weights, MNPConfig(), False)
+    mask = DualMask(masked, weights, config_of(), False)
     for _ in range(3):
         mask.step(IMAGES, LABELS, UPDATES)
     assert all(torch.equal(weights[name], copies[name]) for name in weights)

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import images_and_labels
+from helpers import config_of, images_and_labels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.mnp.suppression import CleanSuppression, suppression_parts
 from lightning_mnp.mnp.updates import PlainUpdates
@@ -32,7 +31,7 @@ def make_network() -> nn.Sequential:
 def make(network: nn.Module | None = None, **options: Any) -> CleanSuppression:
     network = network or make_network()
     masked = MaskedNetwork(network, find_filter_layers(network, IMAGES))
-    return CleanSuppression(masked, MNPConfig(**{"stop_accuracy": None, **options}))
+    return CleanSuppression(masked, config_of(**{"stop_accuracy": None, **options}))
 
 
 def snapshot(stage: CleanSuppression) -> dict[str, Tensor]:
@@ -330,6 +329,6 @@ def test_a_saved_run_goes_on_bit_for_bit(momentum: float) -> None:
 
 def test_parts_are_as_many_as_there_are_images_for() -> None:
     few, more = (DefenseSet(*images_and_labels(count)) for count in (8, 40))
-    config = MNPConfig(suppression_parts=4)
+    config = config_of(suppression_parts=4)
     assert suppression_parts(few, config) == 2  # three images at least
     assert suppression_parts(more, config) == 4

@@ -14,7 +14,7 @@ from lightning_mnp.purify.harm import CleanHarm
 from lightning_mnp.purify.purification import Purification
 from lightning_mnp.purify.traces import Source, SuppressedSource
 from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.logit_shift import fit_shift
+from lightning_mnp.surgery.logit_shift import repair_shift
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.01, "harm": 50.0}
@@ -69,7 +69,7 @@ def test_masks_go_on_as_long_as_they_cost_little(
     monkeypatch.setattr("lightning_mnp.purify.purification._LOOK_FROM", 2)
     monkeypatch.setattr("lightning_mnp.purify.purification._LOOK_EVERY", 2)
     monkeypatch.setattr("lightning_mnp.purify.traces.SuppressedSource.weak_at", -1.0)
-    purification = new_purification(harm=0.5, attenuation_steps=7)
+    purification = new_purification(harm=0.5, soft_mask_steps=7)
     purification.begin(sources_of(purification))
     search = purification.search
     assert search is not None
@@ -93,10 +93,10 @@ def test_search_must_have_begun() -> None:
 
 
 def test_filters_are_taken_and_turned_down_with_the_logits_of_starved_classes_raised() -> None:
-    plain = new_purification(augment="none", attenuation_steps=1, batch_size=40)
+    plain = new_purification(augment="none", soft_mask_steps=1, batch_size=40)
     masked, data = plain.masked, plain.data
     balanced = MaskedNetwork(masked.network, masked.layers)
-    balanced.handicaps = {1: 3.0}
+    balanced.raised = {1: 3.0}
     raised = Purification(masked, data, plain.config, balanced)
     for purification in (plain, raised):
         purification.begin(sources_of(purification))
@@ -150,7 +150,9 @@ def test_purified_copy_gives_what_the_factors_and_the_shift_say() -> None:
 def test_repair_gives_a_starved_target_back_what_pruning_took_and_no_more() -> None:
     plain = new_purification()
     images, labels = plain.data.images, plain.data.labels
-    starved = Purification(plain.masked, plain.data, plain.config, plain.masked.raised({1: 3.0}))
+    starved = Purification(
+        plain.masked, plain.data, plain.config, plain.masked.with_raised({1: 3.0})
+    )
     for purification, fixed in ((plain, 1), (starved, None)):
         purification.remove(torch.tensor([0, 5]))
         purification.check(target=1)
@@ -159,7 +161,7 @@ def test_repair_gives_a_starved_target_back_what_pruning_took_and_no_more() -> N
         masks = purification.factors()
         passed = [clean_logits(purification.balanced, data, 128, masks=masks) for data in sets]
         logits, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
-        expected = fit_shift(logits, classes, fixed)
+        expected = repair_shift(logits, classes, fixed)
         torch.testing.assert_close(purification.shift.values, expected)
         assert (purification.shift.values[1] == 0) == (fixed == 1)
         # Accuracy is that of the network as it is given back: no logit is raised in it.

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from lightning_mnp.surgery.forward import (
     NoLogitsError,
-    call_apart,
     call_network,
+    call_on_copies,
     evaluating,
     find_logits,
     probe_network,
@@ -84,7 +84,10 @@ def test_outputs(output: Any) -> None:
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ({"a": 1, "b": 2}, r"but got dict with the keys \['a', 'b'\]. Tell how .* `forward`"),
+        (
+            {"a": 1, "b": 2},
+            r"got dict with the keys \['a', 'b'\]. Pass as argument `forward` a",
+        ),
         ({"logits": 3}, r"but got dict with the keys \['logits'\]"),
         ((), "but got tuple"),
         (("x",), "but got tuple"),
@@ -133,7 +136,7 @@ def test_modes_come_back_after_an_error() -> None:
 
 def run_apart(network: nn.Module, forward: Callable[..., Any] = call_network) -> Tensor:
     torch.manual_seed(0)
-    return call_apart(network, IMAGES, forward)
+    return call_on_copies(network, IMAGES, forward)
 
 
 def test_buffers_stay_and_every_call_begins_with_them() -> None:
@@ -155,7 +158,7 @@ def test_weights_of_the_call_get_the_gradient() -> None:
     for weight in weights.values():
         weight.requires_grad_()
     torch.manual_seed(0)
-    logits = call_apart(network, IMAGES, weights=weights)
+    logits = call_on_copies(network, IMAGES, weights=weights)
     logits.sum().backward()
     assert all(weight.grad is not None for weight in weights.values())
     assert traces(network) == before
@@ -169,11 +172,11 @@ def test_buffers_stay_where_the_call_fails() -> None:
 
     network = mixed()
     before, random = traces(network), torch.get_rng_state()
-    for call in (call_apart, probe_network):
+    for call in (call_on_copies, probe_network):
         with pytest.raises(KeyError, match="on purpose"):
             call(network, IMAGES, fail)
         assert traces(network) == before
-        if call is call_apart:
+        if call is call_on_copies:
             torch.set_rng_state(random)
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.is_grad_enabled()
@@ -204,6 +207,6 @@ def test_a_network_that_works_in_place_leaves_the_images() -> None:
     before = images.clone()
     network = InPlace(2, 4)
     expected = network(images.clone())
-    assert call_apart(network, images).equal(expected)
-    assert call_apart(network, images.requires_grad_()).equal(expected)
+    assert call_on_copies(network, images).equal(expected)
+    assert call_on_copies(network, images.requires_grad_()).equal(expected)
     assert images.detach().equal(before)

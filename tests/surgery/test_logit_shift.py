@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_mnp.surgery.forward import call_network
-from lightning_mnp.surgery.logit_shift import best_shift, find_logit_bias, fit_shift
+from lightning_mnp.surgery.logit_shift import best_shift, find_logit_bias, repair_shift
 
 
 @pytest.mark.parametrize("cost", [1e-4, 0.01, 1.0])
@@ -54,7 +54,7 @@ def test_the_repair_has_the_least_penalized_loss() -> None:
         )
 
     expected = minimize(loss, [0.0, 0.0, 0.0], tol=1e-10).x
-    found = fit_shift(logits, labels, target=1)
+    found = repair_shift(logits, labels, target=1)
     assert found[[0, 2, 3]].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
     assert found[1] == 0.0
     assert found[2] > 0.3  # the class whose logits are too low
@@ -63,12 +63,12 @@ def test_the_repair_has_the_least_penalized_loss() -> None:
 def test_a_class_without_images_is_left_alone() -> None:
     logits, labels = logits_and_labels()
     kept = labels != 3
-    assert fit_shift(logits[kept], labels[kept], target=0)[3] == 0.0
+    assert repair_shift(logits[kept], labels[kept], target=0)[3] == 0.0
 
 
 def test_confident_logits_are_no_trouble() -> None:
     logits, labels = logits_and_labels()
-    assert bool(torch.isfinite(fit_shift(1e4 * logits, labels, target=0)).all())
+    assert bool(torch.isfinite(repair_shift(1e4 * logits, labels, target=0)).all())
 
 
 class Twice(nn.Module):

@@ -245,8 +245,8 @@ def test_masks_in_scale_and_shift_equal_masks_on_maps(norm: nn.Module, statistic
 
 def test_raised_logits_are_those_of_a_network_of_its_own(network: Net) -> None:
     masked = make(network)
-    raised = masked.raised({1: 2.5, 0: 1.0})
-    again = raised.raised({2: 4.0})
+    raised = masked.with_raised({1: 2.5, 0: 1.0})
+    again = raised.with_raised({2: 4.0})
     for other, expected in ((raised, {0: 1.0, 1: 2.5}), (again, {2: 4.0})):
         difference = (other(IMAGES) - masked(IMAGES)).mean(0).tolist()
         wanted = [expected.get(index, 0.0) for index in range(len(difference))]

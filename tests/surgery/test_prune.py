@@ -4,17 +4,11 @@ import pytest
 import torch
 from helpers import images_and_labels, same, snapshot, trained_network
 
-from lightning_mnp.mnp.thresholds import pruning_order
 from lightning_mnp.surgery.forward import call_network
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias
 from lightning_mnp.surgery.masks import FilterMasks
 from lightning_mnp.surgery.prune import prune
-
-
-def test_order_is_by_score_and_then_by_place() -> None:
-    scores = torch.tensor([1.5, 1.0, 3.0, 1.0, 2.0])
-    assert pruning_order(scores).tolist() == [1, 3, 0, 4, 2]
 
 
 def test_pruned_network_computes_what_the_masked_one_does() -> None:
@@ -84,3 +78,25 @@ def test_a_shift_of_the_logits_comes_and_goes_with_the_pruning() -> None:
         assert torch.allclose(network(images), expected, atol=1e-5)
     pruning.undo(network)
     assert all(before[name].equal(tensor) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_pruning_is_undone(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = trained_network()
+    images, _ = images_and_labels()
+    layers = find_filter_layers(network, images[:2])
+    name = find_logit_bias(network, images[:2], call_network)
+    assert name is not None
+    before, bake = snapshot(network), FilterMasks.bake
+
+    def interrupted(masks: FilterMasks) -> None:
+        bake(masks)
+        assert not same(before, snapshot(network))
+        raise error
+
+    monkeypatch.setattr(FilterMasks, "bake", interrupted)
+    with pytest.raises(error):
+        prune(network, layers, torch.arange(40), LogitShift(name, torch.ones(4)))
+    assert same(before, snapshot(network))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mnp.surgery.forward import call_network
-from lightning_mnp.surgery.tracing import Use, Watch, watch_run
+from lightning_mnp.surgery.tracing import ConvolutionUse, RunTracer, trace_run
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -34,49 +34,49 @@ class Net(nn.Module):
         return logits
 
 
-def watch(run: Callable[..., Any], norm: nn.Module | None = None) -> Watch:
-    return watch_run(Net(run, norm), IMAGES, call_network)[0]
+def trace(run: Callable[..., Any], norm: nn.Module | None = None) -> RunTracer:
+    return trace_run(Net(run, norm), IMAGES, call_network)[0]
 
 
-def test_what_is_seen_of_a_run() -> None:
+def test_what_is_recorded_of_a_run() -> None:
     def run(net: Any, x: Tensor) -> Any:
         y = net.norm(net.conv2(F.relu(net.conv1(x))))
         return net.classify(y + net.norm(net.conv2(y)))
 
-    seen = watch(run)
-    assert seen.uses == {
-        "conv1": Use(calls=1, elsewhere=True),
-        "conv2": Use(calls=2, norms={("norm", 1)}),
+    tracer = trace(run)
+    assert tracer.uses == {
+        "conv1": ConvolutionUse(calls=1, elsewhere=True),
+        "conv2": ConvolutionUse(calls=2, norms={("norm", 1)}),
     }
-    assert seen.feeders == {"norm": {"conv2"}}
+    assert tracer.feeders == {"norm": {"conv2"}}
 
 
 def test_the_logits_and_their_makers() -> None:
     network = Net(lambda net, x: net.classify(net.norm(net.conv1(x))) * 2 + net.conv2.bias[:2])
-    seen, logits = watch_run(network, IMAGES, call_network)
-    assert seen.makers([logits]) == {"head"}
-    assert seen.makers([logits, logits.clone()]) == {"head"}
-    assert seen.makers([IMAGES]) == frozenset()
+    tracer, logits = trace_run(network, IMAGES, call_network)
+    assert tracer.makers([logits]) == {"head"}
+    assert tracer.makers([logits, logits.clone()]) == {"head"}
+    assert tracer.makers([IMAGES]) == frozenset()
     torch.testing.assert_close(logits, network.eval()(IMAGES).detach())
 
 
 def test_a_norm_passes_on_the_makers_of_its_input() -> None:
     network = Net(lambda net, x: (net.norm(net.conv1(x)) + net.conv2(net.conv1(x))).mean((2, 3)))
-    seen, logits = watch_run(network, IMAGES, call_network)
-    assert seen.makers([logits]) == {"conv1", "conv2"}
+    tracer, logits = trace_run(network, IMAGES, call_network)
+    assert tracer.makers([logits]) == {"conv1", "conv2"}
 
 
 def test_a_norm_that_the_input_feeds() -> None:
-    seen = watch(lambda net, x: net.classify(net.conv1(net.norm(x))), nn.BatchNorm2d(3))
-    assert seen.feeders == {"norm": {None}}
-    assert seen.uses["conv1"].norms == set()
+    tracer = trace(lambda net, x: net.classify(net.conv1(net.norm(x))), nn.BatchNorm2d(3))
+    assert tracer.feeders == {"norm": {None}}
+    assert tracer.uses["conv1"].norms == set()
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8)], ids=str)
 def test_a_norm_along_another_dimension(norm: nn.Module) -> None:
-    assert watch(lambda net, x: net.classify(norm(net.conv1(x)))).uses["conv1"].crossed == set()
-    seen = watch(lambda net, x: net.classify(net.norm(net.conv1(x))), norm)
-    assert seen.uses["conv1"].crossed == {"norm"}
+    assert trace(lambda net, x: net.classify(norm(net.conv1(x)))).uses["conv1"].crossed == set()
+    tracer = trace(lambda net, x: net.classify(net.norm(net.conv1(x))), norm)
+    assert tracer.uses["conv1"].crossed == {"norm"}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_channels_are_followed_through_layout_functions(move: Callable[[Tensor],
     def run(net: Any, x: Tensor) -> Tensor:
         return net.head(net.norm(move(net.conv1(x))).flatten(1, -2).mean(1))  # type: ignore[no-any-return]
 
-    use = watch(run, nn.LayerNorm(4)).uses["conv1"]
+    use = trace(run, nn.LayerNorm(4)).uses["conv1"]
     assert use.norms == {("norm", move(torch.zeros(1, 4, 2, 2)).ndim - 1)}
     assert (use.elsewhere, use.crossed) == (False, set())
 
@@ -118,8 +118,8 @@ def test_channels_are_followed_on_devices_without_float64(dtype: torch.dtype) ->
         return net.classify(net.norm(moved).permute(0, 3, 1, 2))
 
     with NoDoubles():
-        use = watch(run, nn.LayerNorm(4)).uses["conv1"]
-    assert use == Use(calls=1, norms={("norm", 3)})
+        use = trace(run, nn.LayerNorm(4)).uses["conv1"]
+    assert use == ConvolutionUse(calls=1, norms={("norm", 3)})
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_channels_are_followed_on_devices_without_float64(dtype: torch.dtype) ->
     ],
 )
 def test_an_output_that_also_goes_elsewhere(use: Callable[[Any, Tensor], Tensor]) -> None:
-    assert watch(lambda net, x: net.classify(use(net, net.conv1(x)))).uses["conv1"].elsewhere
+    assert trace(lambda net, x: net.classify(use(net, net.conv1(x)))).uses["conv1"].elsewhere
 
 
 def test_questions_about_a_map_are_no_use_of_it() -> None:
@@ -146,4 +146,4 @@ def test_questions_about_a_map_are_no_use_of_it() -> None:
         assert y.is_floating_point()
         return net.classify(net.norm(input=y))  # also by keyword
 
-    assert watch(run).uses["conv1"] == Use(calls=1, norms={("norm", 1)})
+    assert trace(run).uses["conv1"] == ConvolutionUse(calls=1, norms={("norm", 1)})

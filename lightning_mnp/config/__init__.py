@@ -1,0 +1,30 @@
+"""The options of the method in groups, their ranges, and its constants."""
+
+from lightning_mnp.config.constants import Constants
+from lightning_mnp.config.groups import (
+    FilterOptions,
+    MaskOptions,
+    PruningOptions,
+    PruningRule,
+    SuppressionOptions,
+    VerdictOptions,
+    VerdictRule,
+)
+from lightning_mnp.config.options import MNPConfig, require_config
+from lightning_mnp.config.ranges import check_options, option, require
+
+__all__ = [
+    "Constants",
+    "FilterOptions",
+    "MNPConfig",
+    "MaskOptions",
+    "PruningOptions",
+    "PruningRule",
+    "SuppressionOptions",
+    "VerdictOptions",
+    "VerdictRule",
+    "check_options",
+    "option",
+    "require",
+    "require_config",
+]

@@ -1,0 +1,242 @@
+"""All options of an audit or a defense, their defaults, and the setting of the paper."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar, get_args
+
+from lightning_mnp.config.groups import (
+    FilterOptions,
+    MaskOptions,
+    PruningOptions,
+    SuppressionOptions,
+    VerdictOptions,
+)
+from lightning_mnp.config.ranges import check_options, option
+from lightning_mnp.defense_data.augment import Augmentation
+
+__all__ = ["MNPConfig", "require_config"]
+
+Kind = TypeVar("Kind")
+
+# Where the options stand that had no group before.
+_GROUPED = {
+    **{name: f"filters.{name}" for name in ("include", "exclude", "site", "statistics")},
+    **{name: f"suppression.{name}" for name in ("runs", "more_runs", "stop_accuracy", "mu")},
+    **{f"suppression_{n}": f"suppression.{n}" for n in ("lr", "momentum", "epochs", "parts")},
+    **{f"mask_{name}": f"masks.{name}" for name in ("lr", "momentum", "epochs")},
+    "penalty": "masks.penalty",
+    **{n: f"pruning.{n}" for n in ("rule", "amount", "harm", "impurity", "repair", "reaudit")},
+    "attenuation_steps": "pruning.soft_mask_steps",
+    **{name: f"verdict.{name}" for name in ("threshold", "delta", "most_classes")},
+    "balance": "verdict.raise_rare_classes",
+}
+
+
+def _refuse_flat_names(cls: type[Kind]) -> type[Kind]:
+    """Let the constructor name the group of an option that is given without one."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Kind, *args: Any, **options: Any) -> None:
+        for name in options:
+            if name in _GROUPED:
+                raise TypeError(_grouped_message(name))
+        init(self, *args, **options)
+
+    cls.__init__ = checked  # type: ignore[method-assign, assignment]
+    return cls
+
+
+def _grouped_message(name: str) -> str:
+    group, own = _GROUPED[name].split(".")
+    kind = next(each.type for each in fields(MNPConfig) if each.name == group)
+    return (
+        f"The option `{name}` is `{group}.{own}` now. Write "
+        f"MNPConfig({group}={kind}({own}=...)), or `--mnp.{group}.{own}` on the command line."
+    )
+
+
+@_refuse_flat_names
+@dataclass(frozen=True)
+class MNPConfig:
+    """All options of an audit or a defense.
+
+    How the defaults were chosen, with the measurements, is told on the documentation's page
+    "The default".
+
+    Args:
+        seed: Seed of all that is drawn; the same seed gives the same outcome.
+        batch_size: Most images in a batch; below 128, signals get weaker.
+        augment: Shift and mirror clean images: `none`, `crop` (shifts only) or `crop-flip`.
+        filters: Which filters take part, and how they are masked.
+        suppression: Clean suppression (Eq. 6).
+        masks: The dual masks M1 and M2 (Eq. 5 and 7).
+        pruning: Which filters go, and how many.
+        verdict: When a network is called backdoored.
+
+    Raises:
+        ValueError: If an option is out of range.
+        TypeError: If an option is given without its group.
+
+    Example:
+        >>> config = MNPConfig(seed=1, pruning=PruningOptions(rule="count", amount=30))
+        >>> config.pruning.amount
+        30
+    """
+
+    seed: int = option(0)
+    # Batches of two would leave a batch of one of an odd number of images.
+    batch_size: int = option(128, at_least=3, why=", so that no batch holds a single image")
+    augment: Augmentation = option("crop-flip", choices=get_args(Augmentation))
+    filters: FilterOptions = field(default_factory=FilterOptions)
+    suppression: SuppressionOptions = field(default_factory=SuppressionOptions)
+    masks: MaskOptions = field(default_factory=MaskOptions)
+    pruning: PruningOptions = field(default_factory=PruningOptions)
+    verdict: VerdictOptions = field(default_factory=VerdictOptions)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @classmethod
+    def paper(cls, changes: Mapping[str, Any] | None = None, *, seed: int = 0) -> MNPConfig:
+        """Return the setting of Sec. 5.1: one run of T passes, 30 filters pruned, delta 0.2.
+
+        The paper does not say where a mask acts or how normalization layers run; both are as in
+        the default.
+
+        Args:
+            changes: Options that differ, by name, as for :meth:`changed`.
+            seed: Seed of all that is drawn.
+
+        Example:
+            >>> MNPConfig.paper(seed=3).suppression.lr
+            0.01
+        """
+        published = {
+            "augment": "none",
+            "suppression.runs": 1,
+            "suppression.more_runs": 0,
+            "suppression.lr": 0.01,
+            "suppression.epochs": 20,
+            "suppression.parts": 1,
+            "suppression.stop_accuracy": None,
+            "pruning.rule": "count",
+            "pruning.amount": 30,
+            "pruning.soft_mask_steps": 0,
+            "pruning.repair": False,
+            "pruning.reaudit": False,
+            "verdict.rule": "ratio",
+            "verdict.raise_rare_classes": False,
+        }
+        return cls(seed=seed).changed({**published, **(changes or {})})
+
+    def changed(self, changes: Mapping[str, Any]) -> MNPConfig:
+        """Return a copy with some options changed.
+
+        Args:
+            changes: New values by name, as on the command line: ``"seed"``,
+                ``"suppression.runs"``.
+
+        Raises:
+            ValueError: If a name is unknown, or a value is out of range.
+
+        Example:
+            >>> MNPConfig().changed({"suppression.runs": 4, "seed": 1}).suppression.runs
+            4
+        """
+        known = list(self._names())
+        grouped: dict[str, dict[str, Any]] = {}
+        for name, value in changes.items():
+            if name not in known:
+                raise ValueError(_unknown_message(name, known))
+            group, _, own = name.rpartition(".")
+            grouped.setdefault(group, {})[own] = value
+        top = grouped.pop("", {})
+        groups = {name: replace(getattr(self, name), **own) for name, own in grouped.items()}
+        return replace(self, **groups, **top)
+
+    def _names(self) -> Iterator[str]:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if is_dataclass(value):
+                yield from (f"{each.name}.{own.name}" for own in fields(value))
+            else:
+                yield each.name
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> MNPConfig:
+        """Make options of primitives in groups, as :meth:`to_dict` or a YAML file has them.
+
+        Args:
+            options: Values by name, groups as mappings; what is missing has its default.
+
+        Raises:
+            ValueError: If a name is unknown, or a value is out of range.
+
+        Example:
+            >>> MNPConfig.from_dict({"seed": 3, "masks": {"epochs": 5}}).masks.epochs
+            5
+        """
+        changes: dict[str, Any] = {}
+        for name, value in options.items():
+            if isinstance(value, Mapping):
+                changes.update({f"{name}.{own}": each for own, each in value.items()})
+            else:
+                changes[name] = value
+        return cls().changed(changes)
+
+    def flat(self) -> dict[str, Any]:
+        """Return all options as primitives by name, as :meth:`changed` takes them.
+
+        Example:
+            >>> MNPConfig().flat()["suppression.runs"]
+            2
+        """
+        options = self.to_dict()
+        return {
+            name: options[name] if "." not in name else options[name.split(".")[0]][own]
+            for name in self._names()
+            for own in [name.rpartition(".")[2]]
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options as primitives, in groups."""
+        options = asdict(self)
+        for name in ("include", "exclude"):
+            options["filters"][name] = list(options["filters"][name])
+        return options
+
+
+def _unknown_message(name: str, known: list[str]) -> str:
+    if name in _GROUPED:
+        return _grouped_message(name)
+    near = difflib.get_close_matches(name, known, 1)
+    meant = f" Did you mean {near[0]!r}?" if near else f" There are {', '.join(known)}."
+    return f"Expected the name of an option, but got {name!r}.{meant}"
+
+
+def require_config(config: MNPConfig | None) -> MNPConfig:
+    """Return the options, or the default if there are none.
+
+    Args:
+        config: Options, or None.
+
+    Raises:
+        TypeError: If it is something else.
+
+    Example:
+        >>> require_config(None) == MNPConfig()
+        True
+    """
+    if config is None:
+        return MNPConfig()
+    if not isinstance(config, MNPConfig):
+        raise TypeError(
+            f"Expected argument `config` to be an MNPConfig, but got {type(config).__name__}. "
+            "Write MNPConfig(seed=4), say, with the options as arguments."
+        )
+    return config

@@ -1,0 +1,331 @@
+"""The case: a network under audit, with all that is known of it so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mnp.config import Constants, MNPConfig
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.hosting.memory import explain_out_of_memory
+from lightning_mnp.mnp.dual_masks import DualMask
+from lightning_mnp.mnp.suppression import CleanSuppression
+from lightning_mnp.mnp.thresholds import pruned_count
+from lightning_mnp.purify.purification import Purification
+from lightning_mnp.purify.traces import find_traces
+from lightning_mnp.report import DefenseReport, RunResult, SecondAudit, Signal
+from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.registry import registered
+from lightning_mnp.signals.trace import Trace
+from lightning_mnp.signals.verdict import Judgement, judge, rank_signals
+from lightning_mnp.surgery.forward import Forward
+from lightning_mnp.surgery.guards import (
+    refuse_scripts,
+    refuse_wrappers,
+    running_alone,
+    unchanged_on_error,
+)
+from lightning_mnp.surgery.layers import FilterLayers, find_filter_layers
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
+from lightning_mnp.surgery.network import (
+    check_copy,
+    check_network,
+    network_forward,
+    weights_digest,
+)
+
+__all__ = ["Case", "When", "open_case"]
+
+When = Literal["never", "flagged", "always"]
+
+
+class Case:
+    """What the phases of a defense read and write.
+
+    Stages with weights or optimizers of their own are built when they are first used.
+
+    Args:
+        model: The model, on its device.
+        data: The defense set.
+        config: Options.
+        when: See :class:`~lightning_mnp.engine.defense.MNPDefense`.
+        layers: The layers with filters.
+        forward: How the model is called.
+        classes: Number of its classes.
+        autocast: Makes the context in which the network runs.
+        constants: Constants that differ from their defaults.
+
+    Attributes:
+        masked: The network as it is, with weights and masks that can be exchanged.
+        raised: The same network with the logits of rare classes raised, once these are known.
+        scene: What the searches share; it holds the suppression runs.
+        searches: The searches that have been reached, by name.
+        correlation: Rank correlation of magnitude and saliency of the network as it is.
+        accuracy: Its accuracy on the defense set.
+        suppressed: Suppressed weights of the runs before the latest, as far as pruning needs them.
+        masks_sum: Sum of M1 + M2 over the runs so far.
+        masks_count: Number of these runs.
+        judgement: The latest verdict, or None.
+        purification: What is changed, and how it is found.
+        second_audit: What an audit of the purified copy says, or None.
+        warnings: What the reader of the report should know, in words.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: DefenseSet,
+        config: MNPConfig,
+        when: When,
+        layers: FilterLayers,
+        forward: Forward,
+        classes: int,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        constants: Constants,
+    ) -> None:
+        self.model = model
+        self.data = data
+        self.config = config
+        self.when = when
+        self.layers = layers
+        self.classes = classes
+        self.constants = constants
+        self.masked = MaskedNetwork(model, layers, forward, config.filters.statistics, autocast)
+        self.raised = self.masked.with_raised({})
+        self.scene = Scene(self.raised, data, config, classes, constants)
+        self.searches: dict[str, SignalSearch] = {}
+        self.correlation = math.nan
+        self.accuracy = math.nan
+        self.suppressed: list[Weights] = []
+        self.masks_sum = torch.zeros(layers.total, device=self.masked.device)
+        self.masks_count = 0
+        self.judgement: Judgement | None = None
+        self.purification = Purification(self.masked, data, config, self.raised, constants)
+        self.second_audit: SecondAudit | None = None
+        self.warnings = [*_coarse_weights(model)]
+
+    @contextmanager
+    def protected(self, where: str) -> Iterator[None]:
+        """Leave the model as it is, wherever work is interrupted; tell of a lack of memory.
+
+        Args:
+            where: The place in the plan, for the message.
+        """
+        images, passes = len(self.data), self.passes
+        size = (images + passes - 1) // passes
+        batch = f"in a batch of {size} images (`batch_size` is {self.config.batch_size})"
+        remedy = (
+            f"The model is unchanged. Choose a smaller `batch_size`, for example "
+            f"{max(3, size // 2)}; a `state_file` of the larger one cannot be used then."
+        )
+        with ExitStack() as stack:
+            stack.enter_context(explain_out_of_memory(f"{where}, {batch}", remedy))
+            stack.enter_context(unchanged_on_error(self.model))
+            stack.enter_context(running_alone(self.model))
+            yield
+
+    @cached_property
+    def suppression(self) -> CleanSuppression:
+        """Clean suppression, on a copy of the weights."""
+        return CleanSuppression(self.raised, self.config)
+
+    @cached_property
+    def penalty(self) -> DualMask:
+        """The mask M1, on the suppressed weights."""
+        return DualMask(self.raised, self.suppression.weights, self.config, preserving=False)
+
+    @cached_property
+    def preserving(self) -> DualMask:
+        """The mask M2, on the network's own weights."""
+        return DualMask(self.masked, self.masked.weights(), self.config, preserving=True)
+
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizers that a Trainer has to know of; builds their stages."""
+        return self.suppression.optimizer, self.penalty.optimizer, self.preserving.optimizer
+
+    @property
+    def runs(self) -> list[RunResult]:
+        """The suppression runs so far."""
+        return self.scene.runs
+
+    @property
+    def passes(self) -> int:
+        """Number of batches in one pass over the defense set."""
+        return self.data.passes(self.config.batch_size)
+
+    @property
+    def ranks_by_masks(self) -> bool:
+        """Whether filters are ranked by M1 + M2."""
+        return self.config.pruning.rule != "auto"
+
+    @property
+    def may_prune_greedily(self) -> bool:
+        """Whether filters may have to be taken one by one, along traces."""
+        return not self.ranks_by_masks and self.when != "never"
+
+    @property
+    def wanted_signals(self) -> dict[str, type[SignalSearch]]:
+        """The signals of this audit by name; none if neither verdict nor pruning needs them."""
+        if self.config.verdict.rule != "signals" and not self.may_prune_greedily:
+            return {}
+        return {name: kind for name, kind in registered().items() if kind.applies(self.data)}
+
+    @property
+    def scores(self) -> Tensor:
+        """M1 + M2 averaged over the runs so far, shape (total filters,)."""
+        return self.masks_sum / max(1, self.masks_count)
+
+    def raise_rare_classes(self, values: dict[int, float]) -> None:
+        """Raise the logits of some classes in everything that looks for a backdoor.
+
+        Args:
+            values: By how much, for each of these classes.
+        """
+        self.raised.raised = dict(values)
+
+    @property
+    def rare_classes(self) -> dict[int, float]:
+        """By how much the logits of some classes are raised, for each of these."""
+        return self.raised.raised
+
+    def search(self, name: str) -> SignalSearch:
+        """Return the search of a name; it is built when it is first asked for.
+
+        Args:
+            name: The name of a signal.
+        """
+        if name not in self.searches:
+            self.searches[name] = self.wanted_signals[name](self.scene)
+        return self.searches[name]
+
+    def choose_classes(self) -> None:
+        """Choose the classes that triggers are searched for, with a warning if not all are."""
+        if self.scene.tried:
+            return
+        self.scene.choose_classes()
+        if len(self.scene.tried) < self.classes:
+            self.warnings.append(
+                f"triggers were searched for in {len(self.scene.tried)} of {self.classes} "
+                "classes, those that predictions pile up on among them: a target among the others "
+                "shows in the pile-up only; raise `verdict.most_classes` to try more"
+            )
+
+    def signals(self) -> list[Signal]:
+        """Return what speaks for a backdoor, most believed first; nothing before all is known."""
+        found = []
+        for name, kind in self.wanted_signals.items():
+            reached = name in self.searches or kind.all_steps(self.scene) == 0
+            if not (reached and self.search(name).finished):
+                return []
+            found.append(self.search(name).signal())
+        return rank_signals(found, self.config.verdict.threshold)
+
+    def judge(self) -> Judgement:
+        """Return the verdict on what is known so far."""
+        found = self.signals()
+        failed = [name for name, search in self.searches.items() if found and search.failed]
+        return judge(
+            self.runs,
+            self.correlation,
+            found,
+            self.config,
+            self.accuracy,
+            failed=failed,
+            rare_classes=self.rare_classes,
+            constants=self.constants,
+        )
+
+    def new_report(self) -> DefenseReport:
+        """Begin a report, to which the phases add what they have found."""
+        assert self.judgement is not None, "the verdict comes first"
+        return DefenseReport(
+            verdict=self.judgement.verdict,
+            warnings=[*self.purification.warnings, *self.warnings],
+            weights_sha256=weights_digest(self.model),
+            config=self.config.to_dict(),
+            versions={name: version(name) for name in ("lightning-mnp", "torch", "torchvision")},
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def traces(self) -> list[Trace]:
+        """Collect what shows the backdoor of the suspected class."""
+        suppressed = [*self.suppressed, self.suppression.weights]
+        return find_traces(self.scene, suppressed, self.signals()[0], self.searches)
+
+
+def open_case(
+    model: nn.Module,
+    data: DefenseSet,
+    config: MNPConfig,
+    when: When,
+    *,
+    network: str | None,
+    forward: Forward | None,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    constants: Constants,
+) -> Case:
+    """Check model, defense set and options against each other, before any work.
+
+    Args:
+        model: The model, on its device.
+        data: The defense set.
+        config: Options.
+        when: See :class:`~lightning_mnp.engine.defense.MNPDefense`, like all that follow.
+        network: Dotted name of the submodule that classifies.
+        forward: How that is called.
+        autocast: Makes the context in which the network runs.
+        constants: Constants that differ from their defaults.
+
+    Raises:
+        ValueError: If they do not fit each other.
+        TypeError: If the model's output holds no logits.
+    """
+    if when not in get_args(When):
+        raise ValueError(
+            f"Expected argument `when` to be one of {get_args(When)}, but got {when!r}."
+        )
+    filters, pruning = config.filters, config.pruning
+    call = network_forward(model, network, forward)
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    sample = data.images[:2].to(device)
+    remedy = "The model needs more than there is even for so few."
+    refuse_wrappers(model)
+    refuse_scripts(model)
+    told = explain_out_of_memory(f"on {len(sample)} images", remedy)
+    with told, unchanged_on_error(model), running_alone(model):
+        if when != "never" and pruning.reaudit:
+            check_copy(model)
+        classes = check_network(model, sample, data.labels, call)
+        layers = find_filter_layers(
+            model,
+            sample,
+            forward=call,
+            site=filters.site,
+            include=filters.include,
+            exclude=filters.exclude,
+        )
+    if pruning.rule != "auto":
+        pruned_count(torch.ones(layers.total), pruning.rule, pruning.amount)
+    return Case(model, data, config, when, layers, call, classes, autocast, constants)
+
+
+def _coarse_weights(model: nn.Module) -> Iterator[str]:
+    """Warn of weights in which small steps of unlearning are lost."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() < 4:
+            yield (
+                f"weights are {str(parameter.dtype).removeprefix('torch.')} ({name!r}), in which "
+                "small steps are lost to rounding: signals are weaker, and figures are not those "
+                "of float32; call `model.float()` before"
+            )
+            return

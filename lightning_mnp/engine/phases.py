@@ -1,0 +1,384 @@
+"""The phases of an audit, each an object behind one protocol that takes a batch at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mnp.engine.case import Case
+from lightning_mnp.engine.pass_tally import PassTally
+from lightning_mnp.mnp.detection_ratio import detection_ratio
+from lightning_mnp.mnp.saliency import batch_clc
+from lightning_mnp.mnp.suppression import RunImages, suppression_parts
+from lightning_mnp.mnp.updates import Updates
+from lightning_mnp.report import DefenseReport, DefenseSetSummary, RunResult
+from lightning_mnp.signals.rare_classes import RareClassConstants, find_rare_classes
+from lightning_mnp.signals.verdict import VerdictConstants, in_doubt
+
+__all__ = [
+    "Entry",
+    "MaskPhase",
+    "Phase",
+    "ReferencePhase",
+    "SaliencyPhase",
+    "SearchPhase",
+    "SuppressionPhase",
+    "VerdictPhase",
+]
+
+Entry = tuple[str, int]  # name of a phase, number of the suppression run that it belongs to
+
+
+class Phase(ABC):
+    """One phase of a defense, built when the engine reaches it.
+
+    A phase keeps what only it needs; what others need goes into the case. So a phase can be built
+    anew at any time, to go on from its state or to add to the report.
+
+    Args:
+        case: What is known of the network.
+        run: The suppression run that it belongs to, from 0.
+
+    Attributes:
+        name: Its name, in the plan, in messages and in the report's ``seconds``.
+        steps: Steps taken.
+    """
+
+    name: str
+
+    def __init__(self, case: Case, run: int = 0) -> None:
+        self.case = case
+        self.run = run
+        self.steps = 0
+
+    @property
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether no step is left."""
+
+    @abstractmethod
+    def most_steps(self) -> int:
+        """Return an upper bound on the steps that are left."""
+
+    @abstractmethod
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Take one step.
+
+        Args:
+            updates: Does backward passes and optimizer steps.
+
+        Returns:
+            Numbers of this step, by name.
+        """
+
+    def then(self) -> list[Entry]:
+        """Return what has to be done next because of what this phase has found."""
+        return []
+
+    def report(self, report: DefenseReport) -> None:  # noqa: B027 (most phases add nothing)
+        """Write what the phase has found into a report; called once for all runs of its name.
+
+        Args:
+            report: The report.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what only this phase needs, as tensors and primitives."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.steps = int(state["steps"])
+
+
+class _Pass(Phase):
+    """A phase of one pass over the defense set in stored order, which adds up saliency."""
+
+    def __init__(self, case: Case, run: int = 0) -> None:
+        super().__init__(case, run)
+        self.tally = PassTally(case.masked, case.classes)
+
+    @property
+    def done(self) -> bool:
+        return self.steps >= self.case.passes
+
+    def most_steps(self) -> int:
+        return self.case.passes - self.steps
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        case = self.case
+        return case.data.batch(self.steps, case.config.batch_size, case.masked.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "tally": self.tally.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.tally.load_state_dict(state["tally"])
+
+
+class ReferencePhase(_Pass):
+    """Saliency, accuracy and rare classes of the network as it is."""
+
+    name = "reference"
+
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Look at one batch."""
+        case, (images, labels) = self.case, self.batch()
+        weights = case.masked.weights()
+        changes, _ = batch_clc(case.masked, weights, images, labels)
+        with torch.no_grad():
+            logits = case.masked(images, statistics="running")
+        self.tally.add(changes, logits, labels)
+        self.steps += 1
+        if not self.done:
+            return {}
+        case.correlation = self.tally.correlation(weights)
+        case.accuracy = self.tally.accuracy
+        if case.config.verdict.raise_rare_classes:
+            constants = case.constants.of(RareClassConstants)
+            rare = find_rare_classes(self.tally.logits, self.tally.labels, constants)
+            case.raise_rare_classes(rare)
+        return {"correlation": case.correlation, "accuracy": case.accuracy}
+
+    def report(self, report: DefenseReport) -> None:
+        """Write accuracy, rare classes, layers and the defense set."""
+        case = self.case
+        report.accuracy_before = case.accuracy
+        report.rare_classes = dict(case.rare_classes)
+        report.filters = case.layers.total
+        report.layers = [asdict(layer) for layer in case.layers]
+        report.skipped = list(case.layers.skipped)
+        shape = list(case.data.images.shape[1:])
+        counts, digest = case.data.counts, case.data.fingerprint
+        report.defense_set = DefenseSetSummary(len(case.data), shape, counts, digest)
+
+
+class SuppressionPhase(Phase):
+    """One run of clean suppression (Eq. 6)."""
+
+    name = "suppression"
+
+    def __init__(self, case: Case, run: int = 0) -> None:
+        super().__init__(case, run)
+        self._images = RunImages(case.data, case.config, run)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has stopped."""
+        return self.steps > 0 and bool(self.case.suppression.stopped)
+
+    def most_steps(self) -> int:
+        """Return the steps of all passes that are left."""
+        return self._images.most_steps - self.steps
+
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Climb the clean loss by one step."""
+        suppression, seen = self.case.suppression, self._images
+        if self.steps == 0:
+            suppression.restart()
+        images, labels = seen.batch(self.steps, self.case.masked.device)
+        metrics = suppression.step(images, labels, seen.size, updates)
+        self.steps += 1
+        if self.steps >= seen.most_steps:
+            suppression.finish("all passes were made")
+        if suppression.stopped:
+            suppression.finish("")
+        return metrics
+
+
+class SaliencyPhase(_Pass):
+    """Saliency and predictions of the suppressed network: the result of a run."""
+
+    name = "saliency"
+
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Look at one batch."""
+        case, (images, labels) = self.case, self.batch()
+        suppression = case.suppression
+        weights = {name: weight.detach() for name, weight in suppression.weights.items()}
+        self.tally.add(*batch_clc(case.raised, weights, images, labels), labels)
+        self.steps += 1
+        if not self.done:
+            return {}
+        correlation = self.tally.correlation(weights)
+        result = RunResult(
+            detection_ratio=detection_ratio(correlation, case.correlation),
+            correlation=correlation,
+            predictions=tuple(self.tally.predictions.tolist()),
+            steps=suppression.steps,
+            accuracy=suppression.accuracy,
+            stopped=suppression.stopped,
+        )
+        if self.run == len(case.runs):  # a repeated run is known already
+            case.runs.append(result)
+        if case.may_prune_greedily and len(case.suppressed) < case.config.suppression.runs - 1:
+            case.suppressed.append({name: weight.clone() for name, weight in weights.items()})
+        return {"detection_ratio": result.detection_ratio, "pile_up": result.pile_up}
+
+    def report(self, report: DefenseReport) -> None:
+        """Write the runs."""
+        report.runs = list(self.case.runs)
+
+
+class MaskPhase(Phase):
+    """The dual masks M1 and M2 of one run (Eq. 5 and 7)."""
+
+    name = "masks"
+
+    @property
+    def done(self) -> bool:
+        """Whether all passes were made."""
+        return self.most_steps() <= 0
+
+    def most_steps(self) -> int:
+        """Return the steps of all passes that are left."""
+        return self.case.passes * self.case.config.masks.epochs - self.steps
+
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Take one step of both masks on the same batch."""
+        case, config = self.case, self.case.config
+        if self.steps == 0:
+            case.penalty.restart(case.suppression.weights)
+            case.preserving.restart(case.masked.weights())
+        epoch, index = divmod(self.steps, case.passes)
+        key = (config.seed, "masks", self.run, epoch)
+        device = case.masked.device
+        images, labels = case.data.batch(index, config.batch_size, device, config.augment, key)
+        first = case.penalty.step(images, labels, updates)
+        second = case.preserving.step(images, labels, updates)
+        self.steps += 1
+        if self.done:
+            case.masks_sum += case.penalty.values.detach() + case.preserving.values.detach()
+            case.masks_count += 1
+            for name, mask in (("M1", case.penalty), ("M2", case.preserving)):
+                if mask.stopped:
+                    number = case.masks_count
+                    case.warnings.append(f"{name} of run {number} stopped early: {mask.stopped}")
+        return {
+            "penalty_loss": first["loss"],
+            "preserving_loss": second["loss"],
+            "accuracy": first["accuracy"],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the steps and, once there are any, the masks."""
+        state = super().state_dict()
+        if self.steps:
+            state["penalty"] = self.case.penalty.state_dict()
+            state["preserving"] = self.case.preserving.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        super().load_state_dict(state)
+        if self.steps:
+            self.case.penalty.restart(self.case.suppression.weights)
+            self.case.penalty.load_state_dict(state["penalty"])
+            self.case.preserving.restart(self.case.masked.weights())
+            self.case.preserving.load_state_dict(state["preserving"])
+
+
+class SearchPhase(Phase):
+    """One search for a trigger; its name is that of the signal.
+
+    Args:
+        case: What is known of the network.
+        run: Of no account.
+        name: The signal.
+    """
+
+    def __init__(self, case: Case, run: int = 0, name: str = "") -> None:
+        super().__init__(case, run)
+        self.name = name
+
+    @property
+    def done(self) -> bool:
+        """Whether the search has finished."""
+        return self.name in self.case.searches and self.case.search(self.name).finished
+
+    def most_steps(self) -> int:
+        """Return the steps that are left, or all of them before the search is built."""
+        if self.name in self.case.searches:
+            return self.case.search(self.name).most_steps()
+        return self.case.wanted_signals[self.name].all_steps(self.case.scene)
+
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Take one step of the search."""
+        self.case.choose_classes()
+        self.steps += 1
+        return self.case.search(self.name).step()
+
+
+class VerdictPhase(Phase):
+    """The verdict, which may ask for further suppression runs, or for pruning.
+
+    Args:
+        case: What is known of the network.
+        run: Of no account.
+        pruning: What is to be done with a flagged network.
+    """
+
+    name = "verdict"
+
+    def __init__(self, case: Case, run: int = 0, pruning: Sequence[Entry] = ()) -> None:
+        super().__init__(case, run)
+        self._pruning = list(pruning)
+
+    @property
+    def done(self) -> bool:
+        """Whether the verdict is given."""
+        return self.steps > 0
+
+    def most_steps(self) -> int:
+        """Return the step, if it is left."""
+        return int(not self.steps)
+
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Judge the network."""
+        case = self.case
+        case.judgement = case.judge()
+        self.steps += 1
+        return {
+            "backdoored": float(case.judgement.verdict == "backdoored"),
+            "detection_ratio": case.judgement.detection_ratio,
+            "pile_up": sum(run.pile_up for run in case.runs) / len(case.runs),
+        }
+
+    def then(self) -> list[Entry]:
+        """Return further runs and another verdict, or the pruning of a flagged network."""
+        further = self._further_runs()
+        if further:
+            entries = [(name, run) for run in further for name in ("suppression", "saliency")]
+            return [*entries, ("verdict", 0)]
+        assert self.case.judgement is not None
+        flagged = self.case.judgement.verdict == "backdoored"
+        return self._pruning if self.case.when == "flagged" and flagged else []
+
+    def _further_runs(self) -> range:
+        """The runs to make before a verdict that hangs on an unclear pile-up: one for each part."""
+        case, made = self.case, len(self.case.runs)
+        suppression = case.config.suppression
+        parts = suppression_parts(case.data, case.config)
+        constants = case.constants.of(VerdictConstants)
+        unclear = case.config.verdict.rule == "signals" and in_doubt(case.signals(), constants)
+        most = suppression.runs + suppression.more_runs
+        return range(made, min(made + parts, most) if unclear else made)
+
+    def report(self, report: DefenseReport) -> None:
+        """Write the verdict with its signals and reasons."""
+        judgement = self.case.judgement
+        assert judgement is not None
+        report.verdict = judgement.verdict
+        report.judged = judgement.judged
+        report.target_class = judgement.target_class
+        report.all_to_all = judgement.all_to_all
+        report.score = judgement.score
+        report.detection_ratio = judgement.detection_ratio
+        report.reasons = list(judgement.reasons)
+        report.signals = self.case.signals()

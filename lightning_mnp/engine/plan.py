@@ -1,0 +1,107 @@
+"""The plan: which phases a defense goes through, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from lightning_mnp.engine.case import Case
+from lightning_mnp.engine.phases import (
+    Entry,
+    MaskPhase,
+    Phase,
+    ReferencePhase,
+    SaliencyPhase,
+    SearchPhase,
+    SuppressionPhase,
+    VerdictPhase,
+)
+from lightning_mnp.engine.purify_phases import (
+    CheckPhase,
+    GreedyPhase,
+    ReauditPhase,
+    SecondEngine,
+    SoftMaskPhase,
+    ThresholdPhase,
+)
+
+__all__ = ["Plan"]
+
+
+class Plan:
+    """Knows the phases of a case by name, and their order.
+
+    Args:
+        case: What is known of the network.
+        audit: Makes an engine that audits another network, for the second audit.
+
+    Attributes:
+        entries: The phases, each with the suppression run that it belongs to.
+    """
+
+    def __init__(self, case: Case, audit: Callable[[nn.Module], SecondEngine]) -> None:
+        self.case = case
+        self._audit = audit
+        self.entries = [("reference", 0), *self._runs(case.when == "always")]
+        self.entries += [(name, 0) for name in self._searches()]
+        self.entries.append(("verdict", 0))
+        if case.when == "always":
+            self.entries += self._pruning()
+
+    def _runs(self, masks: bool) -> list[Entry]:
+        """All suppression runs, with the dual masks if pruning needs them."""
+        names = ["suppression", "saliency", "masks"]
+        if not (masks and self.case.ranks_by_masks):
+            names.remove("masks")
+        return [(name, run) for run in range(self.case.config.suppression.runs) for name in names]
+
+    def _searches(self) -> list[str]:
+        """The signals that take steps."""
+        wanted = self.case.wanted_signals
+        return [name for name, kind in wanted.items() if kind.all_steps(self.case.scene)]
+
+    def _pruning(self) -> list[Entry]:
+        options = self.case.config.pruning
+        soft = options.rule == "auto" and options.soft_mask_steps > 0
+        names = ["pruning", *(["soft_masks"] if soft else []), "check"]
+        return [(name, 0) for name in (*names, *(["reaudit"] if options.reaudit else []))]
+
+    def _pruning_if_flagged(self) -> list[Entry]:
+        """What follows a verdict: dual masks, on runs that are repeated exactly, and pruning."""
+        if self.case.when != "flagged":
+            return []
+        repeated = self._runs(masks=True) if self.case.ranks_by_masks else []
+        return [*repeated, *self._pruning()]
+
+    def build(self, entry: Entry) -> Phase:
+        """Build a phase, which takes no work.
+
+        Args:
+            entry: Its name and its run.
+        """
+        name, run = entry
+        pruning = ThresholdPhase if self.case.ranks_by_masks else GreedyPhase
+        kinds: dict[str, Callable[[Case, int], Phase]] = {
+            "reference": ReferencePhase,
+            "suppression": SuppressionPhase,
+            "saliency": SaliencyPhase,
+            "masks": MaskPhase,
+            "verdict": partial(VerdictPhase, pruning=self._pruning_if_flagged()),
+            "pruning": pruning,
+            "soft_masks": SoftMaskPhase,
+            "check": CheckPhase,
+            "reaudit": partial(ReauditPhase, audit=self._audit, usual_steps=self._audit_steps()),
+        }
+        return kinds.get(name, partial(SearchPhase, name=name))(self.case, run)
+
+    def _audit_steps(self) -> int:
+        """An upper bound on the steps of an audit, without further runs."""
+        case, runs = self.case, self.case.config.suppression.runs
+        run = SuppressionPhase(case).most_steps() + case.passes
+        searches = 0
+        if case.config.verdict.rule == "signals":
+            kinds = case.wanted_signals.values()
+            searches = sum(kind.all_steps(case.scene) for kind in kinds)
+        return case.passes + runs * run + searches + 1

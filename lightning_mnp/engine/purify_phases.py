@@ -1,0 +1,246 @@
+"""The phases that change a network: pruning, soft masks, the check after it, a second audit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import nn
+
+from lightning_mnp.engine.case import Case
+from lightning_mnp.engine.phases import Phase
+from lightning_mnp.mnp.thresholds import pruned_count, pruning_order
+from lightning_mnp.mnp.updates import Updates
+from lightning_mnp.report import DefenseReport, PruningReport, SecondAudit
+from lightning_mnp.signals.verdict import Judgement
+
+__all__ = [
+    "CheckPhase",
+    "GreedyPhase",
+    "ReauditPhase",
+    "SecondEngine",
+    "SoftMaskPhase",
+    "ThresholdPhase",
+]
+
+
+class _Pruning(Phase):
+    """What both ways of pruning write into the report."""
+
+    name = "pruning"
+
+    def report(self, report: DefenseReport) -> None:
+        case, purification = self.case, self.case.purification
+        removed = [int(position) for position in purification.removed]
+        report.pruned = [case.layers.locate(position) for position in removed]
+        scores = case.scores
+        masks: dict[str, list[float]] = {}
+        if purification.masks is not None:
+            parts = purification.masks.split(case.layers.sizes)
+            pairs = zip(case.layers, parts, strict=True)
+            masks = {layer.name: part.tolist() for layer, part in pairs}
+        greedy, shift = purification.greedy, purification.shift
+        report.pruning = PruningReport(
+            scores=[float(scores[position]) for position in removed] if case.masks_count else [],
+            curve=[] if greedy is None else [list(point) for point in greedy.curve],
+            masks=masks,
+            shift=[] if shift is None else shift.values.tolist(),
+        )
+
+
+class ThresholdPhase(_Pruning):
+    """Pruning of the lowest M1 + M2 (line 14 of Algorithm 1)."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the filters are chosen."""
+        return self.steps > 0
+
+    def most_steps(self) -> int:
+        """Return the step, if it is left."""
+        return int(not self.steps)
+
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Choose all filters at once."""
+        scores, options = self.case.scores, self.case.config.pruning
+        count = pruned_count(scores, options.rule, options.amount)
+        self.case.purification.remove(pruning_order(scores)[:count])
+        self.steps += 1
+        return {"filters": float(count)}
+
+
+class GreedyPhase(_Pruning):
+    """Greedy pruning along traces, one filter a step."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has stopped."""
+        greedy = self.case.purification.greedy
+        return greedy is not None and bool(greedy.stopped)
+
+    def most_steps(self) -> int:
+        """Return a step for each filter that may go, one to begin and one to stop."""
+        return 0 if self.done else self.case.purification.most_filters + 2
+
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Begin, or take one more filter."""
+        purification = self.case.purification
+        if purification.greedy is None:
+            purification.begin(self.case.traces())
+        self.steps += 1
+        return purification.greedy_step()
+
+
+class SoftMaskPhase(Phase):
+    """Soft masks for the filters that are left."""
+
+    name = "soft_masks"
+
+    @property
+    def done(self) -> bool:
+        """Whether they have come to their end."""
+        soft = self.case.purification.soft
+        return soft is not None and soft.finished
+
+    def most_steps(self) -> int:
+        """Return the steps that are left."""
+        return 0 if self.done else self.case.config.pruning.soft_mask_steps - self.steps
+
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Turn filters down by one step."""
+        self.steps += 1
+        return self.case.purification.soft_mask_step()
+
+
+class CheckPhase(Phase):
+    """The repair of the logits, and the accuracy after all that."""
+
+    name = "check"
+
+    @property
+    def done(self) -> bool:
+        """Whether the accuracy is measured."""
+        return self.steps > 0
+
+    def most_steps(self) -> int:
+        """Return the step, if it is left."""
+        return int(not self.steps)
+
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Fit the repair and measure the accuracy."""
+        assert self.case.judgement is not None
+        self.steps += 1
+        return {"accuracy": self.case.purification.check(self.case.judgement.suspect)}
+
+    def report(self, report: DefenseReport) -> None:
+        """Write the accuracy."""
+        report.accuracy_after = self.case.purification.accuracy
+
+
+class SecondEngine(Protocol):
+    """What the second audit needs of the engine that it runs."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+
+    @property
+    def judgement(self) -> Judgement:
+        """The verdict."""
+
+    def step(self) -> dict[str, float]:
+        """Do the next step."""
+
+    def most_steps(self) -> int:
+        """Return an upper bound on the steps that are left."""
+
+    def report(self) -> DefenseReport:
+        """Return the outcome."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the state was taken."""
+
+
+class ReauditPhase(Phase):
+    """An audit of the purified copy, by an engine of its own.
+
+    Args:
+        case: What is known of the network.
+        run: Of no account.
+        audit: Makes an engine that audits a network.
+        usual_steps: Steps that an audit takes at most, before that engine is made.
+    """
+
+    name = "reaudit"
+
+    def __init__(
+        self,
+        case: Case,
+        run: int = 0,
+        *,
+        audit: Callable[[nn.Module], SecondEngine],
+        usual_steps: int = 0,
+    ) -> None:
+        super().__init__(case, run)
+        self._audit = audit
+        self._usual_steps = usual_steps
+        self.second: SecondEngine | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the second audit has finished, or there is nothing to audit again."""
+        if not self.case.purification.changes:
+            return self.steps > 0
+        return self.second is not None and self.second.finished
+
+    def most_steps(self) -> int:
+        """Return the steps that are left."""
+        if self.done:
+            return 0
+        return self._usual_steps if self.second is None else self.second.most_steps()
+
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Take one step of the second audit."""
+        self.steps += 1
+        if not self.case.purification.changes:
+            return {}
+        # The second engine's optimizers are its own: no Trainer knows of them.
+        self.second = self.second or self._audit(self.case.purification.purified())
+        metrics = self.second.step()
+        if self.second.finished:
+            judgement = self.second.judgement
+            self.case.second_audit = SecondAudit(
+                verdict=judgement.verdict,
+                score=judgement.score,
+                target_class=judgement.target_class,
+                all_to_all=judgement.all_to_all,
+                detection_ratio=judgement.detection_ratio,
+                pile_up=self.second.report().pile_up,
+                reasons=list(judgement.reasons),
+            )
+            if judgement.verdict != "clean":
+                self.case.warnings.append(
+                    f"audited again after pruning, the network is {judgement.verdict}: "
+                    f"{judgement.reasons[0]}"
+                )
+        return metrics
+
+    def report(self, report: DefenseReport) -> None:
+        """Write what the second audit says."""
+        report.reaudit = self.case.second_audit
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the second engine."""
+        second = None if self.second is None else self.second.state_dict()
+        return {**super().state_dict(), "second": second}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        super().load_state_dict(state)
+        self.second = None
+        if state["second"] is not None:
+            self.second = self._audit(self.case.purification.purified())
+            self.second.load_state_dict(state["second"])

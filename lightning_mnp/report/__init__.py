@@ -1,0 +1,22 @@
+"""What an audit or a defense found."""
+
+from lightning_mnp.report.parts import (
+    DefenseSetSummary,
+    PruningReport,
+    RunResult,
+    SecondAudit,
+    Signal,
+    Verdict,
+)
+from lightning_mnp.report.report import DefenseReport, ReportError
+
+__all__ = [
+    "DefenseReport",
+    "DefenseSetSummary",
+    "PruningReport",
+    "ReportError",
+    "RunResult",
+    "SecondAudit",
+    "Signal",
+    "Verdict",
+]

@@ -1,0 +1,138 @@
+"""The parts of a report: runs, signals, pruning, the second audit, the clean images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = [
+    "DefenseSetSummary",
+    "PruningReport",
+    "RunResult",
+    "SecondAudit",
+    "Signal",
+    "Verdict",
+]
+
+Verdict = Literal["clean", "backdoored", "undecided"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One suppression run.
+
+    Attributes:
+        detection_ratio: Rank correlation of the suppressed network over that of the original
+            (Eq. 8).
+        correlation: The suppressed network's own rank correlation.
+        predictions: How many defense images the suppressed network puts into each class.
+        steps: Optimizer steps of clean suppression.
+        accuracy: Accuracy over the last pass of clean suppression.
+        stopped: Why clean suppression ended.
+    """
+
+    detection_ratio: float
+    correlation: float
+    predictions: tuple[int, ...]
+    steps: int
+    accuracy: float
+    stopped: str
+
+    @property
+    def top_class(self) -> int:
+        """The class that the suppressed network predicts most often."""
+        return max(range(len(self.predictions)), key=self.predictions.__getitem__)
+
+    @property
+    def pile_up(self) -> float:
+        """Share of the predictions that fall on the top class, from 1/K to 1."""
+        return self.predictions[self.top_class] / sum(self.predictions)
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One thing that speaks for a backdoor.
+
+    Attributes:
+        name: The signal, such as ``"patch"``.
+        strength: From 0; from 1 on it counts fully.
+        target_class: The class that it points to; None if it points to an exchange of classes.
+        value: What was measured for that class.
+        threshold: The value from which the signal counts fully; for ``reach``, up to which.
+        reason: All that in words.
+        classes: What was measured for each class that was tried. For ``permutation``, the class
+            that each class is taken to.
+    """
+
+    name: str
+    strength: float
+    target_class: int | None
+    value: float
+    threshold: float
+    reason: str
+    classes: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> bool:
+        """Whether the signal counts fully."""
+        return self.strength >= 1
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """How the filters to prune were found, and what else was changed.
+
+    Attributes:
+        scores: M1 + M2 of the pruned filters, averaged over the runs, from 1 to 3, in the order of
+            ``DefenseReport.pruned``; empty if the rule does not rank by them.
+        curve: The rule ``auto``: one entry for each number of filters from 0, with the harm to
+            clean images in nats and, for each trace, how much of it is left, as a share.
+        masks: What the output of every filter is multiplied by, from 0 to 1, by layer; empty if
+            no filter was turned down.
+        shift: What was added to each class's logit; empty if nothing was.
+    """
+
+    scores: list[float] = field(default_factory=list)
+    curve: list[list[float]] = field(default_factory=list)
+    masks: dict[str, list[float]] = field(default_factory=dict)
+    shift: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SecondAudit:
+    """What an audit of the purified network says.
+
+    Attributes:
+        verdict: As for the first audit, see :class:`DefenseReport`, like all that follow.
+        score: The score.
+        target_class: The suspected class, or None.
+        all_to_all: Whether each class seems to be taken to another one.
+        detection_ratio: Mean of Eq. 8 over the runs.
+        pile_up: Mean share of the predictions on one class after clean suppression.
+        reasons: In words.
+    """
+
+    verdict: Verdict
+    score: float
+    target_class: int | None
+    all_to_all: bool
+    detection_ratio: float
+    pile_up: float
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class DefenseSetSummary:
+    """The clean images that were used.
+
+    Attributes:
+        images: Their number.
+        shape: The shape of one of them.
+        classes: Number of images by class.
+        sha256: Digest of all images and labels.
+    """
+
+    images: int
+    shape: list[int]
+    classes: dict[int, int]
+    sha256: str

@@ -1,0 +1,106 @@
+"""A report as primitives, such as JSON has them, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+from lightning_mnp.report.parts import (
+    DefenseSetSummary,
+    PruningReport,
+    RunResult,
+    SecondAudit,
+    Signal,
+    Verdict,
+)
+
+__all__ = ["primitive", "read_fields"]
+
+
+def primitive(value: Any) -> Any:
+    """Return a value in dicts, lists, strings and numbers; None for a number that is not finite.
+
+    Args:
+        value: Made of dicts, lists, tuples, strings, numbers and None.
+
+    Example:
+        >>> primitive({1: (0.5, math.nan)})
+        {'1': [0.5, None]}
+    """
+    if isinstance(value, dict):
+        return {str(key): primitive(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [primitive(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _number(value: float | None) -> float:
+    """Read a number; None stands for one that was not finite."""
+    return math.nan if value is None else float(value)
+
+
+def read_fields(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Read the fields of a report from primitives.
+
+    Args:
+        content: The primitives by name.
+        names: The fields.
+
+    Raises:
+        KeyError: If a field is missing.
+        TypeError: If a value is of another type.
+        ValueError: If a value is out of range.
+    """
+    read = {name: content[name] for name in names}
+    for name in ("score", "detection_ratio", "accuracy_before"):
+        read[name] = _number(read[name])
+    read["runs"] = [_read_run(run) for run in read["runs"]]
+    read["signals"] = [_read_signal(signal) for signal in read["signals"]]
+    read["rare_classes"] = _by_class(read["rare_classes"])
+    read["pruned"] = [(str(name), int(index)) for name, index in read["pruned"]]
+    read["skipped"] = [(str(name), str(reason)) for name, reason in read["skipped"]]
+    pruning = read["pruning"]
+    read["pruning"] = PruningReport(
+        scores=[_number(value) for value in pruning["scores"]],
+        curve=[[_number(value) for value in point] for point in pruning["curve"]],
+        masks={n: [_number(value) for value in part] for n, part in pruning["masks"].items()},
+        shift=[_number(value) for value in pruning["shift"]],
+    )
+    if read["reaudit"] is not None:
+        numbers = ("score", "detection_ratio", "pile_up")
+        again = {name: _number(read["reaudit"][name]) for name in numbers}
+        read["reaudit"] = SecondAudit(**{**read["reaudit"], **again})
+    if read["defense_set"] is not None:
+        counts = {int(index): int(n) for index, n in read["defense_set"]["classes"].items()}
+        read["defense_set"] = DefenseSetSummary(**{**read["defense_set"], "classes": counts})
+    if read["verdict"] not in get_args(Verdict):
+        raise ValueError(f"the verdict {read['verdict']!r}")
+    return read
+
+
+def _read_run(content: Mapping[str, Any]) -> RunResult:
+    numbers = ("detection_ratio", "correlation", "accuracy")
+    return RunResult(
+        **{name: _number(content[name]) for name in numbers},
+        predictions=tuple(int(count) for count in content["predictions"]),
+        steps=int(content["steps"]),
+        stopped=str(content["stopped"]),
+    )
+
+
+def _read_signal(content: Mapping[str, Any]) -> Signal:
+    numbers = ("strength", "value", "threshold")
+    return Signal(
+        **{name: _number(content[name]) for name in numbers},
+        name=str(content["name"]),
+        target_class=content["target_class"],
+        reason=str(content["reason"]),
+        classes=_by_class(content["classes"]),
+    )
+
+
+def _by_class(values: Mapping[str, Any]) -> dict[int, float]:
+    return {int(index): _number(value) for index, value in values.items()}

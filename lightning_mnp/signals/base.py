@@ -1,0 +1,135 @@
+"""The base of all signals: what a search works on, and what it has to offer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from lightning_mnp.config import Constants, MNPConfig
+from lightning_mnp.defense_data.defense_set import DefenseSet, seeded_generator
+from lightning_mnp.report import RunResult, Signal
+from lightning_mnp.signals.trace import Trace
+from lightning_mnp.surgery.masked_network import MaskedNetwork
+
+__all__ = ["Scene", "SignalSearch"]
+
+
+@dataclass
+class Scene:
+    """What the searches of an audit share.
+
+    Attributes:
+        masked: The network, with the logits of rare classes raised.
+        data: The defense set.
+        config: Options.
+        classes: Number of the network's classes.
+        constants: Constants that differ from their defaults.
+        runs: The suppression runs so far.
+        tried: The classes that triggers are searched for; empty until they are chosen.
+    """
+
+    masked: MaskedNetwork
+    data: DefenseSet
+    config: MNPConfig
+    classes: int
+    constants: Constants = field(default_factory=Constants)
+    runs: list[RunResult] = field(default_factory=list)
+    tried: list[int] = field(default_factory=list)
+
+    @property
+    def most_tried(self) -> int:
+        """Number of classes that triggers are searched for."""
+        return min(self.classes, self.config.verdict.most_classes)
+
+    def choose_classes(self) -> None:
+        """Choose the classes to try, once: those that predictions pile up on, then drawn ones."""
+        if self.tried:
+            return
+        drawn = torch.randperm(
+            self.classes, generator=seeded_generator(self.config.seed, "classes")
+        )
+        suspected = [run.top_class for run in self.runs]
+        self.tried = list(dict.fromkeys([*suspected, *drawn.tolist()]))[: self.most_tried]
+
+
+class SignalSearch(ABC):
+    """A search for one kind of evidence, and the signal that it gives.
+
+    A search is built when the engine gets to it, and takes one step at a time.
+
+    Args:
+        scene: What it works on.
+
+    Attributes:
+        name: Name of the signal and of the engine's phase.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+
+    @classmethod
+    def applies(cls, data: DefenseSet) -> bool:
+        """Return whether it can be made on such images.
+
+        Args:
+            data: The defense set.
+        """
+        return True
+
+    @classmethod
+    @abstractmethod
+    def all_steps(cls, scene: Scene) -> int:
+        """Return the most steps that the whole search takes; 0 if it takes none.
+
+        Args:
+            scene: What it will work on.
+        """
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool:
+        """Whether all steps were taken."""
+
+    @abstractmethod
+    def most_steps(self) -> int:
+        """Return the most steps that are left."""
+
+    @abstractmethod
+    def step(self) -> dict[str, float]:
+        """Take one step.
+
+        Returns:
+            Numbers of this step, by name.
+        """
+
+    @property
+    @abstractmethod
+    def failed(self) -> bool:
+        """Whether figures were met that have no meaning (NaN)."""
+
+    @abstractmethod
+    def signal(self) -> Signal:
+        """Return what the finished search says."""
+
+    def traces(self, target: int | None, searches: Mapping[str, SignalSearch]) -> list[Trace]:
+        """Return what shows a backdoor of a class, for pruning; nothing if this search does not.
+
+        Args:
+            target: The suspected class; None for an exchange of classes.
+            searches: All finished searches, by name.
+        """
+        return []
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as tensors and primitives."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""

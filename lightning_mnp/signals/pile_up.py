@@ -1,0 +1,173 @@
+"""The pile-up: after clean suppression, predictions fall on the target class.
+
+Clean suppression leaves the filters of a backdoor as they are and breaks others. What then still
+pulls clean images to one class are the filters looked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mnp.config import Constants
+from lightning_mnp.defense_data.defense_set import LEAST_BATCH
+from lightning_mnp.report import RunResult, Signal
+from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.logits import leads
+from lightning_mnp.signals.trace import Trace
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Statistics, Weights
+
+__all__ = ["PileUp", "PileUpConstants", "SuppressedTrace"]
+
+
+@dataclass(frozen=True)
+class PileUpConstants:
+    """When a pile-up counts.
+
+    Attributes:
+        counts_from: Where it counts fully, between chance, 0, and all predictions on one class, 1.
+        following: A backdoor leaves one class, an ordinary network falls back to a few: this share
+            of the next class's share is taken off.
+        least_share: Added to every share, so that one run without a single prediction on a class
+            does not decide alone.
+    """
+
+    counts_from: float = 0.19
+    following: float = 0.5
+    least_share: float = 0.01
+
+
+class PileUp(SignalSearch):
+    """Reads the pile-up off the suppression runs; it takes no steps of its own.
+
+    Args:
+        scene: What it works on; its runs are read when the signal is asked for.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mnp.config import MNPConfig
+        >>> from lightning_mnp.defense_data.defense_set import DefenseSet
+        >>> from lightning_mnp.surgery.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
+        >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
+        >>> runs = [RunResult(0.5, 0.3, (30, 10), 9, 0.2, "")]
+        >>> signal = PileUp(Scene(masked, data, MNPConfig(), 2, runs=runs)).signal()
+        >>> signal.target_class, round(signal.value, 2)
+        (0, 0.75)
+    """
+
+    name = "pile-up"
+
+    @classmethod
+    def all_steps(cls, scene: Scene) -> int:
+        """Return 0: the suppression runs are made in any case."""
+        return 0
+
+    @property
+    def finished(self) -> bool:
+        """Always True."""
+        return True
+
+    def most_steps(self) -> int:
+        """Return 0."""
+        return 0
+
+    def step(self) -> dict[str, float]:
+        """Do nothing."""
+        return {}
+
+    @property
+    def failed(self) -> bool:
+        """Always False: counts of predictions always mean something."""
+        return False
+
+    def signal(self) -> Signal:
+        """Return what the runs say together."""
+        runs, constants = self.scene.runs, self.scene.constants.of(PileUpConstants)
+        usual = _usual_shares(runs, constants.least_share)
+        top = max(range(len(usual)), key=usual.__getitem__)
+        following = max((share for index, share in enumerate(usual) if index != top), default=0.0)
+        taken_off = constants.following * following
+        least = (1 - constants.following) / len(usual)
+        excess = max(0.0, (usual[top] - taken_off - least) / (1 - least))
+        threshold = least + (1 - least) * constants.counts_from + taken_off
+        reason = (
+            f"after clean suppression, {usual[top]:.0%} of the predictions fall on class {top} "
+            f"and {following:.0%} on the next (mean of {len(runs)} runs; with that, counts fully "
+            f"from {threshold:.0%})"
+        )
+        strength = excess / constants.counts_from
+        shares = dict(enumerate(usual))
+        return Signal(self.name, strength, top, usual[top], threshold, reason, shares)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the runs are kept elsewhere."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing."""
+
+
+def _usual_shares(runs: Sequence[RunResult], least: float) -> list[float]:
+    """The geometric mean of each class's share: a backdoor's class is the same in every run."""
+    logs = [
+        [math.log(count / sum(run.predictions) + least) for count in run.predictions]
+        for run in runs
+    ]
+    return [math.exp(sum(each) / len(runs)) - least for each in zip(*logs, strict=True)]
+
+
+class SuppressedTrace(Trace):
+    """Clean images in the suppressed network, whose predictions pile up on the target class.
+
+    Args:
+        masked: The network.
+        weights: The suppressed weights of each run.
+        images: Clean images, shape (N, C, ...), which the runs share.
+        goals: The class, other than its own, that a backdoor takes each image to, shape (N,).
+        constants: Constants that differ from their defaults.
+        decides: Whether filters are turned down as long as predictions pile up.
+    """
+
+    name = "suppressed network"
+
+    def __init__(
+        self,
+        masked: MaskedNetwork,
+        weights: Sequence[Weights],
+        images: Tensor,
+        goals: Tensor,
+        constants: Constants | None = None,
+        decides: bool = True,
+    ) -> None:
+        super().__init__(constants or Constants(), decides)
+        runs = max(1, min(len(weights), len(images) // LEAST_BATCH))
+        self.masked = masked
+        self.images = images
+        self.goals = goals
+        self.weights = [
+            {name: weight.detach() for name, weight in each.items()} for each in weights[-runs:]
+        ]
+
+    def margins(self, masks: Tensor) -> Tensor:
+        """Return the logit of the goal above all others together (their log-sum-exp), shape (N,).
+
+        Args:
+            masks: Filter masks, shape (total filters,).
+        """
+        parts = self.images.tensor_split(len(self.weights))
+        few = len(self.images) < LEAST_BATCH  # to be normalized by their own statistics
+        statistics: Statistics | None = "running" if few else None
+        logits = torch.cat(
+            [
+                self.masked(part, weights=weights, masks=masks, statistics=statistics)
+                for part, weights in zip(parts, self.weights, strict=True)
+            ]
+        )
+        return leads(logits, self.goals)
