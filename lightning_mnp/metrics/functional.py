@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
-from scipy.stats import ConstantInputWarning, spearmanr
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
+
+from lightning_mnp.mnp.detection_ratio import detection_ratio as ratio_of_correlations
+from lightning_mnp.mnp.detection_ratio import rank_correlation
 
 __all__ = [
     "attack_success_rate",
@@ -130,7 +131,7 @@ def detection_ratio(
     )
     original = _correlation(magnitude, saliency)
     suppressed = _correlation(suppressed_magnitude, suppressed_saliency)
-    ratio = suppressed / original if original else math.nan
+    ratio = ratio_of_correlations(suppressed, original)
     if math.isnan(ratio):
         rank_zero_warn(
             f"The detection ratio is not defined for correlations of {suppressed:.3g} "
@@ -218,12 +219,9 @@ def _share(hits: Tensor, total: Tensor, noun: str) -> Tensor:
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:
-    if len(x) < 2:
-        return math.nan
-    first, second = (value.detach().cpu().double().numpy() for value in (x, y))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        return float(spearmanr(first, second).statistic)
+    # On the CPU, since not every device has double precision.
+    first, second = (value.detach().cpu().double() for value in (x, y))
+    return rank_correlation(first, second) if len(x) > 1 else math.nan
 
 
 def _check_classes(values: Tensor, name: str) -> None:
