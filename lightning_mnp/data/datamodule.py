@@ -142,7 +142,7 @@ class BackdoorDataModule(LightningDataModule, ABC):
         self._sampler: EpochSampler | None = None
         self._on_device: dict[tuple[str, torch.device], BatchDataset] = {}
         # Primitives, so that checkpoints load with `weights_only=True`, and not for the logger,
-        # where Lightning refuses names that the module's hyperparameters have with other values.
+        # to which Lightning refuses to hand a name twice, with the module's value and another one.
         self.save_hyperparameters(
             {
                 "root": None if root is None else str(root),
@@ -246,7 +246,7 @@ class BackdoorDataModule(LightningDataModule, ABC):
     @cached_property
     def defense_set(self) -> MemoryDataset:
         """The defense set: clean training images with their true labels, in memory."""
-        # From where they are stored, so that an audit does not read the whole training set.
+        # Out of the stored images, so that an audit does not read the whole training set.
         chosen = self.defense_indices
         images = self._stored_train_set.fetch(chosen.tolist())
         return MemoryDataset(images, self._stored_train_set.labels[chosen])

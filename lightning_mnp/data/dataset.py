@@ -29,7 +29,7 @@ __all__ = [
 # A trigger works on float32 images, four times the bytes: never on all of them at once.
 _PART = 1024
 
-# Sides of an image that are further from being equal are cut to it.
+# An image whose longer side is more than this many times the shorter one is cut first.
 _STRIP = 4
 
 
@@ -41,7 +41,7 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
         size: Side of the square in pixels, at least 1.
 
     Returns:
-        Images of shape (..., C, size, size); the argument itself where nothing is to do.
+        Images of shape (..., C, size, size); the argument itself if it has that size.
 
     Example:
         >>> resize_and_crop(torch.zeros(3, 20, 40, dtype=torch.uint8), 10).shape
@@ -49,7 +49,8 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
     """
     if tuple(images.shape[-2:]) == (size, size):
         return images
-    # A strip is cut first, far from what stays: scaled as it is, it could take all memory.
+    # A long strip is cut before it is scaled, well outside of the center square: scaled whole, it
+    # could take all memory.
     most = _STRIP * min(images.shape[-2:])
     images = V.center_crop(images, [min(side, most) for side in images.shape[-2:]])
     scaled: Tensor = V.center_crop(V.resize(images, [size], antialias=True), [size, size])
@@ -167,8 +168,8 @@ class FolderDataset(ImageDataset):
     Args:
         folder: The folder; a class's images may lie in folders below its own.
         classes: Names of the class folders to use; their order gives the labels.
-        image_size: Side of the square that every image is resized and center-cropped to; without
-            it, images stay as they are and must all have the same size.
+        image_size: Side of the square that every image is resized and center-cropped to. If None,
+            images stay as they are and must all have the same size.
 
     Attributes:
         paths: One file per image, in the order of the labels, then by name.
@@ -209,12 +210,12 @@ class FolderDataset(ImageDataset):
 class PoisonedDataset(ImageDataset):
     """A training set in which some images carry the trigger and the attacker's label.
 
-    Images that lie in memory get their trigger once, here; others each time they are read, unless
-    the attack crafts its images slowly.
+    Images in memory get their trigger once, when the set is made. Images on the disk get it each
+    time they are read, unless the attack takes long to craft an image.
 
     Args:
         base: The clean images; unchanged.
-        attack: Puts the trigger on and tells the attacker's labels.
+        attack: Puts the trigger on images and names the attacker's labels.
         indices: Indices of the images to poison, as by ``attack.poison_indices``.
         num_classes: Number of classes K.
 
@@ -283,13 +284,13 @@ class PoisonedDataset(ImageDataset):
 class TriggeredDataset(ImageDataset):
     """Test images with the trigger, to measure attack success on.
 
-    A sample is (image, attacker's label, true label). Images that have the attacker's label
-    anyway are left out: in mode ``"all-to-one"`` those of the target class. An attack may name
-    fewer, see ``attack.triggered_indices``.
+    A sample is (image, attacker's label, true label). Images whose true label is the attacker's
+    are left out: in mode ``"all-to-one"``, those of the target class. An attack may leave out
+    more, see ``attack.triggered_indices``.
 
     Args:
         base: The clean images; unchanged.
-        attack: Puts the trigger on and tells the attacker's labels.
+        attack: Puts the trigger on images and names the attacker's labels.
         num_classes: Number of classes K.
 
     Attributes:
@@ -341,7 +342,7 @@ def _read(path: Path) -> Tensor:
             f"Expected {str(path)!r} to be an image of ordinary size, but reading it could take "
             f"all memory: {error} Shrink or remove it."
         ) from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow tells of broken headers by all
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each for broken headers
         raise ValueError(
             f"Expected {str(path)!r} to be a readable image, but it is not. Repair or remove it."
         ) from error

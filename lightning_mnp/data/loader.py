@@ -1,4 +1,4 @@
-"""A data loader for images in one tensor: it cuts out whole batches, where they will be used."""
+"""A data loader that cuts whole batches out of one tensor, on the device that trains."""
 
 from __future__ import annotations
 
