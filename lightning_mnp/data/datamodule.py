@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data import DataLoader
 
 from lightning_mnp.attacks import Attack, TrainingAttack
 from lightning_mnp.data.dataset import (
@@ -21,76 +21,37 @@ from lightning_mnp.data.dataset import (
     PoisonedDataset,
     TriggeredDataset,
 )
-from lightning_mnp.defense_data.augment import random_crop_flip, usual_padding
+from lightning_mnp.data.loader import BatchDataset, BatchLoader, EpochSampler
+from lightning_mnp.data.transform import BatchTransform
 from lightning_mnp.defense_data.subset import balanced_indices
 
-__all__ = ["BackdoorDataModule", "BatchTransform", "Split"]
+__all__ = ["BackdoorDataModule", "Split"]
 
 Split = Literal["train", "test"]
 
-
-class BatchTransform:
-    """Collate stored images into a batch: stack, augment, scale to [0, 1] and normalize.
-
-    It works on the whole batch in the data loader, so that every loader gives what a network
-    takes, with or without a Trainer.
-
-    Args:
-        mean: Mean of each channel, on the scale [0, 1].
-        std: Standard deviation of each channel, on the scale [0, 1].
-        augment: Whether to shift and mirror images at random.
-        flip: Whether mirroring is part of the augmentation.
-        generator: Source of the augmentation's randomness in the main process; a worker uses its
-            own global one, which the data loader seeds.
-        rank: Which of several training processes this is, so that each augments in its own way
-            though their generators are alike; None where there is one process.
-    """
-
-    def __init__(
-        self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        augment: bool = False,
-        flip: bool = True,
-        generator: torch.Generator | None = None,
-        rank: int | None = None,
-    ) -> None:
-        self.scale = (255.0 * torch.tensor(std)).reshape(1, -1, 1, 1)
-        self.offset = (torch.tensor(mean) / torch.tensor(std)).reshape(1, -1, 1, 1)
-        self.augment = augment
-        self.flip = flip
-        self.generator = generator
-        self.rank = rank
-
-    def __call__(self, samples: Sequence[tuple[Any, ...]]) -> tuple[Tensor, ...]:
-        """Return (images, labels, …) with float32 images of shape (N, C, H, W)."""
-        images, *labels = default_collate(list(samples))
-        if self.augment:
-            # 4 pixels at 32, as usual for CIFAR-10, and in proportion at other sizes.
-            padding = usual_padding(images)
-            generator = self.generator if get_worker_info() is None else None
-            if self.rank is not None:
-                # One draw for each batch, so that generators stay alike: one checkpoint is for all.
-                drawn = int(torch.randint(2**48, (), generator=generator))
-                generator = torch.Generator().manual_seed(drawn + self.rank)
-            images = random_crop_flip(images, padding, self.flip, generator)
-        return (images.float().div_(self.scale).sub_(self.offset), *labels)
+_CPU = torch.device("cpu")
 
 
 class BackdoorDataModule(LightningDataModule, ABC):
     """Images for training, attacking and defending a classifier.
 
-    An attack poisons the training images as they are stored; augmentation and normalization come
-    after it. Every loader gives normalized float32 images:
+    An attack poisons the training images as they are stored. Augmentation and normalization come
+    after it. Every loader yields normalized float32 images:
 
-    - ``train_dataloader``: (images, labels), shuffled, poisoned where there is an attack;
-    - ``val_dataloader`` and ``test_dataloader``: a list of the clean test images, (images,
-      labels), and, where there is an attack, the triggered ones, (images, attacker's labels, true
-      labels), without images that have the attacker's label anyway;
-    - ``defense_dataloader``: (images, labels) of a class-balanced share of the clean training
+    - ``train_dataloader``: (images, labels), shuffled, poisoned if there is an attack;
+    - ``val_dataloader`` and ``test_dataloader``: a list of loaders. The first has the clean test
+      images, (images, labels). If there is an attack, a second one has the triggered test images,
+      (images, attacker's labels, true labels), without those whose true label is the attacker's;
+    - ``defense_dataloader``: (images, labels) of a class-balanced part of the clean training
       images, not augmented, always in the same order.
 
-    Validation uses the test images, so nothing may be chosen by it.
+    Validation uses the test images. So do not choose anything by it.
+
+    Images reach the network in one of two ways. The ordinary way makes batches out of single
+    images, in worker processes if there are any. With ``on_device``, images are kept in one tensor
+    on the device that trains, and whole batches are cut out, augmented and normalized there. Both
+    ways poison the same images, and test images are equal. Training images are augmented by other
+    random numbers and come in another order.
 
     Args:
         root: Folder with the data.
@@ -106,8 +67,11 @@ class BackdoorDataModule(LightningDataModule, ABC):
         defense_size: Number of images in the defense set.
         defense_batch_size: Images per batch of the defense set.
         defense_seed: Seed that draws the defense set.
-        seed: Seed of the order and the augmentation of training images; in several processes, the
+        seed: Seed of the order and the augmentation of training images. In several processes, the
             order follows Lightning's ``seed_everything`` instead.
+        on_device: Whether to keep images in one tensor on the device that trains (a CPU or a CUDA
+            device; for others, on the CPU) and to make whole batches there. It needs
+            ``num_workers`` to be 0. None for yes if ``num_workers`` is 0.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -120,6 +84,7 @@ class BackdoorDataModule(LightningDataModule, ABC):
         self,
         root: Path | str | None,
         attack: Attack | None,
+        *,
         batch_size: int,
         num_workers: int,
         image_size: int | None,
@@ -130,6 +95,7 @@ class BackdoorDataModule(LightningDataModule, ABC):
         defense_batch_size: int,
         defense_seed: int,
         seed: int,
+        on_device: bool | None = False,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -152,6 +118,11 @@ class BackdoorDataModule(LightningDataModule, ABC):
                 "Expected arguments `mean` and `std` to have one number for each channel, `std` "
                 f"above 0, but got {tuple(mean)} and {tuple(std)}."
             )
+        if on_device and num_workers > 0:
+            raise ValueError(
+                f"Expected argument `num_workers` to be 0 with `on_device`, but got {num_workers}: "
+                "batches are made without worker processes. Set one of the two."
+            )
         self.root = None if root is None else Path(root).expanduser()
         self.attack = attack
         self.batch_size = batch_size
@@ -164,10 +135,14 @@ class BackdoorDataModule(LightningDataModule, ABC):
         self.defense_batch_size = defense_batch_size
         self.defense_seed = defense_seed
         self.seed = seed
+        self.on_device = num_workers == 0 if on_device is None else on_device
         self._attack_is_prepared = False
         self._generator = torch.Generator().manual_seed(seed)
+        self._epoch = 0
+        self._sampler: EpochSampler | None = None
+        self._on_device: dict[tuple[str, torch.device], BatchDataset] = {}
         # Primitives, so that checkpoints load with `weights_only=True`, and not for the logger,
-        # where Lightning refuses names that the module's hyperparameters have with other values.
+        # to which Lightning refuses to hand a name twice, with the module's value and another one.
         self.save_hyperparameters(
             {
                 "root": None if root is None else str(root),
@@ -180,6 +155,7 @@ class BackdoorDataModule(LightningDataModule, ABC):
                 "defense_size": defense_size,
                 "defense_seed": defense_seed,
                 "seed": seed,
+                "on_device": self.on_device,
             },
             logger=False,
         )
@@ -191,15 +167,19 @@ class BackdoorDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def load(self, split: Split) -> ImageDataset:
-        """Give the clean images of one split as they are stored, resized to ``image_size``."""
+        """Return the clean images of one split as they are stored, resized to ``image_size``.
+
+        Args:
+            split: ``"train"`` or ``"test"``.
+        """
 
     def keep(self, images: ImageDataset) -> ImageDataset:
-        """Read images into memory that are used again and again; a subclass may leave them.
+        """Read images into memory that each epoch uses; a subclass may leave them on the disk.
 
         Args:
             images: The images of one split.
         """
-        return images if isinstance(images, MemoryDataset) else images.to_memory()
+        return images.to_memory()
 
     @property
     def num_classes(self) -> int:
@@ -217,7 +197,7 @@ class BackdoorDataModule(LightningDataModule, ABC):
 
     @cached_property
     def train_set(self) -> ImageDataset:
-        """The training images, poisoned where there is an attack."""
+        """The training images, poisoned if there is an attack."""
         if self.attack is None:
             return self.clean_train_set
         if isinstance(self.attack, TrainingAttack):
@@ -266,7 +246,7 @@ class BackdoorDataModule(LightningDataModule, ABC):
     @cached_property
     def defense_set(self) -> MemoryDataset:
         """The defense set: clean training images with their true labels, in memory."""
-        # From where they are stored, so that an audit does not read the whole training set.
+        # Out of the stored images, so that an audit does not read the whole training set.
         chosen = self.defense_indices
         images = self._stored_train_set.fetch(chosen.tolist())
         return MemoryDataset(images, self._stored_train_set.labels[chosen])
@@ -281,53 +261,85 @@ class BackdoorDataModule(LightningDataModule, ABC):
             _ = self.train_set
         _ = self.test_set, self.triggered_set
 
+    def teardown(self, stage: str) -> None:
+        """Free the device's memory.
+
+        Args:
+            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        """
+        self._on_device.clear()
+
     def train_dataloader(self) -> DataLoader[Any]:
-        """Give (images, labels), shuffled, augmented and poisoned."""
+        """Return a loader of (images, labels), shuffled, augmented and poisoned."""
         processes = getattr(self.trainer, "world_size", 1)
         rank = getattr(self.trainer, "global_rank", 0) if processes > 1 else None
         transform = BatchTransform(
-            self.mean, self.std, self.augment, self.flip, self._generator, rank
+            self.mean, self.std, self.augment, self.flip, self._generator, rank, self.seed
         )
         # A last batch of one image is left out: batch normalization may not be able to take it.
         share = math.ceil(len(self.train_set) / processes)  # Lightning gives each process as many
-        single = share % self.batch_size == 1 and share > 1
+        drop_last = share % self.batch_size == 1 and share > 1 and self.batch_size > 1
+        if self.on_device:
+            return self._batch_loader("train", self.train_set, transform, drop_last)
         return self._loader(
-            self.train_set,
-            transform,
-            self.batch_size,
-            shuffle=True,
-            drop_last=single and self.batch_size > 1,
-            generator=self._generator,
+            self.train_set, transform, self.batch_size, True, drop_last, self._generator
         )
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Give the clean test images and, where there is an attack, the triggered ones."""
+        """Return loaders of the clean test images and, if there is an attack, the triggered ones.
+
+        See the class for what they yield.
+        """
         transform = BatchTransform(self.mean, self.std)
-        sets = (
-            [self.test_set] if self.triggered_set is None else [self.test_set, self.triggered_set]
-        )
-        return [self._loader(images, transform, self.batch_size) for images in sets]
+        sets: dict[str, ImageDataset] = {"test": self.test_set}
+        if self.triggered_set is not None:
+            sets["triggered"] = self.triggered_set
+        if self.on_device:
+            return [self._batch_loader(name, images, transform) for name, images in sets.items()]
+        return [self._loader(images, transform, self.batch_size) for images in sets.values()]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """Give the same as :meth:`val_dataloader`."""
+        """Return the same as :meth:`val_dataloader`."""
         return self.val_dataloader()
 
     def defense_dataloader(self) -> DataLoader[Any]:
-        """Give (images, labels) of the defense set: clean, true labels, always the same order."""
+        """Return a loader of the defense set: clean images, true labels, always in one order."""
         transform = BatchTransform(self.mean, self.std)
         return self._loader(self.defense_set, transform, self.defense_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the generator of order and augmentation, to go on where it was."""
-        return {"generator": self._generator.get_state()}
+        """Return what the order and the augmentation of the next epoch depend on."""
+        epoch = self._epoch if self._sampler is None else self._sampler.epoch
+        return {"generator": self._generator.get_state(), "epoch": epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set the state of the generator.
+        """Go on with the epoch after the last one.
 
         Args:
             state_dict: As returned by :meth:`state_dict`.
         """
         self._generator.set_state(state_dict["generator"])
+        self._epoch = int(state_dict.get("epoch", 0))
+        if self._sampler is not None:
+            self._sampler.set_epoch(self._epoch)
+
+    def _batch_loader(
+        self, name: str, images: ImageDataset, transform: BatchTransform, drop_last: bool = False
+    ) -> BatchLoader:
+        device = getattr(getattr(self.trainer, "strategy", None), "root_device", _CPU)
+        key = name, device if device.type in ("cpu", "cuda") else _CPU
+        if key not in self._on_device:
+            self._on_device[key] = BatchDataset(images, key[1])
+        if name == "train" and self._sampler is None:
+            self._sampler = EpochSampler(range(len(images)), self.seed)
+            self._sampler.set_epoch(self._epoch)
+        return BatchLoader(
+            self._on_device[key],
+            self.batch_size,
+            sampler=self._sampler if name == "train" else None,
+            collate_fn=transform,
+            drop_last=drop_last,
+        )
 
     def _loader(
         self,

@@ -29,7 +29,7 @@ __all__ = [
 # A trigger works on float32 images, four times the bytes: never on all of them at once.
 _PART = 1024
 
-# Sides of an image that are further from being equal are cut to it.
+# An image whose longer side is more than this many times the shorter one is cut first.
 _STRIP = 4
 
 
@@ -41,7 +41,7 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
         size: Side of the square in pixels, at least 1.
 
     Returns:
-        Images of shape (..., C, size, size); the argument itself where nothing is to do.
+        Images of shape (..., C, size, size); the argument itself if it has that size.
 
     Example:
         >>> resize_and_crop(torch.zeros(3, 20, 40, dtype=torch.uint8), 10).shape
@@ -49,7 +49,8 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
     """
     if tuple(images.shape[-2:]) == (size, size):
         return images
-    # A strip is cut first, far from what stays: scaled as it is, it could take all memory.
+    # A long strip is cut before it is scaled, well outside of the center square: scaled whole, it
+    # could take all memory.
     most = _STRIP * min(images.shape[-2:])
     images = V.center_crop(images, [min(side, most) for side in images.shape[-2:]])
     scaled: Tensor = V.center_crop(V.resize(images, [size], antialias=True), [size, size])
@@ -75,12 +76,18 @@ class ImageDataset(Dataset[Any], ABC):
     def fetch(self, indices: Sequence[int]) -> Tensor:
         """Return new images of these indices, shape (n, C, H, W), uint8."""
 
-    def targets(self, indices: Sequence[int]) -> list[tuple[int, ...]]:
-        """Tell what stands beside each image in a sample: its label."""
-        return [(label,) for label in self.labels[list(indices)].tolist()]
+    def label_columns(self) -> tuple[Tensor, ...]:
+        """Return what stands beside each image in a sample: its label, shape (N,)."""
+        return (self.labels,)
 
     def to_memory(self, batch_size: int = 256) -> MemoryDataset:
-        """Read all images into one tensor, ``batch_size`` at a time.
+        """Read all images into one tensor.
+
+        Args:
+            batch_size: Number of images to read at a time.
+
+        Returns:
+            The images with their labels; itself if they lie in one tensor already.
 
         Raises:
             ValueError: If the images differ in size or channels.
@@ -106,10 +113,9 @@ class ImageDataset(Dataset[Any], ABC):
         return self.__getitems__([index % len(self)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, ...]]:
-        images = self.fetch(indices).unbind()
-        return [
-            (image, *target) for image, target in zip(images, self.targets(indices), strict=True)
-        ]
+        images, places = self.fetch(indices).unbind(), list(indices)
+        columns = [column[places].tolist() for column in self.label_columns()]
+        return list(zip(images, *columns, strict=True))
 
 
 class MemoryDataset(ImageDataset):
@@ -147,6 +153,14 @@ class MemoryDataset(ImageDataset):
         """Return new images of these indices, shape (n, C, H, W), uint8."""
         return self.images[torch.as_tensor(indices, dtype=torch.long)]
 
+    def to_memory(self, batch_size: int = 256) -> MemoryDataset:
+        """Return itself: the images lie in one tensor already.
+
+        Args:
+            batch_size: Not used.
+        """
+        return self
+
 
 class FolderDataset(ImageDataset):
     """Images of a folder with one folder per class, read when they are needed.
@@ -154,8 +168,8 @@ class FolderDataset(ImageDataset):
     Args:
         folder: The folder; a class's images may lie in folders below its own.
         classes: Names of the class folders to use; their order gives the labels.
-        image_size: Side of the square that every image is resized and center-cropped to; without
-            it, images stay as they are and must all have the same size.
+        image_size: Side of the square that every image is resized and center-cropped to. If None,
+            images stay as they are and must all have the same size.
 
     Attributes:
         paths: One file per image, in the order of the labels, then by name.
@@ -196,12 +210,12 @@ class FolderDataset(ImageDataset):
 class PoisonedDataset(ImageDataset):
     """A training set in which some images carry the trigger and the attacker's label.
 
-    Images that lie in memory get their trigger once, here; others each time they are read, unless
-    the attack crafts its images slowly.
+    Images in memory get their trigger once, when the set is made. Images on the disk get it each
+    time they are read, unless the attack takes long to craft an image.
 
     Args:
         base: The clean images; unchanged.
-        attack: Puts the trigger on and tells the attacker's labels.
+        attack: Puts the trigger on images and names the attacker's labels.
         indices: Indices of the images to poison, as by ``attack.poison_indices``.
         num_classes: Number of classes K.
 
@@ -270,13 +284,13 @@ class PoisonedDataset(ImageDataset):
 class TriggeredDataset(ImageDataset):
     """Test images with the trigger, to measure attack success on.
 
-    A sample is (image, attacker's label, true label). Images that have the attacker's label
-    anyway are left out: in mode ``"all-to-one"`` those of the target class. An attack may name
-    fewer, see ``attack.triggered_indices``.
+    A sample is (image, attacker's label, true label). Images whose true label is the attacker's
+    are left out: in mode ``"all-to-one"``, those of the target class. An attack may leave out
+    more, see ``attack.triggered_indices``.
 
     Args:
         base: The clean images; unchanged.
-        attack: Puts the trigger on and tells the attacker's labels.
+        attack: Puts the trigger on images and names the attacker's labels.
         num_classes: Number of classes K.
 
     Attributes:
@@ -314,11 +328,9 @@ class TriggeredDataset(ImageDataset):
             return self._triggered[places]
         return self.attack.apply(self.base.fetch(self.indices[places].tolist()))
 
-    def targets(self, indices: Sequence[int]) -> list[tuple[int, ...]]:
-        """Tell what stands beside each image: the attacker's label and the true one."""
-        places = list(indices)
-        pairs = zip(self.labels[places].tolist(), self.true_labels[places].tolist(), strict=True)
-        return list(pairs)
+    def label_columns(self) -> tuple[Tensor, ...]:
+        """Return what stands beside each image: the attacker's label and the true one."""
+        return self.labels, self.true_labels
 
 
 def _read(path: Path) -> Tensor:
@@ -330,7 +342,7 @@ def _read(path: Path) -> Tensor:
             f"Expected {str(path)!r} to be an image of ordinary size, but reading it could take "
             f"all memory: {error} Shrink or remove it."
         ) from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow tells of broken headers by all
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each for broken headers
         raise ValueError(
             f"Expected {str(path)!r} to be a readable image, but it is not. Repair or remove it."
         ) from error

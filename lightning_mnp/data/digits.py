@@ -35,6 +35,7 @@ class DigitsDataModule(BackdoorDataModule):
         defense_batch_size: See :class:`BackdoorDataModule`.
         defense_seed: See :class:`BackdoorDataModule`.
         seed: See :class:`BackdoorDataModule`.
+        on_device: See :class:`BackdoorDataModule`; by default yes, unless ``num_workers`` is set.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -64,20 +65,22 @@ class DigitsDataModule(BackdoorDataModule):
         defense_batch_size: int = 100,
         defense_seed: int = 0,
         seed: int = 0,
+        on_device: bool | None = None,
     ) -> None:
         super().__init__(
             None,
             attack,
-            batch_size,
-            num_workers,
-            image_size,
-            augment,
-            mean,
-            std,
-            defense_size,
-            defense_batch_size,
-            defense_seed,
-            seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            image_size=image_size,
+            augment=augment,
+            mean=mean,
+            std=std,
+            defense_size=defense_size,
+            defense_batch_size=defense_batch_size,
+            defense_seed=defense_seed,
+            seed=seed,
+            on_device=on_device,
         )
         if not 0.0 < test_share < 1.0:
             raise ValueError(

@@ -24,12 +24,12 @@ class ImageFolderDataModule(BackdoorDataModule):
         root: Folder with a folder for each split.
         attack: See :class:`BackdoorDataModule`.
         train_folder: Name of the folder with the training images.
-        test_folder: Name of the folder with the test images; without it, ``test`` or ``val``,
-            whichever exists, in this order.
-        classes: Names of the class folders to use, such as twelve of ImageNet's thousand; all of
-            them without it.
-        in_memory: Whether to decode all images once and keep them; without it, they are kept
-            where a split takes at most 2 GiB. Otherwise images are read when they are needed.
+        test_folder: Name of the folder with the test images; None for ``test`` or, if there is
+            none, ``val``.
+        classes: Names of the class folders to use, such as twelve of ImageNet's thousand; None for
+            all of them.
+        in_memory: Whether to decode all images once and keep them. If not, images are read when
+            they are needed. None for yes if a split takes at most 2 GiB, or with ``on_device``.
         batch_size: See :class:`BackdoorDataModule`.
         num_workers: See :class:`BackdoorDataModule`.
         image_size: See :class:`BackdoorDataModule`; None needs images that all have one size.
@@ -40,6 +40,8 @@ class ImageFolderDataModule(BackdoorDataModule):
         defense_batch_size: See :class:`BackdoorDataModule`.
         defense_seed: See :class:`BackdoorDataModule`.
         seed: See :class:`BackdoorDataModule`.
+        on_device: See :class:`BackdoorDataModule`. The images of both splits have to fit in
+            the memory of the device.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -64,25 +66,32 @@ class ImageFolderDataModule(BackdoorDataModule):
         defense_batch_size: int = 128,
         defense_seed: int = 0,
         seed: int = 0,
+        on_device: bool = False,
     ) -> None:
         super().__init__(
             root,
             attack,
-            batch_size,
-            num_workers,
-            image_size,
-            augment,
-            mean,
-            std,
-            defense_size,
-            defense_batch_size,
-            defense_seed,
-            seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            image_size=image_size,
+            augment=augment,
+            mean=mean,
+            std=std,
+            defense_size=defense_size,
+            defense_batch_size=defense_batch_size,
+            defense_seed=defense_seed,
+            seed=seed,
+            on_device=on_device,
         )
         if classes is not None and (len(classes) < 2 or len(set(classes)) != len(classes)):
             raise ValueError(
                 "Expected argument `classes` to be at least two different folder names, but got "
                 f"{list(classes)}."
+            )
+        if on_device and in_memory is False:
+            raise ValueError(
+                "Expected argument `in_memory` to be True or None with `on_device`, but got False. "
+                "Set one of the two."
             )
         self.train_folder = train_folder
         self.test_folder = test_folder
@@ -125,20 +134,25 @@ class ImageFolderDataModule(BackdoorDataModule):
             )
 
     def load(self, split: Split) -> ImageDataset:
-        """Give the clean images of one split."""
+        """Return the clean images of one split.
+
+        Args:
+            split: ``"train"`` or ``"test"``.
+        """
         if split == "test":
             self.prepare_data()
         return FolderDataset(self._split_folder(split), self.class_names, self.image_size)
 
     def keep(self, images: ImageDataset) -> ImageDataset:
-        """Read images into memory where ``in_memory`` says so.
+        """Read images into memory if ``in_memory`` says so.
 
         Args:
             images: The images of one split.
         """
         in_memory = self.in_memory
         if in_memory is None:
-            in_memory = len(images) * images.fetch([0]).numel() <= MEMORY_LIMIT
+            size = len(images) * images.fetch([0]).numel()
+            in_memory = self.on_device or size <= MEMORY_LIMIT
         return images.to_memory() if in_memory else images
 
     def _split_folder(self, split: Split) -> Path:

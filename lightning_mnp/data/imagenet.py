@@ -39,13 +39,12 @@ _PRESETS: dict[str, dict[str, str]] = {
 class ImageNetSubsetDataModule(ImageFolderDataModule):
     """Some classes of ImageNet, in folders ``train/<WordNet ID>`` and ``val/<WordNet ID>``.
 
-    ``root`` may be the folder of the full ImageNet, sorted into class folders, of which only the
-    chosen ones are read, or one that has no others. Labels follow the WordNet IDs in alphabetical
-    order, so that class 0 of both presets is the tench.
+    ``root`` may hold all classes of ImageNet: only the folders of the chosen ones are read. Labels
+    follow the WordNet IDs in alphabetical order. So class 0 of both presets is the tench.
 
     The paper takes twelve classes of ImageNet and does not name them. The preset
-    ``"imagenet12"`` are the ten of Imagenette, tabby and African elephant: twelve that are told
-    apart easily. With ``classes``, any others can be taken.
+    ``"imagenet12"`` has the ten classes of Imagenette, tabby and African elephant: twelve that are
+    easy to tell apart. Any others can be chosen with ``classes``.
 
     Args:
         root: Folder with ``train`` and ``val``.
@@ -64,6 +63,7 @@ class ImageNetSubsetDataModule(ImageFolderDataModule):
         defense_batch_size: See :class:`BackdoorDataModule`.
         defense_seed: See :class:`BackdoorDataModule`.
         seed: See :class:`BackdoorDataModule`.
+        on_device: See :class:`ImageFolderDataModule`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -91,6 +91,7 @@ class ImageNetSubsetDataModule(ImageFolderDataModule):
         defense_batch_size: int = 64,
         defense_seed: int = 0,
         seed: int = 0,
+        on_device: bool = False,
     ) -> None:
         if preset not in get_args(Preset):
             raise ValueError(
@@ -114,6 +115,7 @@ class ImageNetSubsetDataModule(ImageFolderDataModule):
             defense_batch_size=defense_batch_size,
             defense_seed=defense_seed,
             seed=seed,
+            on_device=on_device,
         )
         self.preset = preset
         self._chosen: list[str] = sorted(self.classes or ())
@@ -127,8 +129,8 @@ class ImageNetSubsetDataModule(ImageFolderDataModule):
     def readable_names(self) -> list[str]:
         """English names of the classes, in the order of the labels.
 
-        Those of the presets are known; others are where ``root`` holds all 1000 classes. A class
-        whose name is not known has its WordNet ID.
+        Those of the presets are known. Those of other classes are known if ``root`` holds all 1000
+        classes. A class whose name is not known has its WordNet ID.
         """
         known = dict(_PRESETS["imagenet12"])
         if not set(self._chosen) <= known.keys() and self.root and (self.root / "train").is_dir():
@@ -156,7 +158,7 @@ class ImageNetSubsetDataModule(ImageFolderDataModule):
                 )
 
     def load(self, split: Split) -> ImageDataset:
-        """Give the clean images of one split.
+        """Return the clean images of one split.
 
         Args:
             split: ``"train"`` or ``"test"``, which ImageNet calls ``val``.

@@ -1,4 +1,4 @@
-"""Metrics of attacks, defenses and detectors, on torchmetrics' base class."""
+"""Metrics of attacks, defenses and detectors, built on torchmetrics."""
 
 from lightning_mnp.metrics.detection import DetectionRate, DetectionRatio, FalsePositiveRate
 from lightning_mnp.metrics.functional import (

@@ -1,8 +1,7 @@
-"""Metrics of backdoor detection: the ratio of one network, the rates over many."""
+"""Metrics of backdoor detection: the detection ratio of one network, and rates over many."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
@@ -12,9 +11,9 @@ from lightning_mnp.metrics.functional import (
     _check_pair,
     _detection_rate_update,
     _false_positive_update,
-    _share,
     detection_ratio,
 )
+from lightning_mnp.metrics.share import ShareMetric
 
 __all__ = ["DetectionRate", "DetectionRatio", "FalsePositiveRate"]
 
@@ -22,10 +21,11 @@ __all__ = ["DetectionRate", "DetectionRatio", "FalsePositiveRate"]
 class DetectionRatio(Metric):
     """How much of the magnitude-saliency correlation survives clean suppression, Eq. 8.
 
-    See :func:`~lightning_mnp.metrics.functional.detection_ratio`. Filters may come in parts, such
-    as layer by layer: the correlation is that of all filters together.
+    See :func:`~lightning_mnp.metrics.functional.detection_ratio`. Filters can be added in parts,
+    such as layer by layer. The correlation is that of all filters together.
 
     Example:
+        >>> import torch
         >>> metric = DetectionRatio()
         >>> ranks = torch.tensor([1.0, 2.0, 3.0])
         >>> metric.update(ranks, ranks, ranks, torch.tensor([2.0, 9.0, 5.0]))
@@ -83,8 +83,8 @@ class DetectionRatio(Metric):
         )
 
 
-class DetectionRate(Metric):
-    """Share of networks that are judged right, DR; an undecided verdict counts as wrong.
+class DetectionRate(ShareMetric):
+    """Share of networks that are judged correctly, DR; an undecided verdict counts as wrong.
 
     See :func:`~lightning_mnp.metrics.functional.detection_rate`.
 
@@ -95,41 +95,24 @@ class DetectionRate(Metric):
         tensor(0.6667)
     """
 
-    is_differentiable = False
+    noun = "network"
     higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    hits: Tensor
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("hits", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, verdicts: Verdicts, truths: Verdicts) -> None:
         """Add networks.
 
         Args:
-            verdicts: One for each network: True where it is judged backdoored, or ``"clean"``,
+            verdicts: One for each network: True if it is judged backdoored, or ``"clean"``,
                 ``"backdoored"``, ``"undecided"``.
-            truths: True where the network is backdoored, or ``"clean"``, ``"backdoored"``.
+            truths: True if the network is backdoored, or ``"clean"``, ``"backdoored"``.
 
         Raises:
             ValueError: If lengths differ or a value is none of these.
         """
-        hits, total = _detection_rate_update(verdicts, truths)
-        self.hits = self.hits + hits.to(self.hits.device)
-        self.total = self.total + total.to(self.total.device)
-
-    def compute(self) -> Tensor:
-        """Return the share, from 0 to 1; NaN, with a warning, if there is no network."""
-        return _share(self.hits, self.total, "network")
+        self.add(*_detection_rate_update(verdicts, truths))
 
 
-class FalsePositiveRate(Metric):
+class FalsePositiveRate(ShareMetric):
     """Share of clean networks that are judged backdoored.
 
     See :func:`~lightning_mnp.metrics.functional.false_positive_rate`.
@@ -141,35 +124,17 @@ class FalsePositiveRate(Metric):
         tensor(0.5000)
     """
 
-    is_differentiable = False
+    noun = "clean network"
     higher_is_better = False
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    # Not named as in DetectionRate, with which a MetricCollection would let it share its states.
-    false_alarms: Tensor
-    clean: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("false_alarms", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("clean", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, verdicts: Verdicts, truths: Verdicts) -> None:
         """Add networks.
 
         Args:
-            verdicts: As for :class:`DetectionRate`; an undecided one is no false alarm.
-            truths: As for :class:`DetectionRate`; backdoored networks do not count.
+            verdicts: As for :class:`DetectionRate`. An undecided one is no false alarm.
+            truths: As for :class:`DetectionRate`. Backdoored networks do not count.
 
         Raises:
             ValueError: If lengths differ or a value is none of these.
         """
-        hits, total = _false_positive_update(verdicts, truths)
-        self.false_alarms = self.false_alarms + hits.to(self.false_alarms.device)
-        self.clean = self.clean + total.to(self.clean.device)
-
-    def compute(self) -> Tensor:
-        """Return the share, from 0 to 1; NaN, with a warning, if there is no clean network."""
-        return _share(self.false_alarms, self.clean, "clean network")
+        self.add(*_false_positive_update(verdicts, truths))

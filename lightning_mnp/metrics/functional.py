@@ -1,13 +1,16 @@
-"""The metrics as pure functions, and the validation that functions and classes share."""
+"""The metrics as pure functions, with the checks that functions and classes share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.regression import spearman_corrcoef
 from torchmetrics.utilities.prints import rank_zero_warn
+
+from lightning_mnp.mnp.detection_ratio import detection_ratio as ratio_of_correlations
+from lightning_mnp.mnp.detection_ratio import rank_correlation
 
 __all__ = [
     "attack_success_rate",
@@ -28,7 +31,7 @@ def attack_success_rate(preds: Tensor, targets: Tensor, labels: Tensor) -> Tenso
 
     .. math:: \frac{|\{i : \hat y_i = t_i, t_i \ne y_i\}|}{|\{i : t_i \ne y_i\}|}
 
-    Images whose true label :math:`y_i` is the attacker's :math:`t_i` anyway do not count.
+    Images whose true label :math:`y_i` is the attacker's label :math:`t_i` do not count.
 
     Args:
         preds: Predictions for triggered images: logits or probabilities, shape (N, K), or
@@ -72,10 +75,7 @@ def clean_accuracy(preds: Tensor, labels: Tensor) -> Tensor:
 
 
 def spearman(x: Tensor, y: Tensor) -> Tensor:
-    """Spearman's rank correlation; ties get the mean of their ranks.
-
-    It is torchmetrics' ``spearman_corrcoef`` in double precision, except that a correlation that
-    is not defined is NaN, as in SciPy, and not 0, which would read as a backdoor.
+    """Spearman's rank correlation; tied values share the mean of their ranks.
 
     Args:
         x: Shape (N,), finite.
@@ -93,11 +93,7 @@ def spearman(x: Tensor, y: Tensor) -> Tensor:
         tensor(0.5000)
     """
     _check_pair(x, y, "x", "y")
-    # On the CPU, since not every device has double precision.
-    first, second = (value.detach().cpu().double() for value in (x, y))
-    if len(first) < 2 or (first == first[0]).all() or (second == second[0]).all():
-        return torch.tensor(float("nan"), device=x.device)
-    return spearman_corrcoef(first, second).float().to(x.device)
+    return torch.tensor(_correlation(x, y), device=x.device)
 
 
 def detection_ratio(
@@ -117,9 +113,9 @@ def detection_ratio(
         suppressed_saliency: Saliencies in the suppressed network, shape (filters,).
 
     Returns:
-        The ratio; low values speak for a backdoor. It is meaningful only where the network's own
-        correlation is clearly above 0. NaN, with a warning, if that is 0 or one of the two is
-        not defined.
+        The ratio, float32. Low values speak for a backdoor. It means something only if the
+        correlation of the network itself is clearly above 0. NaN, with a warning, if that is 0 or
+        one of the two correlations is not defined.
 
     Raises:
         ValueError: If shapes differ or a value is not finite.
@@ -129,25 +125,29 @@ def detection_ratio(
         >>> detection_ratio(magnitude, magnitude, magnitude, torch.tensor([2.0, 9.0, 5.0]))
         tensor(0.5000)
     """
-    original = spearman(magnitude, saliency)
-    suppressed = spearman(suppressed_magnitude, suppressed_saliency)
-    if original == 0 or original.isnan() or suppressed.isnan():
+    _check_pair(magnitude, saliency, "magnitude", "saliency")
+    _check_pair(
+        suppressed_magnitude, suppressed_saliency, "suppressed_magnitude", "suppressed_saliency"
+    )
+    original = _correlation(magnitude, saliency)
+    suppressed = _correlation(suppressed_magnitude, suppressed_saliency)
+    ratio = ratio_of_correlations(suppressed, original)
+    if math.isnan(ratio):
         rank_zero_warn(
-            f"The detection ratio is not defined for correlations of {float(suppressed):.3g} "
-            f"(suppressed) and {float(original):.3g} (original); the result is NaN.",
+            f"The detection ratio is not defined for correlations of {suppressed:.3g} "
+            f"(suppressed) and {original:.3g} (original); the result is NaN.",
             UserWarning,
         )
-        return torch.full_like(original, float("nan"))
-    return suppressed / original
+    return torch.tensor(ratio, device=magnitude.device)
 
 
 def detection_rate(verdicts: Verdicts, truths: Verdicts) -> Tensor:
-    """Share of networks that are judged right, DR.
+    """Share of networks that are judged correctly, DR.
 
     Args:
-        verdicts: One for each network: True where it is judged backdoored, or ``"clean"``,
+        verdicts: One for each network: True if it is judged backdoored, or ``"clean"``,
             ``"backdoored"``, ``"undecided"``. An undecided one counts as wrong.
-        truths: True where the network is backdoored, or ``"clean"``, ``"backdoored"``.
+        truths: True if the network is backdoored, or ``"clean"``, ``"backdoored"``.
 
     Returns:
         The share, from 0 to 1; NaN, with a warning, if there is no network.
@@ -216,6 +216,12 @@ def _share(hits: Tensor, total: Tensor, noun: str) -> Tensor:
         rank_zero_warn(f"Not one {noun} counts, so the share is NaN.", UserWarning)
         return torch.full_like(hits, float("nan"), dtype=torch.float32)
     return (hits.double() / total).float() if hits.device.type == "cpu" else hits / total
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    # On the CPU, since not every device has double precision.
+    first, second = (value.detach().cpu().double() for value in (x, y))
+    return rank_correlation(first, second) if len(x) > 1 else math.nan
 
 
 def _check_classes(values: Tensor, name: str) -> None:

@@ -11,7 +11,7 @@ __all__ = ["classifier_head", "penultimate_features"]
 
 
 def classifier_head(network: nn.Module) -> nn.Linear:
-    """Find the layer that turns features into logits: the last linear one.
+    """Return the layer that turns features into logits: the last linear one.
 
     Args:
         network: Any classifier that ends with a linear layer.
@@ -36,14 +36,14 @@ def classifier_head(network: nn.Module) -> nn.Linear:
 
 
 def penultimate_features(network: nn.Module, images: Tensor) -> Tensor:
-    """Run a network and give what goes into its head.
+    """Run a network and return the input of its head.
 
     Args:
         network: Any classifier that ends with a linear layer.
         images: As the network takes them, shape (N, C, H, W).
 
     Returns:
-        Features of shape (N, F), with gradients where the images have them.
+        Features of shape (N, F). Gradients flow through them to the images.
 
     Raises:
         ValueError: If the network has no linear layer, or does not use its last one.

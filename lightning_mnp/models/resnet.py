@@ -87,7 +87,14 @@ class CifarResNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the logits, shape (N, K), of images of shape (N, C, H, W)."""
+        """Return logits.
+
+        Args:
+            x: Images, shape (N, C, H, W).
+
+        Returns:
+            Shape (N, K).
+        """
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(x.mean((2, 3)))

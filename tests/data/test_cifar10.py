@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as V
 
 from lightning_mnp.data import CIFAR10DataModule
 from lightning_mnp.data.cifar10 import CLASSES
+from lightning_mnp.data.loader import BatchLoader
 
 BATCHES = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
 
@@ -73,6 +74,17 @@ def test_images_can_be_resized(tmp_path: Path) -> None:
         datamodule = CIFAR10DataModule(tmp_path / name, image_size=16)
         datamodule.setup("fit")
         assert next(iter(datamodule.train_dataloader()))[0].shape == (50, 3, 16, 16)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_whole_batches_are_the_default_without_workers(tmp_path: Path) -> None:
+    write_batches(tmp_path)
+    assert isinstance(CIFAR10DataModule(tmp_path).train_dataloader(), BatchLoader)
+    assert not CIFAR10DataModule(tmp_path, num_workers=1).on_device
+    fast, ordinary = (CIFAR10DataModule(tmp_path, on_device=each) for each in (True, False))
+    for one, other in zip(fast.val_dataloader()[0], ordinary.val_dataloader()[0], strict=True):
+        assert one[0].equal(other[0])
+        assert one[1].equal(other[1])
 
 
 def test_the_classes_are_in_alphabetical_order() -> None:

@@ -98,6 +98,10 @@ def test_a_folder_uses_the_classes_it_is_told_in_their_order(tmp_path: Path) -> 
     assert [path.parent.name for path in images.paths] == ["c", "c", "c", "a"]
 
 
+def test_a_set_in_memory_stays(memory: MemoryDataset) -> None:
+    assert memory.to_memory() is memory
+
+
 def test_an_empty_set_goes_to_memory() -> None:
     empty = MemoryDataset(random_images(0), torch.zeros(0).long())
     assert len(empty.to_memory()) == 0

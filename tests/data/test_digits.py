@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from sklearn.datasets import load_digits
 
 from lightning_mnp.attacks import BadNets
 from lightning_mnp.data import DigitsDataModule
+from lightning_mnp.data.loader import BatchLoader
 
 
 def test_the_split_is_stratified_seeded_and_complete() -> None:
@@ -49,6 +51,15 @@ def test_digits_are_never_mirrored() -> None:
     assert datamodule.class_names == list("0123456789")
     assert datamodule.flip is False
     assert datamodule.train_dataloader().collate_fn.flip is False
+
+
+def test_whole_batches_are_the_default_without_workers() -> None:
+    assert isinstance(DigitsDataModule().train_dataloader(), BatchLoader)
+    others: list[dict[str, Any]] = [{"on_device": False}, {"num_workers": 1}]
+    for options in others:
+        datamodule = DigitsDataModule(**options)
+        assert not datamodule.on_device
+        assert not isinstance(datamodule.train_dataloader(), BatchLoader)
 
 
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as V
 from lightning_mnp.attacks import BadNets
 from lightning_mnp.data import FolderDataset, ImageFolderDataModule, MemoryDataset
 from lightning_mnp.data import folder as folder_module
+from lightning_mnp.data.loader import BatchLoader
 
 
 def write_split(folder: Path, classes: str = "abc", count: int = 4, size: int = 10) -> None:
@@ -66,6 +67,19 @@ def test_both_ways_to_read_give_the_same_batches(root: Path) -> None:
             assert one.equal(other)
     one, other = (next(iter(data.train_dataloader())) for data in (kept, lazy))
     assert one[0].equal(other[0])
+
+
+def test_on_a_device_all_images_are_in_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "MEMORY_LIMIT", 1)
+    ordinary, fast = (small(root, attack=BadNets(), on_device=each) for each in (False, True))
+    assert not isinstance(ordinary.clean_train_set, MemoryDataset)
+    assert isinstance(fast.clean_train_set, MemoryDataset)
+    assert isinstance(fast.train_dataloader(), BatchLoader)
+    for first, second in zip(ordinary.val_dataloader(), fast.val_dataloader(), strict=True):
+        for one, other in zip(next(iter(first)), next(iter(second)), strict=True):
+            assert one.equal(other)
+    with pytest.raises(ValueError, match="`in_memory` to be True or None with `on_device`"):
+        small(root, in_memory=False, on_device=True)
 
 
 def test_an_audit_reads_only_the_defense_images(

@@ -145,7 +145,7 @@ def test_a_checkpoint_holds_primitives_and_the_prefix(tmp_path: Path) -> None:
     assert len(weights) == len(stored["state_dict"])
     build_network("cifar_resnet18", width=2, in_channels=1).load_state_dict(weights)
     assert stored["hyper_parameters"] == {
-        "channels_last": False,
+        "channels_last": True,
         "trainable": "all",
         "architecture": "cifar_resnet18",
         "num_classes": 10,
@@ -161,6 +161,29 @@ def test_a_checkpoint_holds_primitives_and_the_prefix(tmp_path: Path) -> None:
     again.load_state_dict(stored["state_dict"])
     images = torch.rand(2, 1, 8, 8)
     assert again.eval()(images).equal(classifier.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("cifar", "asked", "found"),
+    [(True, None, True), (True, False, False), (False, None, False), (False, True, True)],
+)
+def test_training_chooses_the_memory_format(
+    tmp_path: Path, cifar: bool, asked: bool | None, found: bool
+) -> None:
+    network: Any = CifarResNet([1] * 4, width=2, in_channels=1)
+    if not cifar:
+        network = nn.Sequential(network)
+    weights = next(each for each in network.parameters() if each.shape == (2, 2, 3, 3))
+    classifier = Classifier(network, channels_last=asked)
+    run = trainer(tmp_path, limit_train_batches=1, limit_test_batches=1, limit_val_batches=0)
+    datamodule = DigitsDataModule(batch_size=8)
+
+    run.test(classifier, datamodule, verbose=False)
+    assert classifier.channels_last is asked  # only training chooses
+    run.fit(classifier, datamodule)
+
+    assert classifier.channels_last is found
+    assert weights.is_contiguous(memory_format=torch.channels_last) is found
 
 
 def test_the_command_line_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
