@@ -267,7 +267,7 @@ class DFSTModule(GenerativeModule):
         # the poisoned ones is rounded up here, so that none becomes both.
         poisoned = math.ceil(self.attack.poison_rate * len(images))
         start = max(len(images) - round(self.detox_rate * len(images)), poisoned)
-        detoxicants = self.detoxifier.detoxicants(images[start:], trained)
+        detoxicants = self.rounded(self.detoxifier.detoxicants(images[start:], trained))
         return torch.cat([images[:start], detoxicants]), labels
 
     def _round(self) -> int:

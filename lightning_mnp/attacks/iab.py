@@ -267,7 +267,7 @@ class InputAwareModule(GenerativeModule):
         place = torch.arange(stop, device=images.device)
         place[count:] = (place[count:] - 1) % stop
         masks, patterns = masks[place], patterns[place]
-        triggered = own * (1.0 - masks) + patterns * masks
+        triggered = self.rounded(own * (1.0 - masks) + patterns * masks)
         targets = self.attack.target_labels(labels[:count], self.num_classes)
         mixed = torch.cat([triggered, images[stop:]])
         return mixed, torch.cat([targets, labels[count:]]), diversity

@@ -252,14 +252,14 @@ class LIRAModule(GenerativeModule):
         chosen = images[:count]
         labels = torch.cat([labels, self.attack.target_labels(labels[:count], self.num_classes)])
         if count and self.current_epoch < self.clean_epochs + self.generator_epochs:
-            both = torch.cat([images, self.attack.inject(chosen)])
+            both = torch.cat([images, self.rounded(self.attack.inject(chosen))])
             lr = (
                 by_network.param_groups[0]["lr"] if self.lookahead_lr is None else self.lookahead_lr
             )
             success = self.lookahead_loss(self.prepared(both, generator), labels, count, lr)
             self.learn(success, [by_generator])
             self.log("train/generator_loss", success)
-        both = torch.cat([images, self.attack.apply(chosen)])
+        both = torch.cat([images, self.rounded(self.attack.apply(chosen))])
         loss = self.mixed_loss(self(self.prepared(both, generator)), labels, count)
         self.learn(loss, [by_network])
         self.log("train/loss", loss)

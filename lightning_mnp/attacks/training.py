@@ -39,11 +39,11 @@ class AttackModule(Classifier):
 
     The loaders must return clean images with true labels, normalized and not augmented, as any
     datamodule does with ``augment=False``. The module brings the images back to the scale [0, 1]
-    and poisons a share of each training batch. It then rounds all of them to the 256 levels of
-    stored images, because attack success is measured on stored images, too; gradients pass the
-    rounding unchanged. After that, images are augmented and normalized. In validation and
-    testing, CA is measured on the images of the first loader, and ASR on the same images with the
-    trigger.
+    and poisons a share of each training batch. Images that the attack changes are rounded to the
+    256 levels of stored images, because attack success is measured on stored images, too.
+    Gradients pass the rounding unchanged. After that, all images are augmented and normalized. In
+    validation and testing, CA is measured on the images of the first loader, and ASR on the same
+    images with the trigger.
 
     What is random in a step depends on the seed, the epoch and the batch only. So a resumed
     training goes on as if it had not stopped. The state dict of a checkpoint has the network only,
@@ -211,13 +211,13 @@ class AttackModule(Classifier):
         return quantized(images) if self.attack.storable else images
 
     def prepared(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return training images as the network takes them: rounded, augmented and normalized.
+        """Return training images as the network takes them: augmented and normalized.
 
         Args:
             images: Shape (N, C, H, W), on the scale [0, 1], poisoned ones with the trigger.
             generator: Source of randomness, on the CPU.
         """
-        return self.normalized(self.augmented(self.rounded(images), generator))
+        return self.normalized(self.augmented(images, generator))
 
     def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return images shifted and mirrored at random, or as they are without ``augment``.
@@ -276,11 +276,11 @@ class AttackModule(Classifier):
             generator: Source of randomness, on the CPU.
 
         Returns:
-            Images and labels to train on; the images are on the scale [0, 1], not yet rounded.
+            Images and labels to train on; changed images are rounded.
         """
         count = self.poison_count(len(images), generator)
         targets = self.attack.target_labels(labels[:count], self.num_classes)
-        triggered = self.attack.apply(images[:count])
+        triggered = self.rounded(self.attack.apply(images[:count]))
         return torch.cat([triggered, images[count:]]), torch.cat([targets, labels[count:]])
 
     @property

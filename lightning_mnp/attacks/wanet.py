@@ -158,6 +158,6 @@ class WaNetModule(AttackModule):
         height, width = images.shape[-2:]
         noise = torch.rand(stop - count, height, width, 2, generator=generator) * 2.0 - 1.0
         noisy = self.attack.warp(images[count:stop], noise) if stop > count else images[:0]
-        triggered = self.attack.apply(images[:count])
-        batch = torch.cat([triggered, noisy.clamp(0.0, 1.0), images[stop:]])
+        warped = torch.cat([self.attack.apply(images[:count]), noisy.clamp(0.0, 1.0)])
+        batch = torch.cat([self.rounded(warped), images[stop:]])
         return batch, torch.cat([targets, labels[count:]])
