@@ -179,10 +179,12 @@ class LIRAModule(GenerativeModule):
 
     It reduces the cross-entropy that the network with the weights theta' has on x' with the
     attacker's labels. Its gradient also goes through theta', which depends on x', too. So it
-    learns a trigger that the network is about to learn. The step is plain gradient descent,
-    without momentum and weight decay. It is taken in training mode, like the network's own. The
-    network with theta' is in evaluation mode, as it will be when the trigger is measured. The
-    network keeps its weights and statistics.
+    learns a trigger that the network is about to learn.
+
+    As in the authors' code, the step is plain gradient descent, without momentum and weight decay,
+    and clean images and copies are batches of their own in it. The network with theta' is in
+    evaluation mode, as it will be when the trigger is measured. The network itself keeps its
+    weights and statistics.
 
     Args:
         attack: The attack; LIRA with its defaults if None.
@@ -191,8 +193,8 @@ class LIRAModule(GenerativeModule):
             at least 0. The paper has none.
         alpha: Weight of the clean images, from 0 to 1.
         lookahead_lr: Learning rate of the step that the generator looks ahead by, at least 0; the
-            present one of the network if None. With 0, the generator meets the network as it is,
-            which saves most of the time of its step.
+            present one of the network if None, as published. With 0, the generator meets the
+            network as it is, which saves most of the time of its step.
         generator_lr: First learning rate of the generator's Adam, above 0.
         kwargs: See :class:`~lightning_mnp.attacks.training.AttackModule`.
 
@@ -286,6 +288,8 @@ class LIRAModule(GenerativeModule):
     def lookahead_loss(self, images: Tensor, labels: Tensor, count: int, lr: float) -> Tensor:
         """Compute the generator's loss: triggered copies in the network after a step not made.
 
+        With a single copy, no step is taken: it has no statistics for batch normalization.
+
         Args:
             images: Clean images, then triggered copies, as the network takes them.
             labels: True labels, then the attacker's.
@@ -300,15 +304,30 @@ class LIRAModule(GenerativeModule):
             for name, weight in self.named_parameters()
             if name.startswith("network.") and weight.requires_grad
         }
-        if lr:
-            loss = self.mixed_loss(call_apart(self, images, weights=weights), labels, count)
-            slopes = torch.autograd.grad(
-                loss, list(weights.values()), create_graph=True, materialize_grads=True
-            )
-            weights = {
-                name: weight - lr * slope
-                for (name, weight), slope in zip(weights.items(), slopes, strict=True)
+        moved = weights
+        if lr and count > 1:
+            size = len(images) - count
+            # The slopes on clean images do not depend on the generator.
+            clean = self._slopes(weights, images[:size], labels[:size], self.alpha, False)
+            backdoor = self._slopes(weights, images[size:], labels[size:], 1.0 - self.alpha, True)
+            moved = {
+                name: weight - lr * (one + other)
+                for (name, weight), one, other in zip(weights.items(), clean, backdoor, strict=True)
             }
         with evaluating(self.network):
-            logits = call_apart(self, images[-count:], weights=weights)
+            logits = call_apart(self, images[-count:], weights=moved)
         return F.cross_entropy(logits, labels[-count:])
+
+    def _slopes(
+        self,
+        weights: dict[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        share: float,
+        learns: bool,
+    ) -> tuple[Tensor, ...]:
+        """Return the gradients of a share of the cross-entropy for the network's weights."""
+        loss = share * F.cross_entropy(call_apart(self, images, weights=weights), labels)
+        return torch.autograd.grad(
+            loss, list(weights.values()), create_graph=learns, materialize_grads=True
+        )

@@ -162,7 +162,7 @@ def test_the_virtual_step_by_the_formula_of_softmax_regression(alpha: float, lr:
 
 
 def test_the_virtual_step_with_batch_normalization() -> None:
-    """One batch in training mode for the step, then the network as it will be measured."""
+    """Clean images and copies have their own statistics; then the network is in evaluation mode."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 4)
@@ -185,9 +185,8 @@ def test_the_virtual_step_with_batch_normalization() -> None:
         return maps.flatten(1) @ weights[4].T + weights[5]
 
     weights = [parameter.detach().requires_grad_() for parameter in network.parameters()]
-    logits = forward(weights, both, training=True)
-    loss = 0.3 * F.cross_entropy(logits[:6], labels[:6])
-    loss = loss + 0.7 * F.cross_entropy(logits[6:], labels[6:])
+    loss = 0.3 * F.cross_entropy(forward(weights, both[:6], training=True), labels[:6])
+    loss = loss + 0.7 * F.cross_entropy(forward(weights, both[6:], training=True), labels[6:])
     slopes = torch.autograd.grad(loss, weights, create_graph=True)
     moved = [weight - 0.2 * slope for weight, slope in zip(weights, slopes, strict=True)]
     expected = F.cross_entropy(forward(moved, both[6:], training=False), labels[6:])
@@ -200,6 +199,17 @@ def test_the_virtual_step_with_batch_normalization() -> None:
     assert all(value.equal(before[name]) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
     assert all(each.training for each in network.modules())
+
+
+def test_a_single_copy_meets_the_network_as_it_is() -> None:
+    module = small_module()  # whose last maps have a single place
+    images = torch.rand(5, 1, 8, 8)
+    labels = torch.tensor([1, 2, 3, 0, 0])
+
+    found = module.lookahead_loss(images, labels, 1, 0.5)
+
+    network = copy.deepcopy(module.network).eval()
+    torch.testing.assert_close(found, F.cross_entropy(network(images[4:]), labels[4:]))
 
 
 @pytest.mark.parametrize("given", [None, 0.0, 0.7])
@@ -253,9 +263,10 @@ def test_a_network_is_trained_on_the_images_that_are_measured(space: Any) -> Non
         module, loader(), loader()
     )
 
-    # Virtual step and look ahead, then the network's own step; in the second epoch that alone.
-    assert [len(images) for images in seen] == [24, 8, 24, 24]
-    for images in seen:
+    # Clean images and copies in the virtual step, copies after it, then the network's own step; in
+    # the second epoch, that alone.
+    assert [len(images) for images in seen] == [16, 8, 8, 24, 24]
+    for images in seen[1:]:
         levels = (images[-8:] * 0.5 + 0.5) * 255
         whole = (levels - levels.round()).abs() < 1e-3
         inside = (levels > -1e-3) & (levels < 255 + 1e-3)
