@@ -17,7 +17,7 @@ from lightning_mnp.config import Constants
 from lightning_mnp.data import BackdoorDataModule, MemoryDataset
 from lightning_mnp.models import cifar_resnet18
 from lightning_mnp.signals.base import Scene, SignalSearch
-from lightning_mnp.signals.pattern import PatternTrigger
+from lightning_mnp.signals.pattern_trigger import PatternTrigger
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 

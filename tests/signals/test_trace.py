@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_mnp.config import Constants
-from lightning_mnp.signals.pattern import PatternConstants
+from lightning_mnp.signals.pattern_trigger import PatternConstants
 from lightning_mnp.signals.trace import Trace, TraceConstants, strength
 
 
