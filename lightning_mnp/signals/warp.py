@@ -45,8 +45,8 @@ class WarpConstants:
 class WarpTrigger(PatternTrigger):
     """A warp of every image by at most half a pixel.
 
-    The arguments are those of :class:`~lightning_mnp.signals.pattern_trigger.PatternTrigger`; images have
-    shape (N, C, H, W). Gradients in the pattern are deterministic on all devices.
+    The arguments are those of :class:`~lightning_mnp.signals.pattern_trigger.PatternTrigger`;
+    images have shape (N, C, H, W). Gradients in the pattern are deterministic on all devices.
 
     Attributes:
         pattern: How far pixels are fetched from below and from the right, in pixels, at the points
