@@ -284,7 +284,9 @@ def test_without_poison_training_is_plain() -> None:
 
 
 def test_the_generator_learns_to_reach_the_target() -> None:
-    module = small_module(1.0, generator_epochs=4, generator_lr=0.05, lr=1e-6, augment=False)
+    module = small_module(
+        1.0, generator_epochs=4, generator_lr=0.05, lr=1e-6, augment=False, lookahead_lr=0.0
+    )
     module.network.load_state_dict(trained_network().state_dict())
     module.attack.eps = 1.0
     module.mean, module.std = (0.0,), (1.0,)
