@@ -28,6 +28,10 @@ class NetworkScore:
         score: The score, from 0.
         verdict: The verdict, by the threshold in the options.
         seconds: Duration of the audit.
+
+    Example:
+        >>> NetworkScore("a.ckpt", "12ef", 0.4, "clean", 61.6).score
+        0.4
     """
 
     file: str

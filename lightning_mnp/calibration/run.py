@@ -104,6 +104,13 @@ def collect_scores(
     Raises:
         ValueError: If the known score of a file belongs to other weights, or an audit returns no
             score.
+
+    Example:
+        >>> import tempfile
+        >>> kept = CalibrationFile(Path(tempfile.mkdtemp(), "calibration.json"), {"seed": 0})
+        >>> kept.add(NetworkScore("a.ckpt", "12ef", 0.4, "clean", 61.6))
+        >>> scores = collect_scores({"a.ckpt": "12ef"}, kept, audit=lambda file: None, say=print)
+        1 of 1: a.ckpt: score 0.4 (from the file)
     """
     known = {file: kept.find(file, weights) for file, weights in digests.items()}
     scores = []

@@ -32,6 +32,10 @@ class PrefixMatch:
     Attributes:
         file: Prefix of the names in the file that the names in the module do not have.
         module: Prefix of the names in the module that the names in the file do not have.
+
+    Example:
+        >>> PrefixMatch(module="network.").to_file("network.conv1.weight")
+        'conv1.weight'
     """
 
     file: str = ""

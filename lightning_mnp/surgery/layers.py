@@ -54,6 +54,11 @@ class FilterLayer:
         scale: The parameter of the convolution that scales its output, together with the bias:
             ``"weight"``, or the name of a gain if the weights are standardized; "" if there is
             none.
+
+    Example:
+        >>> layer = FilterLayer("conv1", 64, site="bn1", channel_dim=1, norm="bn1")
+        >>> layer.rows(nn.Conv2d(3, 64, 7).weight).shape
+        torch.Size([64, 147])
     """
 
     name: str

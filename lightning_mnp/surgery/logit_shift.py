@@ -63,6 +63,10 @@ class LogitShift:
     Attributes:
         name: Dotted name of the bias in the network.
         values: What is added to it, shape (K,).
+
+    Example:
+        >>> LogitShift("fc.bias", torch.tensor([0.0, 0.5])).name
+        'fc.bias'
     """
 
     name: str

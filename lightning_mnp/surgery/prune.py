@@ -21,6 +21,13 @@ class Pruning:
     Attributes:
         pruned: Pairs (layer name, filter index) of the removed filters.
         saved: Copies of the changed tensors as they were before, by name.
+
+    Example:
+        >>> network = nn.Linear(1, 1)
+        >>> pruning = Pruning([], {"bias": torch.tensor([2.0])})
+        >>> pruning.undo(network)
+        >>> network.bias.item()
+        2.0
     """
 
     pruned: list[tuple[str, int]]
