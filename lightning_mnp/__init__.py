@@ -1,4 +1,4 @@
-"""Tells whether a trained CNN carries a backdoor, and remove it."""
+"""Audit a trained CNN for a backdoor, and remove it."""
 
 from __future__ import annotations
 

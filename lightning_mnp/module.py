@@ -93,7 +93,7 @@ class MNPModule(LightningModule):
         self.report: DefenseReport | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give the network's logits, shape (N, K); after the fit, those of the pruned network."""
+        """Return the network's logits, shape (N, K); after the fit, those of the pruned network."""
         return cast(Tensor, network_forward(self.network, None, self._call)(self.network, images))
 
     def setup(self, stage: str) -> None:
@@ -118,7 +118,7 @@ class MNPModule(LightningModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Read the defense set, build the engine and hand its optimizers to the Trainer."""
         if self._resumed is not None and "report" in self._resumed:
-            # Nothing is left to optimize, but the Trainer warns where there is no optimizer.
+            # Nothing is left to optimize, but the Trainer warns if there is no optimizer.
             return [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)]
         # The Trainer makes its loaders after this hook, unless asked; it does so only once.
         self.trainer.fit_loop.setup_data()
@@ -141,7 +141,7 @@ class MNPModule(LightningModule):
         if getattr(self.trainer, "datamodule", None) is not None:
             return find_defense_set(self.trainer, self, None, self.unpack)
         assert self.trainer.train_dataloader is not None, "set up just before"
-        # The Trainer has put a DistributedSampler in it, where there are several processes.
+        # The Trainer has put a DistributedSampler in it, if there are several processes.
         loader = whole_loader(self.trainer.train_dataloader)
         share = self.trainer.limit_train_batches
         limit = share if isinstance(share, int) else None
@@ -217,7 +217,7 @@ class MNPModule(LightningModule):
             write_outcome(self.trainer, self.report, self._folder)
 
     def on_fit_end(self) -> None:
-        """Warn where the Trainer ended before the defense did, or had nothing to do at all."""
+        """Warn if the Trainer ended before the defense did, or had nothing to do at all."""
         if self.defense is not None and not self.defense.finished:
             rank_zero_warn(
                 f"The Trainer ended while the defense was in phase {self.defense.phase!r}, about "

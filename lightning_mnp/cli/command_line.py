@@ -131,7 +131,7 @@ def main(args: list[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        args: The arguments; those of the process where None.
+        args: The arguments; those of the process if None.
 
     Returns:
         The exit code: 0; for ``audit``, 3 for a backdoored network; for ``audit`` and

@@ -80,10 +80,10 @@ class MNPTrainer(Trainer):
         network: str | None = None,
         state_file: Path | None = None,
     ) -> DefenseReport:
-        """Tell whether the network in a checkpoint carries a backdoor.
+        """Judge whether the network in a checkpoint carries a backdoor.
 
         Only the weights in the file are read; nothing in it is run. The exit code is 0 for a
-        clean network, 3 for a backdoored one, 4 where it stays undecided, 2 for wrong use.
+        clean network, 3 for a backdoored one, 4 if it stays undecided, 2 for wrong use.
 
         Args:
             model: The model that the weights belong to.
@@ -121,11 +121,11 @@ class MNPTrainer(Trainer):
         network: str | None = None,
         state_file: Path | None = None,
     ) -> DefenseReport:
-        """Audit the network in a checkpoint, prune it where asked, and write its weights.
+        """Audit the network in a checkpoint, prune it if asked, and write its weights.
 
         Only the weights in the file are read; nothing in it is run, and it is never written to.
         The output loads strictly into the same class, and is written whatever the verdict. The
-        exit code is 0, or 4 where the verdict stays undecided, 2 for wrong use. What the second
+        exit code is 0, or 4 if the verdict stays undecided, 2 for wrong use. What the second
         audit says of the purified network is in the report, and no part of the exit code.
 
         Args:
@@ -250,7 +250,7 @@ class MNPTrainer(Trainer):
             model: The model to train.
             datamodule: The data, with an attack.
             output_dir: Folder for the results, which must not hold any yet; a new temporary one
-                where it is not given.
+                if it is not given.
             mnp: Options of the method.
 
         Returns:
@@ -294,7 +294,7 @@ class MNPTrainer(Trainer):
         return _Scores(numbers["test/CA"], numbers.get("test/ASR", math.nan))
 
     def _meet(self) -> None:
-        """Meet the other processes, where the command was started in several.
+        """Meet the other processes, if the command was started in several.
 
         None are started here: each would do the same work, and one is enough.
         """

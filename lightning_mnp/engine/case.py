@@ -267,7 +267,6 @@ def open_case(
     data: DefenseSet,
     config: MNPConfig,
     when: When,
-    *,
     network: str | None,
     forward: Forward | None,
     autocast: Callable[[], AbstractContextManager[Any]],

@@ -30,10 +30,9 @@ __all__ = ["MNPDefense", "When"]
 class MNPDefense:
     """Audits a network and finds the filters to prune, one batch a step.
 
-    It runs the phases of a :class:`~lightning_mnp.engine.plan.Plan` one after the other:
-    ``reference`` (the network as it is); for every run ``suppression``, ``saliency`` and, if the
-    pruning rule ranks by them, ``masks``; a search for each signal; ``verdict``, which may ask
-    for further runs; ``pruning``, ``soft_masks``, ``check`` and ``reaudit``.
+    It runs the phases of a plan one after the other: ``reference``; for every run ``suppression``,
+    ``saliency`` and ``masks``; a search for each signal; ``verdict``, which may ask for further
+    runs; ``pruning``, ``soft_masks``, ``check`` and ``reaudit``.
 
     The model is not changed. Every random choice follows from the seed and the place in this
     order, so the state is tensors and primitives, and a run that was stopped goes on as if it
@@ -77,16 +76,8 @@ class MNPDefense:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         constants: Constants | None = None,
     ) -> None:
-        self.case = open_case(
-            model,
-            data,
-            require_config(config),
-            when,
-            network=network,
-            forward=forward,
-            autocast=autocast,
-            constants=constants or Constants(),
-        )
+        config, constants = require_config(config), constants or Constants()
+        self.case = open_case(model, data, config, when, network, forward, autocast, constants)
         self.plan = Plan(self.case, self._audit_of)
         self.position = 0
         self.seconds: dict[str, float] = defaultdict(float)
@@ -173,13 +164,8 @@ class MNPDefense:
 
     @property
     def judgement(self) -> Judgement:
-        """The verdict.
-
-        Raises:
-            RuntimeError: If it has not been given yet.
-        """
-        if self.case.judgement is None:
-            raise self._unfinished()
+        """The verdict, once it is given."""
+        assert self.case.judgement is not None, "the verdict has not been given yet"
         return self.case.judgement
 
     @property
@@ -228,12 +214,9 @@ class MNPDefense:
 
     def _require_finished(self) -> None:
         if not self.finished:
-            raise self._unfinished()
-
-    def _unfinished(self) -> RuntimeError:
-        return RuntimeError(
-            f"The defense is in phase {self.phase!r}; it has a result when it has finished."
-        )
+            raise RuntimeError(
+                f"The defense is in phase {self.phase!r}; it has a result when it has finished."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as tensors and primitives, readable with ``weights_only=True``."""

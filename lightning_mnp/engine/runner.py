@@ -41,7 +41,7 @@ def run_defense(
 
     Raises:
         ValueError: If the state file belongs to another model, data or options, or is damaged.
-        OutputError: If the state file is where no file can be written.
+        OutputError: If the state file is in a place where no file can be written.
         torch.OutOfMemoryError: If a batch is too large.
     """
     path = None if state_file is None else Path(state_file)

@@ -79,7 +79,7 @@ def refuse_other_processes(trainer: Trainer) -> None:
 
 
 def engine_autocast(trainer: Trainer) -> Callable[[], AbstractContextManager[Any]]:
-    """Give the context in which the engine runs the network, by the Trainer's precision.
+    """Return the context in which the engine runs the network, by the Trainer's precision.
 
     Under ``16-mixed`` it is float32: gradients of masks and images are small, float16 needs a
     scale for each of them, and steps that are skipped for a wrong scale would be part of the
@@ -124,13 +124,13 @@ def find_defense_set(
 
 
 def output_folder(trainer: Trainer, given: Path | str | None) -> Path:
-    """Tell where the outcome is written: as given, or where the Trainer writes.
+    """Return where the outcome is written: as given, or where the Trainer writes.
 
     Where there are several processes, all of them have to call this.
 
     Args:
         trainer: The Trainer.
-        given: A folder; where None, the first logger's, else the Trainer's ``default_root_dir``.
+        given: A folder; if None, the first logger's, else the Trainer's ``default_root_dir``.
 
     Raises:
         MisconfigurationException: If it is an address and not a local folder.

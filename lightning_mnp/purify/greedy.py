@@ -176,7 +176,7 @@ class GreedyPruning:
         order = promise.argsort(descending=True, stable=True)[: self.constants.candidates].tolist()
         for index in (index for index in order if promise[index] > 0):
             harm = self.harm_of(self.masks(without=[index]))
-            if not harm <= most:  # not so where it is NaN
+            if not harm <= most:  # not so if it is NaN
                 self._rejected[index] = len(self.taken)
                 continue
             value = float(effect[index]) / (max(harm - harm_now, 0.0) + self.constants.harm_floor)
