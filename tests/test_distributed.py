@@ -45,7 +45,7 @@ def store_weights(folder: Path) -> None:
         torch.save(Classifier(width=2, in_channels=1).state_dict(), folder / "suspicious.pt")
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp(f"processes-{request.param}")
     store_weights(folder)
@@ -148,7 +148,7 @@ def test_processes_that_part_stop_before_they_wait_for_each_other(run: Any) -> N
 
 
 @several_processes
-@pytest.mark.parametrize("which", ["first_dies", "last_dies"])
+@pytest.mark.parametrize("which", ["first_dies", pytest.param("last_dies", marks=pytest.mark.slow)])
 def test_a_process_that_dies_ends_the_run(which: str, tmp_path: Path) -> None:
     # It comes back when all processes have closed their output: none of them hangs.
     result = start(2, which, tmp_path)

@@ -24,7 +24,7 @@ from lightning_mnp import (
     read_state_dict,
 )
 from lightning_mnp.cli.command_line import main
-from lightning_mnp.data import CIFAR10DataModule
+from lightning_mnp.data import CIFAR10DataModule, DigitsDataModule
 from lightning_mnp.data.cifar10 import CLASSES
 from lightning_mnp.models import Classifier, cifar_resnet18
 
@@ -55,7 +55,12 @@ SHORT_AUDIT = [
     "--data.init_args.defense_size=20",
 ]
 # Of no account for the paper's setting, which has none of either.
-SHORT_DEFENSE = ["--mnp.pruning.soft_mask_steps=2", "--mnp.suppression.more_runs=0"]
+SHORT_DEFENSE = [
+    "--mnp.suppression.more_runs=0",
+    "--mnp.pruning.amount=0.01",
+    "--mnp.pruning.harm=50",
+    "--mnp.pruning.soft_mask_steps=2",
+]
 
 pytestmark = [
     pytest.mark.usefixtures("short_searches"),
@@ -95,7 +100,7 @@ class QuickConfig(MNPConfig):
     )
     masks: MaskOptions = field(default_factory=lambda: MaskOptions(epochs=1))
     pruning: PruningOptions = field(
-        default_factory=lambda: PruningOptions(amount=0.01, soft_mask_steps=2)
+        default_factory=lambda: PruningOptions(amount=0.01, harm=50.0, soft_mask_steps=2)
     )
 
 
@@ -151,6 +156,7 @@ def test_audit_and_defend(name: str, cifar10: Path, tmp_path: Path) -> None:
     assert read_state_dict(purified).keys() == read_state_dict(suspicious).keys()
 
 
+@pytest.mark.slow
 def test_digits_from_training_to_test(tmp_path: Path) -> None:
     """The commands in the heads of the two files, one after the other."""
     size = ["--data.init_args.image_size=8"]
@@ -165,7 +171,10 @@ def test_digits_from_training_to_test(tmp_path: Path) -> None:
     assert main(["test", *test]) == 0
 
 
-@pytest.mark.parametrize("below", ["fit-digits.yaml", "fit-cifar10-paper.yaml"])
+@pytest.mark.parametrize(
+    "below",
+    ["fit-digits.yaml", pytest.param("fit-cifar10-paper.yaml", marks=pytest.mark.slow)],
+)
 def test_callback_goes_on_top_of_a_training(
     below: str, cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +209,10 @@ def test_paper_setting_is_taken(cifar10: Path, tmp_path: Path) -> None:
 def test_script(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def small_digits(**options: Any) -> DigitsDataModule:
+        return DigitsDataModule(**{**options, "image_size": 8, "defense_size": 20})
+
+    monkeypatch.setattr("lightning_mnp.data.DigitsDataModule", small_digits)
     run_script(name, ["--epochs=1", "--output=out"], monkeypatch)
     printed = capsys.readouterr().out
     assert "filters pruned" in printed

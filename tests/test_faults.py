@@ -53,26 +53,32 @@ def processes() -> Any:
 
 
 KILLS = [
-    ("masks", "reference", "step"),
     ("masks", "suppression", "step"),
-    ("masks", "saliency", "step"),
     ("masks", "masks", "step"),
-    ("masks", "reach", "step"),
     ("search", "margin", "step"),
-    ("search", "patch", "step"),
-    ("search", "overlay", "step"),
-    ("search", "warp", "step"),
-    ("masks", "permutation", "step"),
-    ("masks", "verdict", "step"),
-    ("masks", "pruning", "step"),
-    ("masks", "check", "step"),
     ("search", "pruning", "step"),
-    ("search", "soft_masks", "step"),
     ("search", "reaudit", "step"),
     ("masks", "masks", "half"),
     ("masks", "masks", "unsynced"),
     ("masks", "masks", "whole"),
-    ("search", "check", "whole"),
+    # The same in all other phases.
+    *(
+        pytest.param(*kill, marks=pytest.mark.slow)
+        for kill in (
+            ("masks", "reference", "step"),
+            ("masks", "saliency", "step"),
+            ("masks", "reach", "step"),
+            ("search", "patch", "step"),
+            ("search", "overlay", "step"),
+            ("search", "warp", "step"),
+            ("masks", "permutation", "step"),
+            ("masks", "verdict", "step"),
+            ("masks", "pruning", "step"),
+            ("masks", "check", "step"),
+            ("search", "soft_masks", "step"),
+            ("search", "check", "whole"),
+        )
+    ),
 ]
 
 

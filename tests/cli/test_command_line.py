@@ -48,7 +48,9 @@ def test_audit_ends_with_the_exit_code_of_its_verdict(
     assert json.loads(report.read_text())["verdict"] == verdict
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".safetensors"])
+@pytest.mark.parametrize(
+    "suffix", [pytest.param(".pt", marks=pytest.mark.slow), ".ckpt", ".safetensors"]
+)
 def test_defend_writes_weights_that_load_strictly(
     suffix: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
