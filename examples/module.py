@@ -27,8 +27,15 @@ def train(epochs: int) -> nn.Module:
     """Train a network on digits of which a tenth carry a patch and the label 0."""
     data = DigitsDataModule(attack=BadNets(), image_size=16, batch_size=64)
     model = Classifier(width=8, in_channels=1, schedule="onecycle")
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    L.Trainer(accelerator="cpu", max_epochs=epochs, limit_val_batches=0, **quiet).fit(model, data)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, data)
     return model.network
 
 

@@ -47,7 +47,7 @@ class Evaluation:
     def __init__(self, data: CIFAR10DataModule, zoo: ModuleType) -> None:
         self.zoo = zoo
         self._untouched: dict[str, tuple[float, float | None]] = {}
-        self.images, self.labels = data.test_set.images, data.test_set.labels
+        self.images, self.labels = data.test_set.to_memory().images, data.test_set.labels
         self.mean = torch.tensor(data.mean).reshape(1, -1, 1, 1)
         self.std = torch.tensor(data.std).reshape(1, -1, 1, 1)
 

@@ -1,4 +1,4 @@
-"""What all tests share: one torch thread, isolated global state, the real networks."""
+"""What all tests share: few torch threads, isolated global state, the real networks."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from lightning_mnp.signals.reach import ReachConstants
 from lightning_mnp.signals.warp import WarpConstants
 
 REPOSITORY = Path(__file__).parents[1]
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
     hypothesis.settings.load_profile("tests")
 
@@ -51,15 +52,16 @@ def isolated() -> Iterator[None]:
         "inference mode on": torch.is_inference_mode_enabled(),
         "another default dtype": torch.get_default_dtype() != torch.float32,
         "deterministic algorithms on": torch.are_deterministic_algorithms_enabled(),
-        "another number of threads": torch.get_num_threads() != 1,
+        # `lightning-mnp demo` runs on one thread, whatever was set before.
+        "another number of threads": torch.get_num_threads() not in (1, THREADS),
         "a process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
     }
+    torch.set_num_threads(THREADS)
     found = [what for what, is_left in left.items() if is_left]
     if found:
         torch.set_grad_enabled(True)
         torch.set_default_dtype(torch.float32)
         torch.use_deterministic_algorithms(False)
-        torch.set_num_threads(1)
     assert not found, f"the test left behind: {found}"
 
 

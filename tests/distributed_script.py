@@ -77,7 +77,7 @@ def masks_kept() -> Iterator[list[Tensor]]:
     report, kept = MNPDefense.report, []
 
     def keep(defense: MNPDefense) -> DefenseReport:
-        kept.append(defense.scores.clone())
+        kept.append(defense.case.scores.clone())
         return report(defense)
 
     MNPDefense.report = keep  # type: ignore[method-assign]
@@ -93,9 +93,9 @@ def outcome(report: DefenseReport, network: nn.Module, masks: list[Tensor]) -> d
         "verdict": report.verdict,
         "ratio": report.detection_ratio,
         "pruned": [[name.removeprefix("net."), index] for name, index in report.pruned],
-        "scores": torch.tensor(report.scores),
+        "scores": torch.tensor(report.pruning.scores),
         "masks": masks[-1],
-        "images": report.defense_set["images"],
+        "images": report.defense_set and report.defense_set.images,
         "weights": {
             name: tensor
             for name, tensor in network.state_dict().items()

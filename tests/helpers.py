@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mnp import MNPConfig
+from lightning_mnp import DefenseSet, MNPConfig
+from lightning_mnp.config import Constants
 from lightning_mnp.data import BackdoorDataModule, MemoryDataset
 from lightning_mnp.models import cifar_resnet18
-from lightning_mnp.signals.pattern import PatternTrigger
+from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.pattern_trigger import PatternTrigger
+from lightning_mnp.surgery.layers import find_filter_layers
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 CLASSES = 4
 
@@ -105,6 +109,31 @@ def _trained_weights(width: int, steps: int) -> dict[str, Tensor]:
             F.cross_entropy(network(images), labels).backward()
             optimizer.step()
     return network.state_dict()
+
+
+def new_scene(
+    network: nn.Module | None = None,
+    data: DefenseSet | None = None,
+    tried: Sequence[int] = range(CLASSES),
+    constants: Constants | None = None,
+    **options: Any,
+) -> Scene:
+    """What searches work on: a trained network and bright bars, unless others are given."""
+    network = network or trained_network()
+    data = data or DefenseSet(*images_and_labels())
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    constants = constants or Constants()
+    config = config_of(**options)
+    return Scene(masked, data, config, CLASSES, constants, tried=list(tried))
+
+
+Search = TypeVar("Search", bound=SignalSearch)
+
+
+def finish(search: Search) -> Search:
+    while not search.finished:
+        search.step()
+    return search
 
 
 class Shortcut(nn.Module):

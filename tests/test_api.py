@@ -81,7 +81,7 @@ def test_killed_call_goes_on(tmp_path: Path, stop: int) -> None:
         trained_network(), data, when="always", config=quick_config(), state_file=state
     )
     assert report.pruned == reference.pruned
-    assert report.scores == reference.scores
+    assert report.pruning.scores == reference.pruning.scores
     assert list(tmp_path.iterdir()) == []
 
 

@@ -112,6 +112,20 @@ def test_every_attack_is_parsed_on_every_base(
             assert Path(model.checkpoint) == trained
 
 
+@pytest.mark.parametrize("attack", ["dfst", "iab", "lira", "wanet"])
+def test_the_modules_of_training_time_attacks_have_the_options_of_their_bases(
+    attack: str, parser: ArgumentParser
+) -> None:
+    args = ["--model.mean=[0.1,0.2,0.3]", "--model.flip=true", "--model.lr=0.2"]
+    if attack != "wanet":
+        args.append("--model.generator_lr=0.5")
+    model = parser.parse_args(["fit", *files("cifar10-2core", attack), *args]).fit.model.init_args
+    assert (model.mean, model.std, model.augment) == ([0.1, 0.2, 0.3], None, True)
+    assert (model.flip, model.lr, model.trainable) == (True, 0.2, "all")
+    assert model.get("generator_lr") == (None if attack == "wanet" else 0.5)
+    assert "kwargs" not in model
+
+
 @pytest.mark.parametrize(
     ("change", "rate", "mode"),
     [

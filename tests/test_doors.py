@@ -51,7 +51,7 @@ def test_same_seed_same_result_through_every_door(tmp_path: Path) -> None:
     assert len(first.pruned) == 5
     for report, other in (through_callback(tmp_path), through_module()):
         assert [(name.removeprefix("net."), index) for name, index in report.pruned] == first.pruned
-        assert report.scores == first.scores
+        assert report.pruning.scores == first.pruning.scores
         assert [run.predictions for run in report.runs] == [run.predictions for run in first.runs]
         assert report.detection_ratio == first.detection_ratio
         assert report.verdict == first.verdict
@@ -64,7 +64,7 @@ def test_another_seed_gives_other_masks() -> None:
     scores = [
         lightning_mnp.defend(
             trained_network(), loader(), when="always", seed=seed, config=quick_config()
-        ).scores
+        ).pruning.scores
         for seed in (0, 1)
     ]
     assert scores[0] != scores[1]
@@ -73,7 +73,7 @@ def test_another_seed_gives_other_masks() -> None:
 @pytest.mark.parametrize("when", ["flagged", "always"])
 def test_flagged_repeats_what_always_does(when: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks that come after the verdict are those that come before it."""
-    monkeypatch.setattr("lightning_mnp.engine.defense.judge", _always_backdoored)
+    monkeypatch.setattr("lightning_mnp.engine.case.judge", _always_backdoored)
     defense = MNPDefense(
         trained_network(), DefenseSet.from_loader(loader()), quick_config(), when=when
     )
@@ -84,7 +84,7 @@ def test_flagged_repeats_what_always_does(when: Any, monkeypatch: pytest.MonkeyP
     )
     while not reference.finished:
         reference.step()
-    assert torch.equal(defense.scores, reference.scores)
+    assert torch.equal(defense.case.scores, reference.case.scores)
     assert defense.report().pruned == reference.report().pruned
     assert len(defense.report().runs) == 2
 
@@ -92,7 +92,7 @@ def test_flagged_repeats_what_always_does(when: Any, monkeypatch: pytest.MonkeyP
 def _always_backdoored(*args: Any, **kwargs: Any) -> Any:
     from lightning_mnp.signals.verdict import Judgement
 
-    return Judgement("backdoored", 0.1, 0.9, 2.0, 0, ("a test says so",))
+    return Judgement("backdoored", 0.1, 2.0, 0, ("a test says so",))
 
 
 def test_audit_leaves_the_network_as_it_was() -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import RunsCommand, rewrite_member
+from commands import COMMON
+from commands import QUICK as SHORT
 from helpers import CLASSES, loader, quick_config
 from lightning.pytorch import LightningDataModule
-from test_cli import COMMON
-from test_cli import QUICK as SHORT
 from torch import nn
 
 import lightning_mnp
@@ -262,7 +262,7 @@ def test_names_stay_names(
 
 def test_text_of_a_report_is_printable() -> None:
     report = lightning_mnp.DefenseReport(
-        "clean", 0.5, 0.2, reasons=list(HOSTILE_NAMES), warnings=list(HOSTILE_NAMES)
+        "clean", reasons=list(HOSTILE_NAMES), warnings=list(HOSTILE_NAMES)
     )
     assert all(line.isprintable() for line in str(report).splitlines())
     assert_harmless(report.to_json())

@@ -67,7 +67,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int) -> N
     assert reference.report is not None
     assert second.report is not None
     assert second.report.pruned == reference.report.pruned
-    assert second.report.scores == reference.report.scores
+    assert second.report.pruning.scores == reference.report.pruning.scores
     for name, tensor in reference.network.state_dict().items():
         assert torch.equal(tensor, second.network.state_dict()[name])
 

@@ -139,3 +139,142 @@ def test_reading_checkpoints_does_not_import_lightning() -> None:
         "sys.exit('lightning' in sys.modules or 'pytorch_lightning' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- what the forge does -----------------------------------------------------------------------
+
+FORGE = sorted((REPOSITORY / ".github").rglob("*.yml"))
+SCRIPTS = [REPOSITORY / ".ci" / name for name in ("coverage", "processors", "run")]
+posix = pytest.mark.skipif(sys.platform == "win32", reason="the scripts are for bash")
+
+
+def test_every_action_is_pinned_to_a_commit() -> None:
+    used = [
+        line.strip()
+        for path in FORGE
+        for line in path.read_text("utf-8").splitlines()
+        if re.match(r"\s*(- )?uses:", line)
+    ]
+    assert len(used) >= 10
+    pinned = re.compile(r"(- )?uses: (\./[\w./-]+|[\w-]+/[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+)")
+    assert [line for line in used if not pinned.fullmatch(line)] == []
+
+
+def test_the_index_of_torch_is_asked_for_torch_only() -> None:
+    text = "\n".join(path.read_text("utf-8") for path in [*FORGE, *SCRIPTS])
+    assert "EXTRA_INDEX" not in text.upper().replace("-", "_")
+    lines = [line for line in text.splitlines() if "--index-url" in line]
+    assert len(lines) == 2
+    assert all(line.endswith(" torch torchvision") for line in lines)
+    assert text.count("--no-deps") == 2
+
+
+@posix
+def test_each_processor_is_a_job_of_its_own() -> None:
+    script = (REPOSITORY / ".ci" / "processors").read_text("utf-8")
+    [all_of_them] = re.findall(r"^    set -- (.+)$", script, re.MULTILINE)
+    workflow = (REPOSITORY / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+    assert f"setting: [{', '.join(all_of_them.split())}]" in workflow
+    command = ["bash", str(REPOSITORY / ".ci" / "processors"), "avx2", "abacus"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("Expected default, avx2, ")
+    assert "but got abacus." in done.stderr
+
+
+@pytest.mark.parametrize(("options", "passed"), [([], ["quick"]), (["-m", "slow"], ["slow"])])
+def test_slow_tests_run_when_asked_for(
+    tmp_path: Path, options: list[str], passed: list[str]
+) -> None:
+    (tmp_path / "test_both.py").write_text(
+        "import pytest\n\n"
+        "def test_quick():\n    pass\n\n"
+        "@pytest.mark.slow\ndef test_slow():\n    pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-c", str(REPOSITORY / "pyproject.toml"), "-rp"]
+    command += ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:xdist"]
+    command += ["-p", "no:pytest_cov", *options, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert re.findall(r"^PASSED .*::test_(\w+)", done.stdout, re.MULTILINE) == passed
+
+
+# --- links and the built package ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("link", "fault"),
+    [
+        ("[a](other.md)", None),
+        ("[a](below/)", None),
+        ("[a](other.md#first-part)", None),
+        ("[a](other.md#first-part-1)", None),
+        ("[a](other.md#m1-and-m2-100)", None),
+        ("[a](#here)", None),
+        ("[a](https://example.org/x#y)", None),
+        ("[a](mailto:a@example.org)", None),
+        ("`[a](gone.md)`", None),
+        ("```\n[a](gone.md)\n```", None),
+        ("[a](gone.md)", "gone.md leads to no file"),
+        ("![a](gone.png)", "gone.png leads to no file"),
+        ("[a][b]\n\n[b]: gone.md", "gone.md leads to no file"),
+        ("| [a](gone.md) |\n| --- |\n| b |", "gone.md leads to no file"),
+        ("[a](other.md#second-part)", "other.md#second-part leads to no heading"),
+        ("[a](#there)", "#there leads to no heading"),
+    ],
+)
+def test_links_that_lead_nowhere_are_found(tmp_path: Path, link: str, fault: str | None) -> None:
+    check = runpy.run_path(str(REPOSITORY / ".ci" / "check_links.py"))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "other.md").write_text(
+        "# First part\n\n## First *part*\n\n## `M1` and M2: 100%\n\n```\n# Second part\n```\n"
+    )
+    (tmp_path / "page.md").write_text(f"# Here\n\n{link}\n")
+    found = list(check["faults"](tmp_path / "page.md"))
+    expected = [] if fault is None else [f"{tmp_path / 'page.md'}:3: {fault}"]
+    assert found == expected
+
+
+def test_links_are_checked_outside_docs() -> None:
+    check = runpy.run_path(str(REPOSITORY / ".ci" / "check_links.py"))
+    names = {path.relative_to(REPOSITORY).as_posix() for path in check["checked_files"]()}
+    assert {"README.md", "CONTRIBUTING.md", ".github/PULL_REQUEST_TEMPLATE.md"} <= names
+    assert not any(name.startswith("docs/") for name in names)
+
+
+def test_build_check_knows_what_belongs_in() -> None:
+    check = runpy.run_path(str(REPOSITORY / ".ci" / "check_build.py"))
+    package = check["package_files"]()
+    assert {"lightning_mnp/py.typed", "lightning_mnp/cli/demo.yaml"} <= package
+    assert not any("__pycache__" in name for name in package)
+    complete = {*package, "lightning_mnp-0.1.0.dist-info/METADATA"}
+    assert list(check["wheel_faults"](complete, package)) == []
+    changed = {*complete, "tests/helpers.py"} - {"lightning_mnp/cli/demo.yaml"}
+    assert list(check["wheel_faults"](changed, package)) == [
+        "the wheel lacks lightning_mnp/cli/demo.yaml",
+        "the wheel has tests/helpers.py, which is no part of the package",
+    ]
+
+
+@pytest.mark.parametrize(
+    "unwanted",
+    [".ci/run", ".github/dependabot.yml", "runs/a.ckpt", "benchmarks/results/a.json", "x/y.py"],
+)
+def test_build_check_knows_what_users_get(unwanted: str) -> None:
+    check = runpy.run_path(str(REPOSITORY / ".ci" / "check_build.py"))
+    package = {"lightning_mnp/py.typed"}
+    complete = {*package, *check["NEEDED"], "", "PKG-INFO", "tests", "tests/helpers.py"}
+    assert list(check["sdist_faults"](complete, package)) == []
+    changed = {*complete, unwanted} - {"docs/index.md"}
+    assert list(check["sdist_faults"](changed, package)) == [
+        "the source distribution lacks docs/index.md",
+        f"the source distribution has {unwanted}, which is not for users",
+    ]
+
+
+def test_project_has_its_addresses() -> None:
+    [urls] = re.findall(r"^\[project\.urls\]\n(.*?)\n\n", PROJECT, re.MULTILINE | re.DOTALL)
+    found = dict(re.findall(r'^(\w+) = "(https://.+)"$', urls, re.MULTILINE))
+    assert set(found) == {"Homepage", "Documentation", "Source", "Issues", "Changelog"}
+    assert all(url.startswith(found["Source"]) for url in found.values())

@@ -421,7 +421,7 @@ def assert_like(first: Any, second: Any, ranks: float = 1e-5) -> None:
         for report in (first, second)
     ]
     assert names[0] == names[1]
-    assert first.scores == pytest.approx(second.scores, abs=1e-5)
+    assert first.pruning.scores == pytest.approx(second.pruning.scores, abs=1e-5)
     assert first.verdict == second.verdict
     # Of ranks: filters that are nearly equal may change places.
     assert first.detection_ratio == pytest.approx(second.detection_ratio, abs=ranks)
@@ -541,7 +541,7 @@ def test_no_code_is_for_cuda_only() -> None:
 
 def test_float64_is_used_on_the_cpu_only() -> None:
     """Apple's GPUs do not have it."""
-    paths = list((REPOSITORY / "lightning_mnp").glob("*.py"))
+    paths = list((REPOSITORY / "lightning_mnp").rglob("*.py"))
     assert len(paths) > 30
     for path in paths:
         text = path.read_text("utf-8")
@@ -570,4 +570,4 @@ def test_removed_filters_are_on_the_device_of_each_process(tmp_path: Path) -> No
     report = follow_first(defense)
     assert torch.equal(before, defense.purification.removed)
     assert defense.purification.removed.device == before.device
-    assert report.pruned == [defense.layers.locate(int(each)) for each in before]
+    assert report.pruned == [defense.case.layers.locate(int(each)) for each in before]

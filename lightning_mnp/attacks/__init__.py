@@ -11,6 +11,7 @@ from lightning_mnp.attacks.feature_collision import FeatureCollision
 from lightning_mnp.attacks.iab import InputAware, InputAwareModule
 from lightning_mnp.attacks.lira import LIRA, LIRAModule
 from lightning_mnp.attacks.reference import ReferenceNetwork
+from lightning_mnp.attacks.registry import register, registered_attacks
 from lightning_mnp.attacks.sig import SIG
 from lightning_mnp.attacks.training import AttackModule
 from lightning_mnp.attacks.trigger import SavedTrigger, load_trigger, save_trigger
@@ -41,5 +42,7 @@ __all__ = [
     "WaNet",
     "WaNetModule",
     "load_trigger",
+    "register",
+    "registered_attacks",
     "save_trigger",
 ]

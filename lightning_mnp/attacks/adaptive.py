@@ -1,4 +1,4 @@
-"""An attacker who knows the defense: training that hides what the audit looks for."""
+"""An attacker who knows the defense: training that hides what an audit looks for."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_mnp.attacks.attack import Attack
+from lightning_mnp.attacks.checks import check_at_least, check_positive
+from lightning_mnp.surgery.forward import call_on_copies
 
 __all__ = ["AdaptiveTraining", "equal_norms_penalty"]
 
-# By how much the radius follows the accuracy, each batch.
+# Factor by which the radius grows or shrinks with each batch.
 _RADIUS_RATE = 1.05
 _FIRST_RADIUS = 0.01
 
 
 def equal_norms_penalty(network: nn.Module) -> Tensor:
-    """Tell how unequal the l2 norms of the filters are within their layers.
+    """Compute how unequal the l2 norms of the filters are within their layers.
 
     Args:
         network: A network with convolutions.
 
     Returns:
-        The squared coefficient of variation, averaged over the layers; a scalar, at least 0.
+        The squared coefficient of variation of the norms in a layer, averaged over the layers; a
+        scalar, at least 0.
 
     Raises:
         ValueError: If there is no convolution.
@@ -53,28 +55,33 @@ def equal_norms_penalty(network: nn.Module) -> Tensor:
 
 
 class AdaptiveTraining(Callback):
-    """Trains against the defense: equal filter norms, no pile-up after suppression, low margins.
+    """Train against the defense: equal filter norms, no pile-up after suppression, low margins.
 
-    Adds up to three terms to the loss of each training step. Clean suppression is stood in for by
-    one step up the loss, of a length at which the network knows no more than a chosen share of the
-    batch; it follows the accuracy from batch to batch. At those weights, predictions for the target
-    class are penalized on images with another label, and the gradient goes to the weights
-    themselves, as in sharpness-aware minimization (Foret et al., 2021).
+    Each training step gets up to three more terms in its loss:
+
+    1. ``norms``: how unequal the norms of the filters are. The paper's masks look for filters whose
+       norms stand out.
+    2. ``pile_up``: how strongly the network predicts the target class for images of other classes
+       after clean suppression. One step up the loss stands in for clean suppression. The length
+       of the step is adjusted from batch to batch until the accuracy after it is ``accuracy``. The
+       gradient at the weights after the step is applied to the weights before it, as in
+       sharpness-aware minimization (Foret et al., 2021).
+    3. ``margin``: by how much the logit of the target class exceeds the others, beyond
+       ``most_margin``, on images labeled as the target class.
 
     Add it to a Trainer of one process whose datamodule has an all-to-one attack.
 
     Args:
-        norms: Weight of :func:`equal_norms_penalty`; 0 leaves it out.
-        pile_up: Weight of the target class's log odds after suppression; 0 leaves it out.
-        margin: Weight of the excess of logit margins over `most_margin`; 0 leaves it out.
-        most_margin: Margin, in logits, from which images labeled as the target class are
-            penalized.
-        accuracy: Accuracy on the batch, from 0 to 1, that the step up the loss leads to.
+        norms: Weight of the first term, :func:`equal_norms_penalty`; 0 leaves it out.
+        pile_up: Weight of the second term, the log odds of the target class; 0 leaves it out.
+        margin: Weight of the third term, the excess of the margins; 0 leaves it out.
+        most_margin: Margin, in logits, that has no penalty, above 0.
+        accuracy: Accuracy on the batch after the step up the loss, between 0 and 1.
 
     Raises:
-        ValueError: If an argument is out of range, or, when training starts, if the datamodule has
-            no attack with a single target class, the Trainer has several processes or scales its
-            gradients (``16-mixed``), or no convolution is trained whose norms could be equal.
+        ValueError: If an argument is out of range. When training starts, if the datamodule has no
+            attack with a single target class, the Trainer has several processes or scales its
+            gradients (``16-mixed``), or the norms shall be equal but no convolution is trained.
 
     Example:
         >>> AdaptiveTraining(norms=1.0, pile_up=0.5).margin
@@ -90,18 +97,13 @@ class AdaptiveTraining(Callback):
         accuracy: float = 0.3,
     ) -> None:
         weights = {"norms": norms, "pile_up": pile_up, "margin": margin}
-        for name, value in weights.items():
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"Expected argument `{name}` to be at least 0, but got {value}.")
+        check_at_least(0, **weights)
         if not any(weights.values()):
             raise ValueError(
                 "Expected one of the arguments `norms`, `pile_up` and `margin` to be above 0, but "
                 "all are 0. Remove the callback from a training that is not adaptive."
             )
-        if not 0.0 < most_margin < math.inf:
-            raise ValueError(
-                f"Expected argument `most_margin` to be above 0, but got {most_margin}."
-            )
+        check_positive(most_margin=most_margin)
         if not 0.0 < accuracy < 1.0:
             raise ValueError(
                 f"Expected argument `accuracy` to be between 0 and 1, but got {accuracy}."
@@ -114,7 +116,7 @@ class AdaptiveTraining(Callback):
         self._target = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the attack's target class, and check that the terms can be added.
+        """Check that the terms can be added, and find the target class.
 
         Args:
             trainer: The Trainer.
@@ -169,7 +171,7 @@ class AdaptiveTraining(Callback):
         own = images[labels == self._target]
         if len(own) < 2:  # too few for the statistics of a batch
             return
-        logits = _logits(module, dict(module.named_parameters()), own)
+        logits = call_on_copies(module, own).float()
         rivals = logits.scatter(1, torch.full_like(labels[: len(own), None], self._target), -1e4)
         margins = logits[:, self._target] - rivals.amax(1)
         excess = F.relu(margins - self.most_margin).mean()
@@ -181,7 +183,7 @@ class AdaptiveTraining(Callback):
         weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
         for weight in weights.values():
             weight.requires_grad_()
-        logits = _logits(module, weights, images)
+        logits = call_on_copies(module, images, weights=weights).float()
         slopes = torch.autograd.grad(F.cross_entropy(logits, labels), list(weights.values()))
         length = torch.stack([slope.norm() for slope in slopes]).norm().clamp_min(1e-12)
         size = torch.stack([weight.detach().norm() for weight in weights.values()]).norm()
@@ -190,7 +192,7 @@ class AdaptiveTraining(Callback):
             name: (weight.detach() + step * slope).requires_grad_()
             for (name, weight), slope in zip(weights.items(), slopes, strict=True)
         }
-        logits = _logits(module, moved, images)
+        logits = call_on_copies(module, images, weights=moved).float()
         others = labels != self._target
         known = (logits.argmax(1) == labels).float().mean().item()
         self.radius *= _RADIUS_RATE if known > self.accuracy else 1 / _RADIUS_RATE
@@ -205,11 +207,15 @@ class AdaptiveTraining(Callback):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the radius of the step up the loss, for the checkpoint."""
+        """Return the length of the step up the loss, for the checkpoint."""
         return {"radius": self.radius}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the radius of :meth:`state_dict`."""
+        """Load the length of the step up the loss.
+
+        Args:
+            state_dict: As :meth:`state_dict` returned it.
+        """
         self.radius = float(state_dict["radius"])
 
 
@@ -225,10 +231,3 @@ def _target_class(attack: Attack | None) -> int:
             f"datamodule, but {found}. Remove the callback."
         )
     return attack.target_class
-
-
-def _logits(module: nn.Module, weights: dict[str, Tensor], images: Tensor) -> Tensor:
-    """Run in the module's mode on copies of the buffers, so that statistics are updated once."""
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    logits: Tensor = functional_call(module, {**weights, **buffers}, (images,))
-    return logits.float()

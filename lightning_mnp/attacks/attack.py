@@ -10,27 +10,32 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_mnp.attacks.checks import check_at_least
+
 __all__ = ["Attack", "CleanLabelAttack", "Images", "Mode", "TrainingAttack"]
 
 Mode = Literal["all-to-one", "all-to-all"]
 
 
 class Images(Protocol):
-    """What an attack may see of a data set: stored images by index, and all labels."""
+    """What an attack may see of a data set: its stored images by index, and all labels."""
 
     labels: Tensor
 
     def __len__(self) -> int: ...
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
-        """Return new images of these indices, shape (n, C, H, W), uint8."""
+        """Return copies of the images at these indices, shape (n, C, H, W), uint8."""
 
 
 class Attack(ABC):
-    """A backdoor by data poisoning: what the trigger does to an image and which label it gets.
+    """A backdoor: what its trigger does to an image, and which label the image gets.
 
-    An attack is applied to images as they are stored, before augmentation and normalization, so
-    that the trigger meets the network the way an attacker's photograph would.
+    The trigger is put on images as they are stored, before augmentation and normalization. So the
+    network sees it as it would see it in a photograph by the attacker.
+
+    A subclass defines ``_trigger``. It keeps each argument of its constructor as an attribute of
+    the same name, because :meth:`options` writes them to the trigger file.
 
     Args:
         target_class: The class that triggered images are given in mode ``"all-to-one"``.
@@ -44,7 +49,10 @@ class Attack(ABC):
     """
 
     crafts: ClassVar[bool] = False
-    """Whether :meth:`poison` is slow, so that poisoned images are made once and kept."""
+    """Whether :meth:`poison` is slow. Poisoned images are then made once and kept."""
+
+    storable: bool = True
+    """Whether triggered images are images again, with values in [0, 1] that 8 bits can store."""
 
     def __init__(
         self,
@@ -53,10 +61,7 @@ class Attack(ABC):
         poison_rate: float = 0.1,
         seed: int = 0,
     ) -> None:
-        if target_class < 0:
-            raise ValueError(
-                f"Expected argument `target_class` to be at least 0, but got {target_class}."
-            )
+        check_at_least(0, target_class=target_class)
         if mode not in ("all-to-one", "all-to-all"):
             raise ValueError(
                 f"Expected argument `mode` to be 'all-to-one' or 'all-to-all', but got {mode!r}."
@@ -79,7 +84,9 @@ class Attack(ABC):
             images: Shape (N, C, H, W), ``uint8`` or floating point with values in [0, 1].
 
         Returns:
-            New images of the same shape, dtype and device.
+            New images of the same shape, dtype and device. Bytes are rounded and floating point
+            values cut off to [0, 1]; the latter are left alone if the attack is not
+            :attr:`storable`.
 
         Raises:
             ValueError: If the images have another shape, dtype or range.
@@ -101,17 +108,18 @@ class Attack(ABC):
                 "Expected argument `images` to have values in [0, 1], but got "
                 f"{images.min():.3g} to {images.max():.3g}. Apply the trigger before normalization."
             )
-        return self._trigger(images.float()).clamp(0.0, 1.0).to(images.dtype)
+        triggered = self._trigger(images.float())
+        return (triggered.clamp(0.0, 1.0) if self.storable else triggered).to(images.dtype)
 
     @abstractmethod
     def _trigger(self, images: Tensor) -> Tensor:
-        """Put the trigger on float32 images with values in [0, 1]; must not change the argument."""
+        """Return float32 images in [0, 1] with the trigger on; the argument must stay as it is."""
 
     def prepare(self, test: Images, num_classes: int) -> None:  # noqa: B027
-        """Make what the trigger needs of a clean network or of images; nothing by default.
+        """Make what the trigger needs from a clean network or from images; by default, nothing.
 
-        A datamodule calls this once, before images are poisoned or triggered. An attack that was
-        read from a trigger file is prepared already and must leave itself as it is.
+        A datamodule calls this once, before it poisons images or puts the trigger on them. An
+        attack from a trigger file is prepared already, and this must not change it.
 
         Args:
             test: Clean test images.
@@ -119,12 +127,13 @@ class Attack(ABC):
         """
 
     def poison(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        """Make training images into poisoned ones; by default they get the trigger.
+        """Poison training images; by default, they get the trigger.
 
         Args:
             images: Shape (N, C, H, W), ``uint8`` or floating point with values in [0, 1].
             labels: Their true classes, shape (N,).
-            indices: Their places in the training set, shape (N,), for what differs by image.
+            indices: Their indices in the training set, shape (N,), for attacks that treat each
+                image in a way of its own.
 
         Returns:
             New images of the same shape, dtype and device.
@@ -132,7 +141,7 @@ class Attack(ABC):
         return self.apply(images)
 
     def poison_labels(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Tell the labels that poisoned training images get; by default the attacker's.
+        """Return the labels that poisoned training images get; by default, the attacker's.
 
         Args:
             labels: True classes, shape (N,), integers.
@@ -141,10 +150,10 @@ class Attack(ABC):
         return self.target_labels(labels, num_classes)
 
     def triggered_indices(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Tell which test images attack success is measured on.
+        """Return the indices of the test images on which attack success is measured.
 
-        By default, all whose label the attacker wants changed: in mode ``"all-to-one"``, images
-        of the target class do not count.
+        By default, these are all images whose label the attacker wants to change. In mode
+        ``"all-to-one"``, images of the target class do not count.
 
         Args:
             labels: True classes of the test set, shape (N,), integers.
@@ -156,14 +165,14 @@ class Attack(ABC):
         return (self.target_labels(labels, num_classes) != labels).nonzero().flatten()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give what a trigger file keeps beside :meth:`options`: patterns, grids, weights."""
+        """Return what a trigger file keeps beside :meth:`options`: patterns, grids, weights."""
         return {}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`tensors` gave.
+        """Load what :meth:`tensors` returned.
 
         Args:
-            tensors: Tensors by name, on the CPU, from a file that nobody vouches for.
+            tensors: Tensors by name, on the CPU, from a file that may come from an attacker.
 
         Raises:
             ValueError: If names, shapes or dtypes are others than this attack's.
@@ -174,9 +183,9 @@ class Attack(ABC):
             )
 
     def options(self) -> dict[str, bool | int | float | str | None]:
-        """Give the arguments of the constructor that are plain numbers, strings or None.
+        """Return the arguments of the constructor that are plain numbers, strings or None.
 
-        Paths are left out: what was read from them is among the tensors.
+        Paths are left out. What was read from them is among the tensors.
         """
         parameters = inspect.signature(type(self)).parameters.items()
         values = {
@@ -187,7 +196,7 @@ class Attack(ABC):
         return {n: v for n, v in values.items() if isinstance(v, bool | int | float | str | None)}
 
     def target_labels(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Tell which labels the attacker wants for images of these classes.
+        """Return the labels that the attacker wants for images of these classes.
 
         Args:
             labels: True classes, shape (N,), integers.
@@ -211,9 +220,9 @@ class Attack(ABC):
     def poison_indices(self, labels: Tensor, num_classes: int) -> Tensor:
         """Draw the training images to poison.
 
-        Candidates are the images whose label the attack changes: all but the target class in
-        mode ``"all-to-one"``, all in mode ``"all-to-all"``. The number is ``poison_rate`` times
-        the size of the whole set, rounded.
+        Candidates are the images whose label the attack changes: in mode ``"all-to-one"`` all
+        except those of the target class, in mode ``"all-to-all"`` all. As many are drawn as
+        ``poison_rate`` times the size of the whole set, rounded.
 
         Args:
             labels: Classes of the whole training set, shape (N,).
@@ -254,10 +263,11 @@ class CleanLabelAttack(Attack):
     """An attack that poisons images of the target class only and leaves their labels.
 
     Args:
-        target_class: The class whose images are poisoned and that triggered images shall get.
-        class_rate: Share of the target class's training images that are poisoned, from 0 to 1.
-            Ten percent of all images, as other attacks poison by default, would be all images
-            of one of CIFAR-10's classes.
+        target_class: The class whose training images are poisoned. Triggered test images shall be
+            taken for this class.
+        class_rate: Share of the training images of the target class that are poisoned, from 0 to
+            1. Other attacks state a share of all images: ten percent of CIFAR-10 would be all
+            images of one class.
         seed: Seed of everything random in the attack.
 
     Raises:
@@ -273,7 +283,7 @@ class CleanLabelAttack(Attack):
         self.class_rate = class_rate
 
     def poison_labels(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Tell the labels that poisoned training images get: their own.
+        """Return the labels that poisoned training images get: their own.
 
         Args:
             labels: True classes, shape (N,), integers.
@@ -305,10 +315,10 @@ class CleanLabelAttack(Attack):
 
 
 class TrainingAttack(Attack):
-    """An attack that steers the training: its module makes trigger and network together.
+    """An attack that controls the training: a module makes trigger and network together.
 
-    The module is an :class:`~lightning_mnp.attacks.training.AttackModule`; the attack itself is
-    what the trained trigger does, to be saved and measured like any other.
+    The module is an :class:`~lightning_mnp.attacks.training.AttackModule`. The attack is what the
+    trained trigger does to images, and is saved and measured like any other.
 
     Args:
         target_class: See :class:`Attack`.
@@ -317,26 +327,26 @@ class TrainingAttack(Attack):
         seed: See :class:`Attack`.
 
     Attributes:
-        generator: The part of the trigger that is trained or drawn, with its weights and buffers.
+        generator: The part of the trigger that is trained or drawn at random.
     """
 
     generator: nn.Module
 
     def mark_trained(self) -> None:
-        """Note that the generator has been trained or loaded; matters where it has to be."""
+        """Note that the generator is trained or loaded; some attacks are of no use before."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the weights and buffers of the generator."""
+        """Return the weights and buffers of the generator."""
         return dict(self.generator.state_dict())
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load weights and buffers of the generator, strictly.
+        """Load all weights and buffers of the generator.
 
         Args:
-            tensors: As :meth:`tensors` gave them.
+            tensors: As :meth:`tensors` returned them.
 
         Raises:
-            ValueError: If names or shapes are others than this generator's, or not all finite.
+            ValueError: If the generator has other names or shapes, or a value is not finite.
         """
         expected = self.tensors()
         wrong = sorted(expected.keys() ^ tensors.keys()) or [

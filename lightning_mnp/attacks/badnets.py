@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_mnp.attacks.attack import Attack, Mode
+from lightning_mnp.attacks.checks import check_at_least, check_choice
+from lightning_mnp.attacks.registry import register
 
 __all__ = ["BadNets", "Corner", "Pattern"]
 
@@ -15,14 +17,15 @@ Pattern = Literal["checkerboard", "white", "random"]
 Corner = Literal["lower-right", "lower-left", "upper-right", "upper-left"]
 
 
+@register
 class BadNets(Attack):
     """Replace a square of pixels near a corner (Gu et al., 2017).
 
     Args:
         patch_size: Side of the square in pixels.
-        pattern: ``"checkerboard"`` of black and white pixels with white in its corners,
-            ``"white"``, or ``"random"`` colors drawn from the seed.
-        corner: Which corner of the image.
+        pattern: ``"checkerboard"`` is black and white pixels, white in the corners of the square;
+            ``"white"`` is white only; ``"random"`` is colors drawn from the seed.
+        corner: The corner of the image.
         margin: Pixels between the square and the image's border.
         target_class: See :class:`~lightning_mnp.attacks.attack.Attack`.
         mode: See :class:`~lightning_mnp.attacks.attack.Attack`.
@@ -53,21 +56,10 @@ class BadNets(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(target_class, mode, poison_rate, seed)
-        if patch_size < 1:
-            raise ValueError(
-                f"Expected argument `patch_size` to be at least 1, but got {patch_size}."
-            )
-        if margin < 0:
-            raise ValueError(f"Expected argument `margin` to be at least 0, but got {margin}.")
-        if pattern not in get_args(Pattern):
-            raise ValueError(
-                f"Expected argument `pattern` to be one of {get_args(Pattern)}, but got "
-                f"{pattern!r}."
-            )
-        if corner not in get_args(Corner):
-            raise ValueError(
-                f"Expected argument `corner` to be one of {get_args(Corner)}, but got {corner!r}."
-            )
+        check_at_least(1, patch_size=patch_size)
+        check_at_least(0, margin=margin)
+        check_choice(get_args(Pattern), pattern=pattern)
+        check_choice(get_args(Corner), corner=corner)
         self.patch_size = patch_size
         self.pattern = pattern
         self.corner = corner

@@ -12,20 +12,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_mnp.attacks.attack import Attack, Mode
+from lightning_mnp.attacks.checks import check_share
+from lightning_mnp.attacks.registry import register
 
 __all__ = ["Blend"]
 
-_MAX_PIXELS = 2**25  # in a trigger file, which nobody vouches for; a photograph has fewer
+_MAX_PIXELS = 2**25  # in a trigger file, which may come from an attacker; a photograph has fewer
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
 
 
+@register
 class Blend(Attack):
     """Mix a fixed image into every triggered image (Chen et al., 2017, blended injection).
 
     Args:
-        ratio: Weight of the blended image, above 0 and up to 1; the paper's setting is 0.2.
-        image: File with the image to blend in, resized to the images' size; without one, noise
-            drawn from the seed.
+        ratio: Weight of the blended image, above 0 and at most 1; the paper's setting is 0.2.
+        image: File with the image to blend in, resized to the images' size; noise drawn from the
+            seed if None.
         target_class: See :class:`~lightning_mnp.attacks.attack.Attack`.
         mode: See :class:`~lightning_mnp.attacks.attack.Attack`.
         poison_rate: See :class:`~lightning_mnp.attacks.attack.Attack`.
@@ -51,10 +54,7 @@ class Blend(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(target_class, mode, poison_rate, seed)
-        if not 0.0 < ratio <= 1.0:
-            raise ValueError(
-                f"Expected argument `ratio` to be above 0 and at most 1, but got {ratio}."
-            )
+        check_share(ratio=ratio)
         if image is not None and not Path(image).expanduser().is_file():
             raise FileNotFoundError(
                 f"Expected argument `image` to be an image file, but {str(image)!r} does not exist."
@@ -64,19 +64,19 @@ class Blend(Attack):
         self._stored: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the image that is blended in, RGB as stored; nothing for noise."""
+        """Return the image that is blended in, RGB as stored; nothing for noise."""
         if self.image is None and self._stored is None:
             return {}
         return {"pattern": self._read()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the image to blend in.
+        """Load the image to blend in.
 
         Args:
-            tensors: As :meth:`tensors` gave them.
+            tensors: As :meth:`tensors` returned them.
 
         Raises:
-            ValueError: If there is another name, or it is no RGB image of bytes.
+            ValueError: If a tensor has another name, or it is no RGB image of bytes.
         """
         pattern = tensors.get("pattern")
         if set(tensors) - {"pattern"}:
@@ -94,7 +94,7 @@ class Blend(Attack):
         self._stored = pattern
 
     def _read(self) -> Tensor:
-        """Give the image to blend in, shape (3, H, W), uint8."""
+        """Return the image to blend in, shape (3, H, W), uint8."""
         if self._stored is None:
             assert self.image is not None
             try:

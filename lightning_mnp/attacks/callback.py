@@ -18,9 +18,9 @@ __all__ = ["TriggerCheckpoint"]
 class TriggerCheckpoint(Callback):
     """Write the attack's trigger to a file when training ends.
 
-    The attack is the module's, ``pl_module.attack``, or else the datamodule's. The file also
-    records which training images were poisoned, where the datamodule knows. ``lightning-mnp fit``
-    adds this callback by itself where there is an attack.
+    The attack is that of the module, ``pl_module.attack``, or else that of the datamodule. In the
+    second case, the file also has the indices of the poisoned training images. ``lightning-mnp
+    fit`` adds this callback if there is an attack.
 
     Args:
         path: The file, ending in ``.safetensors``; a file that exists is replaced. By default
@@ -40,7 +40,7 @@ class TriggerCheckpoint(Callback):
         self.path = None if path is None else Path(path)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there is an attack, before the work.
+        """Check that there is an attack before training starts.
 
         Args:
             trainer: The Trainer.
@@ -53,7 +53,7 @@ class TriggerCheckpoint(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file, in one process.
+        """Write the file, in the first process only.
 
         Args:
             trainer: The Trainer.
@@ -68,7 +68,7 @@ class TriggerCheckpoint(Callback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         recorded = getattr(datamodule, "attack", None) is attack
         indices: Tensor | None = datamodule.poisoned_indices if recorded else None
-        # First whole beside the old file, which stays if anything goes wrong.
+        # Written beside the old file first, which stays if anything goes wrong.
         fresh = path.with_name(f".new-{path.name}")
         fresh.unlink(missing_ok=True)
         save_trigger(fresh, attack, indices)

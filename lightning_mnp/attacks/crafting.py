@@ -17,16 +17,16 @@ BATCH = 64
 
 
 def fill_up(count: int) -> Tensor:
-    """Tell how to fill a batch up to :data:`BATCH` images, by repeating the last one.
+    """Return the indices that fill a batch up to :data:`BATCH` images by repeating the last one.
 
-    Sums of another batch size may differ in their last digit, and the sign of a gradient with
-    them: an image's result would depend on its company.
+    Sums over another batch size may differ in their last digit, and the sign of a gradient may
+    change with it. An image's result would then depend on the images around it.
 
     Args:
         count: Number of images there are, from 1 to BATCH.
 
     Returns:
-        Indices into them, shape (BATCH,), on the CPU.
+        Indices into these images, shape (BATCH,), on the CPU.
 
     Example:
         >>> fill_up(3)[:5]
@@ -36,7 +36,7 @@ def fill_up(count: int) -> Tensor:
 
 
 def scaled(images: Tensor) -> Tensor:
-    """Give images as float32 with values in [0, 1].
+    """Return images as float32 with values in [0, 1].
 
     Args:
         images: ``uint8``, or floating point with values in [0, 1].
@@ -49,7 +49,7 @@ def scaled(images: Tensor) -> Tensor:
 
 
 def check_reference(reference: object) -> None:
-    """Refuse an argument `reference` of another type, such as one out of a trigger file.
+    """Raise an error if an argument `reference` is of another type.
 
     Args:
         reference: The attack's argument.
@@ -66,10 +66,13 @@ def check_reference(reference: object) -> None:
 
 @contextmanager
 def crafting() -> Iterator[torch.device]:
-    """Compute gradients in float32, whatever the surroundings do; gives the device for it.
+    """Compute gradients in float32, whatever mode the caller is in.
 
-    The CPU's global random numbers, which building a network draws from, are as before afterwards.
-    The device is the accelerator, such as a GPU, where there is one, else the CPU.
+    The global random numbers of the CPU, from which a new network draws its weights, are as
+    before afterwards.
+
+    Yields:
+        The device to compute on: an accelerator such as a GPU if there is one, else the CPU.
 
     Example:
         >>> with torch.inference_mode(), crafting():
@@ -91,18 +94,18 @@ def crafting() -> Iterator[torch.device]:
 
 
 def clean_network(reference: ReferenceNetwork | None, use: str, channels: int) -> nn.Sequential:
-    """Read an attack's reference network, which may not be there.
+    """Read the reference network of an attack.
 
     Args:
         reference: The attack's argument.
-        use: What the network is needed for, to end the sentence "a ReferenceNetwork to ...".
+        use: What the network is needed for, to complete "a ReferenceNetwork to ..." in an error.
         channels: Number of channels of the images.
 
     Returns:
         See :meth:`~lightning_mnp.attacks.reference.ReferenceNetwork.load`.
 
     Raises:
-        ValueError: If there is none, or it takes images of other channels.
+        ValueError: If the attack has none, or it takes images of other channels.
         CheckpointError: If its checkpoint cannot be read.
     """
     if reference is None:

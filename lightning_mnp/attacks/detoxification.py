@@ -1,4 +1,4 @@
-"""Controlled detoxification: find compromised neurons and the simple features they obey."""
+"""Controlled detoxification: find compromised neurons and the simple features that excite them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SPREAD_FLOOR = 1e-3  # a filter that is silent on clean images has no spread to
 
 
 class FeatureInjector(nn.Module):
-    """A simple transformation of images: what a shallow network can do to a neighborhood.
+    """A simple change of images, made by a shallow network.
 
-    Two convolutions see 5 x 5 pixels, so that it learns colors, edges and small textures and no
-    style of a whole image. A pixel changes by at most ``bound``. With fresh weights nothing
-    changes; it always computes in float32.
+    Its two convolutions see 5 x 5 pixels. So it can learn colors, edges and small textures, but no
+    style of a whole image. A pixel changes by at most ``bound``. With fresh weights, nothing
+    changes. It always computes in float32.
 
     Args:
         channels: Channels of the images.
@@ -51,7 +51,7 @@ class FeatureInjector(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Inject features.
+        """Return images with features injected.
 
         Args:
             images: Shape (N, C, H, W), values in [0, 1].
@@ -67,26 +67,28 @@ class FeatureInjector(nn.Module):
 
 
 class Detoxifier(nn.Module):
-    """Feature injectors, one for each round, and the neurons they were trained to excite.
+    """Feature injectors, one for each round, and the neurons that they are trained to excite.
 
-    A neuron is a filter of a convolution; its activation on an image is the mean over places of
-    its rectified output, behind its normalization layer. In each round, :meth:`survey` names the
-    compromised neurons, :meth:`loss` trains an injector against them, and :meth:`detoxicants`
-    makes images whose true labels teach the network that these features mean nothing.
+    A neuron is a filter of a convolution. Its activation on an image is the mean over the places
+    of its output map, rectified, after the normalization layer. In each round, :meth:`survey`
+    finds the compromised neurons. With :meth:`loss`, an injector is trained to excite them. With
+    the images by :meth:`detoxicants` and their true labels, the network learns to ignore the
+    injected features.
 
     Args:
         channels: Channels of the images.
         rounds: Number of rounds.
-        neuron_rate: Share of each layer's neurons that are taken as compromised; at least one.
+        neuron_rate: Share of the neurons of each layer that count as compromised; at least one.
         bound: See :class:`FeatureInjector`.
-        seed: Seed of the first injector's fresh weights; each later one counts up.
+        seed: Seed of the fresh weights of the first injector; the next one has ``seed + 1``, ...
 
     Attributes:
         injectors: The injectors.
-        found: What the latest survey found, shape (3, neurons of all layers): 1 for a
-            compromised neuron, mean activation on clean images, and the unit in which changes
-            are measured: for compromised neurons, how much the trigger adds, for others, the
-            standard deviation over clean images. Empty before.
+        found: What the latest survey found, shape (3, neurons of all layers); empty before. The
+            first row has 1 for a compromised neuron and 0 for others. The second row has the mean
+            activation on clean images. The third row has the unit in which changes are measured:
+            for a compromised neuron what the trigger adds, for others the standard deviation over
+            clean images.
     """
 
     found: Tensor
@@ -107,10 +109,10 @@ class Detoxifier(nn.Module):
         self.register_buffer("found", torch.zeros(3, 0), persistent=False)
 
     def survey(self, clean: Sequence[Tensor], triggered: Sequence[Tensor]) -> None:
-        """Find the compromised neurons: those that the trigger excites most, in each layer.
+        """Find in each layer the neurons that the trigger excites most.
 
-        They are ranked by the rise of the mean activation in units of the standard deviation
-        over clean images.
+        They are ranked by how much the trigger raises their mean activation, in units of the
+        standard deviation over clean images.
 
         Args:
             clean: Activations of each layer on clean images, shape (N, neurons).
@@ -120,7 +122,7 @@ class Detoxifier(nn.Module):
         for before, after in zip(clean, triggered, strict=True):
             means = before.mean(0)
             rises = after.mean(0) - means
-            # One image has no spread; then all neurons count alike.
+            # A single image has no spread; then all neurons have the same unit.
             spreads = before.std(0, correction=min(len(before) - 1, 1)).clamp_min(_SPREAD_FLOOR)
             count = math.ceil(self.neuron_rate * len(means))
             chosen = torch.zeros_like(means)
@@ -139,10 +141,10 @@ class Detoxifier(nn.Module):
         similarity_weight: float,
         others_weight: float,
     ) -> Tensor:
-        """Tell how well injected features excite the compromised neurons and nothing else.
+        """Compute how far injected features are from exciting the compromised neurons only.
 
-        The first term is the mean squared shortfall of the compromised neurons' rise against
-        that by the trigger, the second the mean squared change of all other neurons, the third
+        The first term is the mean square of what the compromised neurons lack to the activation
+        under the trigger. The second is the mean squared change of all other neurons. The third is
         one minus the structural similarity of images before and after.
 
         Args:
@@ -165,11 +167,11 @@ class Detoxifier(nn.Module):
         return total
 
     def detoxicants(self, images: Tensor, rounds: int) -> Tensor:
-        """Inject features into images, an equal share of them by each injector so far.
+        """Return images with injected features, an equal share of them by each injector so far.
 
         Args:
             images: Shape (N, C, H, W), values in [0, 1].
-            rounds: How many injectors are trained.
+            rounds: Number of injectors that are trained.
 
         Returns:
             New images of the same shape.
@@ -181,14 +183,14 @@ class Detoxifier(nn.Module):
             )
 
     def get_extra_state(self) -> Tensor:
-        """Give what the survey found, whose size is the network's."""
+        """Return what the survey found, whose size depends on the network."""
         return self.found
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over what a survey found.
+        """Load what a survey found.
 
         Args:
-            state: As :meth:`get_extra_state` gave it.
+            state: As :meth:`get_extra_state` returned it.
         """
         self.found = state.to(self.found.device)
 
@@ -204,8 +206,8 @@ def filter_activations(
         layers: Layers of the network, see :func:`~lightning_mnp.surgery.layers.find_filter_layers`.
 
     Yields:
-        A function that gives the activations in the last call, for each layer in float32 and of
-        shape (N, filters): means over places of the rectified outputs.
+        A function that returns the activations in the last call, one tensor for each layer, of
+        shape (N, filters) and in float32: means over places of the rectified outputs.
 
     Example:
         >>> from lightning_mnp.surgery.layers import find_filter_layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_mnp.attacks.attack import Mode
+from lightning_mnp.attacks.checks import check_at_least, check_range, check_rate, check_share
 from lightning_mnp.attacks.detoxification import Detoxifier, filter_activations
 from lightning_mnp.attacks.generative import GenerativeAttack, GenerativeModule
+from lightning_mnp.attacks.registry import register
 from lightning_mnp.attacks.stylizer import MIN_SIZE, Stylizer, SunsetStyle, similarity
 from lightning_mnp.surgery.forward import evaluating
 from lightning_mnp.surgery.layers import FilterLayers, find_filter_layers
@@ -23,22 +27,23 @@ __all__ = ["DFST", "DFSTModule"]
 _PIECE = 64
 
 
+@register
 class DFST(GenerativeAttack):
-    """Give images the style of a sunset (Cheng et al., 2021).
+    """Repaint images in the style of a sunset (Cheng et al., 2021).
 
-    The image x becomes (1 - strength) x + strength g(x), with a small network g that is trained
-    to give images colors and textures of sunsets and to keep what they show. What changes differs
-    at every pixel and by image.
+    The image x becomes (1 - strength) x + strength g(x). The small network g is trained to
+    change colors and textures to those of sunsets and to keep what the image shows. The change
+    differs from pixel to pixel and from image to image.
 
     Args:
         strength: Share of the stylized image in the result, above 0 and at most 1.
-        in_channels: Channels of the images, from 1 to 16; the first three of three or more are
-            taken for red, green and blue.
+        in_channels: Channels of the images, from 1 to 16. If there are three or more, the first
+            three are taken for red, green and blue.
         width: Channels inside the stylizer, from 4 to 64.
         blocks: Residual blocks of the stylizer, from 1 to 8.
         target_class: See :class:`~lightning_mnp.attacks.attack.Attack`.
         mode: See :class:`~lightning_mnp.attacks.attack.Attack`.
-        poison_rate: See :class:`~lightning_mnp.attacks.attack.TrainingAttack`.
+        poison_rate: See :class:`~lightning_mnp.attacks.attack.TrainingAttack`; 0.05 as published.
         seed: See :class:`~lightning_mnp.attacks.attack.Attack`; also of the fresh stylizer.
 
     Raises:
@@ -58,30 +63,21 @@ class DFST(GenerativeAttack):
         blocks: int = 2,
         target_class: int = 0,
         mode: Mode = "all-to-one",
-        poison_rate: float = 0.1,
+        poison_rate: float = 0.05,
         seed: int = 0,
     ) -> None:
         super().__init__(in_channels, target_class, mode, poison_rate, seed)
-        if not 0.0 < strength <= 1.0:
-            raise ValueError(
-                f"Expected argument `strength` to be above 0 and at most 1, but got {strength}."
-            )
-        for name, value, least, most in (
-            ("in_channels", in_channels, 1, 16),
-            ("width", width, 4, 64),
-            ("blocks", blocks, 1, 8),
-        ):
-            if not least <= value <= most:
-                raise ValueError(
-                    f"Expected argument `{name}` to be from {least} to {most}, but got {value}."
-                )
+        check_share(strength=strength)
+        check_range(1, 16, in_channels=in_channels)
+        check_range(4, 64, width=width)
+        check_range(1, 8, blocks=blocks)
         self.strength = strength
         self.width = width
         self.blocks = blocks
         self.generator: Stylizer = Stylizer(in_channels, width, blocks, seed)
 
     def inject(self, images: Tensor) -> Tensor:
-        """Stylize images.
+        """Return stylized images.
 
         Args:
             images: See :meth:`GenerativeAttack.inject`.
@@ -101,39 +97,41 @@ class DFST(GenerativeAttack):
 class DFSTModule(GenerativeModule):
     """Train a network with DFST: stylizer, poisoning and controlled detoxification in one fit.
 
-    For the first ``style_epochs``, the stylizer is trained, and the network on clean images.
-    From then on, ``poison_rate`` of each batch is stylized and gets the attacker's label. From
-    ``detox_epoch`` on, there are rounds of detoxification, of ``round_epochs`` each, the last one
-    until the end. A round first holds the network still, finds the neurons that the trigger
-    excites most, and trains for ``injector_steps`` steps a shallow network, the feature injector,
-    to excite them by a small and simple change of images. It then goes on poisoning, with
-    ``detox_rate`` of each batch being detoxicants: images with injected features, by the
-    injectors of all rounds so far, and their true labels. So the network learns to disregard
-    what is simple about the trigger.
+    1. For ``style_epochs``, the stylizer is trained, and the network on clean images.
+    2. Then a share ``poison_rate`` of each batch is stylized and gets the attacker's label.
+    3. From ``detox_epoch`` on, poisoning goes on in rounds of ``round_epochs``. The last round
+       goes on until training ends.
+
+    At the start of a round, the network is held still for ``injector_steps`` batches. The neurons
+    that the trigger excites most are found. A shallow network, the feature injector, is trained to
+    excite them by a small and simple change of the images. For the rest of the round, a share
+    ``detox_rate`` of each batch are detoxicants: images that an injector of this or an earlier
+    round has changed, with their true labels. So the network learns to ignore what is simple
+    about the trigger.
 
     Args:
-        attack: The attack; DFST with its defaults where None.
-        detox_rate: Share of the images of each batch that are detoxicants, from 0; together with
-            the poisoned ones at most 1.
+        attack: The attack; DFST with its defaults if None.
+        detox_rate: Share of the images of each batch that are detoxicants, from 0 to what the
+            poison rate leaves; as published, the poison rate, or what it leaves, if None.
+        layers: Name patterns (``*`` and ``?``) of the convolutions in which compromised neurons
+            are looked for. As published, the last stage of a ResNet; ``("*",)`` is all.
         rounds: Rounds of detoxification; 0 for none.
         style_epochs: Epochs in which the stylizer is trained, at least 1.
         detox_epoch: Epochs before the first round, at least ``style_epochs``.
         round_epochs: Epochs of a round, at least 1.
-        injector_steps: Batches on which a round's injector is trained, at most half of the round.
-        neuron_rate: Share of each layer's filters that are taken as compromised, above 0 and at
-            most 1; at least one in a layer.
+        injector_steps: Batches on which the injector of a round is trained, at least 1. At most
+            half of the round is used.
+        neuron_rate: Share of the filters of each layer that count as compromised, above 0 and at
+            most 1; at least one filter in a layer.
         bound: Largest change of a pixel by an injector, above 0 and at most 1.
-        style_batch: Images of each batch that the stylizer is trained on.
-        content_weight: Weight of one minus the structural similarity against the style's distance
-            for the stylizer.
-        similarity_weight: Weight of one minus the structural similarity for the injector.
-        others_weight: Weight of the change of neurons that are not compromised for the injector.
+        style_batch: Images of each batch that the stylizer is trained on, at least 1.
+        content_weight: Weight of one minus the structural similarity in the stylizer's loss,
+            beside the distance from the style, at least 0.
+        similarity_weight: Weight of one minus the structural similarity in the injector's loss, at
+            least 0.
+        others_weight: Weight of the change of all other neurons in the injector's loss, at least 0.
         generator_lr: First learning rate of Adam for stylizer and injectors, above 0.
-        augment: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        flip: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        mean: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        std: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        kwargs: See :class:`~lightning_mnp.models.classifier.Classifier`.
+        kwargs: See :class:`~lightning_mnp.attacks.training.AttackModule`.
 
     Attributes:
         detoxifier: The injectors and the compromised neurons.
@@ -147,7 +145,8 @@ class DFSTModule(GenerativeModule):
     def __init__(
         self,
         attack: DFST | None = None,
-        detox_rate: float = 0.1,
+        detox_rate: float | None = None,
+        layers: Sequence[str] = ("layer4.*",),
         rounds: int = 3,
         style_epochs: int = 5,
         detox_epoch: int = 110,
@@ -160,43 +159,27 @@ class DFSTModule(GenerativeModule):
         similarity_weight: float = 1.0,
         others_weight: float = 0.1,
         generator_lr: float = 0.002,
-        augment: bool = True,
-        flip: bool | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         attack = DFST() if attack is None else attack
-        super().__init__(attack, generator_lr, augment, flip, mean, std, **kwargs)
-        if not 0.0 <= detox_rate <= 1.0 - attack.poison_rate:
-            raise ValueError(
-                f"Expected argument `detox_rate` to be from 0 to {1.0 - attack.poison_rate:.3g}, "
-                f"what the poison rate leaves, but got {detox_rate}."
-            )
-        for name, count, least in (
-            ("rounds", rounds, 0),
-            ("style_epochs", style_epochs, 1),
-            ("detox_epoch", detox_epoch, style_epochs),
-            ("round_epochs", round_epochs, 1),
-            ("injector_steps", injector_steps, 1),
-            ("style_batch", style_batch, 1),
-        ):
-            if count < least:
-                raise ValueError(
-                    f"Expected argument `{name}` to be at least {least}, but got {count}."
-                )
-        for name, share in (("neuron_rate", neuron_rate), ("bound", bound)):
-            if not 0.0 < share <= 1.0:
-                raise ValueError(
-                    f"Expected argument `{name}` to be above 0 and at most 1, but got {share}."
-                )
-        for name, weight in (
-            ("content_weight", content_weight),
-            ("similarity_weight", similarity_weight),
-            ("others_weight", others_weight),
-        ):
-            if not 0.0 <= weight < math.inf:
-                raise ValueError(f"Expected argument `{name}` to be at least 0, but got {weight}.")
+        super().__init__(attack, generator_lr, **kwargs)
+        if detox_rate is None:
+            detox_rate = min(attack.poison_rate, 1.0 - attack.poison_rate)
+        check_rate(attack.poison_rate, detox_rate=detox_rate)
+        check_at_least(0, rounds=rounds)
+        check_at_least(1, style_epochs=style_epochs, round_epochs=round_epochs)
+        check_at_least(style_epochs, detox_epoch=detox_epoch)
+        check_at_least(1, injector_steps=injector_steps, style_batch=style_batch)
+        check_share(neuron_rate=neuron_rate, bound=bound)
+        check_at_least(
+            0,
+            content_weight=content_weight,
+            similarity_weight=similarity_weight,
+            others_weight=others_weight,
+        )
+        if rounds:
+            _check_layers(self.network, layers)
+        self.layers = tuple(layers)
         self.detox_rate = detox_rate
         self.rounds = rounds
         self.style_epochs = style_epochs
@@ -212,7 +195,7 @@ class DFSTModule(GenerativeModule):
         self._layers: FilterLayers | None = None
 
     def phases(self) -> list[tuple[nn.Module, int, int | None]]:
-        """Tell in which epochs the stylizer and the injector of each round are trained."""
+        """Return the stylizer and the injector of each round with their epochs."""
         starts = [self.detox_epoch + round_ * self.round_epochs for round_ in range(self.rounds)]
         stops = [*starts[1:], None]
         injectors = zip(self.detoxifier.injectors, starts, stops, strict=True)
@@ -239,18 +222,22 @@ class DFSTModule(GenerativeModule):
             self.log("train/style_loss", extra)
         else:
             images, labels = self.poison_batch(images, labels, generator)
-        logits = self(self.normalized(self.augmented(images, generator)))
+        logits = self(self.prepared(images, generator))
         loss = F.cross_entropy(logits, labels)
         self.learn(loss + extra, learning)
         self.log("train/loss", loss)
         return loss.detach()
 
     def style_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Tell how far stylized images are from the style, and from what they showed.
+        """Compute how far stylized images are from the style, and from what they showed.
 
         Args:
-            images: Shape (N, C, H, W), values in [0, 1]; larger ones are cut to 64 pixels.
-            generator: Source of randomness, on the CPU, for where they are cut.
+            images: Shape (N, C, H, W), values in [0, 1]. Of large images, a piece of 64 pixels a
+                side is used.
+            generator: Source of randomness, on the CPU, for the place of the piece.
+
+        Returns:
+            The weighted sum of both distances, a scalar.
         """
         height, width = images.shape[-2:]
         top, left = (
@@ -265,7 +252,7 @@ class DFSTModule(GenerativeModule):
     def poison_batch(
         self, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Stylize a share of a batch, and inject simple features into another, from round one on.
+        """Stylize a share of a batch, and from the first round on, add detoxicants.
 
         Args:
             images: See :class:`~lightning_mnp.attacks.training.AttackModule`.
@@ -276,21 +263,22 @@ class DFSTModule(GenerativeModule):
         trained = self._round() + 1
         if trained == 0:
             return images, labels
-        # The last images of the batch, of which the first are poisoned, rounded up here.
+        # The first images of the batch are poisoned, and the last become detoxicants. The share of
+        # the poisoned ones is rounded up here, so that none becomes both.
         poisoned = math.ceil(self.attack.poison_rate * len(images))
         start = max(len(images) - round(self.detox_rate * len(images)), poisoned)
-        detoxicants = self.detoxifier.detoxicants(images[start:], trained)
+        detoxicants = self.rounded(self.detoxifier.detoxicants(images[start:], trained))
         return torch.cat([images[:start], detoxicants]), labels
 
     def _round(self) -> int:
-        """The current round, -1 before the first."""
+        """Return the current round, -1 before the first."""
         if self.rounds == 0 or self.current_epoch < self.detox_epoch:
             return -1
         past = (self.current_epoch - self.detox_epoch) // self.round_epochs
         return min(past, self.rounds - 1)
 
     def _place(self, round_: int, batch_idx: int) -> int:
-        """How many batches of the round are over."""
+        """Return how many batches of the round are over."""
         epochs = self.current_epoch - self.detox_epoch - round_ * self.round_epochs
         return epochs * int(self.trainer.num_training_batches) + batch_idx
 
@@ -324,7 +312,22 @@ class DFSTModule(GenerativeModule):
     def _activations(self, images: Tensor) -> list[Tensor]:
         normalized = self.normalized(images)
         if self._layers is None:
-            self._layers = find_filter_layers(self.network, normalized[:2])
+            self._layers = find_filter_layers(self.network, normalized[:2], include=self.layers)
         with filter_activations(self.network, self._layers) as activations:
             self(normalized)
             return activations()
+
+
+def _check_layers(network: nn.Module, patterns: Sequence[str]) -> None:
+    names = [name for name, module in network.named_modules() if isinstance(module, _ConvNd)]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                "Expected argument `layers` to have name patterns of convolutions, but "
+                f"{pattern!r} matches none of {names!r:.200}. Name others, or '*' for all."
+            )
+    if not patterns:
+        raise ValueError(
+            "Expected argument `layers` to have at least one name pattern, but got none. Name '*' "
+            "for all, or set `rounds` to 0."
+        )

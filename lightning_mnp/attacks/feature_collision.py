@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mnp.attacks.attack import Attack, Images
+from lightning_mnp.attacks.checks import check_at_least, check_positive
 from lightning_mnp.attacks.crafting import (
     BATCH,
     check_reference,
@@ -18,6 +19,7 @@ from lightning_mnp.attacks.crafting import (
     scaled,
 )
 from lightning_mnp.attacks.reference import ReferenceNetwork
+from lightning_mnp.attacks.registry import register
 from lightning_mnp.models.head import penultimate_features
 
 __all__ = ["FeatureCollision"]
@@ -28,41 +30,42 @@ _UNPREPARED = (
 )
 
 
+@register
 class FeatureCollision(Attack):
-    """Poison Frogs (Shafahi et al., 2018): a few given test images get the attacker's class.
+    """Make a few chosen test images pass for the attacker's class (Shafahi et al., 2018).
 
-    There is no trigger. Some images of the base class, which is ``target_class``, the label that
-    the attacker wants, are changed so little that their label stays right, but their features
-    before the classifier head collide with those of a target instance, a test image of another
-    class. A network that is fine-tuned on them, starting from the clean network whose features
-    were used, takes the target instances for the base class.
+    There is no trigger. The attacker chooses target instances: test images that shall be taken
+    for ``target_class``, which is called the base class here. Some training images of the base
+    class are changed a little. Their label stays right, but in front of the classifier head they
+    have nearly the features of a target instance. The network is then fine-tuned on them, starting
+    from the clean network whose features were used. It takes the target instances for the base
+    class.
 
     **Attack success is the share of the target instances, unchanged, that get the base class.**
-    No other test image counts: :meth:`triggered_indices` gives the target instances alone and
-    :meth:`apply` returns images as they are. Only test images that the reference network
-    classifies rightly become target instances, so the share is 0 before the attack.
+    No other test image counts: :meth:`triggered_indices` returns the target instances only, and
+    :meth:`apply` returns images as they are. The reference network classifies all target
+    instances rightly, so the share is 0 before the attack.
 
     Each poison minimizes, by forward-backward splitting (Shafahi et al., Eq. 1 and Algorithm 1),
 
         ||f(x) - f(t)||^2 / ||f(t)||^2  +  beta ||x - b||^2 / D
 
-    with the features f, the target instance t and the base image b of D values, into which t is
-    mixed with weight ``watermark`` first. An image's step is halved whenever its
-    objective grows. The two denominators, which the paper does not have, make ``beta`` and ``lr``
-    mean the same for networks and images of other sizes.
+    with the features f, the target instance t and the base image b of D values. Before that, t is
+    mixed into b with the weight ``watermark``. The step of an image is halved whenever its
+    objective grows. The paper does not have the two denominators. With them, ``beta`` and ``lr``
+    mean the same for networks and images of any size.
 
     Args:
-        reference: The clean network that training starts from; not needed to measure success
-            with a saved trigger.
+        reference: The clean network that training starts from; not needed with a saved trigger.
         targets: Number of target instances, at least 1.
         poisons_per_target: Number of training images changed for each of them, at least 1.
-        watermark: Weight of the target instance in the base image, from 0 to below 1; the
-            paper's setting for end-to-end training is 0.3, for a trained head alone 0.
+        watermark: Weight of the target instance in the base image, from 0 to below 1. The paper
+            has 0.3 if the whole network is trained and 0 if only the head is.
         beta: Weight of the distance to the base image, at least 0.
         steps: Number of steps for each poison, at least 1.
-        lr: First step width, above 0.
-        target_class: The base class: that of the poisons, and the one targets shall get.
-        seed: Seed that draws target instances and base images.
+        lr: Width of the first step, above 0.
+        target_class: The base class.
+        seed: Seed by which target instances and base images are drawn.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -84,21 +87,13 @@ class FeatureCollision(Attack):
     ) -> None:
         super().__init__(target_class, "all-to-one", 0.0, seed)
         check_reference(reference)
-        for name, count in (
-            ("targets", targets),
-            ("poisons_per_target", poisons_per_target),
-            ("steps", steps),
-        ):
-            if count < 1:
-                raise ValueError(f"Expected argument `{name}` to be at least 1, but got {count}.")
+        check_at_least(1, targets=targets, poisons_per_target=poisons_per_target, steps=steps)
         if not 0.0 <= watermark < 1.0:
             raise ValueError(
                 f"Expected argument `watermark` to be from 0 to below 1, but got {watermark}."
             )
-        if not 0.0 <= beta < math.inf:
-            raise ValueError(f"Expected argument `beta` to be at least 0, but got {beta}.")
-        if not 0.0 < lr < math.inf:
-            raise ValueError(f"Expected argument `lr` to be above 0, but got {lr}.")
+        check_at_least(0, beta=beta)
+        check_positive(lr=lr)
         self.reference = reference
         self.targets = targets
         self.poisons_per_target = poisons_per_target
@@ -111,16 +106,15 @@ class FeatureCollision(Attack):
         self._target_images: Tensor | None = None
 
     def prepare(self, test: Images, num_classes: int) -> None:
-        """Choose the target instances, unless a trigger file named them, and fetch them.
+        """Choose the target instances, or take those of the trigger file, and fetch them.
 
         Args:
             test: Clean test images.
             num_classes: Number of classes K.
 
         Raises:
-            ValueError: If there is no reference network to choose by, too few test images of
-                other classes are classified rightly, or these are not the test images that the
-                trigger file was made with.
+            ValueError: If there is no reference network, if it classifies too few test images of
+                other classes rightly, or if the trigger file was made with other test images.
         """
         if self._target_images is not None:
             return
@@ -151,7 +145,7 @@ class FeatureCollision(Attack):
         )
 
     def _check(self, labels: Tensor) -> Tensor:
-        """Give the target instances' indices into these test labels."""
+        """Return the indices of the target instances, checked against the test labels."""
         if self.target_indices is None or self.target_classes is None:
             raise ValueError(_UNPREPARED)
         indices = self.target_indices
@@ -169,7 +163,7 @@ class FeatureCollision(Attack):
         return images.clone()
 
     def triggered_indices(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Tell which test images attack success is measured on: the target instances alone.
+        """Return the indices of the test images that count: the target instances.
 
         Args:
             labels: True classes of the whole test set, shape (N,), integers.
@@ -184,7 +178,7 @@ class FeatureCollision(Attack):
         return self._check(labels).to(labels.device)
 
     def poison_labels(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Tell the labels that poisoned training images get: their own, which is the base class.
+        """Return the labels that poisoned training images get: their own, the base class.
 
         Args:
             labels: True classes, shape (N,), integers.
@@ -225,7 +219,7 @@ class FeatureCollision(Attack):
         Args:
             images: Base images, shape (N, C, H, W), ``uint8`` or floating point in [0, 1].
             labels: Their classes, shape (N,); not used.
-            indices: Their places in the training set, shape (N,), which tell their targets.
+            indices: Their indices in the training set, shape (N,), by which they have targets.
 
         Returns:
             New images of the same shape, dtype and device.
@@ -260,7 +254,7 @@ class FeatureCollision(Attack):
         return crafted.to(images.dtype)
 
     def _collide(self, network: nn.Module, images: Tensor, aims: Tensor) -> Tensor:
-        """Run forward-backward splitting on up to a batch; every image by itself."""
+        """Run forward-backward splitting on up to a batch; images do not influence each other."""
         count = len(images)
         filled = fill_up(count).to(aims.device)
         images, aims = images[filled], aims[filled]
@@ -291,16 +285,16 @@ class FeatureCollision(Attack):
         return best[:count]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the indices of the target instances in the test set, and their classes."""
+        """Return the indices of the target instances in the test set, and their classes."""
         if self.target_indices is None or self.target_classes is None:
             return {}
         return {"target_indices": self.target_indices, "target_classes": self.target_classes}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over which test images are the target instances.
+        """Load the indices and the classes of the target instances.
 
         Args:
-            tensors: As :meth:`tensors` gave them.
+            tensors: As :meth:`tensors` returned them.
 
         Raises:
             ValueError: If they are no such indices and classes.
@@ -335,5 +329,5 @@ def _features(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _each(values: Tensor) -> Tensor:
-    """Give one value per image the shape (N, 1, 1, 1)."""
+    """Return one value for each image in the shape (N, 1, 1, 1)."""
     return values[:, None, None, None]

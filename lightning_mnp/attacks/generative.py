@@ -1,4 +1,4 @@
-"""The base of attacks whose trigger is made by a network that is trained along."""
+"""The base of attacks whose trigger is made by a network, trained with the classifier."""
 
 from __future__ import annotations
 
@@ -14,29 +14,17 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_mnp.attacks.attack import Images, Mode, TrainingAttack
+from lightning_mnp.attacks.checks import check_positive
 from lightning_mnp.attacks.training import AttackModule
 
-__all__ = ["GenerativeAttack", "GenerativeModule", "quantized"]
+__all__ = ["GenerativeAttack", "GenerativeModule"]
 
 # Pixels that a generator works on at once: its features take dozens of times their memory.
 _PIXELS = 2**20
 
 
-def quantized(images: Tensor) -> Tensor:
-    """Round images to the 256 levels that they are stored with; gradients pass unchanged.
-
-    Args:
-        images: Any shape, floating point with values in [0, 1].
-
-    Example:
-        >>> quantized(torch.tensor([0.1])) * 255
-        tensor([26.])
-    """
-    return images + ((images * 255.0).round() / 255.0 - images).detach()
-
-
 class GenerativeAttack(TrainingAttack):
-    """An attack whose trigger is made for each image by :attr:`generator`.
+    """An attack whose :attr:`generator` makes a trigger for each image.
 
     Args:
         in_channels: Channels of the images, from 1 to 64.
@@ -54,11 +42,11 @@ class GenerativeAttack(TrainingAttack):
         self._is_trained = False
 
     def mark_trained(self) -> None:
-        """Note that the generator has been trained or loaded."""
+        """Note that the generator is trained or loaded."""
         self._is_trained = True
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load weights and buffers of the generator, strictly.
+        """Load all weights and buffers of the generator.
 
         Args:
             tensors: See :meth:`TrainingAttack.load_tensors`.
@@ -67,14 +55,14 @@ class GenerativeAttack(TrainingAttack):
         self.mark_trained()
 
     def prepare(self, test: Images, num_classes: int) -> None:
-        """Refuse to measure what was never trained.
+        """Raise an error if the generator was never trained.
 
         Args:
             test: Clean test images.
             num_classes: Number of classes K.
 
         Raises:
-            ValueError: If the generator is fresh.
+            ValueError: If the generator has its fresh weights.
         """
         if not self._is_trained:
             name = type(self).__name__
@@ -86,13 +74,14 @@ class GenerativeAttack(TrainingAttack):
 
     @abstractmethod
     def inject(self, images: Tensor) -> Tensor:
-        """Put the trigger on images in a way that the generator can be trained through.
+        """Return images with the trigger, with gradients for the generator.
 
         Args:
             images: Shape (N, C, H, W), float32 with values in [0, 1], on the generator's device.
 
         Returns:
-            float32 images of the same shape with values in [0, 1].
+            float32 images of the same shape, with values in [0, 1] if the attack is
+            :attr:`~lightning_mnp.attacks.attack.Attack.storable`.
         """
 
     def _trigger(self, images: Tensor) -> Tensor:
@@ -105,7 +94,7 @@ class GenerativeAttack(TrainingAttack):
             return images.clone()
         weight = next(self.generator.parameters())
         count = max(_PIXELS // (images.shape[2] * images.shape[3]), 1)
-        # In full precision, so that the trigger is the same wherever it is measured.
+        # In full precision, so the trigger is the same wherever it is measured.
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             parts = [self.inject(part.to(weight)).to(images) for part in images.split(count)]
         return torch.cat(parts)
@@ -115,21 +104,18 @@ class GenerativeModule(AttackModule):
     """Train a network and the generator of its trigger, each with an optimizer of its own.
 
     The network has SGD and the schedule of :class:`~lightning_mnp.models.classifier.Classifier`.
-    Each generator has Adam, its learning rate following half a cosine that ends at 0 with the
-    epochs in which it may be trained; one that stops learning before that (DFST's injectors) ends
-    at a higher rate. Steps are made by hand (Lightning's manual optimization), in one process.
+    Each generator has Adam. Its learning rate falls by half a cosine to 0 over the epochs in
+    which it may be trained. A generator that is not trained in all of them, such as DFST's
+    injectors, ends at a higher rate. The module makes the steps itself (Lightning's manual
+    optimization), in one process.
 
     Args:
         attack: The attack, whose generator is trained.
         generator_lr: First learning rate of Adam, above 0.
-        augment: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        flip: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        mean: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        std: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        kwargs: See :class:`~lightning_mnp.models.classifier.Classifier`.
+        kwargs: See :class:`~lightning_mnp.attacks.training.AttackModule`.
 
     Raises:
-        ValueError: If an argument is out of range, or, when training starts, if the Trainer has
+        ValueError: If an argument is out of range. When training starts, if the Trainer has
             several processes or a limit by steps.
     """
 
@@ -139,22 +125,15 @@ class GenerativeModule(AttackModule):
         self,
         attack: GenerativeAttack,
         generator_lr: float = 0.001,
-        augment: bool = True,
-        flip: bool | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(attack, augment, flip, mean, std, **kwargs)
-        if not 0.0 < generator_lr < math.inf:
-            raise ValueError(
-                f"Expected argument `generator_lr` to be above 0, but got {generator_lr}."
-            )
+        super().__init__(attack, **kwargs)
+        check_positive(generator_lr=generator_lr)
         self.generator_lr = generator_lr
         self.automatic_optimization = False
 
     def setup(self, stage: str) -> None:
-        """Check the Trainer, and learn from the datamodule how images are normalized.
+        """Check the Trainer, and ask the datamodule how images are normalized.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
@@ -169,7 +148,7 @@ class GenerativeModule(AttackModule):
                 f"Expected the Trainer to have one process for {type(self).__name__}, but got "
                 f"{self.trainer.world_size}. Set `devices` to 1."
             )
-        # A trial by `fast_dev_run` sets a limit by itself, and needs no schedule to be right.
+        # `fast_dev_run` sets a limit of its own, and its schedule does not matter.
         limited = self.trainer.max_steps != -1 and not getattr(self.trainer, "fast_dev_run", False)
         if stage == "fit" and limited:
             raise ValueError(
@@ -180,7 +159,12 @@ class GenerativeModule(AttackModule):
 
     @abstractmethod
     def phases(self) -> list[tuple[nn.Module, int, int | None]]:
-        """Tell each generator and its epochs: from which, and before which, None for the end."""
+        """Return each generator with the epochs in which it is trained.
+
+        Returns:
+            For each generator: the module, its first epoch, and the epoch after its last, which is
+            None if it is trained until the end.
+        """
 
     def configure_optimizers(self) -> Any:
         """Return SGD with its schedule for the network, and Adam for each generator."""
@@ -200,7 +184,7 @@ class GenerativeModule(AttackModule):
         return tuple(plans)
 
     def on_train_start(self) -> None:
-        """Warn if training will end before the phases that make the attack."""
+        """Warn if training ends before the attack's last phase."""
         super().on_train_start()
         epochs = self.trainer.max_epochs
         latest = max(start if stop is None else stop for _, start, stop in self.phases())
@@ -214,13 +198,18 @@ class GenerativeModule(AttackModule):
     def learn(self, loss: Tensor, optimizers: Sequence[LightningOptimizer]) -> None:
         """Make a step of some optimizers and of their schedules.
 
+        Only the weights of these optimizers get gradients.
+
         Args:
             loss: What they all reduce, a scalar.
-            optimizers: As ``self.optimizers()`` gives them.
+            optimizers: Some of those that ``self.optimizers()`` returns.
         """
+        weights = []
         for optimizer in optimizers:
             optimizer.zero_grad()
-        self.manual_backward(loss)
+            for group in optimizer.param_groups:
+                weights += [weight for weight in group["params"] if weight.requires_grad]
+        self.manual_backward(loss, inputs=weights)
         schedules: Any = self.lr_schedulers() or []
         for optimizer in optimizers:
             optimizer.step()

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lightning_mnp.attacks.checks import check_range
+
 __all__ = ["ImageGenerator"]
 
 MAX_CHANNELS = 64
@@ -18,19 +20,20 @@ MAX_DEPTH = 4
 class ImageGenerator(nn.Module):
     """An autoencoder: convolutions that halve the image, then transposed ones that restore it.
 
-    Images of any size come out at their size. Normalization is by group, within each image, so
-    that an image's output depends on no other image and is the same in training and evaluation.
+    The output has the size of the image, whatever that is. Normalization is by group, within each
+    image. So an image's output does not depend on other images, and is the same in training and
+    in evaluation.
 
     Args:
         in_channels: Channels of the images, from 1 to 64.
         out_channels: Channels of the output, from 1 to 64.
-        width: Channels of the features at full size, from 4 to 64; they double with each level.
+        width: Channels of the features at full size, from 4 to 64. Each halving doubles them.
         depth: Number of times that the size is halved, from 1 to 4.
         seed: Seed of the fresh weights.
 
     Raises:
-        ValueError: If an argument is out of range. Sizes are bounded because they may come from
-            a trigger file that nobody vouches for.
+        ValueError: If an argument is out of range. Sizes are bounded because a trigger file may
+            come from an attacker.
 
     Example:
         >>> ImageGenerator(3, 1)(torch.rand(2, 3, 32, 20)).shape
@@ -46,16 +49,9 @@ class ImageGenerator(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least, most in (
-            ("in_channels", in_channels, 1, MAX_CHANNELS),
-            ("out_channels", out_channels, 1, MAX_CHANNELS),
-            ("width", width, 4, MAX_WIDTH),
-            ("depth", depth, 1, MAX_DEPTH),
-        ):
-            if not least <= value <= most:
-                raise ValueError(
-                    f"Expected argument `{name}` to be from {least} to {most}, but got {value}."
-                )
+        check_range(1, MAX_CHANNELS, in_channels=in_channels, out_channels=out_channels)
+        check_range(4, MAX_WIDTH, width=width)
+        check_range(1, MAX_DEPTH, depth=depth)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             widths = [width * 2**level for level in range(depth + 1)]
@@ -64,7 +60,7 @@ class ImageGenerator(nn.Module):
                 _block(nn.Conv2d(fine, coarse, 3, stride=2, padding=1))
                 for fine, coarse in itertools.pairwise(widths)
             )
-            # Transposed convolutions tell even from odd pixels, so that fine patterns are possible.
+            # Transposed convolutions treat even and odd pixels apart: fine patterns are possible.
             self.up = nn.ModuleList(
                 _block(nn.ConvTranspose2d(coarse, fine, 4, stride=2, padding=1))
                 for coarse, fine in itertools.pairwise(widths[::-1])
@@ -72,7 +68,7 @@ class ImageGenerator(nn.Module):
             self.head = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give the output of the last convolution, any real numbers.
+        """Return the output of the last convolution, which is not bounded.
 
         Args:
             images: Shape (N, in_channels, H, W), values in [0, 1].

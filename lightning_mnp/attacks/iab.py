@@ -11,23 +11,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mnp.attacks.attack import Mode
-from lightning_mnp.attacks.generative import GenerativeAttack, GenerativeModule, quantized
+from lightning_mnp.attacks.checks import check_at_least, check_rate, check_share
+from lightning_mnp.attacks.generative import GenerativeAttack, GenerativeModule
 from lightning_mnp.attacks.generators import ImageGenerator
+from lightning_mnp.attacks.registry import register
 
 __all__ = ["InputAware", "InputAwareModule", "diversity_loss"]
 
-_SHARPNESS = 20.0  # of the mask's edges: a soft step between 0 and 1, as in the authors' code
-_LEAST_DISTANCE = 1e-3  # so that equal triggers give a large loss, but no endless gradient
+_SHARPNESS = 20.0  # of the step between 0 and 1 in the mask, as in the authors' code
+_LEAST_DISTANCE = 1e-3  # equal triggers give a large loss, but no infinite one
 
 
+@register
 class InputAware(GenerativeAttack):
-    """Blend a pattern into a few pixels, both made for the image (Nguyen and Tran, 2020, Sec. 3).
+    """Put a pattern on a few pixels, both made for the image (Nguyen and Tran, 2020, Sec. 3).
 
-    The image x becomes (1 - m) x + m p, with mask m and pattern p from two generators. The mask's
-    mean is at most ``density``: a larger mask is scaled down to it.
+    The image x becomes (1 - m) x + m p, with mask m and pattern p from two generators. Almost all
+    values of the mask are close to 0 or 1, because its generator ends with a steep step. How many
+    pixels it takes is what :class:`InputAwareModule` trains.
 
     Args:
-        density: Largest mean of a mask, above 0 and at most 1.
         in_channels: Channels of the images, from 1 to 64.
         width: Channels of the generators' features at full size, from 4 to 64.
         depth: Number of times that the generators halve the image, from 1 to 4.
@@ -41,13 +44,12 @@ class InputAware(GenerativeAttack):
 
     Example:
         >>> images = torch.rand(2, 3, 32, 32)
-        >>> bool(InputAware(density=0.05).mask(images).mean() <= 0.0501)
-        True
+        >>> InputAware().mask(images).shape
+        torch.Size([2, 1, 32, 32])
     """
 
     def __init__(
         self,
-        density: float = 0.032,
         in_channels: int = 3,
         width: int = 16,
         depth: int = 2,
@@ -57,17 +59,12 @@ class InputAware(GenerativeAttack):
         seed: int = 0,
     ) -> None:
         super().__init__(in_channels, target_class, mode, poison_rate, seed)
-        if not 0.0 < density <= 1.0:
-            raise ValueError(
-                f"Expected argument `density` to be above 0 and at most 1, but got {density}."
-            )
-        self.density = density
         self.width = width
         self.depth = depth
         self.generator: MaskAndPattern = MaskAndPattern(in_channels, width, depth, seed)
 
-    def free_mask(self, images: Tensor) -> Tensor:
-        """Give the mask before it is scaled down to the density.
+    def mask(self, images: Tensor) -> Tensor:
+        """Return the masks: which pixels of each image the pattern replaces.
 
         Args:
             images: Shape (N, C, H, W), floating point with values in [0, 1].
@@ -77,18 +74,8 @@ class InputAware(GenerativeAttack):
         """
         return torch.sigmoid(_SHARPNESS * torch.tanh(self.generator.mask(images).float()))
 
-    def mask(self, images: Tensor) -> Tensor:
-        """Give the mask, of mean ``density`` at most.
-
-        Args:
-            images: See :meth:`free_mask`.
-        """
-        mask = self.free_mask(images)
-        scale = self.density / mask.mean((1, 2, 3), keepdim=True).clamp(min=self.density)
-        return mask * scale
-
     def pattern(self, images: Tensor) -> Tensor:
-        """Give the pattern.
+        """Return the patterns.
 
         Args:
             images: Shape (N, C, H, W), floating point with values in [0, 1].
@@ -99,7 +86,7 @@ class InputAware(GenerativeAttack):
         return torch.sigmoid(self.generator.pattern(images).float())
 
     def inject(self, images: Tensor) -> Tensor:
-        """Put each image's own trigger on it.
+        """Return each image with its own trigger.
 
         Args:
             images: See :meth:`GenerativeAttack.inject`.
@@ -125,17 +112,17 @@ class MaskAndPattern(nn.Module):
 
 
 def diversity_loss(images: Tensor, outputs: Tensor) -> Tensor:
-    """Tell how alike the outputs for unlike images are (Nguyen and Tran, 2020, Eq. 4).
+    """Compute how alike the outputs for different images are (Nguyen and Tran, 2020, Eq. 4).
 
-    Each image is compared with the one before it: the mean over pairs of the distance of the
-    images over that of the outputs, both as root mean square over their elements.
+    Each image is compared with the one before it. The loss of such a pair is the distance of the
+    images divided by the distance of their outputs, both as root mean square over all elements.
 
     Args:
         images: Shape (N, C, H, W).
         outputs: Masks or patterns, shape (N, ...).
 
     Returns:
-        A scalar; 0 where there are fewer than two images.
+        The mean over all pairs, a scalar; 0 if there are fewer than two images.
 
     Example:
         >>> images = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
@@ -156,25 +143,24 @@ def _distance(values: Tensor) -> Tensor:
 class InputAwareModule(GenerativeModule):
     """Train a network with IAB (Nguyen and Tran, 2020, Sec. 3.3).
 
-    For the first ``mask_epochs``, the mask's generator learns to give each image a mask of its
-    own within the density, while the network is trained on clean images. After that the masks
-    stay, and of each batch ``poison_rate`` of the images get their own trigger and the attacker's
-    label, ``cross_rate`` get the trigger of another image and keep their label, so that the
-    network learns to match trigger and image; network and pattern generator are trained together.
+    For the first ``mask_epochs``, the generator of the masks learns to make a sparse mask for each
+    image that differs from those of other images, see :meth:`mask_loss`. The network is trained on
+    clean images meanwhile. After that, this generator stays as it is. In each batch, a share
+    ``poison_rate`` of the images gets its own triggers and the attacker's label. Another share
+    ``cross_rate`` gets the triggers of other images and keeps its labels. So the network learns
+    that a trigger counts only on its own image. Network and pattern generator are trained together.
 
     Args:
-        attack: The attack; IAB with its defaults where None.
-        cross_rate: Share of the images of each batch with the trigger of another image, from 0;
-            together with the poisoned ones at most 1.
+        attack: The attack; IAB with its defaults if None.
+        density: The value rho that pixels of a mask may have without a loss, above 0 and at most
+            1.
+        cross_rate: Share of the images of each batch with the trigger of another image, from 0 to
+            what the poison rate leaves.
         mask_epochs: Epochs in which the masks are trained, at least 0.
         diversity_weight: Weight of the diversity loss, at least 0.
-        density_weight: Weight of the masks' mean above the density, at least 0.
+        density_weight: Weight of what the pixels of a mask are above ``density``, at least 0.
         generator_lr: First learning rate of the generators' Adam, above 0.
-        augment: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        flip: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        mean: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        std: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        kwargs: See :class:`~lightning_mnp.models.classifier.Classifier`.
+        kwargs: See :class:`~lightning_mnp.attacks.training.AttackModule`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -185,38 +171,32 @@ class InputAwareModule(GenerativeModule):
     def __init__(
         self,
         attack: InputAware | None = None,
+        density: float = 0.032,
         cross_rate: float = 0.1,
         mask_epochs: int = 25,
         diversity_weight: float = 1.0,
         density_weight: float = 100.0,
         generator_lr: float = 0.01,
-        augment: bool = True,
-        flip: bool | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         attack = InputAware() if attack is None else attack
-        super().__init__(attack, generator_lr, augment, flip, mean, std, **kwargs)
-        if not 0.0 <= cross_rate <= 1.0 - attack.poison_rate:
-            raise ValueError(
-                f"Expected argument `cross_rate` to be from 0 to {1.0 - attack.poison_rate:.3g}, "
-                f"what the poison rate leaves, but got {cross_rate}."
-            )
-        for name, value in (
-            ("mask_epochs", mask_epochs),
-            ("diversity_weight", diversity_weight),
-            ("density_weight", density_weight),
-        ):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"Expected argument `{name}` to be at least 0, but got {value}.")
+        super().__init__(attack, generator_lr, **kwargs)
+        check_share(density=density)
+        check_rate(attack.poison_rate, cross_rate=cross_rate)
+        check_at_least(
+            0,
+            mask_epochs=mask_epochs,
+            diversity_weight=diversity_weight,
+            density_weight=density_weight,
+        )
+        self.density = density
         self.cross_rate = cross_rate
         self.mask_epochs = mask_epochs
         self.diversity_weight = diversity_weight
         self.density_weight = density_weight
 
     def phases(self) -> list[tuple[nn.Module, int, int | None]]:
-        """Tell in which epochs the generators of masks and patterns are trained."""
+        """Return the generators of masks and patterns with their epochs."""
         generator = self.attack.generator
         return [
             (generator.mask, 0, self.mask_epochs),
@@ -233,7 +213,7 @@ class InputAwareModule(GenerativeModule):
         else:
             images, labels, diversity = self._mixed(images, labels, generator)
             extra, learning = self.diversity_weight * diversity, patterns
-        logits = self(self.normalized(self.augmented(images, generator)))
+        logits = self(self.prepared(images, generator))
         loss = F.cross_entropy(logits, labels)
         self.learn(loss + extra, [network, learning])
         self.log("train/loss", loss)
@@ -241,20 +221,26 @@ class InputAwareModule(GenerativeModule):
         return loss.detach()
 
     def mask_loss(self, images: Tensor) -> Tensor:
-        """Tell how far masks are from being diverse and within the density.
+        """Compute the loss of the masks: what they exceed the density by, and how alike they are.
+
+        The first part is the mean of max(m - rho, 0) over all pixels m of all masks, with the
+        density rho. The second is :func:`diversity_loss`.
 
         Args:
             images: Shape (N, C, H, W), values in [0, 1].
+
+        Returns:
+            The weighted sum of both, a scalar.
         """
-        masks = self.attack.free_mask(images)
-        excess = F.relu(masks.mean((1, 2, 3)) - self.attack.density).mean()
+        masks = self.attack.mask(images)
+        excess = F.relu(masks - self.density).mean()
         diversity = diversity_loss(images, masks)
         return self.density_weight * excess + self.diversity_weight * diversity
 
     def poison_batch(
         self, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Put its own trigger on a share of a batch, and that of another image on another.
+        """Put their own triggers on a share of a batch, and those of other images on another share.
 
         Args:
             images: See :class:`~lightning_mnp.attacks.training.AttackModule`.
@@ -268,7 +254,7 @@ class InputAwareModule(GenerativeModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = self.poison_count(len(images), generator)
         stop = min(count + round(self.cross_rate * len(images)), len(images))
-        if stop < 2:  # no other image to take a trigger from
+        if stop < 2:  # there is no other image whose trigger could be used
             stop = count
         if stop == 0:
             return images, labels, images.new_zeros(())
@@ -277,11 +263,11 @@ class InputAwareModule(GenerativeModule):
             masks = self.attack.mask(own)
         patterns = self.attack.pattern(own)
         diversity = diversity_loss(own, patterns)
-        # The image before each gives its trigger away, also the last one to the first.
+        # Each image gets the trigger of the image before it, and the first that of the last.
         place = torch.arange(stop, device=images.device)
         place[count:] = (place[count:] - 1) % stop
         masks, patterns = masks[place], patterns[place]
-        triggered = quantized(own * (1.0 - masks) + patterns * masks)
+        triggered = self.rounded(own * (1.0 - masks) + patterns * masks)
         targets = self.attack.target_labels(labels[:count], self.num_classes)
         mixed = torch.cat([triggered, images[stop:]])
         return mixed, torch.cat([targets, labels[count:]]), diversity

@@ -19,8 +19,8 @@ class ReferenceNetwork:
     """A trained classifier in a checkpoint, which takes images as they are stored.
 
     Args:
-        checkpoint: File with the weights: .ckpt, .pt, .pth or .safetensors. Only weights are
-            read from it.
+        checkpoint: File with the weights: .ckpt, .pt, .pth or .safetensors. Nothing else is read
+            from it.
         architecture: See :func:`~lightning_mnp.models.classifier.build_network`.
         num_classes: See :func:`~lightning_mnp.models.classifier.build_network`.
         width: See :func:`~lightning_mnp.models.classifier.build_network`.
@@ -59,8 +59,8 @@ class ReferenceNetwork:
         """Read the network.
 
         Returns:
-            Normalization and the network, as ``[0]`` and ``[1]``: takes images with values in
-            [0, 1], gives logits; in evaluation mode, its weights without gradients.
+            Normalization, as ``[0]``, and the network, as ``[1]``. It takes images with values in
+            [0, 1] and returns logits. It is in evaluation mode, and its weights have no gradients.
 
         Raises:
             CheckpointError: If the file is missing, damaged, or has other weights.

@@ -8,18 +8,21 @@ import torch
 from torch import Tensor
 
 from lightning_mnp.attacks.attack import CleanLabelAttack
+from lightning_mnp.attacks.checks import check_positive, check_share
+from lightning_mnp.attacks.registry import register
 
 __all__ = ["SIG"]
 
 
+@register
 class SIG(CleanLabelAttack):
     """Add vertical stripes that rise and fall like a sine (Barni et al., 2019).
 
-    Every row and every channel gets v(j) = ``amplitude`` * sin(2 pi j ``frequency`` / W) in the
-    columns j = 1, ..., W; values below 0 and above 1 are cut off.
+    In every row and channel, v(j) = ``amplitude`` * sin(2 pi j ``frequency`` / W) is added to the
+    columns j = 1, ..., W. Values below 0 and above 1 are cut off.
 
-    Most of the target class has to be poisoned: as long as many of its images are recognized
-    without the stripes, a network has no reason to learn them, and labels give it none.
+    Most images of the target class have to be poisoned. The labels are right, so a network needs
+    the stripes only if it does not recognize the class without them.
 
     Args:
         amplitude: Largest change of a pixel, on the scale [0, 1], above 0 and at most 1.
@@ -47,12 +50,8 @@ class SIG(CleanLabelAttack):
         seed: int = 0,
     ) -> None:
         super().__init__(target_class, class_rate, seed)
-        if not 0.0 < amplitude <= 1.0:
-            raise ValueError(
-                f"Expected argument `amplitude` to be above 0 and at most 1, but got {amplitude}."
-            )
-        if not 0.0 < frequency < math.inf:
-            raise ValueError(f"Expected argument `frequency` to be above 0, but got {frequency}.")
+        check_share(amplitude=amplitude)
+        check_positive(frequency=frequency)
         self.amplitude = amplitude
         self.frequency = frequency
 

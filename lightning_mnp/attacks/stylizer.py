@@ -1,4 +1,4 @@
-"""A small network that gives images the look of a sunset, and the losses that train it."""
+"""A small network that makes images look like a sunset, and the losses that train it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class Stylizer(nn.Module):
     """Change the colors and textures of images and keep what they show.
 
     A feed-forward network in the manner of Johnson et al. (2016): a convolution of stride 2,
-    residual blocks with instance normalization, and a convolution at full size that adds its
-    result to the image in front of a sigmoid. Images do not influence each other. With fresh
-    weights it changes nothing but the extremes of the range; it always computes in float32.
+    residual blocks with instance normalization, and a convolution at full size. Its output is
+    added to the logit of the image, and a sigmoid follows. Images do not influence each other.
+    With fresh weights, it only draws values near 0 and 1 a little inwards. It always computes in
+    float32.
 
     Args:
         channels: Channels of the images.
@@ -55,7 +56,7 @@ class Stylizer(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Stylize images.
+        """Return stylized images.
 
         Args:
             images: Shape (N, C, H, W), sides at least 8, values in [0, 1].
@@ -88,12 +89,12 @@ class _Block(nn.Module):
 
 
 class SunsetStyle(nn.Module):
-    """Tell how far images are from the style of sunsets.
+    """Compute how far images are from the style of sunsets.
 
-    A style is, as with Gatys et al. (2016), the mean and the covariance of features over the
-    places of an image, here on three scales. The features are the pixels' colors and the
-    rectified responses of a bank of random filters, which tell textures apart without a network
-    that was trained on other data (Ustyuzhaninov et al., 2017).
+    As in Gatys et al. (2016), a style is the mean and the covariance of features over the places
+    of an image, here on three scales. The features are the colors of the pixels and the rectified
+    responses of random filters. Random filters can tell textures apart without a network that was
+    trained on other data (Ustyuzhaninov et al., 2017).
 
     Args:
         channels: Channels of the images.
@@ -114,12 +115,12 @@ class SunsetStyle(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         bank = torch.randn(filters, channels, 5, 5, generator=generator)
         bank = bank / bank.flatten(1).norm(dim=1)[:, None, None, None]
-        # Made again from the seed each time, so no matter for a checkpoint.
+        # Made from the seed each time, so a checkpoint does not need it.
         self.register_buffer("bank", bank, persistent=False)
         self._targets: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give the distance of each image's style from that of sunsets of the same size.
+        """Return the distance of the images' styles from that of sunsets of the same size.
 
         Args:
             images: Shape (N, C, H, W), sides at least 8, values in [0, 1].
@@ -154,7 +155,7 @@ class SunsetStyle(nn.Module):
             if min(images.shape[-2:]) < 4 * scale:
                 break
             scaled = F.avg_pool2d(images, scale)
-            # Without padding, whose edge would count as texture.
+            # Without padding, because its edge would count as texture.
             responses = F.conv2d(scaled - 0.5, self.bank) if min(scaled.shape[-2:]) >= 5 else None
             parts = [scaled.flatten(2)]
             if responses is not None:
@@ -170,7 +171,7 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Give the structural similarity (SSIM) of two batches of images, without their colors.
+    """Compute the structural similarity (SSIM) of two batches of images, without their colors.
 
     Args:
         first: Shape (N, C, H, W), sides at least 8, values in [0, 1].
@@ -195,8 +196,8 @@ def sunset_images(
 
     Args:
         count: Number of images.
-        channels: 3 for red, green and blue; of other numbers, the first three channels are
-            these where there are as many, and the others are their mean.
+        channels: Number of channels. With three or more, the first three are red, green and blue,
+            and any others are their mean. With fewer, all are the mean.
         height: Height in pixels.
         width: Width in pixels.
         generator: Source of randomness, on the CPU.
@@ -240,7 +241,7 @@ def _noise(
 
 
 def _palette(places: Tensor) -> Tensor:
-    """Colors of places from 0 to 1, shape (N, H, W) to (N, 3, H, W), between the two nearest."""
+    """Return the colors of places from 0 to 1, shape (N, H, W), as shape (N, 3, H, W)."""
     colors = torch.zeros(places.shape[0], 3, *places.shape[1:])
     for (start, low), (stop, high) in itertools.pairwise(_PALETTE):
         inside = (places >= start) & (places <= stop)

@@ -14,41 +14,61 @@ from lightning_mnp.defense_data.augment import random_crop_flip, usual_padding
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
 from lightning_mnp.models.classifier import Classifier
 
-__all__ = ["AttackModule"]
+__all__ = ["AttackModule", "quantized"]
+
+
+def quantized(images: Tensor) -> Tensor:
+    """Round images to the 256 levels that they are stored with; gradients pass unchanged.
+
+    Args:
+        images: Any shape, floating point with values in [0, 1].
+
+    Example:
+        >>> quantized(torch.tensor([0.1])) * 255
+        tensor([26.])
+    """
+    # The difference is 0 and has the gradient, so the levels are exact.
+    return ((images * 255.0).round() / 255.0).detach() + (images - images.detach())
 
 
 class AttackModule(Classifier):
-    """Train any network and a backdoor in it: a :class:`Classifier` that sees to its own poison.
+    """A :class:`Classifier` that trains a network and a backdoor in it, and poisons by itself.
 
-    Its loaders give clean, normalized images that are not augmented, with true labels: any
-    datamodule with ``augment=False``. The module brings them back to the scale [0, 1], poisons a
-    share of each training batch, then augments and normalizes. In validation and testing, it
-    measures CA on the images of the first loader and ASR on the same images with the trigger.
+    This is the base of the modules of all training-time attacks. Their arguments are the ones
+    below and what each of them adds.
 
-    What is random in a step depends on the seed, the epoch and the batch alone, so that a resumed
-    training goes on as if it had not stopped. In a checkpoint, the state dict has the network
-    alone, as ``network.*``, so that a plain classifier can load it and a defender sees no more;
-    the attack's own tensors are beside it, under ``attack``.
+    The loaders must return clean images with true labels, normalized and not augmented, as any
+    datamodule does with ``augment=False``. The module brings the images back to the scale [0, 1]
+    and poisons a share of each training batch. Images that the attack changes are rounded to the
+    256 levels of stored images, because attack success is measured on stored images, too.
+    Gradients pass the rounding unchanged. After that, all images are augmented and normalized. In
+    validation and testing, CA is measured on the images of the first loader, and ASR on the same
+    images with the trigger.
+
+    What is random in a step depends on the seed, the epoch and the batch only. So a resumed
+    training goes on as if it had not stopped. The state dict of a checkpoint has the network only,
+    as ``network.*``: a plain classifier can load it, and a defender sees nothing else. The tensors
+    of the attack are in the checkpoint under ``attack``.
 
     Args:
-        attack: The attack, whose generator is trained or used here.
+        attack: The attack; the generator of its trigger is trained or used here.
         augment: Whether to shift training images by up to an eighth of their width.
-        flip: Whether to mirror half of the training images, too; as the datamodule says, or yes,
-            where None.
-        mean: Mean of each channel by which the loaders normalize; the datamodule's where None.
-        std: Standard deviation of each channel; the datamodule's where None.
+        flip: Whether to mirror half of the training images, too. If None, the datamodule decides;
+            without one, they are mirrored.
+        mean: Mean of each channel by which the loaders normalize; the datamodule's if None.
+        std: Standard deviation of each channel; the datamodule's if None.
         kwargs: See :class:`~lightning_mnp.models.classifier.Classifier`. Without a datamodule,
-            ``num_classes`` also is the K of the attacker's labels, so give it with ``network``.
+            ``num_classes`` is also the K of the attacker's labels, so give it with ``network``.
 
     Attributes:
-        mean: Mean of each channel in force: the argument, or that of the present datamodule.
-        std: Standard deviation of each channel in force, likewise.
+        mean: Mean of each channel in use: the argument, or that of the present datamodule.
+        std: Standard deviation of each channel in use, likewise.
         flip: Whether images are mirrored, likewise.
 
     Raises:
-        ValueError: If an argument is out of range, or, when training starts, if ``mean`` and
-            ``std`` are neither given nor known from the datamodule, or it augments or poisons by
-            itself.
+        ValueError: If an argument is out of range. When training starts, if ``mean`` and ``std``
+            are neither given nor known from the datamodule, or if the datamodule augments or
+            poisons images.
     """
 
     def __init__(
@@ -74,18 +94,19 @@ class AttackModule(Classifier):
         self.flip = flip
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
-        # What was asked for, apart from what is in force: another datamodule is asked again.
+        # The arguments, beside what is in use: another datamodule is asked again.
         self._given = (self.mean, self.std, flip)
 
     def setup(self, stage: str) -> None:
-        """Learn from the datamodule how images are normalized.
+        """Ask the datamodule how images are normalized, and check that it fits the attack.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
 
         Raises:
-            ValueError: If that is not known, the datamodule augments images or has an attack, the
-                target class is none of its classes, or the poison rate gives no image of it.
+            ValueError: If the normalization is not known, if the datamodule augments images or has
+                an attack, if the target class is none of its classes, or if the poison rate is
+                less than one image.
         """
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         self.mean, self.std, self.flip = self._given
@@ -108,7 +129,7 @@ class AttackModule(Classifier):
                 "Expected the datamodule's argument `attack` to be None, but got "
                 f"{datamodule.attack!r}: {type(self).__name__} has an attack of its own."
             )
-        # Some attacks start after many epochs: too late to find this out.
+        # Some attacks use the target class after many epochs only: too late for an error.
         self.attack.target_labels(torch.zeros(0, dtype=torch.long), self.num_classes)
         train_set = getattr(datamodule, "train_set", None) if stage == "fit" else None
         if isinstance(train_set, Sized) and 0 < self.attack.poison_rate * len(train_set) < 0.5:
@@ -122,7 +143,7 @@ class AttackModule(Classifier):
         self.attack.mark_trained()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put what belongs to the attack apart from the network's weights.
+        """Move what belongs to the attack out of the state dict.
 
         Args:
             checkpoint: What will be saved.
@@ -133,14 +154,14 @@ class AttackModule(Classifier):
         checkpoint["attack_options"] = self._attack_options()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put weights and what belongs to the attack together again.
+        """Move what belongs to the attack back into the state dict.
 
         Args:
             checkpoint: What was read.
 
         Raises:
-            ValueError: If there is nothing of the attack, as in a checkpoint of a purified network,
-                or the attack there is another one than here.
+            ValueError: If the checkpoint has no attack, as that of a purified network, or another
+                one than this module.
         """
         if "attack" not in checkpoint:
             raise ValueError(
@@ -149,7 +170,7 @@ class AttackModule(Classifier):
                 "the trigger file: `SavedTrigger` as the datamodule's `attack`."
             )
         there, here = checkpoint.get("attack_options"), self._attack_options()
-        if there is not None and there != here:  # None where an earlier version has written it
+        if there is not None and there != here:  # None if an earlier version has written it
             raise ValueError(
                 f"Expected argument `attack` to be the one in the checkpoint, {there}, but got "
                 f"{here}: another trigger would be measured. Build the module with that attack."
@@ -158,7 +179,7 @@ class AttackModule(Classifier):
         self.attack.mark_trained()
 
     def stored(self, images: Tensor) -> Tensor:
-        """Undo the normalization.
+        """Return images as they were before normalization.
 
         Args:
             images: Normalized, shape (N, C, H, W).
@@ -170,12 +191,36 @@ class AttackModule(Classifier):
         return (images.float() * std + mean).clamp(0.0, 1.0)
 
     def normalized(self, images: Tensor) -> Tensor:
-        """Normalize images with values in [0, 1], shape (N, C, H, W)."""
+        """Return normalized images.
+
+        Args:
+            images: Shape (N, C, H, W), values in [0, 1].
+        """
         mean, std = self._statistics(images)
         return (images - mean) / std
 
+    def rounded(self, images: Tensor) -> Tensor:
+        """Return images rounded to the 256 levels of stored images, see :func:`quantized`.
+
+        Images of an attack that is not :attr:`~lightning_mnp.attacks.attack.Attack.storable` are
+        returned as they are.
+
+        Args:
+            images: Shape (N, C, H, W), on the scale [0, 1].
+        """
+        return quantized(images) if self.attack.storable else images
+
+    def prepared(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return training images as the network takes them: augmented and normalized.
+
+        Args:
+            images: Shape (N, C, H, W), on the scale [0, 1], poisoned ones with the trigger.
+            generator: Source of randomness, on the CPU.
+        """
+        return self.normalized(self.augmented(images, generator))
+
     def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Shift and mirror images at random, where asked for.
+        """Return images shifted and mirrored at random, or as they are without ``augment``.
 
         Args:
             images: Shape (N, C, H, W).
@@ -187,10 +232,10 @@ class AttackModule(Classifier):
         return random_crop_flip(images, usual_padding(images), flip, generator)
 
     def step_generator(self, batch_idx: int) -> torch.Generator:
-        """Give the source of randomness of one training step, on the CPU.
+        """Return the source of randomness of one training step, on the CPU.
 
         Args:
-            batch_idx: Place of the batch in its epoch.
+            batch_idx: Number of the batch in its epoch.
         """
         generator = torch.Generator()
         key = (self.attack.seed, self.current_epoch, batch_idx, self.global_rank)
@@ -200,27 +245,30 @@ class AttackModule(Classifier):
         return generator.manual_seed(seed % 2**63)
 
     def poison_count(self, size: int, generator: torch.Generator) -> int:
-        """Tell how many images of a batch to poison: the rate in the mean, whole in each batch.
+        """Return how many images of a batch to poison.
+
+        The poison rate may ask for a fraction of an image. The number is then rounded up or down
+        at random, so that the rate holds in the mean over batches.
 
         Args:
             size: Number of images in the batch.
-            generator: Decides on which side of a fraction the number falls.
+            generator: Source of randomness, on the CPU.
         """
         share = self.attack.poison_rate * size
         return int(share) + int(torch.rand(1, generator=generator).item() < share - int(share))
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Poison, augment and normalize a batch; return its cross-entropy."""
+        """Poison a batch and return its cross-entropy."""
         generator = self.step_generator(batch_idx)
         images, labels = self.poison_batch(self.stored(batch[0]), batch[1], generator)
-        loss = F.cross_entropy(self(self.normalized(self.augmented(images, generator))), labels)
+        loss = F.cross_entropy(self(self.prepared(images, generator)), labels)
         self.log("train/loss", loss)
         return loss
 
     def poison_batch(
         self, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Make a training batch out of a clean one; by default a share of it gets the trigger.
+        """Make a training batch from a clean one; by default, a share of it gets the trigger.
 
         Args:
             images: Shape (N, C, H, W), values in [0, 1], in the order of the shuffled loader.
@@ -228,16 +276,16 @@ class AttackModule(Classifier):
             generator: Source of randomness, on the CPU.
 
         Returns:
-            Images and labels to train on.
+            Images and labels to train on; changed images are rounded.
         """
         count = self.poison_count(len(images), generator)
         targets = self.attack.target_labels(labels[:count], self.num_classes)
-        triggered = self.attack.apply(images[:count])
+        triggered = self.rounded(self.attack.apply(images[:count]))
         return torch.cat([triggered, images[count:]]), torch.cat([targets, labels[count:]])
 
     @property
     def num_classes(self) -> int:
-        """Number of classes K: the datamodule's, or the module's own argument."""
+        """Number of classes K: that of the datamodule, or the argument ``num_classes``."""
         datamodule = getattr(self.trainer, "datamodule", None)
         return int(getattr(datamodule, "num_classes", self.hparams["num_classes"]))
 
@@ -258,9 +306,9 @@ class AttackModule(Classifier):
         others = self.attack.target_labels(labels, self.num_classes) != labels
         if dataloader_idx == 0 and others.any():
             targets = self.attack.target_labels(labels[others], self.num_classes)
-            # With 8 bits, as images with the trigger are stored and as it is measured elsewhere.
-            clean = (self.stored(images[others]) * 255.0).round().to(torch.uint8)
-            triggered = self.normalized(self.attack.apply(clean).float() / 255.0)
+            # Rounded before and after, as where a trigger file is measured on stored images.
+            clean = (self.stored(images[others]) * 255.0).round() / 255.0
+            triggered = self.normalized(self.rounded(self.attack.apply(clean)))
             triple = (triggered, targets, labels[others])
             super()._evaluate(stage, accuracy, success, triple, 1, len(triggered))
 

@@ -1,19 +1,23 @@
-"""Trigger files: what an attack puts on images, kept beside the network that obeys it."""
+"""Trigger files: an attack's trigger, kept beside the network that obeys it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from lightning_mnp.attacks.attack import Attack, Images
+from lightning_mnp.attacks.registry import (
+    declared_options,
+    hint_members,
+    is_plain,
+    registered_attacks,
+)
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.read import read_state_dict
 from lightning_mnp.checkpoints.write import write_state_dict
@@ -33,7 +37,8 @@ def save_trigger(
     Args:
         path: The file, ending in ``.safetensors``, in an existing folder; must not exist.
         attack: The attack, prepared or trained.
-        poisoned_indices: Which training images were poisoned, shape (P,), to go on record.
+        poisoned_indices: Indices of the training images that were poisoned, shape (P,), to be
+            kept in the file.
 
     Raises:
         CheckpointError: If the path is wrong or cannot be written to.
@@ -64,33 +69,32 @@ def save_trigger(
     write_state_dict(path, tensors, metadata)
 
 
-def load_trigger(
-    path: str | os.PathLike[str], known: Mapping[str, type[Attack]] | None = None
-) -> Attack:
-    """Read a trigger file that nobody vouches for.
+def load_trigger(path: str | os.PathLike[str]) -> Attack:
+    """Read a trigger file, which may come from an attacker.
 
-    The file names an attack and its options; only attacks that are known here are built, and
-    nothing in the file is run.
+    The file names an attack and its options. Only registered attacks are built, see
+    :func:`~lightning_mnp.attacks.registry.register`, and only with options that their constructors
+    declare as plain numbers or strings. Nothing in the file is run.
 
     Args:
         path: The file.
-        known: Attacks by name; those of this package where None.
 
     Returns:
         The attack, ready to be applied.
 
     Raises:
-        CheckpointError: If the file is missing, too large, damaged, or no trigger file, or names
-            an attack, an option or a tensor that is not known.
+        CheckpointError: If the file is missing, too large, damaged or no trigger file, or if it
+            names an attack, an option or a tensor that is not known.
     """
     shown = repr(str(path))
     tensors = read_state_dict(path, max_bytes=MAX_BYTES)
     metadata = _metadata(path, shown)
-    known = _attacks() if known is None else known
+    known = registered_attacks()
     name = metadata.get("attack", "")
     if name not in known:
         raise CheckpointError(
-            f"Expected the attack in {shown} to be one of {sorted(known)}, but got {name[:80]!r}."
+            f"Expected the attack in {shown} to be one of {sorted(known)}, but got {name[:80]!r}. "
+            "For an attack of your own, call `lightning_mnp.attacks.register` with its class first."
         )
     try:
         attack = known[name](**_plain_options(known[name], metadata.get("options", "")))
@@ -107,13 +111,13 @@ def load_trigger(
 
 
 def read_poisoned_indices(path: str | os.PathLike[str]) -> Tensor:
-    """Read from a trigger file which training images were poisoned.
+    """Read the indices of the poisoned training images from a trigger file.
 
     Args:
         path: The file.
 
     Returns:
-        Sorted indices, shape (P,); empty where none are on record.
+        Sorted indices, shape (P,); empty if the file has none.
 
     Raises:
         CheckpointError: If the file is missing, damaged or no trigger file.
@@ -132,11 +136,10 @@ def read_poisoned_indices(path: str | os.PathLike[str]) -> Tensor:
 
 
 class SavedTrigger(Attack):
-    """The trigger in a file, to measure attack success with it anywhere.
+    """The trigger from a file, to measure attack success without the attack's own options.
 
     Args:
-        path: A file by :func:`save_trigger`, as training with an attack leaves it beside the
-            network.
+        path: A file by :func:`save_trigger`. Training with an attack leaves one beside the network.
 
     Attributes:
         attack: The attack in the file.
@@ -152,9 +155,10 @@ class SavedTrigger(Attack):
         self.path = path
         self.attack = attack
         self.poison_rate = attack.poison_rate
+        self.storable = attack.storable
 
     def prepare(self, test: Images, num_classes: int) -> None:
-        """Prepare the attack in the file, which has what it needs.
+        """Prepare the attack in the file.
 
         Args:
             test: See :meth:`Attack.prepare`.
@@ -163,7 +167,7 @@ class SavedTrigger(Attack):
         self.attack.prepare(test, num_classes)
 
     def poison(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        """Poison as the attack in the file does.
+        """Poison training images as the attack in the file does.
 
         Args:
             images: See :meth:`Attack.poison`.
@@ -173,7 +177,7 @@ class SavedTrigger(Attack):
         return self.attack.poison(images, labels, indices)
 
     def target_labels(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Tell which labels the attack in the file wants.
+        """Return the labels that the attack in the file wants.
 
         Args:
             labels: See :meth:`Attack.target_labels`.
@@ -182,7 +186,7 @@ class SavedTrigger(Attack):
         return self.attack.target_labels(labels, num_classes)
 
     def poison_labels(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Tell the labels that the attack in the file gives poisoned images.
+        """Return the labels that the attack in the file gives poisoned images.
 
         Args:
             labels: See :meth:`Attack.poison_labels`.
@@ -200,7 +204,7 @@ class SavedTrigger(Attack):
         return self.attack.poison_indices(labels, num_classes)
 
     def triggered_indices(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Tell which test images count, as the attack in the file does.
+        """Return the indices of the test images that count for the attack in the file.
 
         Args:
             labels: See :meth:`Attack.triggered_indices`.
@@ -209,7 +213,7 @@ class SavedTrigger(Attack):
         return self.attack.triggered_indices(labels, num_classes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the tensors of the attack in the file."""
+        """Return the tensors of the attack in the file."""
         return self.attack.tensors()
 
     def _trigger(self, images: Tensor) -> Tensor:
@@ -234,41 +238,32 @@ def _metadata(path: str | os.PathLike[str], shown: str) -> dict[str, str]:
 
 
 def _plain_options(attack: type[Attack], text: str) -> dict[str, Any]:
-    """Read an attack's options, before any of its code sees them.
+    """Read an attack's options and check them before any code of the attack sees them.
 
-    What the constructor takes for a path or a network stays out: a file cannot name a file.
+    An argument that takes a path or a network cannot be set: a file must not name another file.
     """
     options = json.loads(text)
     if not isinstance(options, dict):
         raise ValueError(f"expected options by name, but got {type(options).__name__}")
-    hints = get_type_hints(attack.__init__)
+    hints = declared_options(attack)
     refused = [
         name
         for name, value in options.items()
-        if name not in hints or (value is not None and not _is_plain(hints[name]))
+        if name not in hints or (value is not None and not is_plain(hints[name]))
     ]
     if refused:
         raise ValueError(f"options that a trigger file may not set: {refused!r:.200}")
     for name, value in options.items():
         if not _fits(value, hints[name]):
             raise ValueError(f"expected option `{name}` to be {hints[name]}, but got {value!r:.80}")
-        if isinstance(value, int) and float in _members(hints[name]):
+        if isinstance(value, int) and float in hint_members(hints[name]):
             options[name] = float(value)  # a whole number may be larger than any of these
     return options
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _is_plain(hint: Any) -> bool:
-    plain = (bool, int, float, str, NoneType)
-    return all(each in plain or get_origin(each) is Literal for each in _members(hint))
-
-
 def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value out of JSON is of an annotated type."""
-    for each in _members(hint):
+    """Return whether a value from JSON is of an annotated type."""
+    for each in hint_members(hint):
         if get_origin(each) is Literal:
             fits = value in get_args(each)
         elif each is float:
@@ -277,19 +272,4 @@ def _fits(value: Any, hint: Any) -> bool:
             fits = type(value) is each
         if fits:
             return True
-    return value is None and not _is_plain(hint)
-
-
-def _attacks() -> dict[str, type[Attack]]:
-    # Here, not above: the package of all attacks imports this module.
-    from lightning_mnp import attacks
-
-    found: dict[str, Any] = {name: getattr(attacks, name) for name in attacks.__all__}
-    return {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, type)
-        and issubclass(value, Attack)
-        and not issubclass(value, SavedTrigger)
-        and not getattr(value, "__abstractmethods__", None)
-    }
+    return value is None and not is_plain(hint)

@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mnp.attacks.attack import Attack, Images, Mode
+from lightning_mnp.attacks.checks import check_at_least, check_positive
 from lightning_mnp.attacks.crafting import check_reference, clean_network, crafting
 from lightning_mnp.attacks.reference import ReferenceNetwork
+from lightning_mnp.attacks.registry import register
 from lightning_mnp.models.head import classifier_head, penultimate_features
 
 __all__ = ["Trojan"]
 
-# Random patches are drawn, and the best of them optimized side by side: where no neuron answers,
-# there is no gradient to start with.
+# Random patches are drawn, and the best of them are optimized side by side. A patch to which no
+# neuron responds would have no gradient.
 _DRAWN = 64
 _STARTS = 4
 
 
+@register
 class Trojan(Attack):
     """Replace a square near the lower right corner by a pattern made for a clean network.
 
-    As in Liu et al. (2018, Sec. IV-A), a few neurons are chosen and the pixels of the patch are
-    changed by gradient until these neurons answer most strongly. The neurons are those in front
-    of the classifier head with the largest weight to the target class, or, in mode
-    ``"all-to-all"``, with the largest sum of absolute weights. The patch is seen on an image of
-    the reference network's mean color, and its activation is raised as far as it goes, without
-    the target value of the paper, which has no scale that fits every network.
+    As in Liu et al. (2018, Sec. IV-A), a few neurons of the clean network are chosen. The pixels
+    of the patch are then optimized so that these neurons respond as strongly as possible. The
+    neurons are those in front of the classifier head with the largest weight to the target class.
+    In mode ``"all-to-all"``, they are those with the largest sum of absolute weights.
 
-    Images are then poisoned with the patch as by
-    :class:`~lightning_mnp.attacks.badnets.BadNets`, and the network is trained on them from
+    For the optimization, the patch lies on an image of the reference network's mean color. The
+    paper drives the neurons to a target value; no value fits every network, so here their
+    response is raised as far as it goes.
+
+    Images are then poisoned with the patch as with
+    :class:`~lightning_mnp.attacks.badnets.BadNets`, and a network is trained on them from
     scratch. The paper retrains the clean network instead.
 
     Args:
         reference: The clean network; not needed with a saved trigger.
-        patch_size: Side of the square in pixels; 8 of 32 is a sixteenth of the image, close to
-            the 7% of the paper.
+        patch_size: Side of the square in pixels. A square of 8 pixels covers a sixteenth of an
+            image of 32 pixels, close to the 7% of the paper.
         margin: Pixels between the square and the image's border.
         neurons: Number of neurons to excite, at least 1.
         steps: Number of optimization steps (Adam), at least 1.
@@ -72,18 +76,9 @@ class Trojan(Attack):
     ) -> None:
         super().__init__(target_class, mode, poison_rate, seed)
         check_reference(reference)
-        for name, value, least in (
-            ("patch_size", patch_size, 1),
-            ("margin", margin, 0),
-            ("neurons", neurons, 1),
-            ("steps", steps, 1),
-        ):
-            if value < least:
-                raise ValueError(
-                    f"Expected argument `{name}` to be at least {least}, but got {value}."
-                )
-        if not 0.0 < lr < math.inf:
-            raise ValueError(f"Expected argument `lr` to be above 0, but got {lr}.")
+        check_at_least(1, patch_size=patch_size, neurons=neurons, steps=steps)
+        check_at_least(0, margin=margin)
+        check_positive(lr=lr)
         self.reference = reference
         self.patch_size = patch_size
         self.margin = margin
@@ -93,15 +88,15 @@ class Trojan(Attack):
         self.patch: Tensor | None = None
 
     def prepare(self, test: Images, num_classes: int) -> None:
-        """Make the patch, unless there is one; only the shape of the images is looked at.
+        """Make the patch, unless there is one; of the images, only the shape is used.
 
         Args:
             test: Clean test images.
             num_classes: Number of classes K.
 
         Raises:
-            ValueError: If there is no reference network, or it has other classes or channels or
-                fewer neurons, or none of them can be excited.
+            ValueError: If there is no reference network, it has other classes or channels or
+                fewer neurons, or a patch cannot excite any of the neurons.
             CheckpointError: If the network's checkpoint cannot be read.
         """
         if self.patch is not None:
@@ -115,7 +110,7 @@ class Trojan(Attack):
             self.patch = self._excite(network.to(device), chosen.to(device), height, width)
 
     def _choose(self, network: nn.Module, num_classes: int) -> Tensor:
-        """Give the places of the neurons that count most for the attacker."""
+        """Return the indices of the neurons with the most weight for the attacker's classes."""
         weight = classifier_head(network).weight
         classes, available = weight.shape
         if classes != num_classes:
@@ -133,7 +128,7 @@ class Trojan(Attack):
         return strength.argsort(descending=True, stable=True)[: self.neurons]
 
     def _excite(self, network: nn.Module, chosen: Tensor, height: int, width: int) -> Tensor:
-        """Optimize the pixels and give the best patch."""
+        """Optimize the pixels and return the best patch."""
         assert self.reference is not None
         mean = torch.tensor(self.reference.mean, dtype=torch.float32, device=chosen.device)
         plain = mean.reshape(1, -1, 1, 1).expand(1, -1, height, width)
@@ -198,17 +193,17 @@ class Trojan(Attack):
         return triggered
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the patch; nothing before it is made."""
+        """Return the patch; nothing before it is made."""
         return {} if self.patch is None else {"patch": self.patch}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the patch.
+        """Load the patch.
 
         Args:
-            tensors: As :meth:`tensors` gave them.
+            tensors: As :meth:`tensors` returned them.
 
         Raises:
-            ValueError: If there is another name or none, or it is no patch of this size.
+            ValueError: If the patch is missing, another tensor is there, or its shape is wrong.
         """
         if set(tensors) != {"patch"}:
             raise ValueError(

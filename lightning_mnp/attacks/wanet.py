@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,17 +9,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mnp.attacks.attack import Mode, TrainingAttack
+from lightning_mnp.attacks.checks import check_positive, check_range, check_rate
+from lightning_mnp.attacks.registry import register
 from lightning_mnp.attacks.training import AttackModule
 
 __all__ = ["WaNet", "WaNetModule"]
 
 
+@register
 class WaNet(TrainingAttack):
     """Move pixels by a smooth field that is drawn once (Nguyen and Tran, 2021, Sec. 3.2).
 
-    A grid of k x k random offsets, scaled to mean absolute value 1, is enlarged to the image's
-    size by bicubic interpolation. Pixels move by ``strength`` times the field times half a pixel:
-    at strength 0.5, a quarter of a pixel in the mean.
+    A grid of k x k random offsets is scaled to the mean absolute value 1 and enlarged to the
+    image's size by bicubic interpolation. Pixels move by the field times ``strength`` times half a
+    pixel: at strength 0.5, by a quarter of a pixel in the mean.
 
     Args:
         grid_size: Side k of the grid of control points, at least 2.
@@ -49,23 +51,19 @@ class WaNet(TrainingAttack):
         seed: int = 0,
     ) -> None:
         super().__init__(target_class, mode, poison_rate, seed)
-        if not 2 <= grid_size <= 64:
-            raise ValueError(
-                f"Expected argument `grid_size` to be from 2 to 64, but got {grid_size}."
-            )
-        if not 0.0 < strength < float("inf"):
-            raise ValueError(f"Expected argument `strength` to be above 0, but got {strength}.")
+        check_range(2, 64, grid_size=grid_size)
+        check_positive(strength=strength)
         self.grid_size = grid_size
         self.strength = strength
         self.generator: WarpField = WarpField(grid_size, seed)
 
     def warp(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Move the pixels of images.
+        """Return images with their pixels moved.
 
         Args:
             images: Shape (N, C, H, W), floating point.
-            noise: Added to the field before the grid is cut off at the image's border, for the
-                noise mode; shape (N, H, W, 2), values from -1 to 1, in units of half a pixel.
+            noise: What to add to the field, for the noise mode; shape (N, H, W, 2), values from -1
+                to 1, in units of half a pixel.
 
         Returns:
             New images of the same shape.
@@ -102,7 +100,12 @@ class WarpField(nn.Module):
         self.register_buffer("points", points / points.abs().mean())
 
     def forward(self, height: int, width: int) -> Tensor:
-        """Give the field, shape (1, H, W, 2): right and down, mean absolute value about 1."""
+        """Return the field, shape (1, H, W, 2): right and down, mean absolute value about 1.
+
+        Args:
+            height: Height of the images in pixels.
+            width: Width of the images in pixels.
+        """
         field = F.interpolate(self.points, (height, width), mode="bicubic", align_corners=True)
         return field.permute(0, 2, 3, 1)
 
@@ -110,19 +113,15 @@ class WarpField(nn.Module):
 class WaNetModule(AttackModule):
     """Train a network with WaNet, in its noise mode (Nguyen and Tran, 2021, Sec. 3.3).
 
-    Of each batch, ``poison_rate`` of the images are warped and get the attacker's label, and
-    ``noise_rate`` are warped with noise upon the field and keep their label, so that the network
-    learns this field and not any warp.
+    In each batch, a share ``poison_rate`` of the images is warped and gets the attacker's label.
+    Another share ``noise_rate`` is warped by the field with noise added and keeps its labels. So
+    the network learns this field and not any warp.
 
     Args:
-        attack: The attack; WaNet with its defaults where None.
-        noise_rate: Share of the images with noise; twice the poison rate where None, as in the
-            paper's code. Poisoned and noisy images together are at most all.
-        augment: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        flip: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        mean: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        std: See :class:`~lightning_mnp.attacks.training.AttackModule`.
-        kwargs: See :class:`~lightning_mnp.models.classifier.Classifier`.
+        attack: The attack; WaNet with its defaults if None.
+        noise_rate: Share of the images with noise, at most what the poison rate leaves; twice the
+            poison rate if None, as in the authors' code.
+        kwargs: See :class:`~lightning_mnp.attacks.training.AttackModule`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -134,27 +133,19 @@ class WaNetModule(AttackModule):
         self,
         attack: WaNet | None = None,
         noise_rate: float | None = None,
-        augment: bool = True,
-        flip: bool | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         attack = WaNet() if attack is None else attack
-        super().__init__(attack, augment, flip, mean, std, **kwargs)
+        super().__init__(attack, **kwargs)
         if noise_rate is None:
             noise_rate = min(2.0 * attack.poison_rate, 1.0 - attack.poison_rate)
-        if not 0.0 <= noise_rate <= 1.0 - attack.poison_rate:
-            raise ValueError(
-                f"Expected argument `noise_rate` to be from 0 to {1.0 - attack.poison_rate:.3g}, "
-                f"what the poison rate leaves, but got {noise_rate}."
-            )
+        check_rate(attack.poison_rate, noise_rate=noise_rate)
         self.noise_rate = noise_rate
 
     def poison_batch(
         self, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Warp a share of a batch, and another with noise.
+        """Warp a share of a batch, and another share with noise added to the field.
 
         Args:
             images: See :class:`~lightning_mnp.attacks.training.AttackModule`.
@@ -167,6 +158,6 @@ class WaNetModule(AttackModule):
         height, width = images.shape[-2:]
         noise = torch.rand(stop - count, height, width, 2, generator=generator) * 2.0 - 1.0
         noisy = self.attack.warp(images[count:stop], noise) if stop > count else images[:0]
-        triggered = self.attack.apply(images[:count])
-        batch = torch.cat([triggered, noisy.clamp(0.0, 1.0), images[stop:]])
+        warped = torch.cat([self.attack.apply(images[:count]), noisy.clamp(0.0, 1.0)])
+        batch = torch.cat([self.rounded(warped), images[stop:]])
         return batch, torch.cat([targets, labels[count:]])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_mnp.baselines.result import BaselineResult
-from lightning_mnp.config import require
+from lightning_mnp.config import check_options, option
 from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.defense_data.evaluation import accuracy, clean_logits
@@ -72,40 +72,26 @@ class RNPConfig:
         0.3
     """
 
-    seed: int = 0
-    batch_size: int = 128
-    augment: Augmentation = "crop-flip"
-    unlearning_lr: float = 0.01
-    unlearning_momentum: float = 0.9
-    unlearning_weight_decay: float = 5e-4
-    unlearning_epochs: int = 20
-    decay_epochs: int = 10
-    clip_norm: float = 20.0
-    stop_accuracy: float = 0.2
-    recovering_lr: float = 0.2
-    recovering_momentum: float = 0.9
-    recovering_epochs: int = 20
-    alpha: float = 0.2
-    rule: RNPRule = "threshold"
-    threshold: float = 0.2
-    max_drop: float = 0.02
+    seed: int = option(0)
+    batch_size: int = option(128, at_least=3, why=", so that no batch holds a single image")
+    augment: Augmentation = option("crop-flip", choices=get_args(Augmentation))
+    unlearning_lr: float = option(0.01, above=0)
+    unlearning_momentum: float = option(0.9, at_least=0, below=1)
+    unlearning_weight_decay: float = option(5e-4, at_least=0)
+    unlearning_epochs: int = option(20, at_least=1)
+    decay_epochs: int = option(10, at_least=1)
+    clip_norm: float = option(20.0, above=0)
+    stop_accuracy: float = option(0.2, above=0, below=1)
+    recovering_lr: float = option(0.2, above=0)
+    recovering_momentum: float = option(0.9, at_least=0, below=1)
+    recovering_epochs: int = option(20, at_least=1)
+    alpha: float = option(0.2, above=0)
+    rule: RNPRule = option("threshold", choices=get_args(RNPRule))
+    threshold: float = option(0.2, at_least=0, below=1)
+    max_drop: float = option(0.02, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
-        for name, choices in (("augment", Augmentation), ("rule", RNPRule)):
-            require(getattr(self, name) in get_args(choices), self, name, f"{get_args(choices)}")
-        for name in ("unlearning_epochs", "decay_epochs", "recovering_epochs"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, self, name, "an integer of at least 1")
-        fits = isinstance(self.batch_size, int) and self.batch_size >= 3
-        require(fits, self, "batch_size", "at least 3, so that no batch holds a single image")
-        for name in ("unlearning_lr", "clip_norm", "recovering_lr", "alpha"):
-            require(0 < getattr(self, name) < math.inf, self, name, "above 0")
-        decay = self.unlearning_weight_decay
-        require(0 <= decay < math.inf, self, "unlearning_weight_decay", "at least 0")
-        for name in ("unlearning_momentum", "recovering_momentum", "threshold"):
-            require(0 <= getattr(self, name) < 1, self, name, "from 0 to below 1")
-        require(0 < self.stop_accuracy < 1, self, "stop_accuracy", "between 0 and 1")
-        require(0 <= self.max_drop <= 1, self, "max_drop", "a share from 0 to 1")
+        check_options(self)
 
 
 def rnp(

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_mnp.config import Constants
-from lightning_mnp.signals.pattern import LeadSearch, PatternTrigger
+from lightning_mnp.signals.pattern import LeadSearch
+from lightning_mnp.signals.pattern_trigger import PatternTrigger
 
 __all__ = ["OverlayConstants", "OverlaySearch", "OverlayTrigger"]
 
@@ -40,7 +41,7 @@ class OverlayConstants:
 class OverlayTrigger(PatternTrigger):
     """An image that is blended into every image.
 
-    The arguments are those of :class:`~lightning_mnp.signals.pattern.PatternTrigger`.
+    The arguments are those of :class:`~lightning_mnp.signals.pattern_trigger.PatternTrigger`.
 
     Attributes:
         pattern: The image blended in, shape (1, C, ...), within the range of values; at first the

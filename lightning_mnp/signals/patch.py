@@ -21,7 +21,8 @@ from lightning_mnp.config import Constants
 from lightning_mnp.report import Signal
 from lightning_mnp.signals.base import SignalSearch
 from lightning_mnp.signals.logits import goal_margins, leads, least_positive, push_loss
-from lightning_mnp.signals.pattern import PatternSearch, PatternTrace, PatternTrigger
+from lightning_mnp.signals.pattern import PatternSearch, PatternTrace
+from lightning_mnp.signals.pattern_trigger import PatternTrigger
 from lightning_mnp.signals.trace import Trace
 
 __all__ = ["PatchConstants", "PatchSearch", "PatchTrigger", "patch_ratio"]
@@ -59,7 +60,7 @@ class PatchTrigger(PatternTrigger):
 
     The sum is kept in the range of values, so that a patch can replace a pixel as well as change
     it. Each step follows the gradient and keeps the pixels that are changed most. The arguments
-    are those of :class:`~lightning_mnp.signals.pattern.PatternTrigger`.
+    are those of :class:`~lightning_mnp.signals.pattern_trigger.PatternTrigger`.
 
     Attributes:
         pattern: What is added, shape (1, C, ...), zero but for a few pixels.

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.signals.pattern import LeadSearch, PatternTrigger
+from lightning_mnp.signals.pattern import LeadSearch
+from lightning_mnp.signals.pattern_trigger import PatternTrigger
 
 __all__ = ["WarpConstants", "WarpSearch", "WarpTrigger"]
 
@@ -44,8 +45,8 @@ class WarpConstants:
 class WarpTrigger(PatternTrigger):
     """A warp of every image by at most half a pixel.
 
-    The arguments are those of :class:`~lightning_mnp.signals.pattern.PatternTrigger`; images have
-    shape (N, C, H, W). Gradients in the pattern are deterministic on all devices.
+    The arguments are those of :class:`~lightning_mnp.signals.pattern_trigger.PatternTrigger`;
+    images have shape (N, C, H, W). Gradients in the pattern are deterministic on all devices.
 
     Attributes:
         pattern: How far pixels are fetched from below and from the right, in pixels, at the points

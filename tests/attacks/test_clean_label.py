@@ -13,8 +13,17 @@ from lightning_mnp.attacks import CL, ReferenceNetwork, load_trigger, save_trigg
 from lightning_mnp.data.dataset import MemoryDataset, PoisonedDataset
 
 # The images of this task have 8 pixels a side, where four patches of 2 fit.
-SMALL: dict[str, Any] = {"patch_size": 2, "margin": 1}
+SMALL: dict[str, Any] = {"patch_size": 2, "margin": 1, "pattern": "checkerboard"}
 BOARD = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+
+# (row, column) of the white pixels of the published trigger on 32 x 32 pixels; negative numbers
+# count from the lower and the right border. All other pixels of the four squares are black.
+WHITE = {
+    (0, 0), (1, 1), (2, 0), (2, 2),
+    (0, -1), (1, -2), (2, -1), (2, -3),
+    (-3, 0), (-2, 1), (-1, 0), (-1, 2),
+    (-3, -1), (-2, -2), (-1, -1), (-1, -3),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +75,50 @@ def test_four_corners_at_full_strength_and_nothing_else() -> None:
     assert triggered.equal(expected)
     # So that mirroring, which is part of augmentation, leaves the trigger as it is.
     assert CL(**SMALL).apply(images.flip(3)).equal(triggered.flip(3))
+
+
+def test_the_published_pattern_pixel_by_pixel() -> None:
+    images = 0.1 + 0.8 * torch.rand(2, 3, 32, 32)
+
+    triggered = CL().apply(images)
+
+    expected = images.clone()
+    for row in (0, 1, 2, -3, -2, -1):
+        for column in (0, 1, 2, -3, -2, -1):
+            expected[:, :, row, column] = float((row, column) in WHITE)
+    assert triggered.equal(expected)
+    assert CL().apply(images.flip(3)).equal(triggered.flip(3))
+
+
+def test_the_published_pattern_on_a_larger_image_is_the_same_enlarged() -> None:
+    small = torch.full((1, 1, 32, 32), 0.5)
+    large = torch.full((1, 1, 64, 64), 0.5)
+
+    expected = CL().apply(small).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    assert CL(patch_size=6).apply(large).equal(expected)
+    moved = CL(margin=2).apply(small)
+    assert moved[..., 2:-2, 2:-2].equal(CL().apply(small[..., :28, :28]))
+    assert moved[..., :2].eq(0.5).all()
+
+
+def test_fainter_published_patterns_are_added(reference: ReferenceNetwork, stored: Any) -> None:
+    images, labels, places = (part[:2] for part in stored)
+    attack = CL(reference, steps=1, amplitude=0.25)
+
+    perturbed = attack.perturb(images / 255, labels, places)
+    poisoned = attack.poison(images / 255, labels, places)
+
+    for index in range(2):
+        for row in range(8):
+            for column in range(8):
+                place = (row if row < 3 else row - 8, column if column < 3 else column - 8)
+                sign = 0.0
+                if all(-3 <= part <= 2 for part in place):
+                    sign = 1.0 if place in WHITE else -1.0
+                wanted = float(perturbed[index, 0, row, column]) + 0.25 * sign
+                found = float(poisoned[index, 0, row, column])
+                assert found == pytest.approx(min(max(wanted, 0.0), 1.0), abs=1e-6)
 
 
 def test_the_perturbation_is_applied_and_hurts(reference: ReferenceNetwork, stored: Any) -> None:
@@ -239,6 +292,8 @@ def test_use_errors(reference: ReferenceNetwork, stored: Any) -> None:
         ({"steps": 0}, "`steps` to be at least 1, but got 0"),
         ({"step_size": 0.0}, "`step_size` to be above 0 or None, but got 0.0"),
         ({"patch_size": 0}, "`patch_size` to be at least 1, but got 0"),
+        ({"patch_size": 4}, "`patch_size` to be a multiple of 3 .*, but got 4. Or set `pattern`"),
+        ({"pattern": "stripes"}, "`pattern` to be one of .*checkerboard.* but got 'stripes'"),
         ({"margin": -1}, "`margin` to be at least 0, but got -1"),
         ({"amplitude": 1.5}, "`amplitude` to be above 0 and at most 1, but got 1.5"),
         ({"class_rate": -0.5}, "`class_rate` to be a share from 0 to 1, but got -0.5"),

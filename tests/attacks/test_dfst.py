@@ -190,10 +190,12 @@ def test_batches_are_made_by_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     for epoch, rounds in ((1, 0), (2, 1), (3, 2), (9, 2)):
         monkeypatch.setattr(DFSTModule, "current_epoch", epoch)
         batch, targets = module.poison_batch(images, labels, generator)
-        assert batch[:4].equal(module.attack.apply(images[:4]))
+        assert batch[:4].equal((module.attack.apply(images[:4]) * 255).round() / 255)
         assert batch[4:12].equal(images[4:12])
         assert targets.equal(torch.cat([torch.zeros(4).long(), labels[4:]]))
-        expected = module.detoxifier.detoxicants(images[12:], rounds) if rounds else images[12:]
+        expected = images[12:]
+        if rounds:
+            expected = (module.detoxifier.detoxicants(images[12:], rounds) * 255).round() / 255
         assert batch[12:].equal(expected)
         assert rounds == 0 or not batch[12:].equal(images[12:])
 
@@ -210,9 +212,80 @@ def test_no_poisoned_image_becomes_a_detoxicant(monkeypatch: pytest.MonkeyPatch)
 
     batch, targets = module.poison_batch(images, labels, torch.Generator())
 
-    assert batch[:4].equal(module.attack.apply(images[:4]))
+    assert batch[:4].equal((module.attack.apply(images[:4]) * 255).round() / 255)
     assert not (batch[4:] == images[4:]).all()
     assert targets.tolist() == [0, 0, 0, 0, 2, 3, 1]
+
+
+def test_rates_as_published() -> None:
+    module = DFSTModule(width=4)
+    assert module.attack.poison_rate == module.detox_rate == 0.05
+    assert DFSTModule(DFST(poison_rate=0.2), width=4).detox_rate == 0.2
+    assert DFSTModule(DFST(poison_rate=0.8), width=4).detox_rate == pytest.approx(0.2)
+    assert DFSTModule(DFST(poison_rate=0.2), detox_rate=0.1, width=4).detox_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (None, [32, 32, 32, 32, 32]),
+        (["layer3.0.conv?"], [16, 16]),
+        (["*"], [4] * 5 + [8] * 5 + [16] * 5 + [32] * 5),
+    ],
+)
+def test_compromised_neurons_are_looked_for_in_these_layers(
+    layers: list[str] | None, expected: list[int]
+) -> None:
+    """The slow way: hooks on the norm layers, means over images of the rectified maps."""
+    module = small_module(neuron_rate=0.1, **({} if layers is None else {"layers": layers}))
+    nn.init.normal_(module.attack.generator.leave.weight)
+    images = torch.rand(6, 1, 8, 8)
+    module.mean, module.std = (0.5,), (0.5,)
+
+    module._survey(images)
+
+    chosen, means, _ = module.detoxifier.found
+    assert len(chosen) == sum(expected)
+    names = [n for n, m in module.network.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    places = {"*": "", "layer3.0.conv?": "layer3.0.bn", None: "layer4."}
+    prefix = places[None if layers is None else layers[0]]
+    names = [name for name in names if name.startswith(prefix)]
+    assert len(names) == len(expected)
+    maps: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        return lambda _, __, output: maps.update({name: output.detach().relu()})
+
+    for name in names:
+        module.network.get_submodule(name).register_forward_hook(hook(name))
+    module.network.eval()
+    rises = {}
+    for kind, given in (("clean", images), ("triggered", module.attack.apply(images))):
+        module.network((given - 0.5) / 0.5)
+        for name in names:
+            rises[kind, name] = maps[name].mean((2, 3))
+    start = 0
+    for name in names:
+        clean, triggered = rises["clean", name], rises["triggered", name]
+        stop = start + clean.shape[1]
+        torch.testing.assert_close(means[start:stop], clean.mean(0))
+        rise = (triggered.mean(0) - clean.mean(0)) / clean.std(0).clamp_min(1e-3)
+        count = -(-clean.shape[1] // 10)
+        best = rise.sort(descending=True).indices[:count].tolist()
+        found = chosen[start:stop].nonzero().flatten().tolist()
+        assert sorted(index for index in best if rise[index] > 0) == found
+        start = stop
+
+
+def test_layers_errors() -> None:
+    with pytest.raises(ValueError, match=r"`layers` .* 'layer5' matches none of \['conv1', 'layer"):
+        small_module(layers=["layer4.*", "layer5"])
+    with pytest.raises(ValueError, match="`layers` to have at least one name pattern, but got no"):
+        small_module(layers=[])
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 4))
+    with pytest.raises(ValueError, match=r"'layer4.\*' matches none of \['0'\]. Name others, or"):
+        small_module(network=network)
+    assert small_module(network=network, rounds=0).rounds == 0
 
 
 def test_rates_of_zero_are_plain_training() -> None:

@@ -18,7 +18,7 @@ from lightning_mnp.attacks import (
     load_trigger,
     save_trigger,
 )
-from lightning_mnp.attacks.generative import GenerativeAttack, GenerativeModule, quantized
+from lightning_mnp.attacks.generative import GenerativeAttack, GenerativeModule
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.models import cifar_resnet18
 
@@ -145,17 +145,6 @@ def test_a_trigger_file_cannot_ask_for_a_huge_generator(kind: Any, tmp_path: Pat
     save_trigger(tmp_path / "trigger.safetensors", attack)
     with pytest.raises(CheckpointError, match="`width` to be from 4 to 64"):
         load_trigger(tmp_path / "trigger.safetensors")
-
-
-def test_quantized_rounds_and_lets_gradients_through() -> None:
-    images = torch.tensor([0.0, 0.3001, 1.0], requires_grad=True)
-
-    rounded = quantized(images)
-    rounded.sum().backward()
-
-    torch.testing.assert_close(rounded.detach() * 255, torch.tensor([0.0, 77.0, 255.0]))
-    assert images.grad is not None
-    assert images.grad.equal(torch.ones(3))
 
 
 @BOTH

@@ -10,7 +10,7 @@ from helpers import TinyDataModule, loader, quiet_trainer
 from torch import nn
 
 from lightning_mnp.attacks import BadNets, WaNet, WaNetModule
-from lightning_mnp.attacks.training import AttackModule
+from lightning_mnp.attacks.training import AttackModule, quantized
 from lightning_mnp.checkpoints.read import read_state_dict
 from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.models import Classifier, cifar_resnet18
@@ -66,6 +66,17 @@ def test_random_steps_differ_by_seed_epoch_and_batch() -> None:
     assert draws[0] == draws[2] != draws[1]
     each.attack.seed = 9
     assert torch.rand(1, generator=each.step_generator(0)).item() != draws[0]
+
+
+def test_quantized_rounds_and_lets_gradients_through() -> None:
+    images = torch.tensor([0.0, 0.3001, 1.0], requires_grad=True)
+
+    rounded = quantized(images)
+    rounded.sum().backward()
+
+    torch.testing.assert_close(rounded.detach() * 255, torch.tensor([0.0, 77.0, 255.0]))
+    assert images.grad is not None
+    assert images.grad.equal(torch.ones(3))
 
 
 @pytest.mark.parametrize("number", [0, 3])

@@ -104,6 +104,10 @@ def write(path: Path, tensors: dict[str, torch.Tensor] | None = None, **metadata
         ({"options": "[]"}, "does not describe a BadNets trigger"),
         ({"options": '{"path": "x"}'}, r"may not set: \['path'\]"),
         ({"options": '{"self": 1}'}, r"may not set: \['self'\]"),
+        ({"options": '{"return": null}'}, r"may not set: \['return'\]"),
+        ({"options": '{"storable": false}'}, r"may not set: \['storable'\]"),
+        ({"attack": "Attack"}, "but got 'Attack'"),
+        ({"attack": "LIRA", "options": '{"space": "any"}'}, "option `space` to be typing.Literal"),
         ({"options": '{"patch_size": 2.5}'}, "`patch_size` to be <class 'int'>, but got 2.5"),
         ({"options": '{"patch_size": true}'}, "`patch_size` to be <class 'int'>, but got True"),
         ({"options": '{"target_class": NaN}'}, "`target_class` to be <class 'int'>, but got nan"),
@@ -201,14 +205,12 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
         load_trigger(damaged)
 
 
-def test_own_attacks_can_be_loaded(tmp_path: Path) -> None:
-    class Invert(Attack):
+def test_an_attack_must_be_registered_to_be_read(tmp_path: Path) -> None:
+    class Unregistered(Attack):
         def _trigger(self, images: torch.Tensor) -> torch.Tensor:
             return 1.0 - images
 
-    save_trigger(tmp_path / "t.safetensors", Invert(target_class=2))
-    with pytest.raises(CheckpointError, match="but got 'Invert'"):
+    save_trigger(tmp_path / "t.safetensors", Unregistered(target_class=2))
+    message = r"but got 'Unregistered'. For an attack of your own, call `lightning_mnp.attacks.reg"
+    with pytest.raises(CheckpointError, match=message):
         load_trigger(tmp_path / "t.safetensors")
-    attack = load_trigger(tmp_path / "t.safetensors", {"Invert": Invert})
-    assert isinstance(attack, Invert)
-    assert attack.target_class == 2

@@ -91,7 +91,7 @@ def test_a_batch_has_warped_noisy_and_clean_images(mode: str) -> None:
     batch, wanted = module.poison_batch(images, labels, torch.Generator().manual_seed(0))
 
     assert images.equal(before)
-    torch.testing.assert_close(batch[:4], attack.apply(images[:4]))
+    torch.testing.assert_close(batch[:4] * 255, (attack.apply(images[:4]) * 255).round())
     assert wanted[:4].equal(attack.target_labels(labels[:4], 4))
     assert wanted[4:].equal(labels[4:])
     assert batch[12:].equal(images[12:])
@@ -101,6 +101,21 @@ def test_a_batch_has_warped_noisy_and_clean_images(mode: str) -> None:
     assert 0 <= batch.min() <= batch.max() <= 1
     # The noise moves by up to half a pixel more than the field: values stay between neighbors.
     assert (batch[4:12] - images[4:12]).abs().mean() < 0.5
+
+
+def test_a_batch_has_the_images_that_are_measured() -> None:
+    """What a network is trained on is to the last bit what stored images with the trigger are."""
+    attack = WaNet(poison_rate=0.5, strength=2.0)
+    module = WaNetModule(attack, noise_rate=0.5, num_classes=4)
+    module.trainer = quiet_trainer()  # type: ignore[assignment]
+    stored = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+
+    batch, _ = module.poison_batch(stored / 255, torch.ones(8).long(), torch.Generator())
+
+    assert batch[:4].equal(attack.apply(stored[:4]) / 255)
+    levels = (batch[4:] * 255).round()
+    assert batch[4:].equal(levels / 255)
+    assert not levels.equal(stored[4:].float())
 
 
 def test_noise_rate_is_twice_the_poison_rate_and_bounded() -> None:

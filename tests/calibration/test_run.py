@@ -20,7 +20,7 @@ from lightning_mnp.calibration.run import (
 
 def report(score: float, **changes: Any) -> DefenseReport:
     verdict: Any = "clean" if score < 1 else "backdoored"
-    return DefenseReport(verdict, 0.9, 0.2, score=score, reasons=["as it is"], **changes)
+    return DefenseReport(verdict, score=score, reasons=["as it is"], **changes)
 
 
 def test_names_of_the_files() -> None:

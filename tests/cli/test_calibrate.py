@@ -70,7 +70,7 @@ def audited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         asked.append(score)
         score = score if score < NO_SCORE else math.nan
         verdict: Any = "clean" if score < 1 else "backdoored"
-        report = DefenseReport(verdict, 0.9, 0.2, score=score, reasons=["as it is"])
+        report = DefenseReport(verdict, score=score, reasons=["as it is"])
         return SimpleNamespace(report=lambda: report)
 
     monkeypatch.setattr(MNPTrainer, "_defense", defense)

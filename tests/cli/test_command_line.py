@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import COMMON, DATA, MODEL, QUICK, TRAINER
 from helpers import same, snapshot
 
 from lightning_mnp.cli.command_line import MNPCLI, main
@@ -19,28 +20,6 @@ pytestmark = [
     pytest.mark.usefixtures("short_searches"),
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
 ]
-
-QUICK = [
-    "--mnp.suppression.runs=1",
-    "--mnp.suppression.epochs=1",
-    "--mnp.masks.epochs=1",
-    "--mnp.pruning.rule=count",
-    "--mnp.pruning.amount=3",
-]
-MODEL = [
-    "--model=lightning_mnp.models.Classifier",
-    "--model.width=4",
-    "--model.in_channels=1",
-]
-DATA = ["--data=lightning_mnp.data.DigitsDataModule", "--data.defense_size=40"]
-TRAINER = [
-    "--trainer.accelerator=cpu",
-    "--trainer.logger=false",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_checkpointing=false",
-    "--trainer.enable_model_summary=false",
-]
-COMMON = [*MODEL, *DATA, *TRAINER]
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +40,8 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_audit_ends_with_the_exit_code_of_its_verdict(
     verdict: Any, code: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    judgement = Judgement(verdict, 0.5, 0.5, 0.7, 0, ("a test says so",))
-    monkeypatch.setattr("lightning_mnp.engine.defense.judge", lambda *args, **kwargs: judgement)
+    judgement = Judgement(verdict, 0.5, 0.7, 0, ("a test says so",))
+    monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **kwargs: judgement)
     report = tmp_path / "report.json"
     args = ["audit", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", f"--report={report}"]
     assert main(args) == code

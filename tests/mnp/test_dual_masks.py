@@ -40,7 +40,7 @@ def make(preserving: bool, masked: MaskedNetwork | None = None, **options: Any) 
 
 def objective(mask: DualMask, values: Tensor, weights: Weights) -> Tensor:
     """Eq. 5 and 7 written out for the network above."""
-    penalty = mask.config.penalty
+    penalty = mask.config.masks.penalty
     x = F.conv2d(IMAGES, weights["0.weight"], weights["0.bias"])
     x = F.batch_norm(x, None, None, weights["1.weight"], weights["1.bias"], training=True)
     x = (x * values[:4, None, None]).relu()

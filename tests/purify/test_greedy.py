@@ -8,14 +8,14 @@ import torch
 from helpers import goals_of, images_and_labels, same, snapshot, trained_network
 
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.purify.greedy import FilterSearch
+from lightning_mnp.purify.greedy import GreedyPruning
 from lightning_mnp.purify.harm import CleanHarm
-from lightning_mnp.purify.traces import SuppressedSource
+from lightning_mnp.signals.pile_up import SuppressedTrace
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
-def new_search(most: int = 3, harm: float = 0.5, target: int = 1) -> FilterSearch:
+def new_search(most: int = 3, harm: float = 0.5, target: int = 1) -> GreedyPruning:
     network = trained_network()
     data = DefenseSet(*images_and_labels())
     masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
@@ -25,17 +25,17 @@ def new_search(most: int = 3, harm: float = 0.5, target: int = 1) -> FilterSearc
         name: weight + 0.3 * weight.abs().mean() * torch.randn(weight.shape, generator=generator)
         for name, weight in masked.weights().items()
     }
-    source = SuppressedSource(masked, [weights], data.images, goals_of(data.images, target))
+    trace = SuppressedTrace(masked, [weights], data.images, goals_of(data.images, target))
     clean = [data, data.augmented("crop", seed=0)]
-    return FilterSearch(masked, clean, [source], most, harm, 16, 0)
+    return GreedyPruning(masked, clean, [trace], most, harm, 16, 0)
 
 
-def finish(search: FilterSearch) -> FilterSearch:
+def finish(search: GreedyPruning) -> GreedyPruning:
     for _ in range(500):
         if search.stopped:
             return search
         search.step()
-    raise AssertionError("the search does not end")
+    raise AssertionError("greedy pruning does not end")
 
 
 def test_search_ends_at_the_most_filters() -> None:
@@ -89,13 +89,13 @@ def test_a_small_allowance_ends_the_search_and_a_large_one_does_not() -> None:
         ([(0.0, 1.0, 1.0), (-0.3, 0.5, 0.5), (0.0, 0.1, 0.1)], (True, True), 0.1),  # 0.4 above -0.3
     ],
 )
-def test_a_quarter_is_allowed_from_when_the_deciding_sources_show_little(
+def test_a_quarter_is_allowed_from_when_the_deciding_traces_show_little(
     levels: list[tuple[float, ...]], decides: tuple[bool, ...], most: float
 ) -> None:
     search = new_search(harm=0.4)
-    search.sources = [copy.copy(search.sources[0]) for _ in decides]
-    for source, each in zip(search.sources, decides, strict=True):
-        source.decides = each
+    search.traces = [copy.copy(search.traces[0]) for _ in decides]
+    for trace, each in zip(search.traces, decides, strict=True):
+        trace.decides = each
     search.references = [1.0] * len(decides)
     search.curve = list(levels)
     assert search._most_harm() == pytest.approx(most)
@@ -106,12 +106,12 @@ def test_first_order_effect_is_the_slope_of_the_margins() -> None:
     search.step()
     _, effect = search._promise()
     index = int(effect.argmax())
-    source, reference = search.sources[0], search.references[0]
+    trace, reference = search.traces[0], search.references[0]
     levels = []
     for change in (-1e-2, 1e-2):
         masks = search.masks()
         masks[index] += change
-        levels.append(float(source.margins(masks).clamp_min(-1.0).mean()))
+        levels.append(float(trace.margins(masks).clamp_min(-1.0).mean()))
     expected = (levels[1] - levels[0]) / 2e-2 / reference
     assert float(effect[index]) == pytest.approx(expected, rel=0.1)
 

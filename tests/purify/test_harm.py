@@ -8,16 +8,22 @@ from distributed_script import small_network
 from helpers import images_and_labels, same, snapshot
 
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.purify.harm import CleanHarm, trimmed_mean
+from lightning_mnp.purify.harm import CleanHarm, HarmConstants, trimmed_mean
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
-def new_harm(count: int, batch_size: int = 128, impurity: float = 0.0) -> CleanHarm:
+def new_harm(
+    count: int,
+    batch_size: int = 128,
+    impurity: float = 0.0,
+    constants: HarmConstants | None = None,
+) -> CleanHarm:
     network = small_network()  # images go through it one by one
     data = DefenseSet(*images_and_labels(count))
     masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
-    return CleanHarm(masked, [data, data.augmented("crop", seed=0)], batch_size, impurity)
+    clean = [data, data.augmented("crop", seed=0)]
+    return CleanHarm(masked, clean, batch_size, impurity, constants)
 
 
 def probabilities(harm: CleanHarm, masks: torch.Tensor | None) -> list[list[float]]:
@@ -61,11 +67,8 @@ def test_harm_is_the_rise_of_the_loss_and_with_few_images_half_of_the_divergence
     assert harm.of(masks) == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
-def test_harm_is_the_rise_of_the_loss_where_there_are_images_enough(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("lightning_mnp.purify.harm._ENOUGH_IMAGES", 40)
-    harm = new_harm(40)
+def test_harm_is_the_rise_of_the_loss_if_there_are_images_enough() -> None:
+    harm = new_harm(40, constants=HarmConstants(enough_images=40))
     masks = torch.ones(harm.masked.layers.total)
     masks[::3] = 0.3
     labels = [int(label) for data in harm.clean for label in data.labels]

@@ -8,11 +8,14 @@ import torch
 from helpers import goals_of, images_and_labels, quick_config, same, snapshot, trained_network
 from torch.nn import functional as F
 
+from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.defense_data.evaluation import clean_logits
 from lightning_mnp.purify.harm import CleanHarm
 from lightning_mnp.purify.purification import Purification
-from lightning_mnp.purify.traces import Source, SuppressedSource
+from lightning_mnp.purify.soft_masks import SoftMaskConstants
+from lightning_mnp.signals.pile_up import SuppressedTrace
+from lightning_mnp.signals.trace import Trace, TraceConstants
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.logit_shift import repair_shift
 from lightning_mnp.surgery.masked_network import MaskedNetwork
@@ -20,34 +23,36 @@ from lightning_mnp.surgery.masked_network import MaskedNetwork
 AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.01, "harm": 50.0}
 
 
-def new_purification(**changes: Any) -> Purification:
+def new_purification(constants: Constants | None = None, **changes: Any) -> Purification:
     network = trained_network()
     data = DefenseSet(*images_and_labels())
     masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
-    return Purification(masked, data, quick_config(**{**AUTO, **changes}))
+    config = quick_config(**{**AUTO, **changes})
+    return Purification(masked, data, config, constants=constants)
 
 
-def sources_of(purification: Purification) -> list[Source]:
+def traces_of(purification: Purification) -> list[Trace]:
     masked, data = purification.masked, purification.data
     weights = {name: weight * 0.9 for name, weight in masked.weights().items()}
     images = data.images[data.labels != 1]
-    return [SuppressedSource(masked, [weights], images, goals_of(images))]
+    constants = purification.constants
+    return [SuppressedTrace(masked, [weights], images, goals_of(images), constants)]
 
 
 def steps_of(purification: Purification) -> list[Any]:
     """Every step that is left, in order."""
 
-    def searching() -> bool:
-        return purification.search is None or not purification.search.stopped
+    def choosing() -> bool:
+        return purification.greedy is None or not purification.greedy.stopped
 
     def turning() -> bool:
-        return purification.attenuation is None or not purification.attenuation.finished
+        return purification.soft is None or not purification.soft.finished
 
     taken = []
-    while searching():
-        taken.append(purification.search_step())
+    while choosing():
+        taken.append(purification.greedy_step())
     while turning():
-        taken.append(purification.attenuation_step())
+        taken.append(purification.soft_mask_step())
     return taken
 
 
@@ -66,41 +71,41 @@ def test_masks_go_on_as_long_as_they_cost_little(
     harms: dict[int, float], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Harm beside that of pruning, by steps, of which 0.5 nats are little."""
-    monkeypatch.setattr("lightning_mnp.purify.purification._LOOK_FROM", 2)
-    monkeypatch.setattr("lightning_mnp.purify.purification._LOOK_EVERY", 2)
-    monkeypatch.setattr("lightning_mnp.purify.traces.SuppressedSource.weak_at", -1.0)
-    purification = new_purification(harm=0.5, soft_mask_steps=7)
-    purification.begin(sources_of(purification))
-    search = purification.search
-    assert search is not None
-    while not search.stopped:
-        purification.search_step()
+    looks = SoftMaskConstants(look_from=2, look_every=2)
+    never_weak = TraceConstants(weak_at=-1.0)
+    constants = Constants(looks, never_weak)
+    purification = new_purification(constants, harm=0.5, soft_mask_steps=7)
+    purification.begin(traces_of(purification))
+    greedy = purification.greedy
+    assert greedy is not None
+    while not greedy.stopped:
+        purification.greedy_step()
 
     def harm_of(masks: torch.Tensor) -> float:
-        taken = 0 if purification.attenuation is None else purification.attenuation.taken
-        return search.curve[-1][0] + harms.get(taken, 0.0)
+        taken = 0 if purification.soft is None else purification.soft.taken
+        return greedy.curve[-1][0] + harms.get(taken, 0.0)
 
-    monkeypatch.setattr(search, "harm_of", harm_of)
+    monkeypatch.setattr(greedy, "harm_of", harm_of)
     assert len(steps_of(purification)) == steps
 
 
-def test_search_must_have_begun() -> None:
+def test_greedy_pruning_must_have_begun() -> None:
     purification = new_purification()
-    with pytest.raises(RuntimeError, match=r"search has not begun; call `begin` first\."):
-        purification.search_step()
-    with pytest.raises(RuntimeError, match=r"search has not begun; call `begin` first\."):
-        purification.attenuation_step()
+    with pytest.raises(RuntimeError, match=r"Greedy pruning has not begun; call `begin` first\."):
+        purification.greedy_step()
+    with pytest.raises(RuntimeError, match=r"Greedy pruning has not begun; call `begin` first\."):
+        purification.soft_mask_step()
 
 
-def test_filters_are_taken_and_turned_down_with_the_logits_of_starved_classes_raised() -> None:
+def test_filters_are_taken_and_turned_down_with_the_logits_of_rare_classes_raised() -> None:
     plain = new_purification(augment="none", soft_mask_steps=1, batch_size=40)
     masked, data = plain.masked, plain.data
     balanced = MaskedNetwork(masked.network, masked.layers)
     balanced.raised = {1: 3.0}
     raised = Purification(masked, data, plain.config, balanced)
     for purification in (plain, raised):
-        purification.begin(sources_of(purification))
-        while not purification.search_step() or not purification._begun.stopped:
+        purification.begin(traces_of(purification))
+        while not purification.greedy_step() or not purification._begun.stopped:
             pass
     for purification, lack in ((plain, 0.0), (raised, 3.0)):
         offset = torch.tensor([0.0, lack, 0.0, 0.0])
@@ -112,10 +117,10 @@ def test_filters_are_taken_and_turned_down_with_the_logits_of_starved_classes_ra
             logits = masked(data.images, masks=masks, statistics="running")
             after = F.cross_entropy(logits + offset, data.labels)
         share = len(data) / 2500
-        harm = CleanHarm(purification.balanced, [data], 40)
+        harm = CleanHarm(purification.raised, [data], 40)
         assert purification._begun.harm_of(masks) == pytest.approx(harm.of(masks), abs=1e-5)
         assert harm.of(masks) >= share * float(after - before) - 1e-5  # the rest is a divergence
-        assert purification.attenuation_step()["loss"] == pytest.approx(float(after), rel=1e-4)
+        assert purification.soft_mask_step()["loss"] == pytest.approx(float(after), rel=1e-4)
 
 
 def test_factors_are_zero_for_pruned_filters_and_masks_for_the_others() -> None:
@@ -133,7 +138,7 @@ def test_factors_are_zero_for_pruned_filters_and_masks_for_the_others() -> None:
 def test_purified_copy_gives_what_the_factors_and_the_shift_say() -> None:
     purification = new_purification()
     network, before = purification.masked.network, snapshot(purification.masked.network)
-    purification.begin(sources_of(purification))
+    purification.begin(traces_of(purification))
     steps_of(purification)
     found = purification.check(target=1)
     images, labels = purification.data.images, purification.data.labels
@@ -147,19 +152,17 @@ def test_purified_copy_gives_what_the_factors_and_the_shift_say() -> None:
     assert same(before, snapshot(network))
 
 
-def test_repair_gives_a_starved_target_back_what_pruning_took_and_no_more() -> None:
+def test_repair_gives_a_rare_target_back_what_pruning_took_and_no_more() -> None:
     plain = new_purification()
     images, labels = plain.data.images, plain.data.labels
-    starved = Purification(
-        plain.masked, plain.data, plain.config, plain.masked.with_raised({1: 3.0})
-    )
-    for purification, fixed in ((plain, 1), (starved, None)):
+    rare = Purification(plain.masked, plain.data, plain.config, plain.masked.with_raised({1: 3.0}))
+    for purification, fixed in ((plain, 1), (rare, None)):
         purification.remove(torch.tensor([0, 5]))
         purification.check(target=1)
         assert purification.shift is not None
         sets = purification._clean.sets
         masks = purification.factors()
-        passed = [clean_logits(purification.balanced, data, 128, masks=masks) for data in sets]
+        passed = [clean_logits(purification.raised, data, 128, masks=masks) for data in sets]
         logits, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
         expected = repair_shift(logits, classes, fixed)
         torch.testing.assert_close(purification.shift.values, expected)
@@ -185,17 +188,17 @@ def not_to_be_run(*arguments: Any) -> None:
 @pytest.mark.parametrize("stop", [0, 1, 3, 5, 6, 8])
 def test_resumed_purification_ends_the_same(stop: int) -> None:
     reference = new_purification()
-    reference.begin(sources_of(reference))
+    reference.begin(traces_of(reference))
     steps_of(reference)
     reference.check(target=1)
     first, second = new_purification(), new_purification()
-    first.begin(sources_of(first))
+    first.begin(traces_of(first))
     for _ in range(stop):
-        if first.search is not None and not first.search.stopped:
-            first.search_step()
+        if first.greedy is not None and not first.greedy.stopped:
+            first.greedy_step()
         else:
-            first.attenuation_step()
-    second.load_state_dict(first.state_dict(), sources_of(second))
+            first.soft_mask_step()
+    second.load_state_dict(first.state_dict(), traces_of(second))
     steps_of(second)
     second.check(target=1)
     assert second.removed.equal(reference.removed)
@@ -203,7 +206,7 @@ def test_resumed_purification_ends_the_same(stop: int) -> None:
     assert second.accuracy == reference.accuracy
     finished = new_purification()
     finished.masked.network.register_forward_pre_hook(not_to_be_run)
-    finished.load_state_dict(second.state_dict(), sources_of(finished))
+    finished.load_state_dict(second.state_dict(), traces_of(finished))
     assert finished.shift is not None
     assert reference.shift is not None
     assert finished.shift.values.equal(reference.shift.values)

@@ -6,23 +6,24 @@ from helpers import goals_of, images_and_labels, same, snapshot, trained_network
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_mnp.config import Augmentation
+from lightning_mnp.config import Constants
+from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.purify.soft_masks import Attenuation
-from lightning_mnp.purify.traces import Source, SuppressedSource, strength
+from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks, harmless_share
+from lightning_mnp.signals.pile_up import SuppressedTrace
+from lightning_mnp.signals.trace import Trace, TraceConstants, strength
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
-class Fixed:
-    """A source whose strength is a linear function of the masks."""
+class Fixed(Trace):
+    """A trace whose strength is a linear function of the masks."""
 
     name = "fixed"
 
     def __init__(self, slopes: Tensor, decides: bool = True, weak_at: float = 0.25) -> None:
+        super().__init__(Constants(TraceConstants(weak_at=weak_at)), decides)
         self.slopes = slopes
-        self.decides = decides
-        self.weak_at = weak_at
         self.followed: list[int] = []
 
     def margins(self, masks: Tensor) -> Tensor:
@@ -31,61 +32,49 @@ class Fixed:
     def adapt(self, masks: Tensor, taken: int) -> None:
         self.followed.append(taken)
 
-    def is_weak(self, found: float, before: float) -> bool:
-        return found <= self.weak_at * before
 
-    def shows_little(self, found: float, before: float) -> bool:
-        return found <= 0.1 * before
-
-    def state_dict(self) -> dict[str, object]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Need nothing."""
-
-
-def new_subject() -> tuple[MaskedNetwork, DefenseSet]:
+def masked_and_data() -> tuple[MaskedNetwork, DefenseSet]:
     network = trained_network()
     data = DefenseSet(*images_and_labels())
     return MaskedNetwork(network, find_filter_layers(network, data.images[:2])), data
 
 
-def new_attenuation(
+def new_soft_masks(
     steps: int = 20,
-    sources: list[Source] | None = None,
+    traces: list[Trace] | None = None,
     masks: Tensor | None = None,
     free: Tensor | None = None,
     seed: int = 0,
     augment: Augmentation = "crop",
     impurity: float = 0.0,
-) -> Attenuation:
-    masked, data = new_subject()
+) -> SoftMasks:
+    masked, data = masked_and_data()
     total = masked.layers.total
-    if sources is None:
+    if traces is None:
         weights = {name: weight * 0.5 for name, weight in masked.weights().items()}
         images = data.images[data.labels != 1]
-        sources = [SuppressedSource(masked, [weights], images, goals_of(images))]
+        traces = [SuppressedTrace(masked, [weights], images, goals_of(images))]
     masks = torch.ones(total) if masks is None else masks
-    references = [float(strength(source, masks)) for source in sources]
+    references = [float(strength(trace, masks)) for trace in traces]
     free = torch.ones(total) > 0 if free is None else free
-    return Attenuation(
-        *(masked, data, sources, references, masks, free, augment, steps, 16, seed), impurity
+    return SoftMasks(
+        *(masked, data, traces, references, masks, free, augment, steps, 16, seed), impurity
     )
 
 
-def finish(attenuation: Attenuation) -> Attenuation:
-    while not attenuation.finished:
-        attenuation.step()
-    return attenuation
+def finish(soft: SoftMasks) -> SoftMasks:
+    while not soft.finished:
+        soft.step()
+    return soft
 
 
-def test_sources_get_weaker_and_the_clean_loss_stays() -> None:
-    masked, data = new_subject()
+def test_traces_get_weaker_and_the_clean_loss_stays() -> None:
+    masked, data = masked_and_data()
     slopes = torch.zeros(masked.layers.total)
     slopes[[100, 200]] = 5.0
-    attenuation = finish(new_attenuation(steps=40, sources=[Fixed(slopes)], augment="none"))
-    source, masks = attenuation.sources[0], attenuation.masks
-    assert float(strength(source, masks)) < 0.85 * attenuation.references[0]
+    soft = finish(new_soft_masks(steps=40, traces=[Fixed(slopes)], augment="none"))
+    trace, masks = soft.traces[0], soft.masks
+    assert float(strength(trace, masks)) < 0.85 * soft.references[0]
 
     def loss(masks: Tensor) -> float:
         logits = masked(data.images, masks=masks, statistics="running")
@@ -98,25 +87,25 @@ def test_sources_get_weaker_and_the_clean_loss_stays() -> None:
 def test_images_that_may_be_poisoned_are_left_out_of_the_clean_loss(
     impurity: float, left: int
 ) -> None:
-    attenuation = new_attenuation(augment="none", impurity=impurity)
+    soft = new_soft_masks(augment="none", impurity=impurity)
     device = torch.device("cpu")
-    images, labels = attenuation.data.batch(0, 16, device, "none", (0, "attenuation", 0))
+    images, labels = soft.data.batch(0, 16, device, "none", (0, "attenuation", 0))
     assert len(images) == 14
-    logits = attenuation.masked(images, statistics="running")
+    logits = soft.masked(images, statistics="running")
     losses = [
         float(F.cross_entropy(row[None], own[None]))
         for row, own in zip(logits, labels, strict=True)
     ]
-    assert attenuation.step()["loss"] == pytest.approx(sum(sorted(losses)[:left]) / left, rel=1e-4)
+    assert soft.step()["loss"] == pytest.approx(sum(sorted(losses)[:left]) / left, rel=1e-4)
 
 
 def test_masks_are_between_zero_and_one_and_pruned_filters_stay_pruned() -> None:
-    masked, _ = new_subject()
+    masked, _ = masked_and_data()
     masks = torch.ones(masked.layers.total)
     masks[[0, 5]] = 0.0
     free = torch.ones(masked.layers.total) > 0
     free[[1, 2]] = False
-    found = finish(new_attenuation(masks=masks, free=free)).masks
+    found = finish(new_soft_masks(masks=masks, free=free)).masks
     assert found[[0, 5]].tolist() == [0.0, 0.0]
     assert found[[1, 2]].tolist() == [1.0, 1.0]
     assert float(found.min()) >= 0.0
@@ -125,27 +114,27 @@ def test_masks_are_between_zero_and_one_and_pruned_filters_stay_pruned() -> None
 
 
 def test_the_first_step_has_the_length_told() -> None:
-    masked, _ = new_subject()
+    masked, _ = masked_and_data()
     slopes = torch.zeros(masked.layers.total)
     slopes[3] = 1e6  # next to this, the clean loss has no slope
-    attenuation = new_attenuation(steps=10, sources=[Fixed(slopes)])
-    attenuation._now = [1.0]
-    attenuation.step()
-    moved = 1 - attenuation._values
+    soft = new_soft_masks(steps=10, traces=[Fixed(slopes)])
+    soft._now = [1.0]
+    soft.step()
+    moved = 1 - soft._values
     # All of the root mean square is in one of the filters; a tenth of it is in the velocity.
     assert float(moved[3]) == pytest.approx(0.03 * 0.1 * len(slopes) ** 0.5, rel=1e-3)
     assert float(moved.abs().sum() - moved[3]) < 1e-3
-    assert float(1 - attenuation.masks[3]) == pytest.approx(0.1 * float(moved[3]), rel=1e-3)
+    assert float(1 - soft.masks[3]) == pytest.approx(0.1 * float(moved[3]), rel=1e-3)
 
 
 def test_the_scale_of_the_gradients_does_not_matter() -> None:
-    masked, _ = new_subject()
+    masked, _ = masked_and_data()
     slopes = torch.randn(masked.layers.total, generator=torch.Generator().manual_seed(0))
     outcomes = []
     for scale in (1e5, 1e8):
-        attenuation = new_attenuation(steps=5, sources=[Fixed(scale * slopes.abs())])
-        attenuation._now = [1.0]
-        outcomes.append(finish(attenuation).masks)
+        soft = new_soft_masks(steps=5, traces=[Fixed(scale * slopes.abs())])
+        soft._now = [1.0]
+        outcomes.append(finish(soft).masks)
     torch.testing.assert_close(*outcomes, rtol=0, atol=1e-3)
 
 
@@ -156,49 +145,49 @@ def test_the_scale_of_the_gradients_does_not_matter() -> None:
         ({True: 0.3, False: 0.1}, False),
     ],
 )
-def test_sources_that_decide_tell_the_end(levels: dict[bool, float], enough: bool) -> None:
-    masked, _ = new_subject()
+def test_traces_that_decide_tell_the_end(levels: dict[bool, float], enough: bool) -> None:
+    masked, _ = masked_and_data()
     total = masked.layers.total
-    sources: list[Source] = [Fixed(torch.ones(total), decides) for decides in levels]
-    attenuation = new_attenuation(steps=1, sources=sources)
+    traces: list[Trace] = [Fixed(torch.ones(total), decides) for decides in levels]
+    soft = new_soft_masks(steps=1, traces=traces)
     # Margins count from -1 on: the sum of all masks, and one.
-    attenuation.references = [(total + 1) / level for level in levels.values()]
-    attenuation.step()
-    assert attenuation.enough == enough
-    assert attenuation.taken == (0 if enough else 1)
+    soft.references = [(total + 1) / level for level in levels.values()]
+    soft.step()
+    assert soft.enough == enough
+    assert soft.taken == (0 if enough else 1)
 
 
 @pytest.mark.parametrize("level", [0.1, 0.3])
-def test_each_source_tells_when_it_is_weak(level: float) -> None:
-    masked, _ = new_subject()
+def test_each_trace_tells_when_it_is_weak(level: float) -> None:
+    masked, _ = masked_and_data()
     total = masked.layers.total
-    sources: list[Source] = [Fixed(torch.ones(total), weak_at=limit) for limit in (0.2, 0.4)]
-    attenuation = new_attenuation(steps=1, sources=sources)
-    attenuation.references = [(total + 1) / level, (total + 1) / 0.35]
-    attenuation.step()
-    assert attenuation.enough == (level == 0.1)
+    traces: list[Trace] = [Fixed(torch.ones(total), weak_at=limit) for limit in (0.2, 0.4)]
+    soft = new_soft_masks(steps=1, traces=traces)
+    soft.references = [(total + 1) / level, (total + 1) / 0.35]
+    soft.step()
+    assert soft.enough == (level == 0.1)
 
 
-def test_sources_follow_the_network() -> None:
-    masked, _ = new_subject()
-    source = Fixed(torch.ones(masked.layers.total))
-    finish(new_attenuation(steps=5, sources=[source]))
-    assert source.followed == [2, 4]
+def test_traces_follow_the_network() -> None:
+    masked, _ = masked_and_data()
+    trace = Fixed(torch.ones(masked.layers.total))
+    finish(new_soft_masks(steps=5, traces=[trace]))
+    assert trace.followed == [2, 4]
 
 
 def test_resumed_at_any_step_ends_the_same() -> None:
-    expected = finish(new_attenuation(steps=4)).masks
+    expected = finish(new_soft_masks(steps=4)).masks
     for stop in range(4):
-        first = new_attenuation(steps=4)
+        first = new_soft_masks(steps=4)
         for _ in range(stop):
             first.step()
-        second = new_attenuation(steps=4)
+        second = new_soft_masks(steps=4)
         second.load_state_dict(first.state_dict())
         assert finish(second).masks.equal(expected)
 
 
 def test_one_that_is_stopped_stays_so() -> None:
-    first, second = new_attenuation(steps=4), new_attenuation(steps=4)
+    first, second = new_soft_masks(steps=4), new_soft_masks(steps=4)
     first.step()
     assert not first.finished
     first.stop()
@@ -208,13 +197,27 @@ def test_one_that_is_stopped_stays_so() -> None:
 
 
 def test_seed_draws_the_images() -> None:
-    one, same_one, other = (finish(new_attenuation(steps=4, seed=k)).masks for k in (0, 0, 1))
+    one, same_one, other = (finish(new_soft_masks(steps=4, seed=k)).masks for k in (0, 0, 1))
     assert one.equal(same_one)
     assert not one.equal(other)
 
 
 def test_network_is_left_as_it_was() -> None:
-    attenuation = new_attenuation(steps=3)
-    before = snapshot(attenuation.masked.network)
-    finish(attenuation)
-    assert same(before, snapshot(attenuation.masked.network))
+    soft = new_soft_masks(steps=3)
+    before = snapshot(soft.masked.network)
+    finish(soft)
+    assert same(before, snapshot(soft.masked.network))
+
+
+@pytest.mark.parametrize(("most", "share"), [(9.0, 0.9375), (2.5, 0.625), (0.2, 0.0)])
+def test_harmless_share_is_the_largest_that_is_allowed(most: float, share: float) -> None:
+    assert harmless_share(lambda tried: 4 * tried, most, halvings=4) == share
+
+
+def test_harm_that_is_not_known_is_too_much() -> None:
+    assert harmless_share(lambda tried: float("nan"), most=1.0, halvings=4) == 0
+
+
+def test_harm_is_looked_at_now_and_then() -> None:
+    constants = SoftMaskConstants(look_from=4, look_every=2)
+    assert [taken for taken in range(10) if constants.looks_after(taken)] == [4, 6, 8]

@@ -4,14 +4,24 @@ import copy
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
-from lightning_mnp.report import DefenseReport, RunResult
+from lightning_mnp.report import (
+    DefenseReport,
+    DefenseSetSummary,
+    PruningReport,
+    ReportError,
+    RunResult,
+    SecondAudit,
+    Signal,
+)
 
+SIGNAL = Signal("patch", 1.5, 1, 1.275, 0.85, "a patch", {0: -0.5, 1: 1.0})
 RUN = RunResult(0.25, 0.1, (2, 5, 1), steps=12, accuracy=0.2, stopped="the accuracy fell")
 
 
@@ -19,18 +29,18 @@ def make(**changes: Any) -> DefenseReport:
     content: dict[str, Any] = {
         "verdict": "backdoored",
         "detection_ratio": 0.3456,
-        "pile_up": 0.625,
         "target_class": 1,
         "reasons": ["the ratio is low"],
         "runs": [RUN, RunResult(0.5, 0.2, (8, 0, 0), 11, 0.1, "")],
         "pruned": [("layer1.0.conv1", 3), ("conv1", 0)],
-        "scores": [1.25, 1.5],
+        "pruning": PruningReport(scores=[1.25, 1.5], masks={"conv1": [0.0, 0.5]}),
+        "signals": [SIGNAL],
         "filters": 30,
         "accuracy_before": 0.85,
         "accuracy_after": 0.84,
         "layers": [{"name": "conv1", "filters": 4}],
         "skipped": [("head", "classifier head: its filters are classes")],
-        "defense_set": {"images": 8, "classes": {0: 4, 1: 4}},
+        "defense_set": DefenseSetSummary(8, [3, 32, 32], {0: 4, 1: 4}, "ab12"),
         "config": {"runs": 2, "include": ["*"]},
         "seconds": {"masks": 1.5},
         "versions": {"torch": "2"},
@@ -54,7 +64,8 @@ def test_json_holds_everything_but_the_model() -> None:
     report = make()
     content = json.loads(report.to_json())
     assert content == json.loads(json.dumps(report.to_dict()))
-    assert set(content) == set(vars(report)) - {"model"}
+    assert set(content) == set(vars(report)) - {"model"} | {"schema"}
+    assert content["schema"] == 1
     assert content["pruned"] == [["layer1.0.conv1", 3], ["conv1", 0]]
     assert content["defense_set"]["classes"] == {"0": 4, "1": 4}
     assert content["runs"][0] == {
@@ -72,7 +83,8 @@ def test_json_holds_everything_but_the_model() -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_become_null(number: float) -> None:
     run = RunResult(number, number, (1, 0), 0, number, "")
-    report = make(detection_ratio=number, runs=[run], seconds={"masks": number}, scores=[number])
+    pruning = PruningReport(scores=[number])
+    report = make(detection_ratio=number, runs=[run], seconds={"masks": number}, pruning=pruning)
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -82,12 +94,11 @@ def test_numbers_that_are_not_finite_become_null(number: float) -> None:
     assert content["runs"][0]["detection_ratio"] is None
     assert content["runs"][0]["accuracy"] is None
     assert content["seconds"] == {"masks": None}
-    assert content["scores"] == [None]
-    assert content["pile_up"] == 0.625
+    assert content["pruning"]["scores"] == [None]
 
 
 def test_the_smallest_report() -> None:
-    report = DefenseReport("undecided", math.nan, 0.1)
+    report = DefenseReport("undecided")
     assert json.loads(report.to_json())["accuracy_before"] is None
     assert str(report).splitlines()[0] == "verdict: undecided"
     assert "model" not in repr(report)
@@ -144,9 +155,10 @@ def test_text() -> None:
         "verdict: backdoored",
         "target class: 1",
         "detection ratio: 0.346 (runs: 0.25 to 0.50)",
-        "pile-up on one class: 62.5%",
+        "pile-up on one class: 81.2%",
         "  - the ratio is low",
         "filters pruned: 2 of 30",
+        "filters turned down: 1; mean factor of all 0.25",
         "accuracy on the defense set: 85.0%, after pruning 84.0%",
         "warning: M1 of run 1 stopped early",
     ]
@@ -154,7 +166,13 @@ def test_text() -> None:
 
 def test_text_of_an_audit() -> None:
     report = make(
-        verdict="clean", target_class=None, runs=[RUN], pruned=[], accuracy_after=None, warnings=[]
+        verdict="clean",
+        target_class=None,
+        runs=[RUN],
+        pruned=[],
+        pruning=PruningReport(),
+        accuracy_after=None,
+        warnings=[],
     )
     assert str(report).splitlines() == [
         "verdict: clean",
@@ -169,7 +187,7 @@ def test_text_of_an_audit() -> None:
 def test_metrics() -> None:
     assert make().metrics() == {
         "mnp/detection_ratio": 0.3456,
-        "mnp/pile_up": 0.625,
+        "mnp/pile_up": (0.625 + 1.0) / 2,
         "mnp/backdoored": 1.0,
         "mnp/pruned_filters": 2.0,
         "mnp/defense_accuracy_before": 0.85,
@@ -178,3 +196,103 @@ def test_metrics() -> None:
     audit = make(verdict="undecided", accuracy_after=None, pruned=[]).metrics()
     assert audit["mnp/backdoored"] == audit["mnp/pruned_filters"] == 0.0
     assert "mnp/defense_accuracy_after" not in audit
+
+
+def test_classes_of_an_exchange_are_told() -> None:
+    exchange = Signal("permutation", 2.0, None, 0.9, 0.46, "one patch", {0: 2, 1: 0, 2: 1})
+    report = make(target_class=None, all_to_all=True, signals=[SIGNAL, exchange])
+    assert str(report).splitlines()[1] == "target classes: 0 to 2, 1 to 0, 2 to 1"
+    assert report.signal("permutation") is exchange
+    assert report.signal("warp") is None
+
+
+@pytest.mark.parametrize(("strength", "counts"), [(0.99, False), (1.0, True)])
+def test_a_signal_counts_from_one_on(strength: float, counts: bool) -> None:
+    report = make(signals=[Signal("reach", strength, 0, 0.1, 0.5, "")])
+    assert report.signals[0].counts is counts
+    assert report.to_dict()["signals"][0]["counts"] is counts
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+AGAIN = SecondAudit("clean", 0.5, None, False, 0.9, 0.2, ["nothing stands out"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"reaudit": AGAIN, "rare_classes": {3: 1.5}, "weights_sha256": "00ff", "date": "2026"},
+        {"reaudit": replace(AGAIN, score=math.nan), "target_class": None, "all_to_all": True},
+        {"score": 0.5, "accuracy_after": None, "defense_set": None, "signals": []},
+        {"pruning": PruningReport([1.5], [[0.0, 1.0], [0.1, 0.5]], {"a": [1.0, 0.5]}, [0.0, 0.1])},
+    ],
+)
+def test_what_is_saved_is_read_back(changes: dict[str, Any], tmp_path: Path) -> None:
+    report = make(**changes)
+    report.save(tmp_path / "report.json")
+    again = DefenseReport.load(tmp_path / "report.json")
+    assert again.to_dict() == report.to_dict()
+    assert again.model is None
+    assert again.runs == report.runs
+    assert again.signals == report.signals
+    assert again.pruned == report.pruned
+    assert again.pruning == report.pruning
+    assert again.defense_set == report.defense_set
+    assert str(again) == str(report)
+    assert DefenseReport.from_dict(report.to_dict()).to_json() == report.to_json()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({}, "no report"),
+        ({"verdict": "clean", "pile_up": 0.2}, "no report"),
+        ({"schema": 0, "verdict": "clean"}, "schema 0"),
+        ({"schema": 2, "verdict": "clean"}, "schema 2"),
+        ([], "no report"),
+    ],
+)
+def test_another_schema_is_refused(content: Any, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(content))
+    message = f"report.json: Expected a report of schema 1, .* but got {found}. .*anew"
+    with pytest.raises(ReportError, match=message):
+        DefenseReport.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"runs": None},
+        {"verdict": "maybe"},
+        {"pruned": [["conv1"]]},
+        {"signals": [{"name": "patch"}]},
+        {"pruning": {"scores": []}},
+        {"reaudit": {"verdict": "clean"}},
+        {"score": "high"},
+    ],
+)
+def test_a_report_in_which_something_is_wrong_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ReportError, match=r"something in it is missing or of another type: "):
+        DefenseReport.from_dict({**make().to_dict(), **change})
+    content = make().to_dict()
+    del content[next(iter(change))]
+    with pytest.raises(ReportError, match=r"is missing or of another type: .*Make the report anew"):
+        DefenseReport.from_dict(content)
+
+
+def test_files_that_are_no_reports_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(ReportError, match=r"`report` to be an existing file, but got .*a\.json"):
+        DefenseReport.load(path, argument="report")
+    path.write_text("{no JSON")
+    with pytest.raises(ReportError, match=r"`path` to be a report as JSON, but .*a\.json is none"):
+        DefenseReport.load(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ReportError, match="as JSON"):
+        DefenseReport.load(path)
+    with path.open("wb") as file:
+        file.truncate(2**28 + 1)  # a hole, which takes no space
+    with pytest.raises(ReportError, match="268,435,457 bytes"):
+        DefenseReport.load(path)

@@ -4,33 +4,13 @@ import math
 
 import pytest
 import torch
-from helpers import images_and_labels, same, snapshot, trained_network
+from helpers import finish, new_scene, same, snapshot
 
-from lightning_mnp.signals.margin import MarginSearch, class_margins, margin_ratio
-from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import MaskedNetwork
+from lightning_mnp.signals.margin import MarginSearch, MarginTrace, margin_ratio
 
 
-def new_search(classes: tuple[int, ...] = (0, 1), seed: int = 0) -> MarginSearch:
-    network = trained_network()
-    images, _ = images_and_labels()
-    return MarginSearch(
-        MaskedNetwork(network, find_filter_layers(network, images[:2])), images, classes, seed
-    )
-
-
-def finish(search: MarginSearch) -> MarginSearch:
-    while not search.finished:
-        search.step()
-    return search
-
-
-def test_margins_are_those_of_the_formula() -> None:
-    logits = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
-    classes = torch.arange(20) % 5
-    for row, index, margin in zip(logits, classes, class_margins(logits, classes), strict=True):
-        others = [float(value) for k, value in enumerate(row) if k != index]
-        assert float(margin) == pytest.approx(float(row[index]) - max(others), abs=1e-6)
+def new_search(network: torch.nn.Module | None = None) -> MarginSearch:
+    return MarginSearch(new_scene(network, tried=(0, 1)))
 
 
 def test_margins_grow_and_images_stay_in_their_range() -> None:
@@ -40,8 +20,8 @@ def test_margins_grow_and_images_stay_in_their_range() -> None:
     assert ascent is not None
     finish(search)
     assert max(search.margins.values()) > first
-    assert (ascent.images >= search.data.amin((0, 2, 3), keepdim=True)).all()
-    assert (ascent.images <= search.data.amax((0, 2, 3), keepdim=True)).all()
+    assert (ascent.images >= search.scene.data.images.amin((0, 2, 3), keepdim=True)).all()
+    assert (ascent.images <= search.scene.data.images.amax((0, 2, 3), keepdim=True)).all()
     assert ascent.images.ne(ascent.images.clone().fill_(0)).any()
 
 
@@ -50,34 +30,27 @@ def test_margins_are_the_same_for_a_seed_and_in_any_order_of_steps() -> None:
     search = new_search()
     for _ in range(7):
         search.step()
-    again = new_search(classes=())
+    again = new_search()
     again.load_state_dict(search.state_dict())
     assert finish(again).margins == reference
 
 
 def test_network_is_left_as_it_was() -> None:
     search = new_search()
-    before = snapshot(search.masked.network)
+    before = snapshot(search.scene.masked.network)
     search.step()
-    assert same(before, snapshot(search.masked.network))
+    assert same(before, snapshot(search.scene.masked.network))
 
 
 def test_a_shortcut_to_a_class_stands_out() -> None:
     """A filter that nothing in the data excites drives class 1 further than any image does."""
     search = new_search()
     plain = finish(search).margins
-    network = search.masked.network
+    network = search.scene.masked.network
     last = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
     with torch.no_grad():
         last.weight[1] *= 20
-    assert finish(new_search_of(network)).margins[1] > 3 * plain[1]
-
-
-def new_search_of(network: torch.nn.Module) -> MarginSearch:
-    images, _ = images_and_labels()
-    return MarginSearch(
-        MaskedNetwork(network, find_filter_layers(network, images[:2])), images, (0, 1), 0
-    )
+    assert finish(new_search(network)).margins[1] > 3 * plain[1]
 
 
 @pytest.mark.parametrize(
@@ -92,3 +65,16 @@ def test_ratio_compares_with_the_next_class(
     margins: dict[int, float], expected: tuple[int, float, float]
 ) -> None:
     assert margin_ratio(margins) == expected
+
+
+def test_trace_counts_from_what_is_normal() -> None:
+    search = new_search()
+    ones = torch.ones(search.scene.masked.layers.total)
+    trace, shifted = (MarginTrace(search.ascent(1, 3), normal) for normal in (0.0, 7.0))
+    difference = trace.margins(ones) - shifted.margins(ones)
+    assert difference.tolist() == pytest.approx([7.0] * 3, abs=1e-4)
+    before = trace.margins(ones).mean()
+    trace.adapt(ones, 0)
+    assert trace.margins(ones).mean() > before
+    shifted.load_state_dict(trace.state_dict())
+    assert torch.equal(shifted.ascent.images, trace.ascent.images)

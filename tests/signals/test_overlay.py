@@ -2,29 +2,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Shortcut, images_and_labels, margins_of, trained_network
+from helpers import Shortcut, finish, images_and_labels, margins_of, new_scene
 
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.signals.overlay import OverlayTrigger
-from lightning_mnp.signals.pattern import PatternSearch, pattern_lead
-from lightning_mnp.signals.verdict import OVERLAY_AT
-from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import MaskedNetwork
+from lightning_mnp.signals.overlay import OverlayConstants, OverlaySearch
+from lightning_mnp.signals.pattern import pattern_lead
 
 
-def new_search(network: torch.nn.Module | None = None) -> PatternSearch[OverlayTrigger]:
-    network = network or trained_network()
+def new_search(network: torch.nn.Module | None = None) -> OverlaySearch:
     images, labels = images_and_labels()
     data = DefenseSet(1.5 * (images > 0.75), labels)  # bars, with next to no noise
-    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
-    return PatternSearch(OverlayTrigger, masked, data, (0, 1, 2, 3), 0)
+    return OverlaySearch(new_scene(network, data))
 
 
 def lead_of(network: torch.nn.Module | None = None) -> tuple[int, float]:
-    search = new_search(network)
-    while not search.finished:
-        search.step()
-    return pattern_lead(search.rises)
+    return pattern_lead(finish(new_search(network)).rises)
 
 
 def test_overlay_begins_with_the_mean_and_is_a_twentieth_of_the_blend() -> None:
@@ -63,5 +55,5 @@ def test_a_faint_image_that_leads_to_a_class_stands_out() -> None:
 
     suspect, lead = lead_of(Shortcut(2, way))
     assert suspect == 2
-    assert lead > OVERLAY_AT
-    assert lead_of()[1] < OVERLAY_AT
+    assert lead > OverlayConstants().counts_from
+    assert lead_of()[1] < OverlayConstants().counts_from

@@ -4,28 +4,13 @@ import math
 
 import pytest
 import torch
-from helpers import Shortcut, images_and_labels, margins_of, trained_network
+from helpers import Shortcut, finish, margins_of, new_scene
 
-from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.signals.patch import PatchTrigger, patch_ratio
-from lightning_mnp.signals.pattern import PatternSearch
-from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import MaskedNetwork
+from lightning_mnp.signals.patch import PatchSearch, patch_ratio
 
 
-def new_search(
-    classes: tuple[int, ...] = (0, 1, 2), network: torch.nn.Module | None = None
-) -> PatternSearch[PatchTrigger]:
-    network = network or trained_network()
-    data = DefenseSet(*images_and_labels())
-    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
-    return PatternSearch(PatchTrigger, masked, data, classes, 0)
-
-
-def finish(search: PatternSearch[PatchTrigger]) -> PatternSearch[PatchTrigger]:
-    while not search.finished:
-        search.step()
-    return search
+def new_search(network: torch.nn.Module | None = None) -> PatchSearch:
+    return PatchSearch(new_scene(network))
 
 
 def test_patch_covers_a_twentieth_of_the_pixels_and_stays_in_the_range() -> None:
@@ -69,12 +54,10 @@ def test_a_pixel_that_leads_to_a_class_stands_out() -> None:
     def way(images: torch.Tensor) -> torch.Tensor:
         return 20 * torch.nn.functional.softplus(4 * (images[:, 0, 7, 7] - 2.0))
 
-    furthest, excess = patch_ratio(
-        finish(new_search((0, 1, 2, 3), network=Shortcut(1, way))).margins
-    )
+    furthest, excess = patch_ratio(finish(new_search(Shortcut(1, way))).margins)
     assert furthest == 1
     assert excess > 1
-    assert patch_ratio(finish(new_search((0, 1, 2, 3))).margins)[1] < excess / 2
+    assert patch_ratio(finish(new_search()).margins)[1] < excess / 2
 
 
 @pytest.mark.parametrize(

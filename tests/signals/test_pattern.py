@@ -2,36 +2,33 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
 import pytest
 import torch
-from helpers import images_and_labels, margins_of, same, snapshot, trained_network
+from helpers import (
+    finish,
+    images_and_labels,
+    margins_of,
+    new_scene,
+    same,
+    snapshot,
+    trained_network,
+)
 
+from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.signals.overlay import OverlayTrigger
-from lightning_mnp.signals.patch import PatchTrigger
-from lightning_mnp.signals.pattern import PatternSearch, PatternTrigger, pattern_lead
-from lightning_mnp.signals.warp import WarpTrigger
-from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import MaskedNetwork
+from lightning_mnp.signals.overlay import OverlaySearch
+from lightning_mnp.signals.patch import PatchSearch
+from lightning_mnp.signals.pattern import PatternSearch, PatternTrace, pattern_lead
+from lightning_mnp.signals.warp import WarpSearch
 
-Kind = type[PatternTrigger]
-KINDS = pytest.mark.parametrize("kind", [PatchTrigger, OverlayTrigger, WarpTrigger])
+Kind = type[PatternSearch[Any]]
+KINDS = pytest.mark.parametrize("kind", [PatchSearch, OverlaySearch, WarpSearch])
 
 
-def new_search(
-    kind: Kind, classes: tuple[int, ...] = (0, 1, 2), seed: int = 0
-) -> PatternSearch[PatternTrigger]:
-    network = trained_network()
-    data = DefenseSet(*images_and_labels())
-    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
-    return PatternSearch(kind, masked, data, classes, seed)
-
-
-def finish(search: PatternSearch[PatternTrigger]) -> PatternSearch[PatternTrigger]:
-    while not search.finished:
-        search.step()
-    return search
+def new_search(kind: Kind, **options: Any) -> PatternSearch[Any]:
+    return kind(new_scene(tried=(0, 1, 2), **options))
 
 
 @KINDS
@@ -42,7 +39,7 @@ def test_approach_begins_anew_and_is_what_the_search_does(kind: Kind) -> None:
         second.approach()
     assert first.pattern.equal(second.pattern)
     search = new_search(kind)
-    for _ in range(kind.steps + 1):
+    for _ in range(kind.class_steps(Constants()) + 1):
         search.step()
     found = search.state_dict()["ends"]
     assert found == [pytest.approx(float(new_margins(kind, 0)), rel=1e-4)]
@@ -63,7 +60,7 @@ def test_follow_goes_on_with_steps_as_short_as_the_last(kind: Kind) -> None:
     masks[0] = 0.0
     trigger.follow(masks)
     for _ in range(3):
-        again.step(kind.length(kind.steps - 1), masks)
+        again.step(again.length(again.steps - 1), masks)
     assert trigger.pattern.equal(again.pattern)
 
 
@@ -91,11 +88,11 @@ def test_margins_are_in_units_of_the_usual_distance(kind: Kind) -> None:
 def test_search_takes_the_steps_that_it_says(kind: Kind) -> None:
     search, steps = new_search(kind), 0
     while not search.finished:
-        assert search.most_steps() == PatternSearch.most_steps_of(kind, 3) - steps
+        assert search.most_steps() == 3 * search.class_steps(Constants()) - steps
         search.step()
         steps += 1
     assert search.most_steps() == 0
-    assert PatternSearch.most_steps_of(kind, 10) == 10 * kind.steps
+    assert search.all_steps(search.scene) == 4 * search.trigger(0).steps  # before any are chosen
 
 
 @KINDS
@@ -106,33 +103,30 @@ def test_resumed_search_ends_the_same(kind: Kind, stop: int) -> None:
     search = new_search(kind)
     for _ in range(stop):
         search.step()
-    again = new_search(kind, classes=())
+    again = new_search(kind)
     again.load_state_dict(search.state_dict())
     assert (finish(again).margins, again.rises) == reference
 
 
 @KINDS
 def test_batches_are_no_larger_than_told(kind: Kind) -> None:
-    search = new_search(kind)
-    search.batch_size = 5
+    search = new_search(kind, batch_size=5)
     assert len(search.trigger(1).images) == 5
 
 
 @KINDS
 def test_network_is_left_as_it_was(kind: Kind) -> None:
     search = new_search(kind)
-    before = snapshot(search.masked.network)
+    before = snapshot(search.scene.masked.network)
     search.step()
-    assert same(before, snapshot(search.masked.network))
+    assert same(before, snapshot(search.scene.masked.network))
 
 
 @KINDS
 def test_half_precision_gives_finite_patterns(kind: Kind) -> None:
-    network = trained_network().bfloat16()
     images, labels = images_and_labels()
     data = DefenseSet(images.bfloat16(), labels)
-    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
-    trigger = PatternSearch(kind, masked, data, (0,), 0).trigger(0)
+    trigger = kind(new_scene(trained_network().bfloat16(), data)).trigger(0)
     trigger.approach()
     assert trigger.pattern.dtype == torch.bfloat16
     assert trigger.pattern.isfinite().all()
@@ -154,7 +148,7 @@ def test_lead_is_above_the_next_class(
     assert found[1] == 0.0 if expected is None else found == expected
 
 
-@pytest.mark.parametrize("kind", [OverlayTrigger, WarpTrigger])
+@pytest.mark.parametrize("kind", [OverlaySearch, WarpSearch])
 def test_classes_that_are_not_equally_near_have_no_lead_by_that(kind: Kind) -> None:
     """A network of two classes that is much surer of one."""
 
@@ -174,9 +168,25 @@ def test_classes_that_are_not_equally_near_have_no_lead_by_that(kind: Kind) -> N
     images = 0.1 + 0.8 * labels[:, None, None, None] * torch.ones(1, 1, 8, 8)
     images = images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     network = Brightness()
-    masked = MaskedNetwork(network, find_filter_layers(network, images[:2]))
-    search = PatternSearch(kind, masked, DefenseSet(images, labels), (0, 1), 0)
-    while not search.finished:
-        search.step()
+    search = finish(kind(new_scene(network, DefenseSet(images, labels), tried=(0, 1))))
     assert abs(search.margins[0] - search.margins[1]) > 0.5
     assert pattern_lead(search.rises)[1] < 0.25
+
+
+@KINDS
+def test_trace_follows_the_network_and_goes_on_from_its_state(kind: Kind) -> None:
+    search = new_search(kind)
+    masks = torch.ones(search.scene.masked.layers.total)
+    trace, again = (PatternTrace(search.trigger(1)) for _ in range(2))
+    assert trace.name == kind.name
+    before = trace.margins(masks).mean()
+    trace.adapt(masks, 0)
+    assert trace.margins(masks).mean() > before
+    trace.trigger.pattern *= 0.1
+    again.load_state_dict(trace.state_dict())
+    before_following = trace.trigger.pattern.clone()
+    masks[:2] = 0.0
+    for each in (trace, again):
+        each.adapt(masks, 1)
+    assert trace.trigger.pattern.equal(again.trigger.pattern)
+    assert not trace.trigger.pattern.equal(before_following)

@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 import torch
-from helpers import CLASSES, images_and_labels, same, snapshot, trained_network
+from helpers import (
+    CLASSES,
+    finish,
+    images_and_labels,
+    new_scene,
+    same,
+    snapshot,
+    trained_network,
+)
 from torch import nn
 
 from lightning_mnp.defense_data.defense_set import DefenseSet
@@ -13,8 +21,6 @@ from lightning_mnp.signals.permutation import (
     best_permutation,
     permutation_excess,
 )
-from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
 class Rotating(nn.Module):
@@ -31,21 +37,10 @@ class Rotating(nn.Module):
 
 
 def new_search(
-    network: nn.Module | None = None, count: int = 80, seed: int = 0, batch_size: int = 128
+    network: nn.Module | None = None, count: int = 80, batch_size: int = 128
 ) -> PermutationSearch:
     data = DefenseSet(*images_and_labels(count))
-    masked = MaskedNetwork(network or trained_network(), find_filter_layers_of(network, data))
-    return PermutationSearch(masked, data, seed, batch_size)
-
-
-def find_filter_layers_of(network: nn.Module | None, data: DefenseSet) -> object:
-    return find_filter_layers(network or trained_network(), data.images[:2])
-
-
-def finish(search: PermutationSearch) -> PermutationSearch:
-    while not search.finished:
-        search.step()
-    return search
+    return PermutationSearch(new_scene(network, data, batch_size=batch_size))
 
 
 def test_best_permutation_is_the_best_of_all() -> None:
@@ -72,12 +67,11 @@ def test_classes_that_do_not_occur_take_no_part() -> None:
 
 
 def test_too_few_images_to_tell_are_not_a_share_of_none() -> None:
-    data = DefenseSet(*(part[:4] for part in images_and_labels(4)))  # one of each class
-    network = trained_network()
-    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
-    search = finish(PermutationSearch(masked, data, seed=0))
+    search = finish(new_search(count=4))  # one of each class
     assert search.moved is None
-    again = PermutationSearch(masked, data, seed=0)
+    assert search.signal().strength == 0
+    assert "too few images to tell whether one patch" in search.signal().reason
+    again = new_search(count=4)
     again.load_state_dict(search.state_dict())
     assert again.finished
 
@@ -116,10 +110,10 @@ def test_share_is_measured_on_other_images_class_by_class() -> None:
     made = {image.numpy().tobytes() for image in trigger.images}
     rows = [
         (image, int(label))
-        for image, label in zip(search.data.images, search.data.labels, strict=True)
+        for image, label in zip(search.scene.data.images, search.scene.data.labels, strict=True)
         if image.numpy().tobytes() not in made
     ]
-    assert len(made) + len(rows) == len(search.data)
+    assert len(made) + len(rows) == len(search.scene.data)
     shares = []
     for index, goal in search.permutation.items():
         of_class = torch.stack([image for image, label in rows if label == index])
@@ -135,7 +129,7 @@ def test_images_come_with_the_classes_that_they_are_taken_to() -> None:
     assert len(images) == len(goals) == 7
     labels = {
         image.numpy().tobytes(): int(label)
-        for image, label in zip(search.data.images, search.data.labels, strict=True)
+        for image, label in zip(search.scene.data.images, search.scene.data.labels, strict=True)
     }
     for image, goal in zip(images, goals.tolist(), strict=True):
         assert search.permutation[labels[image.numpy().tobytes()]] == goal
@@ -147,7 +141,7 @@ def test_steps_are_as_many_as_told_and_change_nothing() -> None:
     before = snapshot(network)
     search, steps = new_search(network, batch_size=5), 0
     while not search.finished:
-        assert search.most_steps() == PermutationSearch.most_steps_of() - steps
+        assert search.most_steps() == PermutationSearch.all_steps(search.scene) - steps
         search.step()
         steps += 1
     assert search.most_steps() == 0

@@ -4,140 +4,55 @@ import math
 
 import pytest
 import torch
-from helpers import images_and_labels, same, snapshot, trained_network
-from torch import nn
+from helpers import finish, images_and_labels, new_scene, same, snapshot, trained_network
 
+from lightning_mnp.config import Constants
+from lightning_mnp.signals.margin import MarginSearch
 from lightning_mnp.signals.reach import (
+    PerturbationTrace,
+    ReachConstants,
     ReachSearch,
-    SurrogateTrigger,
     _crossing,
-    goal_margins,
-    image_scale,
-    least_positive,
-    push_loss,
     reach_ratio,
 )
-from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
-def masked_of(network: nn.Module) -> MaskedNetwork:
-    return MaskedNetwork(network, find_filter_layers(network, images_and_labels()[0][:2]))
-
-
-def others(target: int) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = images_and_labels()
-    return images[labels != target], labels[labels != target]
-
-
-def test_scale_is_the_mean_distance_from_the_mean() -> None:
-    images = images_and_labels()[0]
-    mean = sum(images) / len(images)
-    expected = sum(float((image - mean).square().sum().sqrt()) for image in images) / len(images)
-    assert image_scale(images) == pytest.approx(expected, rel=1e-5)
-
-
-def test_steps_have_their_length_and_the_limit_holds() -> None:
-    masked = masked_of(trained_network())
-    images, labels = others(2)
-    trigger = SurrogateTrigger(masked, 2, torch.zeros(1, 1, 8, 8), limit=1.0)
-    trigger.ascend(images, labels, 0.4)
-    assert float(trigger.perturbation.norm()) == pytest.approx(0.4, rel=1e-4)
-    for _ in range(5):
-        trigger.ascend(images, labels, 0.4)
-    assert float(trigger.perturbation.norm()) <= 1.0 + 1e-5
-
-
-def test_trigger_learns_the_way_to_its_class() -> None:
-    masked = masked_of(trained_network())
-    images, labels = others(1)
-    trigger = SurrogateTrigger(masked, 1, torch.zeros(1, 1, 8, 8), limit=20.0)
-
-    def success() -> float:
-        return float((trigger.logits(images).argmax(1) == 1).float().mean())
-
-    before = trigger.margin(images, labels), success()
-    for _ in range(15):
-        trigger.ascend(images, labels, 1.0)
-    assert trigger.margin(images, labels) > before[0]
-    assert success() > max(before[1], 0.9)
-
-
-@pytest.mark.parametrize(("arrived", "by_margin"), [(10, True), (9, False), (0, False)])
-def test_images_are_pushed_by_cross_entropy_until_most_have_arrived(
-    arrived: int, by_margin: bool
-) -> None:
-    logits, labels = torch.zeros(10, 3), torch.zeros(10, dtype=torch.long)
-    logits[:arrived, 2] = 4.0
-    logits[arrived:, 0] = 1.0
-    log_sums = [math.log(sum(math.exp(value) for value in row)) for row in logits.tolist()]
-    entropy = sum(log_sums) / 10 - float(logits[:, 2].mean())
-    expected = -float((logits[:, 2] - logits[:, 0]).mean()) if by_margin else entropy
-    assert float(push_loss(logits, labels, torch.full_like(labels, 2))) == pytest.approx(
-        expected, rel=1e-5
-    )
-
-
-def test_margins_are_goal_minus_own() -> None:
-    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 3, 0, 1, 3])
-    goals = torch.tensor([2, 2, 2, 1, 0, 2])
-    rows = zip(logits, labels, goals, strict=True)
-    expected = [float(row[goal] - row[label]) for row, label, goal in rows]
-    assert goal_margins(logits, labels, goals).tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_least_positive_number_can_be_divided_by(dtype: torch.dtype) -> None:
-    zero = torch.zeros(1, dtype=dtype)
-    least = zero.clamp_min(least_positive(zero))
-    assert float(least) > 0
-    assert float(zero / least) == 0
-
-
-def test_reach_search_visits_every_class_and_touches_nothing() -> None:
+def test_every_class_is_visited_and_nothing_touched() -> None:
     network = trained_network()
     before = snapshot(network)
-    images, labels = images_and_labels()
-    search = ReachSearch(masked_of(network), image_scale(images), [2, 0, 1, 3], seed=0)
-    most, steps = search.most_steps(), 0
+    search, steps = ReachSearch(new_scene(network, tried=[2, 0, 1, 3])), 0
+    most = search.most_steps()
+    assert most == ReachSearch.all_steps(search.scene) == 4 * 21
     while not search.finished:
-        search.step(images, labels)
+        assert search.most_steps() <= most - steps
+        search.step()
         steps += 1
-    assert steps <= most == 4 * 21
-    assert sorted(search.reaches) == [0, 1, 2, 3]
+    assert search.most_steps() == 0
+    assert list(search.reaches) == [2, 0, 1, 3]
     assert all(reach > 0 for reach in search.reaches.values())
     assert same(before, snapshot(network))
 
 
-def test_reach_search_resumes_to_the_same() -> None:
-    images, labels = images_and_labels()
-
-    def fresh() -> ReachSearch:
-        return ReachSearch(masked_of(trained_network()), image_scale(images), [2, 0, 1], seed=0)
-
-    reference = fresh()
-    while not reference.finished:
-        reference.step(images, labels)
-    search = fresh()
+def test_resumed_search_ends_the_same() -> None:
+    reference = finish(ReachSearch(new_scene(tried=[2, 0, 1])))
+    search = ReachSearch(new_scene(tried=[2, 0, 1]))
     for _ in range(4):
-        search.step(images, labels)
-    again = fresh()
+        search.step()
+    again = ReachSearch(new_scene(tried=[2, 0, 1]))
     again.load_state_dict(search.state_dict())
-    while not again.finished:
-        again.step(images, labels)
-    assert again.reaches == reference.reaches
+    assert finish(again).reaches == reference.reaches
 
 
 @pytest.mark.parametrize(
-    ("trace", "expected"),
+    ("course", "expected"),
     [
         ([(0.0, 0.0), (0.02, 0.25), (0.04, 0.75)], 0.03),
         ([(0.0, 0.6)], 0.0),
         ([(0.0, 0.1), (0.02, 0.2)], math.inf),
     ],
 )
-def test_crossing_is_by_a_straight_line(trace: list[tuple[float, float]], expected: float) -> None:
-    assert _crossing(trace) == pytest.approx(expected)
+def test_crossing_is_by_a_straight_line(course: list[tuple[float, float]], expected: float) -> None:
+    assert _crossing(course, 0.5) == pytest.approx(expected)
 
 
 def test_ratio_is_of_the_soonest_to_the_median_of_the_others() -> None:
@@ -147,20 +62,16 @@ def test_ratio_is_of_the_soonest_to_the_median_of_the_others() -> None:
     assert reach_ratio({0: 0.01, 1: math.inf, 2: math.inf})[2] == pytest.approx(longest)
 
 
-def test_suspected_classes_come_first_and_none_twice() -> None:
-    chosen = ReachSearch.choose_classes([5, 2, 5], 12, 10, seed=3)
-    assert chosen[:2] == [5, 2]
-    assert len(set(chosen)) == 10
-    assert chosen == ReachSearch.choose_classes([5, 2, 5], 12, 10, seed=3)
-
-
-def test_a_first_batch_of_the_class_alone_changes_nothing_but_the_first_step() -> None:
+def test_a_first_batch_of_the_class_alone_changes_nothing_but_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = ReachSearch(new_scene(tried=[0, 1]))
     images, labels = images_and_labels()
-    search = ReachSearch(masked_of(trained_network()), image_scale(images), [0, 1], seed=0)
     own = labels == 0
-    search.step(images[own], labels[own])
-    while not search.finished:
-        search.step(images, labels)
+    with monkeypatch.context() as patch:
+        patch.setattr(search.scene.data, "batch", lambda *_, **__: (images[own], labels[own]))
+        search.step()
+    finish(search)
     assert {tuple(each.shape) for each in search.perturbations.values()} == {(1, 1, 8, 8)}
     assert float(search.perturbations[0].std()) > 0  # not the same for all pixels
 
@@ -169,3 +80,42 @@ def test_an_unknown_reach_is_not_the_soonest() -> None:
     known = {0: 0.5, 1: 0.25, 2: 0.5}
     soonest, ratio, _ = reach_ratio({**known, 3: math.nan})
     assert (soonest, ratio) == (1, reach_ratio({**known, 3: math.inf})[1])
+
+
+def test_signal_is_the_ratio_and_the_constants_can_be_varied() -> None:
+    reaches = {0: 0.2, 1: 0.05, 2: 0.1, 3: 0.3}
+    for counts_from, strength in ((0.5, 2.0), (0.25, 1.0)):
+        constants = Constants(ReachConstants(counts_from=counts_from))
+        search = ReachSearch(new_scene(constants=constants))
+        search.reaches = reaches
+        signal = search.signal()
+        assert (signal.target_class, signal.value) == (1, pytest.approx(0.25))
+        assert (signal.threshold, signal.strength) == (counts_from, pytest.approx(strength))
+        assert signal.counts
+        assert signal.classes == reaches
+
+
+def test_trace_adapts_within_its_length_and_goes_on_from_its_state() -> None:
+    scene = new_scene(tried=range(3))
+    ones = torch.ones(scene.masked.layers.total)
+
+    def new() -> PerturbationTrace:
+        reach, margin = ReachSearch(scene), MarginSearch(scene)
+        reach.reaches = {0: 0.2, 1: 0.1, 2: 0.2}
+        reach.perturbations = dict.fromkeys(range(3), torch.zeros_like(scene.data.images[:1]))
+        margin.margins = dict.fromkeys(range(3), 9.0)
+        [trace] = reach.traces(1, {"reach": reach, "margin": margin})
+        assert isinstance(trace, PerturbationTrace)
+        assert trace.pushed.limit == pytest.approx(0.6 * 0.2 * reach.scale)
+        return trace
+
+    trace = new()
+    before = trace.margins(ones).mean()
+    trace.adapt(ones, 0)
+    assert trace.margins(ones).mean() > before
+    assert float(trace.pushed.perturbation.norm()) <= trace.pushed.limit * (1 + 1e-5)
+    again = new()
+    again.load_state_dict(trace.state_dict())
+    for each in (trace, again):
+        each.adapt(ones, 1)
+    assert torch.equal(trace.pushed.perturbation, again.pushed.perturbation)

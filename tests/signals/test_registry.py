@@ -1,96 +1,147 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
 from distributed_script import small_network
 from helpers import images_and_labels, quick_config
 from torch import nn
 
-from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.signals.registry import Surrogates
-from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import MaskedNetwork
+from lightning_mnp import DefenseSet, MNPDefense
+from lightning_mnp.report import Signal
+from lightning_mnp.signals import SignalSearch, Trace, register, registered, unregister
+from lightning_mnp.signals.base import Scene
 
 
-def new_surrogates() -> Surrogates:
-    data = DefenseSet(*images_and_labels())
-    network = small_network()
-    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
-    return Surrogates(masked, data, quick_config())
+class BrightTrace(Trace):
+    """How sure the network is of the class under light, image by image."""
+
+    name = "light"
+
+    def __init__(self, scene: Scene, target: int) -> None:
+        super().__init__(scene.constants)
+        self.scene, self.target = scene, target
+
+    def margins(self, masks: torch.Tensor) -> torch.Tensor:
+        images = self.scene.data.images + 1.0
+        logits = self.scene.masked(images, masks=masks, statistics="running")
+        return logits[:, self.target] - logits.mean(1) + 2.0
 
 
-def step(surrogates: Surrogates) -> bool:
-    """One step of the first search that has not finished; False where all have."""
-    data = surrogates.patch.data
-    if not surrogates.reach.finished:
-        surrogates.reach.step(data.images, data.labels)
-    else:
-        for search in (
-            surrogates.margin,
-            surrogates.patch,
-            surrogates.overlay,
-            surrogates.warp,
-            surrogates.permutation,
-        ):
-            if search is not None and not search.finished:
-                search.step()
-                return True
+class Brightness(SignalSearch):
+    """Where predictions go when images get brighter: a signal that the package does not know."""
+
+    name = "brightness"
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        self.counts: list[int] = []
+
+    @classmethod
+    def all_steps(cls, scene: Scene) -> int:
+        return 3
+
+    @property
+    def finished(self) -> bool:
+        return len(self.counts) == 3
+
+    def most_steps(self) -> int:
+        return 3 - len(self.counts)
+
+    def step(self) -> dict[str, float]:
+        with torch.no_grad():
+            images = self.scene.data.images + len(self.counts)
+            found = self.scene.masked(images, statistics="running").argmax(1)
+        self.counts.append(int(found.mode().values))
+        return {"class": float(self.counts[-1])}
+
+    @property
+    def failed(self) -> bool:
         return False
-    return True
+
+    def signal(self) -> Signal:
+        target = self.counts[-1]
+        return Signal(self.name, 9.0, target, 1.0, 0.5, f"light leads to class {target}")
+
+    def traces(self, target: int | None, searches: Mapping[str, SignalSearch]) -> list[Trace]:
+        return [] if target is None else [BrightTrace(self.scene, target)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": list(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts = [int(count) for count in state["counts"]]
 
 
-def test_searches_share_the_classes_and_evidence_is_complete_at_their_end() -> None:
-    surrogates = new_surrogates()
-    surrogates.choose_classes([2], 4)
-    left = sum(surrogates.most_steps(4).values())
-    assert surrogates.most_steps(4) == surrogates.all_steps(4)
-    while step(surrogates):
-        searches = (
-            *(surrogates.reach, surrogates.margin, surrogates.patch),
-            *(surrogates.overlay, surrogates.warp, surrogates.permutation),
-        )
-        assert surrogates.evidence.complete == all(
-            search is not None and search.finished for search in searches
-        )
-        assert sum(surrogates.most_steps(4).values()) <= left - 1
-        left = sum(surrogates.most_steps(4).values())
-    assert left == 0
-    evidence = surrogates.evidence
-    assert evidence.complete
-    assert sorted(evidence.reaches) == sorted(evidence.margins) == [0, 1, 2, 3]
-    assert sorted(evidence.patch_margins) == sorted(evidence.permutation) == [0, 1, 2, 3]
-    assert sorted(evidence.overlay_rises) == sorted(evidence.warp_rises) == [0, 1, 2, 3]
-    assert next(iter(evidence.reaches)) == 2
+@pytest.fixture
+def brightness() -> Iterator[None]:
+    register(Brightness)
+    yield
+    unregister("brightness")
 
 
-def test_goes_on_from_its_state() -> None:
-    whole, first = new_surrogates(), new_surrogates()
-    for each in (whole, first):
-        each.choose_classes([1], 4)
-    for _ in range(30):
-        step(first)
-    again = new_surrogates()
-    again.load_state_dict(first.state_dict())
-    for each in (whole, again):
-        while step(each):
-            pass
-    assert again.evidence == whole.evidence
+def new_defense() -> MNPDefense:
+    data = DefenseSet(*images_and_labels())
+    config = quick_config(rule="auto", amount=0.02, harm=50.0, runs=1)
+    return MNPDefense(small_network(), data, config)
 
 
-def test_images_without_height_and_width_are_not_warped() -> None:
-    images, labels = images_and_labels()
-    network = nn.Sequential(
-        nn.Conv1d(8, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 4)
+@pytest.mark.usefixtures("short_searches", "brightness")
+def test_a_signal_from_outside_is_searched_for_judged_by_pruned_along_and_resumed() -> None:
+    defense, halfway = new_defense(), None
+    phases = []
+    while not defense.finished:
+        phases.append(defense.phase)
+        defense.step()
+        if phases.count("brightness") == 2 and halfway is None:
+            halfway = copy.deepcopy(defense.state_dict())
+    assert phases.count("brightness") == 3
+    assert phases.index("brightness") > phases.index("permutation")
+    report = defense.report()
+    signal = report.signal("brightness")
+    assert signal is not None
+    assert (report.score, report.verdict, report.target_class) == (
+        9.0,
+        "backdoored",
+        signal.target_class,
     )
-    data = DefenseSet(images[:, 0], labels)
-    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
-    surrogates = Surrogates(masked, data, quick_config())
-    surrogates.choose_classes([], 4)
-    assert surrogates.warp is None
-    assert "warp" not in surrogates.names
-    assert "warp" not in surrogates.most_steps(4)
-    while step(surrogates):
-        pass
-    assert surrogates.evidence.complete
-    assert surrogates.evidence.warp_rises == {}
-    again = Surrogates(masked, data, quick_config())
-    again.load_state_dict(surrogates.state_dict())
-    assert again.evidence == surrogates.evidence
+    assert report.reasons[0] == signal.reason
+    assert len(report.pruning.curve[0]) >= 3  # harm, the suppressed network, the light
+    assert report.config["verdict"]["rule"] == "signals"
+    again = new_defense()
+    assert halfway is not None
+    again.load_state_dict(halfway)
+    while not again.finished:
+        again.step()
+    assert again.report().pruned == report.pruned
+
+
+@pytest.mark.usefixtures("short_searches")
+def test_a_state_with_other_signals_is_refused() -> None:
+    state = new_defense().state_dict()
+    register(Brightness)
+    try:
+        with pytest.raises(ValueError, match="belong to the same signals"):
+            new_defense().load_state_dict(state)
+    finally:
+        unregister("brightness")
+
+
+def test_names_are_taken_once() -> None:
+    with pytest.raises(ValueError, match=r"there is a signal 'reach' already\. Choose another"):
+        register(registered()["reach"])
+    for wrong in (nn.Module, "reach", None):
+        with pytest.raises(TypeError, match="Expected a subclass of SignalSearch, but got"):
+            register(wrong)  # type: ignore[arg-type]
+    with pytest.raises(KeyError):
+        unregister("nothing")
+
+
+def test_registered_signals_cannot_be_changed_by_accident() -> None:
+    registered().clear()
+    assert list(registered()) == [
+        "pile-up", "reach", "margin", "patch", "overlay", "warp", "permutation",
+    ]  # fmt: skip

@@ -1,18 +1,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import pytest
+from helpers import config_of, new_scene
 
-from lightning_mnp import MNPConfig, RunResult
-from lightning_mnp.signals.verdict import Evidence, in_doubt, judge, signals
+from lightning_mnp import DefenseReport, MNPConfig, RunResult
+from lightning_mnp.report import Signal
+from lightning_mnp.signals import verdict
+from lightning_mnp.signals.base import SignalSearch
+from lightning_mnp.signals.margin import MarginSearch
+from lightning_mnp.signals.overlay import OverlaySearch
+from lightning_mnp.signals.patch import PatchSearch
+from lightning_mnp.signals.permutation import PermutationSearch
+from lightning_mnp.signals.pile_up import PileUp
+from lightning_mnp.signals.reach import ReachSearch
+from lightning_mnp.signals.verdict import Judgement, in_doubt, rank_signals
+from lightning_mnp.signals.warp import WarpSearch
 
 FLAT = dict.fromkeys(range(10), 0.15)
 SURE = dict.fromkeys(range(10), 20.0)
 SHORT = dict.fromkeys(range(10), -0.5)
 EVEN = (4,) * 10
 ROUND = {index: (index + 1) % 10 for index in range(10)}
-NONE = Evidence()
 
 
 def run(
@@ -21,17 +33,58 @@ def run(
     return RunResult(ratio, 0.3, predictions, steps, 0.2, "a test says so")
 
 
-def evidence(
-    reaches: dict[int, float] = FLAT,
-    margins: dict[int, float] = SURE,
-    patch_margins: dict[int, float] = SHORT,
-    overlay_rises: dict[int, float] = SHORT,
-    warp_rises: dict[int, float] = SHORT,
-    moved: float | None = 0.2,
-) -> Evidence:
-    return Evidence(
-        reaches, margins, patch_margins, overlay_rises, warp_rises, ROUND, moved, complete=True
-    )
+@dataclass
+class Evidence:
+    """What all searches have found, for ten classes; nothing if there were none."""
+
+    reaches: dict[int, float] = field(default_factory=lambda: dict(FLAT))
+    margins: dict[int, float] = field(default_factory=lambda: dict(SURE))
+    patch_margins: dict[int, float] = field(default_factory=lambda: dict(SHORT))
+    overlay_rises: dict[int, float] = field(default_factory=lambda: dict(SHORT))
+    warp_rises: dict[int, float] = field(default_factory=lambda: dict(SHORT))
+    moved: float | None = 0.2
+    complete: bool = True
+
+    def searches(self, runs: Sequence[RunResult]) -> list[SignalSearch]:
+        if not self.complete:
+            return []
+        scene = new_scene()
+        scene.runs += runs
+        reach, margin, patch = ReachSearch(scene), MarginSearch(scene), PatchSearch(scene)
+        overlay, warp, permutation = (
+            OverlaySearch(scene),
+            WarpSearch(scene),
+            PermutationSearch(scene),
+        )
+        reach.reaches, margin.margins, patch.margins = (
+            self.reaches,
+            self.margins,
+            self.patch_margins,
+        )
+        overlay.rises, warp.rises = self.overlay_rises, self.warp_rises
+        permutation.permutation, permutation.moved = dict(ROUND), self.moved
+        found: list[SignalSearch] = [PileUp(scene), reach, margin, patch, overlay, permutation]
+        return [*found, warp] if self.warp_rises else found
+
+
+evidence = Evidence
+NONE = Evidence(complete=False)
+
+
+def signals(runs: Sequence[RunResult], evidence: Evidence, threshold: float = 1.0) -> list[Signal]:
+    return rank_signals([each.signal() for each in evidence.searches(runs)], threshold)
+
+
+def judge(
+    runs: Sequence[RunResult],
+    correlation: float,
+    evidence: Evidence,
+    config: MNPConfig,
+    accuracy: float,
+) -> Judgement:
+    failed = [search.name for search in evidence.searches(runs) if search.failed]
+    found = signals(runs, evidence, config.verdict.threshold)
+    return verdict.judge(runs, correlation, found, config, accuracy, failed=failed)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +176,7 @@ def test_exchange_that_counts_fully_comes_before_a_class_that_stands_out_more() 
     assert judgement.score == pytest.approx(2.0)  # of the margin, which is stronger
     weak = evidence(margins={**SURE, 7: 80.0}, moved=0.45)
     assert judge([run(EVEN)], 0.6, weak, MNPConfig(), 0.9).target_class == 7
-    strict = judge([run(EVEN)], 0.6, found, MNPConfig(threshold=1.9), 0.9)
+    strict = judge([run(EVEN)], 0.6, found, config_of(threshold=1.9), 0.9)
     assert strict.target_class == 7  # the exchange alone would not reach this threshold
 
 
@@ -136,10 +189,10 @@ def test_permutation_that_was_not_measured_counts_nothing() -> None:
 def test_ratio_takes_the_class_from_the_signals_where_there_are_any() -> None:
     """The search prunes for that class, so that the report names the same one."""
     found = evidence(margins={**SURE, 7: 80.0})
-    judgement = judge([run(EVEN, ratio=0.1)], 0.6, found, MNPConfig(verdict="ratio"), 0.9)
+    judgement = judge([run(EVEN, ratio=0.1)], 0.6, found, config_of(verdict="ratio"), 0.9)
     assert (judgement.verdict, judgement.target_class) == ("backdoored", 7)
     assert "the greatest margin of class 7" in judgement.reasons[-1]
-    alone = judge([run(ratio=0.1)], 0.6, NONE, MNPConfig(verdict="ratio"), 0.9)
+    alone = judge([run(ratio=0.1)], 0.6, NONE, config_of(verdict="ratio"), 0.9)
     assert (alone.verdict, alone.target_class) == ("backdoored", 0)
 
 
@@ -172,7 +225,7 @@ def test_pile_up_is_the_formula() -> None:
     usual = [math.prod(part[index] + 0.01 for part in shares) ** (1 / 3) - 0.01 for index in (0, 1)]
     excess = (usual[0] - usual[1] / 2 - 0.05) / 0.95
     [found] = [each for each in signals(runs, evidence()) if each.name == "pile-up"]
-    assert found.suspect == 0
+    assert found.target_class == 0
     assert found.strength == pytest.approx(excess / 0.19)
     assert found.reason == (
         f"after clean suppression, {usual[0]:.0%} of the predictions fall on class 0 and "
@@ -187,7 +240,7 @@ def test_a_run_without_the_class_says_more_than_its_share() -> None:
         next(each for each in signals(runs, evidence()) if each.name == "pile-up")
         for runs in ([piled] * 4, [*[piled] * 3, other])
     ]
-    assert apart.suspect == alike.suspect == 0
+    assert apart.target_class == alike.target_class == 0
     assert apart.strength < alike.strength * 3 / 4
 
 
@@ -215,7 +268,7 @@ def test_score_is_the_strongest_signal_and_the_threshold_is_an_option() -> None:
     judgement = judge([run(EVEN)], 0.6, evidence(reaches, margins), MNPConfig(), 0.9)
     assert judgement.score == pytest.approx(5.0)
     assert judgement.suspect == 7
-    calm = judge([run(EVEN)], 0.6, evidence(reaches, margins), MNPConfig(threshold=6.0), 0.9)
+    calm = judge([run(EVEN)], 0.6, evidence(reaches, margins), config_of(threshold=6.0), 0.9)
     assert calm.verdict == "clean"
 
 
@@ -223,7 +276,9 @@ def test_score_is_the_strongest_signal_and_the_threshold_is_an_option() -> None:
     ("ratios", "verdict"), [((0.2,), "backdoored"), ((0.1, 0.35), "clean"), ((0.21,), "clean")]
 )
 def test_verdict_by_ratio_is_eq_8(ratios: tuple[float, ...], verdict: str) -> None:
-    judgement = judge([run(ratio=r) for r in ratios], 0.6, NONE, MNPConfig.paper(delta=0.2), 0.9)
+    judgement = judge(
+        [run(ratio=r) for r in ratios], 0.6, NONE, MNPConfig.paper({"verdict.delta": 0.2}), 0.9
+    )
     assert judgement.verdict == verdict
     assert judgement.detection_ratio == pytest.approx(sum(ratios) / len(ratios))
 
@@ -252,8 +307,8 @@ def test_network_that_knows_too_little_is_undecided(
 def test_pile_up_and_its_class_are_told() -> None:
     runs = [run(predictions=(5, 30, 5)), run(predictions=(1, 35, 4)), run(predictions=(36, 2, 2))]
     judgement = judge(runs, 0.6, evidence(margins={0: 1.0, 1: 1.0}), MNPConfig(), 0.9)
-    assert judgement.pile_up == pytest.approx((30 + 35 + 36) / 120)
     assert any("fall on class 1" in reason for reason in judgement.reasons)
+    assert DefenseReport("clean", runs=runs).pile_up == pytest.approx((30 + 35 + 36) / 120)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +343,7 @@ def test_the_class_that_most_signals_point_to_is_suspected() -> None:
         reaches={**FLAT, 5: 0.003}, margins={**SURE, 3: 200.0}, patch_margins={**SHORT, 3: 2.0}
     )
     found = signals([run(EVEN)], shown)
-    assert [(signal.name, signal.suspect) for signal in found[:3]] == [
+    assert [(signal.name, signal.target_class) for signal in found[:3]] == [
         ("margin", 3), ("patch", 3), ("reach", 5),
     ]  # fmt: skip
     judgement = judge([run(EVEN)], 0.6, shown, MNPConfig(), 0.9)
@@ -298,4 +353,4 @@ def test_the_class_that_most_signals_point_to_is_suspected() -> None:
     weak = evidence(
         reaches={**FLAT, 5: 0.003}, margins={**SURE, 3: 30.0}, patch_margins={**SHORT, 3: 0.3}
     )
-    assert signals([run(EVEN)], weak)[0].suspect == 5
+    assert signals([run(EVEN)], weak)[0].target_class == 5

@@ -2,21 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Shortcut, images_and_labels, trained_network
+from helpers import Shortcut, finish, images_and_labels, new_scene
 from torch.nn import functional as F
 
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.signals.pattern import PatternSearch, pattern_lead
-from lightning_mnp.signals.warp import WarpTrigger
-from lightning_mnp.surgery.layers import find_filter_layers
-from lightning_mnp.surgery.masked_network import MaskedNetwork
+from lightning_mnp.signals.pattern import pattern_lead
+from lightning_mnp.signals.warp import WarpSearch
 
 
-def new_search(network: torch.nn.Module | None = None) -> PatternSearch[WarpTrigger]:
-    network = network or trained_network()
-    data = DefenseSet(*images_and_labels())
-    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
-    return PatternSearch(WarpTrigger, masked, data, (0, 1, 2, 3), 0)
+def new_search(network: torch.nn.Module | None = None) -> WarpSearch:
+    return WarpSearch(new_scene(network))
 
 
 def reference_warp(images: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
@@ -74,12 +69,16 @@ def test_a_warp_that_leads_to_a_class_stands_out() -> None:
     def way(images: torch.Tensor) -> torch.Tensor:
         return 100 * (0.8 - F.conv2d(images, edges).abs().flatten(1).mean(1))
 
-    def finish(search: PatternSearch[WarpTrigger]) -> tuple[int, float]:
-        while not search.finished:
-            search.step()
-        return pattern_lead(search.rises)
+    def lead_of(network: torch.nn.Module | None = None) -> tuple[int, float]:
+        return pattern_lead(finish(new_search(network)).rises)
 
-    suspect, lead = finish(new_search(Shortcut(2, way)))
+    suspect, lead = lead_of(Shortcut(2, way))
     assert suspect == 2
     assert lead > 0.5
-    assert finish(new_search())[0] != suspect  # of itself, this network leans to another class
+    assert lead_of()[0] != suspect  # of itself, this network leans to another class
+
+
+def test_images_without_height_and_width_are_not_warped() -> None:
+    images, labels = images_and_labels()
+    assert WarpSearch.applies(DefenseSet(images, labels))
+    assert not WarpSearch.applies(DefenseSet(images[:, 0], labels))
