@@ -49,7 +49,7 @@ pytestmark = [
 # Short, but through every phase.
 CONFIG = {
     "batch_size": 16,
-    "suppression.runs": 2,
+    "suppression.runs": 1,
     "suppression.more_runs": 0,
     "suppression.epochs": 3,
     "masks.epochs": 2,
@@ -180,7 +180,7 @@ def test_an_audit_leaves_the_network_where_and_as_it_is() -> None:
     before = snapshot(model)
     report = lightning_mnp.audit(model, loader(), config=config())
     assert report.verdict in ("clean", "backdoored", "undecided")
-    assert len(report.runs) == 2
+    assert len(report.runs) == 1
     assert report.accuracy_before > 0.9
     assert same(snapshot(model), before)
     assert on_gpu(model)
@@ -208,7 +208,7 @@ def test_a_defended_network_computes_as_on_the_cpu(tmp_path: Path) -> None:
         torch.testing.assert_close(logits, report.model.cpu()(images), rtol=0.02, atol=0.05)
 
 
-@pytest.mark.parametrize("steps", [2, 9, 20])
+@pytest.mark.parametrize("steps", [2, 9])
 def test_a_defense_goes_on_from_its_state(tmp_path: Path, steps: int) -> None:
     data = DefenseSet.from_loader(loader())
     first = MNPDefense(network(), data, config())

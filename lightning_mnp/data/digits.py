@@ -35,7 +35,8 @@ class DigitsDataModule(BackdoorDataModule):
         defense_batch_size: See :class:`BackdoorDataModule`.
         defense_seed: See :class:`BackdoorDataModule`.
         seed: See :class:`BackdoorDataModule`.
-        on_device: See :class:`BackdoorDataModule`; by default yes, unless ``num_workers`` is set.
+        on_device: Whether to keep images in one tensor on the device that trains and to make whole
+            batches there, see :class:`BackdoorDataModule`. None for yes if ``num_workers`` is 0.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -40,8 +40,8 @@ class ImageFolderDataModule(BackdoorDataModule):
         defense_batch_size: See :class:`BackdoorDataModule`.
         defense_seed: See :class:`BackdoorDataModule`.
         seed: See :class:`BackdoorDataModule`.
-        on_device: See :class:`BackdoorDataModule`. The images of both splits have to fit in
-            the memory of the device.
+        on_device: Whether to keep images in one tensor on the device that trains and to make whole
+            batches there, see :class:`BackdoorDataModule`. Both splits have to fit into its memory.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -63,7 +63,8 @@ class ImageNetSubsetDataModule(ImageFolderDataModule):
         defense_batch_size: See :class:`BackdoorDataModule`.
         defense_seed: See :class:`BackdoorDataModule`.
         seed: See :class:`BackdoorDataModule`.
-        on_device: See :class:`ImageFolderDataModule`.
+        on_device: Whether to keep images in one tensor on the device that trains and to make whole
+            batches there, see :class:`BackdoorDataModule`. Both splits have to fit into its memory.
 
     Raises:
         ValueError: If an argument is out of range.
