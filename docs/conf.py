@@ -60,13 +60,21 @@ GROUPS: list[tuple[str, str, str, list[str]]] = [
         "options",
         "Options",
         "All settings of the method, in groups.",
-        ["lightning_mnp.MNPConfig", "lightning_mnp.*Options"],
+        ["lightning_mnp.MNPConfig", "lightning_mnp.*Options", "lightning_mnp.Constants"],
     ),
     (
         "report",
         "Report",
         "What an audit or a defense found.",
-        ["lightning_mnp.*Report", "lightning_mnp.*Result"],
+        [
+            "lightning_mnp.DefenseReport",
+            "lightning_mnp.Signal",
+            "lightning_mnp.RunResult",
+            "lightning_mnp.PruningReport",
+            "lightning_mnp.SecondAudit",
+            "lightning_mnp.DefenseSetSummary",
+            "lightning_mnp.ReportError",
+        ],
     ),
     (
         "checkpoints",
@@ -96,6 +104,12 @@ GROUPS: list[tuple[str, str, str, list[str]]] = [
         "Engine",
         "The defense one step at a time, for those who write a door of their own.",
         ["lightning_mnp.MNPDefense"],
+    ),
+    (
+        "signals",
+        "Signals",
+        "What a signal of your own is made of, and how it is added.",
+        ["lightning_mnp.signals.*"],
     ),
     (
         "attacks",
@@ -130,7 +144,10 @@ GROUPS: list[tuple[str, str, str, list[str]]] = [
 ]
 PACKAGES = [
     "lightning_mnp",
-    *(f"lightning_mnp.{room}" for room in ("attacks", "data", "models", "metrics", "baselines")),
+    *(
+        f"lightning_mnp.{room}"
+        for room in ("signals", "attacks", "data", "models", "metrics", "baselines")
+    ),
 ]
 
 

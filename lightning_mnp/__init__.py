@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_mnp.checkpoints.state_dict import load_into
     from lightning_mnp.checkpoints.write import write_state_dict
     from lightning_mnp.config import (
+        Constants,
         FilterOptions,
         MaskOptions,
         MNPConfig,
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
     from lightning_mnp.defense_data.defense_set import DefenseSet
     from lightning_mnp.engine.defense import MNPDefense
     from lightning_mnp.module import MNPModule
-    from lightning_mnp.report import DefenseReport, RunResult
+    from lightning_mnp.report import (
+        DefenseReport,
+        DefenseSetSummary,
+        PruningReport,
+        ReportError,
+        RunResult,
+        SecondAudit,
+        Signal,
+    )
     from lightning_mnp.surgery.layers import FilterLayer, FilterLayers, find_filter_layers
     from lightning_mnp.surgery.masks import FilterMasks
     from lightning_mnp.surgery.prune import prune
@@ -34,8 +43,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "Calibration": "calibration.threshold",
     "CheckpointError": "checkpoints.inspection",
+    "Constants": "config",
     "DefenseReport": "report",
     "DefenseSet": "defense_data.defense_set",
+    "DefenseSetSummary": "report",
     "FilterLayer": "surgery.layers",
     "FilterLayers": "surgery.layers",
     "FilterMasks": "surgery.masks",
@@ -46,7 +57,11 @@ _HOMES = {
     "MNPModule": "module",
     "MaskOptions": "config",
     "PruningOptions": "config",
+    "PruningReport": "report",
+    "ReportError": "report",
     "RunResult": "report",
+    "SecondAudit": "report",
+    "Signal": "report",
     "SuppressionOptions": "config",
     "VerdictOptions": "config",
     "audit": "api",
@@ -63,8 +78,10 @@ __version__ = version("lightning-mnp")
 __all__ = [
     "Calibration",
     "CheckpointError",
+    "Constants",
     "DefenseReport",
     "DefenseSet",
+    "DefenseSetSummary",
     "FilterLayer",
     "FilterLayers",
     "FilterMasks",
@@ -75,7 +92,11 @@ __all__ = [
     "MNPModule",
     "MaskOptions",
     "PruningOptions",
+    "PruningReport",
+    "ReportError",
     "RunResult",
+    "SecondAudit",
+    "Signal",
     "SuppressionOptions",
     "VerdictOptions",
     "audit",
