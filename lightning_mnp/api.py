@@ -58,6 +58,7 @@ def audit(
         TypeError: If batches or outputs are of an unknown form.
 
     Example:
+        >>> import torch
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> batch = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
         >>> audit(network, [batch], seed=0).verdict in ("clean", "backdoored", "undecided")
@@ -108,6 +109,7 @@ def defend(
         TypeError: If batches or outputs are of an unknown form.
 
     Example:
+        >>> import torch
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> batch = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
         >>> options = MNPConfig.paper({"pruning.amount": 1})

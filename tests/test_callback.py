@@ -87,7 +87,8 @@ def test_defense_set_from_the_datamodule_hook(tmp_path: Path) -> None:
         UserModule(trained_network().train()), datamodule=WithHook()
     )
     assert callback.report is not None
-    assert callback.report.defense_set["images"] == 40
+    assert callback.report.defense_set is not None
+    assert callback.report.defense_set.images == 40
 
 
 def test_defense_set_from_a_data_set(tmp_path: Path) -> None:
@@ -95,7 +96,8 @@ def test_defense_set_from_a_data_set(tmp_path: Path) -> None:
     callback = MNPCallback("never", data, quick_config(), output_dir=tmp_path)
     fit(callback)
     assert callback.report is not None
-    assert callback.report.defense_set["images"] == 24
+    assert callback.report.defense_set is not None
+    assert callback.report.defense_set.images == 24
 
 
 def test_training_set_is_never_taken_for_the_defense_set() -> None:

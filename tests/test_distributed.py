@@ -122,7 +122,9 @@ def test_command_line_in_several_processes_equals_one(
     reports = [json.loads((f / f"report-{count}.json").read_text()) for f in (folder, tmp_path)]
     assert reports[0]["verdict"] == reports[1]["verdict"]
     assert reports[0]["pruned"] == reports[1]["pruned"]
-    assert reports[0]["scores"] == pytest.approx(reports[1]["scores"], abs=1e-5)
+    assert reports[0]["pruning"]["scores"] == pytest.approx(
+        reports[1]["pruning"]["scores"], abs=1e-5
+    )
     weights = [
         lightning_mnp.read_state_dict(f / f"purified-{count}.pt") for f in (folder, tmp_path)
     ]

@@ -123,7 +123,7 @@ def test_killed_again_and_again(
         config=quick_config(**MASKS),
         state_file=state,
     ).to_dict()
-    del report["seconds"]
+    del report["seconds"], report["date"]
     assert report == undisturbed["masks"][0]
     assert list(tmp_path.iterdir()) == []
 
@@ -139,12 +139,12 @@ def test_damaged_state_file_is_told_and_kept(tmp_path: Path, damage: str) -> Non
         torch.save(small_network().state_dict(), state)
     elif damage == "incomplete":
         content = new_defense(MASKS).state_dict()
-        del content["tally"]
+        del content["case"]
         torch.save(content, state)
     elif damage == "list":
         torch.save([1], state)
     else:
-        data[data.index(b"batches_done")] ^= 1  # where a checksum sees it
+        data[data.index(b"position")] ^= 1  # where a checksum sees it
         length = {"empty": 0, "cut": len(data) // 2, "flipped": len(data)}[damage]
         state.write_bytes(data[:length])
     before = state.read_bytes()
@@ -255,7 +255,7 @@ def test_interrupted_call_leaves_a_usable_state_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [state]
     resumed = MNPDefense(network, data, quick_config(**MASKS))
     run_defense(resumed, state_file=state)
-    assert torch.equal(resumed.masks_sum, reference.masks_sum)
+    assert torch.equal(resumed.case.masks_sum, reference.case.masks_sum)
 
 
 def test_interrupt_while_the_state_is_written(
@@ -291,7 +291,7 @@ def test_disk_that_fills_up_does_not_end_the_run(tmp_path: Path) -> None:
         pytest.warns(UserWarning, match=r"`state_file`: .* could not be written.*The run goes on"),
     ):
         run_defense(defense, state_file=state)
-    assert torch.equal(defense.masks_sum, reference.masks_sum)
+    assert torch.equal(defense.case.masks_sum, reference.case.masks_sum)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -284,7 +284,8 @@ def test_iterable_data(tmp_path: Path) -> None:
     callback = new_callback(tmp_path, defense_loader=Stream())
     quiet_trainer(callbacks=[callback]).fit(module, DataLoader(Stream(), 10))
     assert_pruned(callback, module, tmp_path)
-    assert callback.report.defense_set["images"] == 40
+    assert callback.report.defense_set is not None
+    assert callback.report.defense_set.images == 40
 
 
 def test_a_generator_is_read_once(tmp_path: Path) -> None:
@@ -301,7 +302,8 @@ def test_iterable_data_for_the_module() -> None:
     module = MNPModule(small_network(), CONFIG)
     quiet_trainer(max_epochs=-1).fit(module, DataLoader(Stream(), 10))
     assert module.report is not None
-    assert module.report.defense_set["images"] == 40
+    assert module.report.defense_set is not None
+    assert module.report.defense_set.images == 40
 
 
 def test_resumed_run_is_audited_at_its_end(tmp_path: Path) -> None:
@@ -357,7 +359,8 @@ def test_overfit_batches(tmp_path: Path, amount: float) -> None:
         tmp_path, module, data(shuffle=True), overfit_batches=amount, limit_val_batches=0
     )
     assert trainer.num_training_batches == 2
-    assert callback.report.defense_set["images"] == 40  # the defense set is not cut
+    assert callback.report.defense_set is not None
+    assert callback.report.defense_set.images == 40  # the defense set is not cut
     assert_pruned(callback, module, tmp_path)
 
 
@@ -367,7 +370,8 @@ def test_a_limit_of_batches_cuts_the_defense_set_of_the_module(amount: float) ->
     trainer = quiet_trainer(max_epochs=-1, limit_train_batches=amount)
     trainer.fit(module, data())
     assert module.report is not None
-    assert module.report.defense_set["images"] == 20
+    assert module.report.defense_set is not None
+    assert module.report.defense_set.images == 20
 
 
 @pytest.mark.filterwarnings("ignore:.*[Bb]arebones.*")

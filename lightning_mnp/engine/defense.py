@@ -154,7 +154,8 @@ class MNPDefense:
         where = f"in phase {self.phase!r}, run {self.run + 1}"
         with self.case.protected(where), torch.enable_grad():
             phase = self.current
-            metrics = phase.step(updates or PlainUpdates())
+            # Done already, if an interrupt came between the last step and the next phase.
+            metrics = {} if phase.done else phase.step(updates or PlainUpdates())
             if phase.done:
                 self.plan.entries[self.position + 1 : self.position + 1] = phase.then()
                 self.position += 1

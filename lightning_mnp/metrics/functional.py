@@ -215,7 +215,8 @@ def _share(hits: Tensor, total: Tensor, noun: str) -> Tensor:
     if total == 0:
         rank_zero_warn(f"Not one {noun} counts, so the share is NaN.", UserWarning)
         return torch.full_like(hits, float("nan"), dtype=torch.float32)
-    return (hits.double() / total).float() if hits.device.type == "cpu" else hits / total
+    # In double precision on the CPU, which not every other device has.
+    return (hits.cpu().double() / total.cpu()).float().to(hits.device)
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:

@@ -19,6 +19,7 @@ def pruning_order(scores: Tensor) -> Tensor:
         Filter positions, shape (total filters,); equal scores keep the network's order.
 
     Example:
+        >>> import torch
         >>> pruning_order(torch.tensor([2.0, 1.0, 2.5, 1.0]))
         tensor([1, 3, 0, 2])
     """
@@ -38,6 +39,7 @@ def pruned_count(scores: Tensor, rule: PruningRule, amount: float) -> int:
         ValueError: If the count is not below the number of filters, or the rule is another.
 
     Example:
+        >>> import torch
         >>> pruned_count(torch.tensor([1.0, 1.5, 2.0]), "threshold", 1.5)
         2
     """

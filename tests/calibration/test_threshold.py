@@ -65,7 +65,7 @@ def test_threshold_is_an_option(scores: list[float]) -> None:
 
 @pytest.mark.parametrize("flagged", [0, 1, 7, 20])
 def test_interval_of_the_default_is_clopper_and_pearsons(flagged: int) -> None:
-    default = MNPConfig().threshold
+    default = MNPConfig().verdict.threshold
     scores = [default] * flagged + [default * 0.999] * (20 - flagged)
     found = calibrate_threshold(scores)
     assert (found.default_threshold, found.default_flagged) == (default, flagged)

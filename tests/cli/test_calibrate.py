@@ -200,7 +200,7 @@ def test_other_weights_or_options_are_refused(
         (["--ckpt_paths", "a.pt", "--rate=2"], "`rate` to be between 0 and 1, but got 2.0"),
         (
             ["--ckpt_paths", "a.pt", "b.pt", "c.pt", "--mnp.verdict.rule=ratio"],
-            "Expected option `verdict` to be 'signals', whose score is calibrated, but got 'ratio'",
+            "`verdict.rule` to be 'signals', whose score is calibrated, but got 'ratio'",
         ),
         (
             ["--ckpt_paths", "score 0.5.pt", "twin.pt", "c.pt"],

@@ -120,7 +120,7 @@ def test_wrong_use_is_told_and_ends_with_2(
 def test_wrong_option_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", *COMMON, "--mnp.suppression.runs=0", "--ckpt_path=suspicious.pt"]) == 2
     assert (
-        "Expected argument `runs` to be a whole number, at least 1, but got 0."
+        "Expected argument `suppression.runs` to be a whole number of at least 1, but got 0."
         in capsys.readouterr().err
     )
     with pytest.raises(SystemExit) as stop:

@@ -134,8 +134,8 @@ def test_an_option_without_its_group_is_told_where_it_is(old: str, new: str) -> 
 
 
 def test_an_unknown_option_is_told_what_may_be_meant() -> None:
-    with pytest.raises(ValueError, match=r"got 'supression.runs'. Did you mean 'suppression.runs'"):
-        MNPConfig().changed({"supression.runs": 1})
+    with pytest.raises(ValueError, match=r"got 'suppression.run'. Did you mean 'suppression.runs'"):
+        MNPConfig().changed({"suppression.run": 1})
     with pytest.raises(ValueError, match=r"got 'x'. There are seed, batch_size, "):
         MNPConfig().changed({"x": 1})
 
