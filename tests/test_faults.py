@@ -287,7 +287,7 @@ def test_disk_that_fills_up_does_not_end_the_run(tmp_path: Path) -> None:
     reference, defense = new_defense(MASKS), new_defense(MASKS)
     run_defense(reference)
     with (
-        no_more_than(5_000),
+        no_more_than(1_000),
         pytest.warns(UserWarning, match=r"`state_file`: .* could not be written.*The run goes on"),
     ):
         run_defense(defense, state_file=state)

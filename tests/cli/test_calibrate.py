@@ -174,7 +174,7 @@ def test_other_weights_or_options_are_refused(
     assert main(command) == 0
     before = Path("calibration.json").read_bytes()
     for options, name in (
-        (["--mnp.suppression.runs=7"], "runs"),
+        (["--mnp.suppression.runs=7"], "suppression.runs"),
         (["--data.defense_seed=1"], "defense_set"),
         (["--network=network"], "network"),
         (["--trainer.precision=bf16-mixed"], "precision"),
