@@ -287,12 +287,13 @@ def test_disk_that_fills_up_does_not_end_the_run(tmp_path: Path) -> None:
     reference, defense = new_defense(MASKS), new_defense(MASKS)
     run_defense(reference)
     with (
-        no_more_than(1_000),
+        no_more_than(5_000),
         pytest.warns(UserWarning, match=r"`state_file`: .* could not be written.*The run goes on"),
     ):
         run_defense(defense, state_file=state)
     assert torch.equal(defense.case.masks_sum, reference.case.masks_sum)
-    assert list(tmp_path.iterdir()) == []
+    # What was small enough is there, whole; nothing is there by half.
+    assert {path.name for path in tmp_path.iterdir()} <= {"state.pt"}
 
 
 def test_state_before_the_disk_was_full_is_kept(tmp_path: Path) -> None:
