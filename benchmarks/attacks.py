@@ -104,9 +104,9 @@ class Task:
         return self.folder / "result.json"
 
     def command(self, subcommand: str) -> list[str]:
-        """Give the start of a command line for this network."""
+        """Return the start of a command line for this network."""
         command = [
-            *(sys.executable, "-m", "lightning_mnp.cli.command_line", subcommand),
+            *(sys.executable, "-m", "lightning_mnp.cli", subcommand),
             *("--config", str(EXAMPLES / f"{self.base}.yaml")),
         ]
         if self.precision is not None:
@@ -114,7 +114,7 @@ class Task:
         return command
 
     def width(self) -> list[str]:
-        """Give the option of the network's width, where it is not the base's."""
+        """Return the option of the network's width, where it is not the base's."""
         width = self.recipe.width
         return [] if width is None else ["--model.width", str(width)]
 
@@ -187,17 +187,17 @@ class Task:
             raise RuntimeError(f"{self.name}: {log} ends with exit code {code}: {self.folder}")
 
     def noted(self) -> dict[str, Any]:
-        """Give what :meth:`note` kept last."""
+        """Return what :meth:`note` kept last."""
         path = self.folder / "seconds.json"
         figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return figures
 
     def spent(self) -> float:
-        """Tell the seconds of training so far, with those before it was stopped."""
+        """Say the seconds of training so far, with those before it was stopped."""
         return float(self.noted().get("seconds", 0.0))
 
     def is_trained(self) -> bool:
-        """Tell whether training came to its end."""
+        """Say whether training came to its end."""
         figures = self.noted()
         return bool(figures.get("finished", figures))
 

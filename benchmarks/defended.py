@@ -35,14 +35,14 @@ from lightning_mnp.models import cifar_resnet18
 
 
 def datamodule(root: Path, imagenette: bool, **options: Any) -> BackdoorDataModule:
-    """Give the images that the networks were trained with."""
+    """Return the images that the networks were trained with."""
     if imagenette:
         return ImageNetSubsetDataModule(root, preset="imagenette", image_size=64, **options)
     return CIFAR10DataModule(root, **options)
 
 
 def thinned(loader: DataLoader[Any], most: int | None) -> DataLoader[Any]:
-    """Give every n-th image of a loader, so that at most so many are left; all where None."""
+    """Return every n-th image of a loader, so that at most so many are left; all where None."""
     dataset: Any = loader.dataset
     if most is None or len(dataset) <= most:
         return loader
@@ -53,7 +53,7 @@ def thinned(loader: DataLoader[Any], most: int | None) -> DataLoader[Any]:
 
 
 def measure(network: nn.Module, loaders: list[DataLoader[Any]]) -> dict[str, float]:
-    """Give CA and, where there are triggered images, ASR, in percent."""
+    """Return CA and, where there are triggered images, ASR, in percent."""
     accuracy, success = CleanAccuracy(), AttackSuccessRate()
     with torch.no_grad():
         for images, labels in loaders[0]:
@@ -94,7 +94,7 @@ class Variant:
         return "".join(parts)
 
     def apply(self, network: nn.Module, images: BackdoorDataModule) -> DefenseSet:
-        """Give the defense set of a datamodule, changed so."""
+        """Return the defense set of a datamodule, changed so."""
         data = DefenseSet.from_loader(images.defense_dataloader())
         pixels, labels = data.images.clone(), data.labels.clone()
         if self.impure:
@@ -200,7 +200,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Tell in a line each what the rows say together."""
+    """Say in a line each what the rows say together."""
     attacked = [row for row in rows if "ASR" in row["before"]]
     lines = []
     for kind, group in (

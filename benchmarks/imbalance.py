@@ -1,4 +1,4 @@
-"""CIFAR-10 with too few training images of one class: the other reason for a handicap."""
+"""CIFAR-10 with too few training images of one class: the other reason for a rare class."""
 
 from __future__ import annotations
 

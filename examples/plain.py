@@ -36,7 +36,7 @@ def train(network: nn.Module, data: DigitsDataModule, epochs: int) -> None:
 
 @torch.no_grad()
 def rates(network: nn.Module, data: DigitsDataModule) -> str:
-    """Give clean accuracy and attack success rate in words."""
+    """Return clean accuracy and attack success rate in words."""
     network.eval()
     shares = []
     for loader in data.test_dataloader():  # clean images, then triggered ones

@@ -52,7 +52,7 @@ class Evaluation:
         self.std = torch.tensor(data.std).reshape(1, -1, 1, 1)
 
     def untouched(self, name: str) -> tuple[float, float | None]:
-        """Give CA and ASR of a network as it is, measured once."""
+        """Return CA and ASR of a network as it is, measured once."""
         if name not in self._untouched:
             self._untouched[name] = self(*self.zoo.load(f"{name}.pt"))
         return self._untouched[name]
@@ -69,7 +69,7 @@ class Evaluation:
         return torch.cat(parts)
 
     def __call__(self, network: nn.Module, info: dict[str, Any]) -> tuple[float, float | None]:
-        """Give CA and, for a network that was attacked, ASR."""
+        """Return CA and, for a network that was attacked, ASR."""
         network.eval()
         accuracy = 100 * float(clean_accuracy(self.classes(network, None), self.labels))
         if info["atk"] not in ("badnets", "blend"):

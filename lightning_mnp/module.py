@@ -53,7 +53,7 @@ class MNPModule(LightningModule):
         unpack: A function (batch) that gives images and labels.
         output_dir: Folder for the report and, where filters are pruned, a checkpoint of the
             purified network: ``mnp-report.json`` and ``mnp.ckpt``, as
-            :class:`~lightning_mnp.callback.MNPCallback` writes them. Where None, nothing is
+            :class:`~lightning_mnp.callback.MNPCallback` writes them. If None, nothing is
             written.
 
     Attributes:
@@ -150,7 +150,7 @@ class MNPModule(LightningModule):
         return DefenseSet.from_loader(loader, self.unpack, limit, gather=True)
 
     def _refuse_uneven_epochs(self) -> None:
-        """Raise where processes would end their epochs at different steps, and wait in vain."""
+        """Raise if processes would end their epochs at different steps, and wait in vain."""
         numbers = gather_objects(self.trainer.num_training_batches)
         if len(numbers) > 1 and (len(set(numbers)) > 1 or numbers[0] == float("inf")):
             raise MisconfigurationException(
@@ -194,7 +194,7 @@ class MNPModule(LightningModule):
 
     @staticmethod
     def _check_agreement(defense: MNPDefense) -> None:
-        """Raise where processes have come to different places, before one waits for another."""
+        """Raise if processes have come to different places, before one waits for another."""
         if process_count() == 1:
             return
         places = gather_objects(defense.place)

@@ -87,7 +87,7 @@ def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Give the folder with real networks and images, or skip."""
+    """Return the folder with real networks and images, or skip."""
     folder = Path(os.environ.get("LIGHTNING_MNP_SHARED", REPOSITORY.parent / "shared"))
     if not (folder / "zoo").is_dir():
         pytest.skip(

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_mnp.attacks import TriggerCheckpoint
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.cli.trainer import MNPTrainer
+from lightning_mnp.config import grouped_message
 from lightning_mnp.hosting.checkpoint_io import use_checked_io
 
 __all__ = ["MNPCLI", "main"]
@@ -73,6 +74,7 @@ class MNPCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Take several files behind one ``--ckpt_paths``, as a shell's wildcard gives them."""
+        _refuse_flat_options(sys.argv[1:] if args is None else args)
         if args is None:
             self.config = parser.parse_args(_join_files(sys.argv[1:]))
         else:
@@ -109,6 +111,15 @@ class MNPCLI(LightningCLI):
         if options.get("weights_only") is None:
             options["weights_only"] = True
         use_checked_io(self.trainer)
+
+
+def _refuse_flat_options(args: ArgsType) -> None:
+    """Raise for an option of the method that is given without its group, and name the group."""
+    for word in args if isinstance(args, list) else ():
+        name = str(word).partition("=")[0].removeprefix("--mnp.")
+        message = grouped_message(name) if str(word).startswith("--mnp.") else None
+        if message is not None:
+            raise ValueError(message)
 
 
 def _join_files(args: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from lightning_mnp.config.groups import (
     VerdictOptions,
     VerdictRule,
 )
-from lightning_mnp.config.options import MNPConfig, require_config
+from lightning_mnp.config.options import MNPConfig, grouped_message, require_config
 from lightning_mnp.config.ranges import check_options, option, require
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "VerdictOptions",
     "VerdictRule",
     "check_options",
+    "grouped_message",
     "option",
     "require",
     "require_config",

@@ -18,11 +18,18 @@ from lightning_mnp.config.groups import (
 from lightning_mnp.config.ranges import check_options, option
 from lightning_mnp.defense_data.augment import Augmentation
 
-__all__ = ["MNPConfig", "require_config"]
+__all__ = ["MNPConfig", "grouped_message", "require_config"]
 
 Kind = TypeVar("Kind")
 
-# Where the options stand that had no group before.
+_GROUPS: dict[str, type] = {
+    "filters": FilterOptions,
+    "suppression": SuppressionOptions,
+    "masks": MaskOptions,
+    "pruning": PruningOptions,
+    "verdict": VerdictOptions,
+}
+# The group of each option that once had none.
 _GROUPED = {
     **{name: f"filters.{name}" for name in ("include", "exclude", "site", "statistics")},
     **{name: f"suppression.{name}" for name in ("runs", "more_runs", "stop_accuracy", "mu")},
@@ -51,9 +58,22 @@ def _refuse_flat_names(cls: type[Kind]) -> type[Kind]:
     return cls
 
 
+def grouped_message(name: str) -> str | None:
+    """Return where an option stands that once had no group; None if it is no such option.
+
+    Args:
+        name: The name without a group.
+
+    Example:
+        >>> grouped_message("runs").split(".")[0]
+        'The option `runs` is `suppression'
+    """
+    return _grouped_message(name) if name in _GROUPED else None
+
+
 def _grouped_message(name: str) -> str:
     group, own = _GROUPED[name].split(".")
-    kind = next(each.type for each in fields(MNPConfig) if each.name == group)
+    kind = _GROUPS[group].__name__
     return (
         f"The option `{name}` is `{group}.{own}` now. Write "
         f"MNPConfig({group}={kind}({own}=...)), or `--mnp.{group}.{own}` on the command line."
@@ -100,9 +120,18 @@ class MNPConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        for name, kind in _GROUPS.items():
+            found = getattr(self, name)
+            if not isinstance(found, kind):
+                raise TypeError(
+                    f"Expected argument `{name}` to be {kind.__name__}, but got {found!r}. Write "
+                    f"MNPConfig({name}={kind.__name__}(...))."
+                )
 
     @classmethod
-    def paper(cls, changes: Mapping[str, Any] | None = None, *, seed: int = 0) -> MNPConfig:
+    def paper(
+        cls, changes: Mapping[str, Any] | None = None, *, seed: int = 0, **flat: Any
+    ) -> MNPConfig:
         """Return the setting of Sec. 5.1: one run of T passes, 30 filters pruned, delta 0.2.
 
         The paper does not say where a mask acts or how normalization layers run; both are as in
@@ -111,6 +140,10 @@ class MNPConfig:
         Args:
             changes: Options that differ, by name, as for :meth:`changed`.
             seed: Seed of all that is drawn.
+            flat: Nothing; options without their group are refused by name.
+
+        Raises:
+            ValueError: If an option is unknown, without its group, or out of range.
 
         Example:
             >>> MNPConfig.paper(seed=3).suppression.lr
@@ -132,7 +165,7 @@ class MNPConfig:
             "verdict.rule": "ratio",
             "verdict.raise_rare_classes": False,
         }
-        return cls(seed=seed).changed({**published, **(changes or {})})
+        return cls(seed=seed).changed({**published, **(changes or {}), **flat})
 
     def changed(self, changes: Mapping[str, Any]) -> MNPConfig:
         """Return a copy with some options changed.

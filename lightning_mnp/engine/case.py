@@ -76,6 +76,7 @@ class Case:
         judgement: The latest verdict, or None.
         purification: What is changed, and how it is found.
         second_audit: What an audit of the purified copy says, or None.
+        weights_sha256: Digest of the model's weights as they were given.
         warnings: What the reader of the report should know, in words.
     """
 
@@ -110,6 +111,7 @@ class Case:
         self.judgement: Judgement | None = None
         self.purification = Purification(self.masked, data, config, self.raised, constants)
         self.second_audit: SecondAudit | None = None
+        self.weights_sha256 = weights_digest(model)  # before anything is pruned
         self.warnings = [*_coarse_weights(model)]
 
     @contextmanager
@@ -250,7 +252,7 @@ class Case:
         return DefenseReport(
             verdict=self.judgement.verdict,
             warnings=[*self.purification.warnings, *self.warnings],
-            weights_sha256=weights_digest(self.model),
+            weights_sha256=self.weights_sha256,
             config=self.config.to_dict(),
             versions={name: version(name) for name in ("lightning-mnp", "torch", "torchvision")},
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),

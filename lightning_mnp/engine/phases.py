@@ -135,8 +135,8 @@ class ReferencePhase(_Pass):
         with torch.no_grad():
             logits = case.masked(images, statistics="running")
         self.tally.add(changes, logits, labels)
-        self.steps += 1
-        if not self.done:
+        if self.most_steps() > 1:
+            self.steps += 1
             return {}
         case.correlation = self.tally.correlation(weights)
         case.accuracy = self.tally.accuracy
@@ -144,6 +144,7 @@ class ReferencePhase(_Pass):
             constants = case.constants.of(RareClassConstants)
             rare = find_rare_classes(self.tally.logits, self.tally.labels, constants)
             case.raise_rare_classes(rare)
+        self.steps += 1  # last, so that an interrupt loses no result
         return {"correlation": case.correlation, "accuracy": case.accuracy}
 
     def report(self, report: DefenseReport) -> None:
@@ -203,8 +204,8 @@ class SaliencyPhase(_Pass):
         suppression = case.suppression
         weights = {name: weight.detach() for name, weight in suppression.weights.items()}
         self.tally.add(*batch_clc(case.raised, weights, images, labels), labels)
-        self.steps += 1
-        if not self.done:
+        if self.most_steps() > 1:
+            self.steps += 1
             return {}
         correlation = self.tally.correlation(weights)
         result = RunResult(
@@ -219,6 +220,7 @@ class SaliencyPhase(_Pass):
             case.runs.append(result)
         if case.may_prune_greedily and len(case.suppressed) < case.config.suppression.runs - 1:
             case.suppressed.append({name: weight.clone() for name, weight in weights.items()})
+        self.steps += 1
         return {"detection_ratio": result.detection_ratio, "pile_up": result.pile_up}
 
     def report(self, report: DefenseReport) -> None:
@@ -252,14 +254,14 @@ class MaskPhase(Phase):
         images, labels = case.data.batch(index, config.batch_size, device, config.augment, key)
         first = case.penalty.step(images, labels, updates)
         second = case.preserving.step(images, labels, updates)
-        self.steps += 1
-        if self.done:
+        if self.most_steps() <= 1:
             case.masks_sum += case.penalty.values.detach() + case.preserving.values.detach()
             case.masks_count += 1
             for name, mask in (("M1", case.penalty), ("M2", case.preserving)):
                 if mask.stopped:
                     number = case.masks_count
                     case.warnings.append(f"{name} of run {number} stopped early: {mask.stopped}")
+        self.steps += 1
         return {
             "penalty_loss": first["loss"],
             "preserving_loss": second["loss"],
@@ -289,7 +291,7 @@ class SearchPhase(Phase):
 
     Args:
         case: What is known of the network.
-        run: Of no account.
+        run: Not used.
         name: The signal.
     """
 
@@ -320,7 +322,7 @@ class VerdictPhase(Phase):
 
     Args:
         case: What is known of the network.
-        run: Of no account.
+        run: Not used.
         pruning: What is to be done with a flagged network.
     """
 

@@ -92,7 +92,7 @@ class Plan:
             "pruning": pruning,
             "soft_masks": SoftMaskPhase,
             "check": CheckPhase,
-            "reaudit": partial(ReauditPhase, audit=self._audit, usual_steps=self._audit_steps()),
+            "reaudit": partial(ReauditPhase, audit=self._audit, usual_steps=self._audit_steps),
         }
         return kinds.get(name, partial(SearchPhase, name=name))(self.case, run)
 

@@ -99,8 +99,7 @@ class SoftMaskPhase(Phase):
     @property
     def done(self) -> bool:
         """Whether they have come to their end."""
-        soft = self.case.purification.soft
-        return soft is not None and soft.finished
+        return self.case.purification.settled
 
     def most_steps(self) -> int:
         """Return the steps that are left."""
@@ -169,9 +168,9 @@ class ReauditPhase(Phase):
 
     Args:
         case: What is known of the network.
-        run: Of no account.
+        run: Not used.
         audit: Makes an engine that audits a network.
-        usual_steps: Steps that an audit takes at most, before that engine is made.
+        usual_steps: Returns the steps that an audit takes at most, before that engine is made.
     """
 
     name = "reaudit"
@@ -182,7 +181,7 @@ class ReauditPhase(Phase):
         run: int = 0,
         *,
         audit: Callable[[nn.Module], SecondEngine],
-        usual_steps: int = 0,
+        usual_steps: Callable[[], int],
     ) -> None:
         super().__init__(case, run)
         self._audit = audit
@@ -194,13 +193,13 @@ class ReauditPhase(Phase):
         """Whether the second audit has finished, or there is nothing to audit again."""
         if not self.case.purification.changes:
             return self.steps > 0
-        return self.second is not None and self.second.finished
+        return self.case.second_audit is not None
 
     def most_steps(self) -> int:
         """Return the steps that are left."""
         if self.done:
             return 0
-        return self._usual_steps if self.second is None else self.second.most_steps()
+        return self._usual_steps() if self.second is None else self.second.most_steps()
 
     def step(self, updates: Updates) -> dict[str, float]:
         """Take one step of the second audit."""
@@ -209,7 +208,7 @@ class ReauditPhase(Phase):
             return {}
         # The second engine's optimizers are its own: no Trainer knows of them.
         self.second = self.second or self._audit(self.case.purification.purified())
-        metrics = self.second.step()
+        metrics = {} if self.second.finished else self.second.step()
         if self.second.finished:
             judgement = self.second.judgement
             self.case.second_audit = SecondAudit(

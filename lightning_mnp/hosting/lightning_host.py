@@ -36,7 +36,7 @@ _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 def check_host(trainer: Trainer) -> None:
-    """Raise where a Trainer's strategy or precision does not leave the whole float32 network.
+    """Raise if a Trainer's strategy or precision does not leave the whole float32 network.
 
     Args:
         trainer: The Trainer.
@@ -61,7 +61,7 @@ def check_host(trainer: Trainer) -> None:
 
 
 def refuse_other_processes(trainer: Trainer) -> None:
-    """Raise where a Trainer's processes are not those that can be asked whether they agree.
+    """Raise if a Trainer's processes are not those that can be asked whether they agree.
 
     Args:
         trainer: The Trainer, set up.

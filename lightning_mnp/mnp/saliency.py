@@ -120,7 +120,7 @@ def exact_clc(
     """Measure the clean loss change of every filter's removal, one filter at a time (Eq. 2).
 
     It takes a pass over the data for every filter; :func:`approximate_clc` takes one in all. To
-    compare the two, give the masked's own ``statistics``, so that both normalize alike, and
+    compare the two, give the masked network's own ``statistics``, so that both normalize alike, and
     mind what is removed: here the map that the mask acts on, there the weights of the
     convolution alone, without its bias and before any normalization.
 

@@ -49,6 +49,7 @@ class Purification:
         accuracy: Accuracy on the defense set after all that, or None before :meth:`check`.
         greedy: What takes filters one by one, once it has begun.
         soft: What turns filters down, once it has begun.
+        settled: Whether soft masks have come to their end, and the masks are known.
         warnings: What the reader of the report should know, in words.
 
     Example:
@@ -82,6 +83,7 @@ class Purification:
         self.accuracy: float | None = None
         self.greedy: GreedyPruning | None = None
         self.soft: SoftMasks | None = None
+        self.settled = False
         self.warnings: list[str] = []
         self._known: Views | None = None
 
@@ -141,11 +143,13 @@ class Purification:
             Numbers of this step, see :meth:`SoftMasks.step`.
         """
         self.soft = self.soft or self._new_soft_masks()
-        metrics = self.soft.step()
+        metrics = {} if self.soft.finished else self.soft.step()
         if not self.soft.finished and self._is_dear(self.soft):
             self.soft.stop()
-        if self.soft.finished and self.soft.taken:
-            self.masks = self._harmless(self.soft.masks)
+        if self.soft.finished:
+            if self.soft.taken:
+                self.masks = self._harmless(self.soft.masks)
+            self.settled = True
         return metrics
 
     @property
@@ -278,6 +282,7 @@ class Purification:
             "shift": None if self.shift is None else [self.shift.name, self.shift.values],
             "augment": None if self._known is None else self._known.augment,
             "accuracy": self.accuracy,
+            "settled": self.settled,
             "warnings": list(self.warnings),
             "greedy": None if self.greedy is None else self.greedy.state_dict(),
             "soft": None if self.soft is None else self.soft.state_dict(),
@@ -298,6 +303,7 @@ class Purification:
         if state["augment"] is not None:
             self._known = make_views(self.data, state["augment"], self.config.seed)
         self.accuracy = state["accuracy"]
+        self.settled = bool(state["settled"])
         self.warnings = list(state["warnings"])
         self.greedy = self.soft = None
         if state["greedy"] is not None:

@@ -40,7 +40,8 @@ class SoftMaskConstants:
         look_from: After so many steps, masks that do more than `harm` beside pruning are left
             as they are: what they gain by then is not worth what they cost.
         look_every: The same at so many more steps each time.
-        halvings: Masks that do too much harm are turned back to a share known to 1 / 2 to this.
+        halvings: Masks that do too much harm are turned back to a share that is known to within
+            1 / 2 ** halvings.
     """
 
     weight: float = 0.1
@@ -68,7 +69,7 @@ def harmless_share(harm: Callable[[float], float], most: float, halvings: int) -
     Args:
         harm: The harm of a share from 0 to 1; NaN is too much.
         most: The most harm allowed.
-        halvings: The share is known to 1 / 2 to this.
+        halvings: The share is known to within 1 / 2 ** halvings.
 
     Returns:
         From 0 to below 1, a multiple of that.

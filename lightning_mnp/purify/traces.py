@@ -39,8 +39,12 @@ def find_traces(
     count = min(scene.constants.of(TraceConstants).images, scene.config.batch_size)
     found = [trace for each in searches.values() for trace in each.traces(target, searches)]
     if target is None:
-        exchange = searches[PermutationSearch.name]
-        assert isinstance(exchange, PermutationSearch), "only that points to no class"
+        exchange = searches.get(believed.name)
+        if not isinstance(exchange, PermutationSearch):
+            raise ValueError(
+                f"Expected a signal that points to a class, since only an exchange of classes by "
+                f"one patch is known how to prune, but {believed.name!r} points to none."
+            )
         images, goals = exchange.images(count)
         decides = False
     else:

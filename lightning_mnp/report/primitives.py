@@ -103,4 +103,8 @@ def _read_signal(content: Mapping[str, Any]) -> Signal:
 
 
 def _by_class(values: Mapping[str, Any]) -> dict[int, float]:
-    return {int(index): _number(value) for index, value in values.items()}
+    # Whole numbers stay whole: they are classes.
+    return {
+        int(index): value if isinstance(value, int) else _number(value)
+        for index, value in values.items()
+    }

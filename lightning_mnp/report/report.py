@@ -158,7 +158,7 @@ class DefenseReport:
         """
         schema = content.get("schema") if isinstance(content, Mapping) else None
         if schema != SCHEMA:
-            found = "no report" if schema is None else f"schema {schema!r}"
+            found = "one without a schema" if schema is None else f"schema {schema!r}"
             raise ReportError(
                 f"Expected a report of schema {SCHEMA}, as this version writes it, but got "
                 f"{found}. Reports of earlier versions have another form: make the report anew."

@@ -1,9 +1,9 @@
 """Overlays: an image that is blended into all others, faintly, and stands in for a trigger.
 
-A trigger that is spread over the whole image, such as Blend's, is no patch, and the shortest
-perturbation to its class need not be a short one where the network learned it from few poisoned
-images. Blended in as far as a trigger may be without being seen, an image made for the target class
-still drives others further to it than one made for any other class does to that.
+Some triggers, such as Blend's, are spread over the whole image. A patch cannot stand in for them.
+An overlay can: it is made for one class, and blended in so faintly that a person would hardly see
+it. If the network has a backdoor, an overlay for the target class moves images further towards it
+than an overlay for any other class does.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Surrogate patches: a few pixels, the same in all images, that stand in for an unknown trigger.
+"""Patches: a few pixels, the same in all images, that stand in for an unknown trigger.
 
-A universal perturbation that may change every pixel a little takes the shortest way to a class,
-and that is not the trigger's way where the trigger is a patch. One that may change a few pixels by
-any amount takes it: how far it drives images to a class says whether there is such a way (compare
-Neural Cleanse, Wang et al., 2019, which looks for the smallest mask of pixels instead, class by
-class, with many more steps).
+A patch may change few pixels, each by any amount. If the network's trigger is a patch, then some
+patch drives images to the target class much further than patches drive them to other classes. A
+perturbation that changes every pixel a little takes another, shorter way, and does not show it
+(compare Neural Cleanse, Wang et al., 2019, which looks for the smallest mask of pixels instead,
+class by class, with many more steps).
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ class PatternConstants:
         least_distance: Least usual distance to a class, in logits. A network that knows little has
             its classes close together, and all are easily reached.
         following_steps: Steps in which a trace's pattern follows the network.
-        weak_below: A trace is weak only below this strength: a tenth of what a strong backdoor
-            shows still takes most images to the target. This is half a logit above their own
-            class, where no pattern of that size gets images in an ordinary network.
+        weak_below: A trace is weak only below this strength, whatever it was at the start. With
+            1.5, images are half a logit past the border of their own class; no pattern of that
+            size gets them there in an ordinary network.
     """
 
     images: int = 64

@@ -289,8 +289,8 @@ class PermutationSearch(SignalSearch):
 def permutation_excess(moved: float | None, classes: int) -> float:
     """Compute how far the share that a patch takes to other classes is above what is easy.
 
-    A patch that takes all images to one class takes one class of them where the permutation has
-    it, too.
+    Even a patch that takes all images to one class is right for one class of them. So a share of
+    one class, 1 / K, is worth nothing.
 
     Args:
         moved: The share, from 0 to 1; None counts as none.

@@ -18,6 +18,14 @@ from lightning_mnp.signals.warp import WarpSearch
 
 __all__ = ["register", "registered", "unregister"]
 
+# What the engine's other phases are called.
+_RESERVED = frozenset(
+    {
+        *("reference", "suppression", "saliency", "masks", "verdict"),
+        *("pruning", "soft_masks", "check", "reaudit", "finished"),
+    }
+)
+
 _SIGNALS: dict[str, type[SignalSearch]] = {
     search.name: search
     for search in (
@@ -51,6 +59,11 @@ def register(search: type[SignalSearch]) -> type[SignalSearch]:
     """
     if not (isinstance(search, type) and issubclass(search, SignalSearch)):
         raise TypeError(f"Expected a subclass of SignalSearch, but got {search!r}.")
+    if search.name in _RESERVED:
+        raise ValueError(
+            f"Expected a name for a signal that no phase of the engine has, but got "
+            f"{search.name!r}. Choose another `name`."
+        )
     if search.name in _SIGNALS:
         raise ValueError(
             f"Expected a new name for a signal, but there is a signal {search.name!r} already. "

@@ -19,8 +19,8 @@ class VerdictConstants:
 
     Attributes:
         undecided_from: From this share of the threshold on, a network is not called clean.
-        doubt_from: A pile-up of a few runs from this strength on may be chance ...
-        doubt_to: ... and below this strength it may hide by chance.
+        doubt_from: From this strength on, a pile-up of a few runs may be a chance find.
+        doubt_to: Up to this strength, a pile-up of a few runs may be too weak by chance.
     """
 
     undecided_from: float = 0.9
@@ -156,7 +156,7 @@ def judge(
             f"after clean suppression, {pile_up:.0%} of the predictions fall on class "
             f"{top_class(runs)}, with a detection ratio of {ratio:.2f}"
         )
-        reasons += [signal.reason for signal in found[:1]]  # which filters are searched for
+        reasons += [signal.reason for signal in found[:1]]  # which filters pruning looks for
     else:
         score = max(signal.strength for signal in found)
         reasons = [signal.reason for signal in found]

@@ -133,6 +133,17 @@ def test_an_option_without_its_group_is_told_where_it_is(old: str, new: str) -> 
         MNPConfig().changed({old: 1})
 
 
+@pytest.mark.parametrize(("name", "value"), [("verdict", "ratio"), ("masks", {"epochs": 5})])
+def test_a_group_is_no_single_value(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` to be .*Options, but got .* Write MNPConfig"):
+        MNPConfig(**{name: value})
+
+
+def test_the_papers_setting_takes_no_flat_names() -> None:
+    with pytest.raises(ValueError, match=r"The option `mask_epochs` is `masks\.epochs` now"):
+        MNPConfig.paper(mask_epochs=1)
+
+
 def test_an_unknown_option_is_told_what_may_be_meant() -> None:
     with pytest.raises(ValueError, match=r"got 'suppression.run'. Did you mean 'suppression.runs'"):
         MNPConfig().changed({"suppression.run": 1})

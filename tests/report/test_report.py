@@ -215,6 +215,7 @@ def test_a_signal_counts_from_one_on(strength: float, counts: bool) -> None:
 
 # --- reading -----------------------------------------------------------------------------------
 
+EXCHANGE = Signal("permutation", 2.0, None, 0.9, 0.46, "one patch", {0: 2, 1: 0, 2: 1})
 AGAIN = SecondAudit("clean", 0.5, None, False, 0.9, 0.2, ["nothing stands out"])
 
 
@@ -225,6 +226,7 @@ AGAIN = SecondAudit("clean", 0.5, None, False, 0.9, 0.2, ["nothing stands out"])
         {"reaudit": AGAIN, "rare_classes": {3: 1.5}, "weights_sha256": "00ff", "date": "2026"},
         {"reaudit": replace(AGAIN, score=math.nan), "target_class": None, "all_to_all": True},
         {"score": 0.5, "accuracy_after": None, "defense_set": None, "signals": []},
+        {"target_class": None, "all_to_all": True, "signals": [EXCHANGE]},
         {"pruning": PruningReport([1.5], [[0.0, 1.0], [0.1, 0.5]], {"a": [1.0, 0.5]}, [0.0, 0.1])},
     ],
 )
@@ -246,11 +248,11 @@ def test_what_is_saved_is_read_back(changes: dict[str, Any], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ({}, "no report"),
-        ({"verdict": "clean", "pile_up": 0.2}, "no report"),
+        ({}, "one without a schema"),
+        ({"verdict": "clean", "pile_up": 0.2}, "one without a schema"),
         ({"schema": 0, "verdict": "clean"}, "schema 0"),
         ({"schema": 2, "verdict": "clean"}, "schema 2"),
-        ([], "no report"),
+        ([], "one without a schema"),
     ],
 )
 def test_another_schema_is_refused(content: Any, found: str, tmp_path: Path) -> None:

@@ -138,6 +138,9 @@ def test_names_are_taken_once() -> None:
             register(wrong)  # type: ignore[arg-type]
     with pytest.raises(KeyError):
         unregister("nothing")
+    clash = type("Clash", (Brightness,), {"name": "masks"})
+    with pytest.raises(ValueError, match="no phase of the engine has, but got 'masks'"):
+        register(clash)
 
 
 def test_registered_signals_cannot_be_changed_by_accident() -> None:

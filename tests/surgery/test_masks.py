@@ -49,7 +49,7 @@ POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool
 
 
 def randomize(network: nn.Module) -> nn.Module:
-    """Give every parameter and statistic a value of its own."""
+    """Return every parameter and statistic a value of its own."""
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             if tensor.is_floating_point():
