@@ -61,7 +61,7 @@ def unsafe_calls(source: str, is_test: bool = False) -> Iterator[tuple[int, str]
 
 
 def blocks(path: Path, text: str) -> Iterator[tuple[int, str]]:
-    """Return the Python in a file, all of it or the code blocks of a page, with the lines before."""
+    """Return the Python in a file (all, or the code blocks of a page) with the lines before."""
     if path.suffix == ".py":
         yield 0, text
         return
