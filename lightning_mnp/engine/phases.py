@@ -23,6 +23,7 @@ from lightning_mnp.signals.verdict import VerdictConstants, in_doubt
 __all__ = [
     "Entry",
     "MaskPhase",
+    "OneStepPhase",
     "Phase",
     "ReferencePhase",
     "SaliencyPhase",
@@ -94,6 +95,19 @@ class Phase(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self.steps = int(state["steps"])
+
+
+class OneStepPhase(Phase):
+    """A phase of a single step."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the step was taken."""
+        return self.steps > 0
+
+    def most_steps(self) -> int:
+        """Return the step, if it is left."""
+        return int(not self.steps)
 
 
 class _Pass(Phase):
@@ -317,7 +331,7 @@ class SearchPhase(Phase):
         return self.case.search(self.name).step()
 
 
-class VerdictPhase(Phase):
+class VerdictPhase(OneStepPhase):
     """The verdict, which may ask for further suppression runs, or for pruning.
 
     Args:
@@ -331,15 +345,6 @@ class VerdictPhase(Phase):
     def __init__(self, case: Case, run: int = 0, pruning: Sequence[Entry] = ()) -> None:
         super().__init__(case, run)
         self._pruning = list(pruning)
-
-    @property
-    def done(self) -> bool:
-        """Whether the verdict is given."""
-        return self.steps > 0
-
-    def most_steps(self) -> int:
-        """Return the step, if it is left."""
-        return int(not self.steps)
 
     def step(self, updates: Updates) -> dict[str, float]:
         """Judge the network."""

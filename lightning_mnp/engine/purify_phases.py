@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from lightning_mnp.engine.case import Case
-from lightning_mnp.engine.phases import Phase
+from lightning_mnp.engine.phases import OneStepPhase, Phase
 from lightning_mnp.mnp.thresholds import pruned_count, pruning_order
 from lightning_mnp.mnp.updates import Updates
 from lightning_mnp.report import DefenseReport, PruningReport, SecondAudit
@@ -48,17 +48,8 @@ class _Pruning(Phase):
         )
 
 
-class ThresholdPhase(_Pruning):
+class ThresholdPhase(_Pruning, OneStepPhase):
     """Pruning of the lowest M1 + M2 (line 14 of Algorithm 1)."""
-
-    @property
-    def done(self) -> bool:
-        """Whether the filters are chosen."""
-        return self.steps > 0
-
-    def most_steps(self) -> int:
-        """Return the step, if it is left."""
-        return int(not self.steps)
 
     def step(self, updates: Updates) -> dict[str, float]:
         """Choose all filters at once."""
@@ -111,19 +102,10 @@ class SoftMaskPhase(Phase):
         return self.case.purification.soft_mask_step()
 
 
-class CheckPhase(Phase):
+class CheckPhase(OneStepPhase):
     """The repair of the logits, and the accuracy after all that."""
 
     name = "check"
-
-    @property
-    def done(self) -> bool:
-        """Whether the accuracy is measured."""
-        return self.steps > 0
-
-    def most_steps(self) -> int:
-        """Return the step, if it is left."""
-        return int(not self.steps)
 
     def step(self, updates: Updates) -> dict[str, float]:
         """Fit the repair and measure the accuracy."""

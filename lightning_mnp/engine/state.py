@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning_mnp.engine.case import Case
 from lightning_mnp.report import RunResult, SecondAudit
-from lightning_mnp.surgery.network import weights_digest
 
 __all__ = ["case_state", "check_state", "identity", "load_case"]
 
@@ -28,7 +27,7 @@ def identity(case: Case) -> dict[str, Any]:
         "signals": list(case.wanted_signals),
         "occasion": case.when,
         "layers": [[layer.name, layer.filters] for layer in case.layers],
-        "weights": weights_digest(case.model),
+        "weights": case.weights_sha256,
         "precision": case.masked.precision,
         "version": version("lightning-mnp"),
     }
