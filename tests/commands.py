@@ -8,6 +8,7 @@ QUICK = [
     "--mnp.masks.epochs=1",
     "--mnp.pruning.rule=count",
     "--mnp.pruning.amount=3",
+    "--mnp.verdict.most_classes=3",
 ]
 MODEL = [
     "--model=lightning_mnp.models.Classifier",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
@@ -21,6 +22,7 @@ from lightning_mnp.signals.pattern_trigger import PatternTrigger
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
+REPOSITORY = Path(__file__).parents[1]
 CLASSES = 4
 
 # Names of options in tests, which say in one word what they change.

@@ -53,7 +53,9 @@ def test_forward_and_unpack_can_be_told() -> None:
     assert len(report.runs) == 2
 
 
-@pytest.mark.parametrize("stop", [1, 4, 10, 13, 19])
+@pytest.mark.parametrize(
+    "stop", [4, 13, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 10, 19))]
+)
 def test_killed_call_goes_on(tmp_path: Path, stop: int) -> None:
     """The state file is of the last finished phase; the rest is done again, the same."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import distributed_script as script
 import pytest
 import torch
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from lightning_mnp import MNPConfig
 from lightning_mnp.cli.command_line import main

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from PIL import Image
 
 from lightning_mnp import (
@@ -21,6 +21,7 @@ from lightning_mnp import (
     MNPConfig,
     PruningOptions,
     SuppressionOptions,
+    VerdictOptions,
     read_state_dict,
 )
 from lightning_mnp.cli.command_line import main
@@ -51,6 +52,7 @@ SHORT_AUDIT = [
     *QUIET,
     "--mnp.suppression.epochs=1",
     "--mnp.masks.epochs=1",
+    "--mnp.verdict.most_classes=3",
     "--model.init_args.width=4",
     "--data.init_args.defense_size=20",
 ]
@@ -102,6 +104,7 @@ class QuickConfig(MNPConfig):
     pruning: PruningOptions = field(
         default_factory=lambda: PruningOptions(amount=0.01, harm=50.0, soft_mask_steps=2)
     )
+    verdict: VerdictOptions = field(default_factory=lambda: VerdictOptions(most_classes=3))
 
 
 @pytest.fixture
@@ -199,7 +202,8 @@ def test_paper_setting_is_taken(cifar10: Path, tmp_path: Path) -> None:
     options += [*SHORT_AUDIT, *data_options("cifar10", cifar10)]
     assert main(["audit", *options, f"--ckpt_path={suspicious}", f"--report={report}"]) in (0, 3, 4)
     written = json.loads(report.read_text())["config"]
-    expected = MNPConfig.paper({"suppression.epochs": 1, "masks.epochs": 1}).to_dict()
+    changes = {"suppression.epochs": 1, "masks.epochs": 1, "verdict.most_classes": 3}
+    expected = MNPConfig.paper(changes).to_dict()
     assert written == expected
 
 

@@ -54,10 +54,7 @@ def processes() -> Any:
 
 KILLS = [
     ("masks", "suppression", "step"),
-    ("masks", "masks", "step"),
-    ("search", "margin", "step"),
     ("search", "pruning", "step"),
-    ("search", "reaudit", "step"),
     ("masks", "masks", "half"),
     ("masks", "masks", "unsynced"),
     ("masks", "masks", "whole"),
@@ -66,6 +63,9 @@ KILLS = [
         pytest.param(*kill, marks=pytest.mark.slow)
         for kill in (
             ("masks", "reference", "step"),
+            ("masks", "masks", "step"),
+            ("search", "margin", "step"),
+            ("search", "reaudit", "step"),
             ("masks", "saliency", "step"),
             ("masks", "reach", "step"),
             ("search", "patch", "step"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from torch import nn
 
 from benchmarks import matrix
@@ -25,7 +25,20 @@ PAGE = REPOSITORY / "docs" / "reference" / "any-cnn.md"
 LINE = Line("a", [3, 8, 8], 10, 1000, 3, 2, 1, 99, 2, 1.25, 600.4, 500.0, 2e-15, True, "a machine")
 
 
-@pytest.mark.parametrize("name", MATRIX)
+# One of each kind; deep ones, and near relatives of others, take longer than they tell.
+RELATIVES = {
+    *("torchvision/inception_v3", "torchvision/googlenet", "torchvision/mnasnet0_5"),
+    *("torchvision/resnext50_32x4d", "torchvision/resnet34", "timm/inception_v3"),
+    *("timm/mobilenetv2_100", "timm/mobilenetv3_small_100", "timm/regnety_004"),
+    *("timm/mnasnet_100", "timm/resnext50_32x4d", "timm/vgg11", "timm/densenet121"),
+    *("timm/efficientnet_b0", "timm/convnext_tiny", "torchvision/wide_resnet50_2"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in RELATIVES else n for n in MATRIX],
+)
 def test_network(name: str) -> None:
     entry = MATRIX[name]
     pytest.importorskip(entry.needs, reason=f"needs the package {entry.needs}")

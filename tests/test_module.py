@@ -45,7 +45,9 @@ def test_progress_and_outcome_are_logged(tmp_path: Path) -> None:
 
 
 @mid_epoch
-@pytest.mark.parametrize("stop", [3, 9, 14, 22])
+@pytest.mark.parametrize(
+    "stop", [9, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (3, 14, 22))]
+)
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int) -> None:
     class StopAt(L.Callback):
         seen = 0

@@ -10,9 +10,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import REPOSITORY
 from distributed_script import CONFIG, data, small_network, still
-from helpers import UserModule, images_and_labels, quiet_trainer, same, snapshot
+from helpers import REPOSITORY, UserModule, images_and_labels, quiet_trainer, same, snapshot
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     EarlyStopping,

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
-from helpers import TinyDataModule, quiet_trainer
+from helpers import REPOSITORY, TinyDataModule, quiet_trainer
 from lightning.pytorch import Callback
 from loader_script import Recorder, figures
 from torch import Tensor

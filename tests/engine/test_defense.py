@@ -237,7 +237,7 @@ def test_repair_shifts_the_logits_of_all_but_the_suspect() -> None:
     assert again.report().pruning.shift == report.pruning.shift
 
 
-AUTO = {"rule": "auto", "amount": 0.05, "harm": 50.0, "runs": 1}
+AUTO = {"rule": "auto", "amount": 0.02, "harm": 50.0, "runs": 1}
 
 
 def test_soft_masks_turns_down_what_is_left() -> None:

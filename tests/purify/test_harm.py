@@ -19,7 +19,7 @@ def new_harm(
     impurity: float = 0.0,
     constants: HarmConstants | None = None,
 ) -> CleanHarm:
-    network = small_network()  # images go through it one by one
+    network = small_network()
     data = DefenseSet(*images_and_labels(count))
     masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
     clean = [data, data.augmented("crop", seed=0)]
@@ -30,8 +30,7 @@ def probabilities(harm: CleanHarm, masks: torch.Tensor | None) -> list[list[floa
     """Of the images and their copies, row by row."""
     rows = []
     for data in harm.clean:
-        for image in data.images:
-            logits = harm.masked(image[None], masks=masks, statistics="running")[0].tolist()
+        for logits in harm.masked(data.images, masks=masks, statistics="running").tolist():
             total = sum(math.exp(value) for value in logits)
             rows.append([math.exp(value) / total for value in logits])
     return rows
