@@ -187,11 +187,13 @@ class MNPCallback(Callback):
         rank_zero_info(f"MNP audit\n{report}")
         earlier = saved_checkpoints(trainer)
         files: tuple[Path | None, Path | None] = (None, None)
-        unwritten = "`fast_dev_run` only tries the steps, so that the verdict means nothing."
+        unwritten = (
+            "Nothing was written: `fast_dev_run` only tries the steps, its verdict means nothing."
+        )
         try:
             with self._purified(defense, pl_module, report.changes):
                 if self._folder is not None:
-                    unwritten = "Writing failed, as the error says."
+                    unwritten = "Writing the outcome failed, as the error says."
                     files, unwritten = write_outcome(trainer, report, self._folder), ""
         finally:
             self.purified_path = files[1]

@@ -203,7 +203,7 @@ def test_what_goes_wrong_in_writing_leaves_the_network_as_it_was(
     module, plain = (UserModule(small_network().train()) for _ in range(2))
     # Lightning ends the program after a KeyboardInterrupt.
     with (
-        pytest.warns(UserWarning, match=r"Nothing was written\. Writing failed"),
+        pytest.warns(UserWarning, match="- Writing the outcome failed, as"),
         pytest.raises((OutputError, SystemExit, KeyboardInterrupt)),
     ):
         quiet_trainer(callbacks=[callback]).fit(module, loader())
@@ -313,7 +313,7 @@ def test_fast_dev_run_is_short_and_writes_nothing(
         output_dir=tmp_path,
         in_place=in_place,
     )
-    with pytest.warns(UserWarning, match="Nothing was written. `fast_dev_run` only tries"):
+    with pytest.warns(UserWarning, match="Nothing was written: `fast_dev_run` only tries"):
         module, _ = fit(callback, fast_dev_run=True)
     assert callback.report is not None
     assert len(callback.report.runs) == 1

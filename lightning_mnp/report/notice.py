@@ -32,7 +32,7 @@ def notice(
         written: The file of the report; None if nothing was written.
         purified: The checkpoint of the purified network; None if there is none.
         earlier: Files of checkpoints that were saved before the network was changed.
-        unwritten: Why nothing was written, as a sentence.
+        unwritten: Why files are missing, as a sentence; empty if none is.
 
     Returns:
         One line for each of these, without control characters.
@@ -59,7 +59,7 @@ def notice(
     if written is not None and len(lines) > 1:
         lines.append(f"- Report: {written}")
     if unwritten:
-        lines.append(f"- Nothing was written. {unwritten}")
+        lines.append(f"- {unwritten}")
     else:
         lines += _next_steps(report, in_place, searched, purified)
     return "\n".join(printable(line, _MOST_LETTERS) for line in lines)

@@ -69,10 +69,10 @@ def test_without_a_purified_network(in_place: bool, searched: bool, step: str) -
 
 def test_nothing_was_written() -> None:
     report = DefenseReport("backdoored", target_class=0, **PRUNED)
-    assert lines(report, unwritten="The disk is full.") == [
+    assert lines(report, unwritten="Nothing was written: the disk is full.") == [
         "MNPCallback: verdict BACKDOORED, target class 0",
         "- NOT changed: the network in memory and the checkpoints of this training.",
-        "- Nothing was written. The disk is full.",
+        "- Nothing was written: the disk is full.",
     ]
 
 
