@@ -2,7 +2,8 @@
 
 python examples/callback.py
 
-The callback writes a report and, if it pruned filters, the purified network to `--output`.
+The callback writes a report and, if it finds a backdoor, a purified network to `--output`. The
+network in memory stays as it was trained.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from pathlib import Path
 
 import lightning as L
 
-from lightning_mnp import MNPCallback, MNPConfig
+from lightning_mnp import MNPCallback, MNPConfig, load_into, read_state_dict
 from lightning_mnp.attacks import BadNets
 from lightning_mnp.data import DigitsDataModule
 from lightning_mnp.models import Classifier
 
 
 def main() -> None:
-    """Train, audit, and test the network that comes out."""
+    """Train, audit, and test the network as it was trained and the purified one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=20, help="of the training")
     parser.add_argument("--when", choices=("never", "flagged", "always"), default="flagged")
@@ -50,6 +51,9 @@ def main() -> None:
     assert audit.report is not None
     print(f"{len(audit.report.pruned)} filters pruned: {audit.report.pruned}")
     trainer.test(model, data)
+    if audit.purified_path is not None:
+        load_into(model, read_state_dict(audit.purified_path))
+        trainer.test(model, data)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelPruning
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn.utils.prune import is_pruned
 from torch.utils.data import Dataset
@@ -25,9 +27,11 @@ from lightning_mnp.hosting.lightning_host import (
     follow_first,
     output_folder,
     refuse_other_processes,
+    saved_checkpoints,
     write_outcome,
 )
 from lightning_mnp.report import DefenseReport
+from lightning_mnp.report.notice import notice
 from lightning_mnp.surgery.forward import Forward
 from lightning_mnp.surgery.network import weights_digest
 
@@ -54,16 +58,17 @@ def _ends_in_weights(pruning: ModelPruning) -> bool:
 
 
 class MNPCallback(Callback):
-    """Audit the network when training ends, and prune it if asked.
+    """Audit the network when training ends, and write a purified one beside it.
 
     At the end of ``Trainer.fit`` the verdict is logged to every logger under ``mnp/``, and the
-    report is written as JSON. If filters are pruned, the LightningModule that was trained is
-    changed in place, and a checkpoint of it is written beside the report: a ``ModelCheckpoint``
-    has saved the network before. Training itself, its random state included, is not affected.
+    report is written as JSON. If filters are pruned, a checkpoint of the purified network is
+    written beside the report. The network in memory, and what a ``ModelCheckpoint`` saves, stay
+    as they were trained, bit for bit, unless ``in_place=True``. A verdict other than ``"clean"``
+    is told by a ``UserWarning``. Training itself, its random state included, is not affected.
 
     Args:
-        when: ``"never"`` audits only, ``"flagged"`` prunes if the verdict is ``"backdoored"``,
-            ``"always"`` prunes in any case.
+        when: ``"never"`` audits only, ``"flagged"`` makes a purified network if the verdict is
+            ``"backdoored"``, ``"always"`` makes one in any case.
         defense_loader: Clean, labeled images: a data loader, a data set or a
             :class:`~lightning_mnp.defense_data.defense_set.DefenseSet`. If None, the method
             ``defense_dataloader()`` of the datamodule or the LightningModule gives it.
@@ -74,9 +79,12 @@ class MNPCallback(Callback):
         unpack: A function (batch) that gives images and labels.
         output_dir: Folder of the report and the purified checkpoint; if None, the logger's
             folder, or the Trainer's ``default_root_dir``.
+        in_place: Whether the network in memory is pruned, too. It makes no difference with
+            ``when="never"``.
 
     Attributes:
         report: The outcome, after training; None before.
+        purified_path: The checkpoint of the purified network; None if none was written.
 
     Raises:
         ValueError: If ``when`` is not one of the three.
@@ -95,6 +103,7 @@ class MNPCallback(Callback):
         forward: Forward | None = None,
         unpack: Unpack = unpack_batch,
         output_dir: Path | str | None = None,
+        in_place: bool = False,
     ) -> None:
         if when not in get_args(When):
             raise ValueError(
@@ -107,11 +116,14 @@ class MNPCallback(Callback):
         self.forward = forward
         self.unpack = unpack
         self.output_dir = output_dir
+        self.in_place = in_place
         self.report: DefenseReport | None = None
+        self.purified_path: Path | None = None
         self._data: DefenseSet | None = None
         self._folder: Path | None = None
         self._failure: Exception | None = None
-        self._pruned: str | None = None  # digest of the weights that pruning left
+        self._is_pruned = False  # whether the network in memory is the purified one just now
+        self._left: str | None = None  # digest of the weights that the audit left in memory
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what does not leave the whole network, and go behind the other callbacks.
@@ -142,7 +154,8 @@ class MNPCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the defense set and try it on the network, so that mistakes show before training."""
-        self.report = self._failure = self._pruned = None
+        self.report = self.purified_path = self._failure = self._left = None
+        self._is_pruned = False
         if not _is_trial(trainer):
             self._folder = output_folder(trainer, self.output_dir)
         with isolate_rng():
@@ -151,7 +164,7 @@ class MNPCallback(Callback):
                 self._defense(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Audit the trained network, prune it if asked, log and write the outcome.
+        """Audit the trained network, log, write and tell the outcome.
 
         An error waits until :meth:`on_fit_end`, so that what saves when training ends does so;
         not where other processes would wait for this one meanwhile.
@@ -168,16 +181,64 @@ class MNPCallback(Callback):
             defense = self._defense(trainer, pl_module)
             bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
             run_defense(defense, progress=bar and not _is_trial(trainer))
-            report = follow_first(defense)
-            if report.changes:
-                defense.prune_()
-                self._pruned = weights_digest(pl_module)
-        self.report = report
+            self.report = report = follow_first(defense)
         for logger in trainer.loggers:
             logger.log_metrics(report.metrics(), step=trainer.global_step)
         rank_zero_info(f"MNP audit\n{report}")
-        if self._folder is not None and not _is_trial(trainer):
-            write_outcome(trainer, report, self._folder)
+        earlier = saved_checkpoints(trainer)
+        files: tuple[Path | None, Path | None] = (None, None)
+        unwritten = (
+            "Nothing was written: `fast_dev_run` only tries the steps, its verdict means nothing."
+        )
+        try:
+            with self._purified(defense, pl_module, report.changes):
+                if self._folder is not None:
+                    unwritten = "Writing the outcome failed, as the error says."
+                    files, unwritten = write_outcome(trainer, report, self._folder), ""
+        finally:
+            self.purified_path = files[1]
+            if trainer.is_global_zero:
+                self._tell(report, files, earlier, unwritten)
+        self._left = weights_digest(pl_module) if self._is_pruned else report.weights_sha256
+
+    @contextmanager
+    def _purified(
+        self, defense: MNPDefense, module: LightningModule, changes: bool
+    ) -> Iterator[None]:
+        """Hold the purified network in the module, so that it can be saved; for good if wanted."""
+        if not changes:
+            yield
+            return
+        pruning = defense.prune_()
+        self._is_pruned = True
+        try:
+            yield
+        finally:
+            if not self.in_place:
+                pruning.undo(module)
+                self._is_pruned = False
+
+    def _tell(
+        self,
+        report: DefenseReport,
+        files: tuple[Path | None, Path | None],
+        earlier: list[str],
+        unwritten: str,
+    ) -> None:
+        """Say what was found and done: a warning, which no logger's level hides, if not clean."""
+        text = notice(
+            report,
+            in_place=self.in_place,
+            searched=self.when != "never",
+            written=files[0],
+            purified=files[1],
+            earlier=earlier,
+            unwritten=unwritten,
+        )
+        if report.verdict == "clean":
+            rank_zero_info(text)
+        else:
+            warnings.warn(text, stacklevel=2)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise what the audit raised; warn if there was none, or its outcome was undone.
@@ -188,23 +249,28 @@ class MNPCallback(Callback):
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-        if self._pruned is not None and self._pruned != weights_digest(pl_module):
-            rank_zero_warn(
-                "MNPCallback has pruned the network, but its weights were changed after that: "
+        if not trainer.is_global_zero:
+            return
+        if self._left is not None and self._left != weights_digest(pl_module):
+            done = "pruned" if self._is_pruned else "audited"
+            warnings.warn(
+                f"MNPCallback has {done} the network, but its weights were changed after that: "
                 "something that runs when training ends, such as the module's `on_train_end`, has "
-                "put others in place. Audit the network again with `lightning_mnp.audit`."
+                "put others in place. Audit the network again with `lightning_mnp.audit`.",
+                stacklevel=2,
             )
         if self.report is None:
-            rank_zero_warn(
+            warnings.warn(
                 "MNPCallback has not audited the network: there was nothing to train. Call "
-                "`lightning_mnp.audit` or `lightning_mnp.defend` on it."
+                "`lightning_mnp.audit` or `lightning_mnp.defend` on it.",
+                stacklevel=2,
             )
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep other callbacks from saving a state from before the pruning, such as an average."""
-        if self.report is not None and self.report.changes:
+        if self._is_pruned:
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
 
     def _defense(self, trainer: Trainer, module: LightningModule) -> MNPDefense:
@@ -223,5 +289,7 @@ class MNPCallback(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the outcome in checkpoints, as primitives."""
-        return {} if self.report is None else {"report": self.report.to_dict()}
+        """Keep the outcome in checkpoints, as primitives, and whether the weights are purified."""
+        if self.report is None:
+            return {}
+        return {"report": self.report.to_dict(), "purified": self._is_pruned}

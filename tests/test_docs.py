@@ -95,6 +95,7 @@ class QuickTrainer(L.Trainer):
 @pytest.mark.usefixtures("short_searches")
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:MNPCallback. verdict")
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

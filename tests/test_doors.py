@@ -14,7 +14,10 @@ import lightning_mnp
 from lightning_mnp import DefenseReport, MNPCallback, MNPDefense, MNPModule
 from lightning_mnp.defense_data.defense_set import DefenseSet
 
-pytestmark = pytest.mark.usefixtures("short_searches")
+pytestmark = [
+    pytest.mark.usefixtures("short_searches"),
+    pytest.mark.filterwarnings("ignore:MNPCallback. verdict"),
+]
 
 
 def plain() -> tuple[DefenseReport, dict[str, torch.Tensor]]:
@@ -30,7 +33,12 @@ def through_callback(folder: Path, **options: Any) -> tuple[DefenseReport, dict[
             layer.momentum = 0.0
     tracked = {name: t for name, t in module.net.state_dict().items() if "num_batches" in name}
     callback = MNPCallback(
-        "always", loader(7, shuffle=True), quick_config(), output_dir=folder, **options
+        "always",
+        loader(7, shuffle=True),
+        quick_config(),
+        output_dir=folder,
+        in_place=True,
+        **options,
     )
     quiet_trainer(callbacks=[callback]).fit(module, loader())
     assert callback.report is not None

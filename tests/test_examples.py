@@ -68,6 +68,8 @@ pytestmark = [
     pytest.mark.usefixtures("short_searches"),
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    # A network of one epoch may be called anything.
+    pytest.mark.filterwarnings("ignore:MNPCallback. verdict"),
 ]
 
 

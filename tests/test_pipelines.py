@@ -35,19 +35,25 @@ NOT_AUDITED = "MNPCallback has not audited the network: there was nothing to tra
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    # What small networks are called is of no account here.
+    pytest.mark.filterwarnings("ignore:MNPCallback. verdict"),
 ]
 
 
 def new_callback(folder: Path, when: Any = "always", **options: Any) -> MNPCallback:
-    options.setdefault("defense_loader", data())
+    options = {"defense_loader": data(), "in_place": True, **options}
     return MNPCallback(when, config=CONFIG, output_dir=folder, **options)
 
 
 def fit(
-    folder: Path, module: L.LightningModule, loader: Any = None, **options: Any
+    folder: Path,
+    module: L.LightningModule,
+    loader: Any = None,
+    in_place: bool = True,
+    **options: Any,
 ) -> tuple[MNPCallback, L.Trainer]:
     """Train a module with the callback, which stands in front of the others."""
-    callback = new_callback(folder)
+    callback = new_callback(folder, in_place=in_place)
     options["callbacks"] = [callback, *options.get("callbacks", [])]
     trainer = quiet_trainer(**options)
     trainer.fit(module, loader or data())
@@ -147,6 +153,24 @@ def test_weight_averaging_audits_and_saves_the_average(tmp_path: Path, averaging
     later = torch.load(tmp_path / "later.ckpt", weights_only=True)["state_dict"]
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, later[name])
+
+
+@pytest.mark.parametrize("averaging", [EveryStep, lambda: EMAWeightAveraging(decay=0.5)])
+def test_the_average_stays_as_it_is_beside_a_purified_one(tmp_path: Path, averaging: Any) -> None:
+    average = averaging()
+    module = UserModule(small_network().train(), lr=0.1)
+    callback, trainer = fit(tmp_path, module, in_place=False, callbacks=[average])
+    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    later = torch.load(tmp_path / "later.ckpt", weights_only=True)["state_dict"]
+    purified = torch.load(tmp_path / "mnp.ckpt", weights_only=True)["state_dict"]
+    averaged = average._average_model.module.state_dict()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, later[name])
+        assert torch.equal(tensor, averaged[name])
+    assert callback.report is not None
+    for name, index in callback.report.pruned:
+        assert later[f"{name}.weight"][index].any()
+        assert not purified[f"{name}.weight"][index].any()
 
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")

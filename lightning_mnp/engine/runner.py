@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from lightning_mnp.hosting.processes import process_rank
 __all__ = ["forget_state", "run_defense"]
 
 _MOST_STATE_BYTES = 64 * 2**30  # suppressed weights, gradients and momentum beside the masks
+_SECONDS_OF_A_PICTURE = 0.1
 
 
 def run_defense(
@@ -51,13 +53,23 @@ def run_defense(
             _load_state(defense, path)
     with _progress_bar(progress) as bar:
         task = bar.add_task("reference", total=defense.most_steps())
-        done = 0
+        done, drawn, drawn_at = 0, -1, 0.0
         while not defense.finished:
             phase, position = defense.phase, defense.position
-            bar.update(task, description=f"{phase}, run {defense.run + 1}")
+            # Drawn from here: within another live display, such as Lightning's RichProgressBar,
+            # nothing else draws this bar again.
+            due = position != drawn or time.monotonic() >= drawn_at + _SECONDS_OF_A_PICTURE
+            bar.update(
+                task,
+                description=f"{phase}, run {defense.run + 1}",
+                completed=done,
+                total=done + defense.most_steps(),
+                refresh=due,
+            )
+            if due:
+                drawn, drawn_at = position, time.monotonic()
             metrics = defense.step()
             done += 1
-            bar.update(task, completed=done, total=done + defense.most_steps())
             if observe is not None:
                 observe(defense, phase, metrics)
             if path is not None and defense.position != position and process_rank() == 0:

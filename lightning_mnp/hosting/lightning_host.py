@@ -28,6 +28,7 @@ __all__ = [
     "follow_first",
     "output_folder",
     "refuse_other_processes",
+    "saved_checkpoints",
     "write_outcome",
 ]
 
@@ -147,17 +148,33 @@ def output_folder(trainer: Trainer, given: Path | str | None) -> Path:
     return Path(folder)
 
 
-def write_outcome(trainer: Trainer, report: DefenseReport, folder: Path) -> None:
-    """Write the report and, where filters were pruned, a checkpoint of what the Trainer trained.
+def saved_checkpoints(trainer: Trainer) -> list[str]:
+    """Return the files that a Trainer's checkpoint callbacks name as their best and their last.
+
+    Args:
+        trainer: The Trainer.
+    """
+    names = ("best_model_path", "last_model_path")
+    found = [getattr(saver, name, "") for saver in trainer.checkpoint_callbacks for name in names]
+    return list(dict.fromkeys(path for path in found if path))
+
+
+def write_outcome(
+    trainer: Trainer, report: DefenseReport, folder: Path
+) -> tuple[Path, Path | None]:
+    """Write the report and, if filters were pruned, a checkpoint of what the Trainer trained.
 
     The files are ``mnp-report.json`` and ``mnp.ckpt``, or, if one of the names is taken,
     ``mnp-v1-report.json`` and ``mnp-v1.ckpt``, and so on. Where there are several processes, all
     of them have to call this, and the first writes.
 
     Args:
-        trainer: The Trainer, whose LightningModule is pruned.
+        trainer: The Trainer, whose LightningModule holds the purified network meanwhile.
         report: The report.
         folder: Where to write.
+
+    Returns:
+        The file of the report, and that of the checkpoint, or None if no filter was pruned.
 
     Raises:
         OutputError: If a file cannot be written; there is no partial one then.
@@ -167,20 +184,22 @@ def write_outcome(trainer: Trainer, report: DefenseReport, folder: Path) -> None
         number += 1
         name = f"mnp-v{number}"
     name = trainer.strategy.broadcast(name)
-    do_in_first(lambda: report.save(folder / f"{name}-report.json", argument="output_dir"))
+    written, purified = folder / f"{name}-report.json", folder / f"{name}.ckpt"
+    do_in_first(lambda: report.save(written, argument="output_dir"))
     if not report.changes:
-        return
+        return written, None
     partial = folder / f".{name}.ckpt.unfinished"
     # The user's own way of saving may be to another place, or later.
     users = trainer.strategy.checkpoint_io
     trainer.strategy.checkpoint_io = TorchCheckpointIO()
     try:
         trainer.save_checkpoint(partial, weights_only=False)
-        do_in_first(lambda: _publish(partial, folder / f"{name}.ckpt"))
+        do_in_first(lambda: _publish(partial, purified))
     finally:
         trainer.strategy.checkpoint_io = users
         if trainer.is_global_zero:
             partial.unlink(missing_ok=True)
+    return written, purified
 
 
 def _publish(finished: Path, path: Path) -> None:

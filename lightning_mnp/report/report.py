@@ -115,6 +115,12 @@ class DefenseReport:
         return bool(self.pruned or self.pruning.masks)
 
     @property
+    def turned_down(self) -> int:
+        """Number of filters whose output is turned down and not removed."""
+        values = (value for part in self.pruning.masks.values() for value in part)
+        return sum(0 < value < 0.99 for value in values)
+
+    @property
     def pile_up(self) -> float:
         """Mean over the runs of the share of predictions on one class; NaN without a run."""
         return sum(run.pile_up for run in self.runs) / len(self.runs) if self.runs else math.nan
@@ -244,11 +250,20 @@ class DefenseReport:
             raise ReportError(f"{shown}: {error}") from error
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers that loggers take, under the prefix ``mnp/``."""
+        """Return the numbers that loggers take, under the prefix ``mnp/``.
+
+        ``mnp/backdoored`` and ``mnp/undecided`` are 1 or 0. Both are 0 for a clean network.
+
+        Example:
+            >>> numbers = DefenseReport("undecided").metrics()
+            >>> numbers["mnp/backdoored"], numbers["mnp/undecided"]
+            (0.0, 1.0)
+        """
         numbers = {
             "mnp/detection_ratio": self.detection_ratio,
             "mnp/pile_up": self.pile_up,
             "mnp/backdoored": float(self.verdict == "backdoored"),
+            "mnp/undecided": float(self.verdict == "undecided"),
             **({} if math.isnan(self.score) else {"mnp/score": self.score}),
             "mnp/pruned_filters": float(len(self.pruned)),
             "mnp/defense_accuracy_before": self.accuracy_before,
@@ -275,9 +290,8 @@ class DefenseReport:
         lines.append(f"filters pruned: {len(self.pruned)} of {self.filters}")
         values = [value for part in self.pruning.masks.values() for value in part]
         if values:
-            down = sum(0 < value < 0.99 for value in values)
             mean = sum(values) / len(values)
-            lines.append(f"filters turned down: {down}; mean factor of all {mean:.2f}")
+            lines.append(f"filters turned down: {self.turned_down}; mean factor of all {mean:.2f}")
         lines.append(f"accuracy on the defense set: {self.accuracy_before:.1%}")
         if self.accuracy_after is not None:
             lines[-1] += f", after pruning {self.accuracy_after:.1%}"

@@ -189,12 +189,16 @@ def test_metrics() -> None:
         "mnp/detection_ratio": 0.3456,
         "mnp/pile_up": (0.625 + 1.0) / 2,
         "mnp/backdoored": 1.0,
+        "mnp/undecided": 0.0,
         "mnp/pruned_filters": 2.0,
         "mnp/defense_accuracy_before": 0.85,
         "mnp/defense_accuracy_after": 0.84,
     }
     audit = make(verdict="undecided", accuracy_after=None, pruned=[]).metrics()
     assert audit["mnp/backdoored"] == audit["mnp/pruned_filters"] == 0.0
+    assert audit["mnp/undecided"] == 1.0
+    clean = make(verdict="clean").metrics()
+    assert clean["mnp/backdoored"] == clean["mnp/undecided"] == 0.0
     assert "mnp/defense_accuracy_after" not in audit
 
 
