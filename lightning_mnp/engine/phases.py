@@ -17,6 +17,7 @@ from lightning_mnp.mnp.saliency import batch_clc
 from lightning_mnp.mnp.suppression import RunImages, suppression_parts
 from lightning_mnp.mnp.updates import Updates
 from lightning_mnp.report import DefenseReport, DefenseSetSummary, RunResult
+from lightning_mnp.signals.abstention import find_doubts
 from lightning_mnp.signals.rare_classes import RareClassConstants, find_rare_classes
 from lightning_mnp.signals.verdict import VerdictConstants, in_doubt
 
@@ -137,7 +138,7 @@ class _Pass(Phase):
 
 
 class ReferencePhase(_Pass):
-    """Saliency, accuracy and rare classes of the network as it is."""
+    """Saliency, accuracy and rare classes of the network as it is, and whether it can be judged."""
 
     name = "reference"
 
@@ -154,6 +155,8 @@ class ReferencePhase(_Pass):
             return {}
         case.correlation = self.tally.correlation(weights)
         case.accuracy = self.tally.accuracy
+        size, logits = case.config.batch_size, self.tally.logits
+        case.doubts = find_doubts(case.masked, case.data, logits, size, case.constants)
         if case.config.verdict.raise_rare_classes:
             constants = case.constants.of(RareClassConstants)
             rare = find_rare_classes(self.tally.logits, self.tally.labels, constants)
