@@ -129,6 +129,12 @@ class _Pass(Phase):
         case = self.case
         return case.data.batch(self.steps, case.config.batch_size, case.masked.device)
 
+    @property
+    def seen(self) -> int:
+        """Number of images in the batches before this step; batches differ by one at most."""
+        size, larger = divmod(len(self.case.data), self.case.passes)
+        return self.steps * size + min(self.steps, larger)
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "tally": self.tally.state_dict()}
 
@@ -149,7 +155,7 @@ class ReferencePhase(_Pass):
         changes, _ = batch_clc(case.masked, weights, images, labels)
         with torch.no_grad():
             logits = case.masked(images, statistics="running")
-        self.tally.add(changes, logits, labels)
+        self.tally.add(changes, logits, labels, self.seen)
         if self.most_steps() > 1:
             self.steps += 1
             return {}
@@ -220,7 +226,7 @@ class SaliencyPhase(_Pass):
         case, (images, labels) = self.case, self.batch()
         suppression = case.suppression
         weights = {name: weight.detach() for name, weight in suppression.weights.items()}
-        self.tally.add(*batch_clc(case.raised, weights, images, labels), labels)
+        self.tally.add(*batch_clc(case.raised, weights, images, labels), labels, self.seen)
         if self.most_steps() > 1:
             self.steps += 1
             return {}

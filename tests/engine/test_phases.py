@@ -74,3 +74,27 @@ def test_a_network_that_knows_all_is_not_said_to_know_too_little() -> None:
     )
     plain = audit(Templates(templates), [batch], config=quick_config(augment="none", **options))
     assert plain.judged
+
+
+@short
+def test_a_step_that_is_taken_again_counts_no_image_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def new_defense() -> MNPDefense:
+        data = DefenseSet(*images_and_labels(40))  # batches of 14, 13 and 13 images
+        return MNPDefense(small_network(), data, quick_config(runs=1), when="never")
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    plain, defense = new_defense(), new_defense()
+    with monkeypatch.context() as patched:
+        patched.setattr("lightning_mnp.engine.phases.find_doubts", interrupted)
+        defense.step()
+        defense.step()
+        with pytest.raises(KeyboardInterrupt):
+            defense.step()
+    defense.step()
+    for _ in range(3):
+        plain.step()
+    assert defense.phase == plain.phase == "suppression"
+    for name in ("accuracy", "correlation", "doubts"):
+        assert getattr(defense.case, name) == getattr(plain.case, name)
