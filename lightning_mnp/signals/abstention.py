@@ -1,4 +1,4 @@
-"""Abstention: why a network is not judged, because nothing is known about verdicts on its like.
+"""Abstention: a network is not judged if verdicts on such networks or images were never measured.
 
 Signals were measured on convolutional networks that recognize the images of the defense set, with
 fifty images or more. Outside of that, they may say anything: with three images a clean network has
