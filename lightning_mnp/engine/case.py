@@ -70,6 +70,7 @@ class Case:
         searches: The searches that have been reached, by name.
         correlation: Rank correlation of magnitude and saliency of the network as it is.
         accuracy: Its accuracy on the defense set.
+        doubts: Why it cannot be judged, in words; empty if it can.
         suppressed: Suppressed weights of the runs before the latest, as far as pruning needs them.
         masks_sum: Sum of M1 + M2 over the runs so far.
         masks_count: Number of these runs.
@@ -105,6 +106,7 @@ class Case:
         self.searches: dict[str, SignalSearch] = {}
         self.correlation = math.nan
         self.accuracy = math.nan
+        self.doubts: tuple[str, ...] = ()
         self.suppressed: list[Weights] = []
         self.masks_sum = torch.zeros(layers.total, device=self.masked.device)
         self.masks_count = 0
@@ -241,6 +243,7 @@ class Case:
             found,
             self.config,
             self.accuracy,
+            doubts=self.doubts,
             failed=failed,
             rare_classes=self.rare_classes,
             constants=self.constants,

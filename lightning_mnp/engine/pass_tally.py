@@ -47,17 +47,26 @@ class PassTally:
         self.logits = torch.empty(0, self.classes)
         self.labels = torch.empty(0, dtype=torch.long)
 
-    def add(self, changes: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch.
+    def add(
+        self, changes: Tensor, logits: Tensor, labels: Tensor, after: int | None = None
+    ) -> None:
+        """Add a batch, once: a step that was interrupted and is taken again adds nothing twice.
 
         Args:
             changes: First-order loss changes of the batch, shape (total filters,).
             logits: Shape (N, classes).
             labels: Shape (N,).
+            after: Number of images before this batch. If there are more, the batch is known. None
+                if no step can be interrupted.
         """
-        self._changes += changes * len(labels)
-        self.logits = torch.cat([self.logits, logits.detach().cpu()])
-        self.labels = torch.cat([self.labels, labels.cpu()])
+        if after is not None and self.images > after:
+            return
+        # In one statement, so that an interrupt leaves all three as they are.
+        self._changes, self.logits, self.labels = (
+            self._changes + changes * len(labels),
+            torch.cat([self.logits, logits.detach().cpu()]),
+            torch.cat([self.labels, labels.cpu()]),
+        )
 
     @property
     def images(self) -> int:

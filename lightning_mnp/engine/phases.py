@@ -17,6 +17,7 @@ from lightning_mnp.mnp.saliency import batch_clc
 from lightning_mnp.mnp.suppression import RunImages, suppression_parts
 from lightning_mnp.mnp.updates import Updates
 from lightning_mnp.report import DefenseReport, DefenseSetSummary, RunResult
+from lightning_mnp.signals.abstention import find_doubts
 from lightning_mnp.signals.rare_classes import RareClassConstants, find_rare_classes
 from lightning_mnp.signals.verdict import VerdictConstants, in_doubt
 
@@ -128,6 +129,12 @@ class _Pass(Phase):
         case = self.case
         return case.data.batch(self.steps, case.config.batch_size, case.masked.device)
 
+    @property
+    def seen(self) -> int:
+        """Number of images in the batches before this step; batches differ by one at most."""
+        size, larger = divmod(len(self.case.data), self.case.passes)
+        return self.steps * size + min(self.steps, larger)
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "tally": self.tally.state_dict()}
 
@@ -137,7 +144,7 @@ class _Pass(Phase):
 
 
 class ReferencePhase(_Pass):
-    """Saliency, accuracy and rare classes of the network as it is."""
+    """Saliency, accuracy and rare classes of the network as it is, and whether it can be judged."""
 
     name = "reference"
 
@@ -148,12 +155,14 @@ class ReferencePhase(_Pass):
         changes, _ = batch_clc(case.masked, weights, images, labels)
         with torch.no_grad():
             logits = case.masked(images, statistics="running")
-        self.tally.add(changes, logits, labels)
+        self.tally.add(changes, logits, labels, self.seen)
         if self.most_steps() > 1:
             self.steps += 1
             return {}
         case.correlation = self.tally.correlation(weights)
         case.accuracy = self.tally.accuracy
+        size, logits = case.config.batch_size, self.tally.logits
+        case.doubts = find_doubts(case.masked, case.data, logits, size, case.constants)
         if case.config.verdict.raise_rare_classes:
             constants = case.constants.of(RareClassConstants)
             rare = find_rare_classes(self.tally.logits, self.tally.labels, constants)
@@ -217,7 +226,7 @@ class SaliencyPhase(_Pass):
         case, (images, labels) = self.case, self.batch()
         suppression = case.suppression
         weights = {name: weight.detach() for name, weight in suppression.weights.items()}
-        self.tally.add(*batch_clc(case.raised, weights, images, labels), labels)
+        self.tally.add(*batch_clc(case.raised, weights, images, labels), labels, self.seen)
         if self.most_steps() > 1:
             self.steps += 1
             return {}

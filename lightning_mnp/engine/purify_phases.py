@@ -203,9 +203,9 @@ class ReauditPhase(Phase):
                 reasons=list(judgement.reasons),
             )
             if judgement.verdict != "clean":
+                why = judgement.reasons[0 if judgement.judged else -1]
                 self.case.warnings.append(
-                    f"audited again after pruning, the network is {judgement.verdict}: "
-                    f"{judgement.reasons[0]}"
+                    f"audited again after pruning, the network is {judgement.verdict}: {why}"
                 )
         return metrics
 

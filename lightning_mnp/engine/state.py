@@ -11,7 +11,7 @@ from lightning_mnp.report import RunResult, SecondAudit
 
 __all__ = ["case_state", "check_state", "identity", "load_case"]
 
-FORMAT = 11
+FORMAT = 12
 
 
 def identity(case: Case) -> dict[str, Any]:
@@ -72,6 +72,7 @@ def case_state(case: Case) -> dict[str, Any]:
         "rare_classes": dict(case.rare_classes),
         "correlation": case.correlation,
         "accuracy": case.accuracy,
+        "doubts": list(case.doubts),
         "warnings": list(case.warnings),
         "suppression": case.suppression.state_dict() if begun else None,
         "suppressed": list(case.suppressed),
@@ -100,6 +101,7 @@ def load_case(case: Case, state: dict[str, Any]) -> None:
     case.raise_rare_classes(rare)
     case.correlation = float(state["correlation"])
     case.accuracy = float(state["accuracy"])
+    case.doubts = tuple(str(doubt) for doubt in state["doubts"])
     case.warnings = list(state["warnings"])
     if state["suppression"] is not None:
         case.suppression.load_state_dict(state["suppression"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_mnp.config import Constants, MNPConfig
@@ -122,6 +122,7 @@ def judge(
     config: MNPConfig,
     accuracy: float,
     *,
+    doubts: Sequence[str] = (),
     failed: Sequence[str] = (),
     rare_classes: Mapping[int, float] | None = None,
     constants: Constants | None = None,
@@ -135,12 +136,15 @@ def judge(
             ``"ratio"``.
         config: Options; ``verdict`` chooses the rule.
         accuracy: The network's accuracy on the defense set, from 0 to 1.
+        doubts: Why the network cannot be judged, in words, see
+            :func:`~lightning_mnp.signals.abstention.find_doubts`.
         failed: Names of the searches that met figures of no meaning (NaN).
         rare_classes: Classes whose logits were raised for the audit, by so many nats.
         constants: Constants that differ from their defaults.
 
     Returns:
-        The judgement; undecided if the network knows too little for it to mean anything.
+        The judgement; undecided, with the reason last, if there are doubts or if clean suppression
+        found nothing to unlearn.
     """
     undecided_from = (constants or Constants()).of(VerdictConstants).undecided_from
     ratio = sum(run.detection_ratio for run in runs) / len(runs)
@@ -174,20 +178,33 @@ def judge(
         "labels kept"
         for index, lack in (rare_classes or {}).items()
     ]
-    if accuracy <= _least_accuracy(runs, config) or not any(run.steps for run in runs):
+    unjudged = [*_not_suppressed(runs, accuracy, config), *doubts]
+    if unjudged:
         verdict, judged = "undecided", False
-        reasons.append(
-            f"the network's accuracy on the defense set is {accuracy:.0%}, which is too low for a "
-            "verdict; check that images are normalized and labeled as in training"
+    return Judgement(verdict, ratio, score, suspect, (*reasons, *unjudged), judged)
+
+
+def _not_suppressed(runs: Sequence[RunResult], accuracy: float, config: MNPConfig) -> Iterator[str]:
+    """Why the suppressed networks mean nothing, if clean suppression had nothing to unlearn."""
+    stop = config.suppression.stop_accuracy
+    if stop is not None and accuracy <= stop:
+        yield (
+            f"the accuracy on the defense set, {accuracy:.0%}, is not above "
+            f"`suppression.stop_accuracy` ({stop:.0%}), so that clean suppression has nothing to "
+            "unlearn; check images and labels, or lower that option"
         )
-    return Judgement(verdict, ratio, score, suspect, tuple(reasons), judged)
-
-
-def _least_accuracy(runs: Sequence[RunResult], config: MNPConfig) -> float:
-    """Twice the chance level, or halfway to perfect if there are only a few classes."""
-    classes = len(runs[0].predictions)
-    known = min(2 / classes, (1 + 1 / classes) / 2)
-    return max(known, config.suppression.stop_accuracy or 0.0)
+        return
+    if any(run.steps for run in runs):
+        return
+    first, seen = runs[0], ""
+    if not math.isnan(first.accuracy):
+        seen = (
+            f": the network recognizes {first.accuracy:.0%} of the images as that stage runs it "
+            f"(`augment` is {config.augment!r}, `filters.statistics` is "
+            f"{config.filters.statistics!r}), but {accuracy:.0%} of them as they are; if it was "
+            "not trained on shifted or mirrored images, set `augment` to 'crop' or 'none'"
+        )
+    yield f"clean suppression took no step ({first.stopped}){seen}"
 
 
 def top_class(runs: Sequence[RunResult]) -> int:

@@ -16,6 +16,7 @@ from lightning_mnp.config import Constants
 from lightning_mnp.mnp.detection_ratio import saliency_correlation
 from lightning_mnp.mnp.saliency import approximate_clc, filter_magnitudes
 from lightning_mnp.mnp.suppression import suppression_parts
+from lightning_mnp.signals.abstention import AbstentionConstants
 from lightning_mnp.signals.trace import TraceConstants
 from lightning_mnp.signals.verdict import Judgement
 from lightning_mnp.surgery.masks import FilterMasks
@@ -392,11 +393,16 @@ def test_a_network_without_a_bias_is_not_repaired() -> None:
 @short
 def test_purified_network_that_is_still_flagged_is_told() -> None:
     changes = {"rule": "auto", "amount": 0.05, "harm": 50.0, "runs": 1, "reaudit": True}
-    report = finished(new_defense(threshold=1e-3, **changes)).report()
+    constants = Constants(AbstentionConstants(abstain=False))  # so that 40 images are enough
+    report = finished(new_defense(threshold=1e-3, constants=constants, **changes)).report()
     assert report.reaudit is not None
     assert report.reaudit.verdict == "backdoored"
     assert "audited again after pruning, the network is backdoored" in report.warnings[-1]
     assert "audited again: backdoored" in str(report)
+    unjudged = finished(new_defense(**changes)).report()
+    assert unjudged.reaudit is not None
+    assert unjudged.reaudit.verdict == "undecided"
+    assert "is undecided: the defense set has 40 images" in unjudged.warnings[-1]
 
 
 @short

@@ -7,7 +7,9 @@ import torch
 from helpers import config_of, images_and_labels, same, snapshot, trained_network
 
 from lightning_mnp import DefenseSet, MNPConfig, MNPDefense
+from lightning_mnp.config import Constants
 from lightning_mnp.mnp.algorithm import algorithm_1
+from lightning_mnp.signals.abstention import AbstentionConstants
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
@@ -32,7 +34,8 @@ CHANGES: dict[str, Any] = {
 def test_the_engine_does_the_same(changes: dict[str, Any]) -> None:
     config = MNPConfig.paper({**CHANGES, **changes})
     network, data = trained_network(), DefenseSet(*images_and_labels())
-    defense = MNPDefense(network, data, config)
+    constants = Constants(AbstentionConstants(abstain=False))  # so that 40 images are enough
+    defense = MNPDefense(network, data, config, constants=constants)
     while not defense.finished:
         defense.step()
     report = defense.report()

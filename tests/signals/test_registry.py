@@ -11,8 +11,10 @@ from helpers import images_and_labels, quick_config
 from torch import nn
 
 from lightning_mnp import DefenseSet, MNPDefense
+from lightning_mnp.config import Constants
 from lightning_mnp.report import Signal
 from lightning_mnp.signals import SignalSearch, Trace, register, registered, unregister
+from lightning_mnp.signals.abstention import AbstentionConstants
 from lightning_mnp.signals.base import Scene
 
 
@@ -86,7 +88,8 @@ def brightness() -> Iterator[None]:
 def new_defense() -> MNPDefense:
     data = DefenseSet(*images_and_labels())
     config = quick_config(rule="auto", amount=0.02, harm=50.0, runs=1)
-    return MNPDefense(small_network(), data, config)
+    constants = Constants(AbstentionConstants(abstain=False))  # so that 40 images are enough
+    return MNPDefense(small_network(), data, config, constants=constants)
 
 
 @pytest.mark.usefixtures("short_searches", "brightness")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from helpers import config_of, new_scene
@@ -290,18 +290,40 @@ def test_ratio_without_meaning_leaves_it_undecided(ratio: float, correlation: fl
     assert "do not correlate" in judgement.reasons[0]
 
 
-@pytest.mark.parametrize(
-    ("accuracy", "steps", "classes"), [(0.1, 9, 10), (0.2, 9, 10), (0.7, 9, 2), (0.9, 0, 10)]
-)
-def test_network_that_knows_too_little_is_undecided(
-    accuracy: float, steps: int, classes: int
-) -> None:
-    predictions = (40,) + (1,) * (classes - 1)
-    reaches = {**FLAT, 4: 0.01}
-    runs = [run(steps=steps, predictions=predictions)]
-    judgement = judge(runs, 0.6, evidence(reaches), MNPConfig(), accuracy)
-    assert judgement.verdict == "undecided"
-    assert "too low for a verdict" in judgement.reasons[-1]
+@pytest.mark.parametrize("accuracy", [0.1, 0.2])
+def test_accuracy_at_which_suppression_stops_leaves_it_undecided(accuracy: float) -> None:
+    judgement = judge([run()], 0.6, evidence({**FLAT, 4: 0.01}), MNPConfig(), accuracy)
+    assert (judgement.verdict, judgement.judged) == ("undecided", False)
+    assert (
+        f"{accuracy:.0%}, is not above `suppression.stop_accuracy` (20%)" in judgement.reasons[-1]
+    )
+    assert judge([run()], 0.6, evidence(), MNPConfig(), 0.21).judged
+    never = judge([run()], 0.6, evidence(), config_of(stop_accuracy=None), accuracy)
+    assert never.judged
+
+
+def test_suppression_without_a_step_leaves_it_undecided() -> None:
+    found = evidence({**FLAT, 4: 0.01})
+    judgement = judge([run(steps=0), run(steps=0)], 0.6, found, MNPConfig(), 0.9)
+    assert (judgement.verdict, judgement.judged) == ("undecided", False)
+    told = "clean suppression took no step (a test says so): the network recognizes 20% of the"
+    assert judgement.reasons[-1].startswith(told)
+    assert "90% of them as they are" in judgement.reasons[-1]
+    assert "set `augment` to 'crop' or 'none'" in judgement.reasons[-1]
+    assert judge([run(steps=0), run()], 0.6, found, MNPConfig(), 0.9).judged
+    unknown = replace(run(steps=0), accuracy=math.nan, stopped="the loss became nan")
+    last = judge([unknown], 0.6, found, MNPConfig(), 0.9).reasons[-1]
+    assert last == "clean suppression took no step (the loss became nan)"
+
+
+@pytest.mark.parametrize("config", [MNPConfig(), MNPConfig.paper()])
+def test_doubts_leave_it_undecided_whatever_the_score(config: MNPConfig) -> None:
+    found = signals([run(ratio=0.1)], evidence({**FLAT, 4: 0.01}))
+    doubts = ("too few images", "too low an accuracy")
+    judgement = verdict.judge([run(ratio=0.1)], 0.6, found, config, 0.9, doubts=doubts)
+    assert (judgement.verdict, judgement.judged) == ("undecided", False)
+    assert judgement.reasons[-2:] == doubts
+    assert verdict.judge([run(ratio=0.1)], 0.6, found, config, 0.9).judged
 
 
 def test_pile_up_and_its_class_are_told() -> None:

@@ -1,0 +1,100 @@
+"""What the phases of an audit hand on: doubts, from the reference to the report."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from distributed_script import small_network
+from helpers import images_and_labels, quick_config
+from torch import Tensor, nn
+
+from lightning_mnp import DefenseSet, MNPDefense, audit
+
+short = pytest.mark.usefixtures("short_searches")
+
+
+@short
+@pytest.mark.parametrize("verdict", ["signals", "ratio"])
+def test_few_images_are_audited_and_not_judged(verdict: str) -> None:
+    config = quick_config(runs=1, verdict=verdict)
+    report = audit(small_network(), [images_and_labels(20)], config=config)
+    assert (report.verdict, report.judged, report.exit_code) == ("undecided", False, 4)
+    assert report.reasons[-1].startswith("the defense set has 20 images, which are too few")
+
+
+@short
+def test_doubts_are_part_of_the_state() -> None:
+    def new_defense() -> MNPDefense:
+        data = DefenseSet(*images_and_labels(20))
+        return MNPDefense(small_network(), data, quick_config(runs=1), when="never")
+
+    defense, again = new_defense(), new_defense()
+    while defense.phase == "reference":
+        defense.step()
+    [doubt] = defense.case.doubts
+    assert "at least 50 are needed" in doubt
+    again.load_state_dict(copy.deepcopy(defense.state_dict()))
+    assert again.case.doubts == (doubt,)
+
+
+class Templates(nn.Module):
+    """Knows ten images by heart, where they are; shifted or mirrored, they are strange to it."""
+
+    def __init__(self, templates: Tensor) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 10, 16, bias=False)
+        self.head = nn.Linear(10, 10, bias=False)
+        with torch.no_grad():
+            self.conv.weight.copy_(templates / 16)
+            self.head.weight.copy_(torch.eye(10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.conv(images).flatten(1))
+        return logits
+
+
+@short
+def test_a_network_that_knows_all_is_not_said_to_know_too_little() -> None:
+    templates = torch.randn(10, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(100) % 10
+    noise = torch.randn(100, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    batch = templates[labels] + 0.1 * noise, labels
+    options = {"runs": 1, "stop_accuracy": 0.7, "batch_size": 128}
+    report = audit(Templates(templates), [batch], config=quick_config(**options))
+    assert report.accuracy_before == 1.0
+    assert not report.judged
+    [run] = report.runs
+    assert report.reasons[-1] == (
+        "clean suppression took no step (the accuracy fell to `stop_accuracy`): the network "
+        f"recognizes {run.accuracy:.0%} of the images as that stage runs it (`augment` is "
+        "'crop-flip', `filters.statistics` is 'batch'), but 100% of them as they are; if it was "
+        "not trained on shifted or mirrored images, set `augment` to 'crop' or 'none'"
+    )
+    plain = audit(Templates(templates), [batch], config=quick_config(augment="none", **options))
+    assert plain.judged
+
+
+@short
+def test_a_step_that_is_taken_again_counts_no_image_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def new_defense() -> MNPDefense:
+        data = DefenseSet(*images_and_labels(40))  # batches of 14, 13 and 13 images
+        return MNPDefense(small_network(), data, quick_config(runs=1), when="never")
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    plain, defense = new_defense(), new_defense()
+    with monkeypatch.context() as patched:
+        patched.setattr("lightning_mnp.engine.phases.find_doubts", interrupted)
+        defense.step()
+        defense.step()
+        with pytest.raises(KeyboardInterrupt):
+            defense.step()
+    defense.step()
+    for _ in range(3):
+        plain.step()
+    assert defense.phase == plain.phase == "suppression"
+    for name in ("accuracy", "correlation", "doubts"):
+        assert getattr(defense.case, name) == getattr(plain.case, name)
