@@ -160,6 +160,7 @@ def test_the_papers_setting() -> None:
     published = (config.suppression.mu, config.masks.penalty, config.verdict.delta)
     assert published == (0.001, 0.0005, 0.2)
     assert (config.suppression.runs, config.augment, config.verdict.rule) == (1, "none", "ratio")
+    assert (config.verdict.saliency, MNPConfig().verdict.saliency) == ("weight", "map")
     assert (config.pruning.rule, config.pruning.amount) == ("count", 30)
 
 
