@@ -135,7 +135,7 @@ def holding_statistics(network: nn.Module) -> Iterator[None]:
     """
 
     def hold(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        [maps] = [*args, *named.values()]
+        maps, *_ = [*args, *named.values()]
         dims = [0, *range(2, maps.ndim)]
         stored: Any = module.running_mean
         module.running_mean = maps.detach().mean(dims).to(stored)
