@@ -37,6 +37,7 @@ SHORT_NAMES = {
     **{name: f"pruning.{name}" for name in ("soft_mask_steps", "repair", "reaudit")},
     **{name: f"verdict.{name}" for name in ("threshold", "delta", "most_classes")},
     "verdict": "verdict.rule",
+    "saliency": "verdict.saliency",
     "raise_rare_classes": "verdict.raise_rare_classes",
 }
 

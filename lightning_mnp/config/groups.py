@@ -15,12 +15,14 @@ __all__ = [
     "MaskOptions",
     "PruningOptions",
     "PruningRule",
+    "Saliency",
     "SuppressionOptions",
     "VerdictOptions",
     "VerdictRule",
 ]
 
 PruningRule = Literal["auto", "count", "share", "threshold"]
+Saliency = Literal["map", "weight"]
 VerdictRule = Literal["signals", "ratio"]
 
 
@@ -153,6 +155,8 @@ class VerdictOptions:
         rule: Judge by the score of all `signals`, or by the detection `ratio` (Eq. 8).
         threshold: Score from which a network is backdoored; `calibrate` finds one of your own.
         delta: Detection ratio up to which a network is backdoored (Eq. 8).
+        saliency: The ratio compares magnitude with what each output `map` does for the loss, layer
+            by layer, or with `weight` times gradient over all filters (Eq. 11, to the letter).
         most_classes: Most classes that triggers are searched for, at least 3.
         raise_rare_classes: Whether the logits of classes predicted too rarely are raised.
     """
@@ -160,6 +164,7 @@ class VerdictOptions:
     rule: VerdictRule = option("signals", choices=get_args(VerdictRule))
     threshold: float = option(1.0, above=0)
     delta: float = option(0.2, at_least=0, at_most=1)
+    saliency: Saliency = option("map", choices=get_args(Saliency))
     most_classes: int = option(20, at_least=3)
     raise_rare_classes: bool = option(True)
 

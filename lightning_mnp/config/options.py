@@ -163,6 +163,7 @@ class MNPConfig:
             "pruning.repair": False,
             "pruning.reaudit": False,
             "verdict.rule": "ratio",
+            "verdict.saliency": "weight",
             "verdict.raise_rare_classes": False,
         }
         return cls(seed=seed).changed({**published, **(changes or {}), **flat})

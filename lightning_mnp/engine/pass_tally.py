@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mnp.config import Saliency
 from lightning_mnp.mnp.detection_ratio import saliency_correlation
 from lightning_mnp.mnp.saliency import filter_magnitudes
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
@@ -20,6 +21,7 @@ class PassTally:
     Args:
         masked: The network.
         classes: Number of classes.
+        form: The saliency, see :func:`~lightning_mnp.mnp.saliency.batch_clc`.
 
     Attributes:
         logits: Of the images so far, shape (N, classes), on the CPU.
@@ -36,9 +38,10 @@ class PassTally:
         (1.0, [0, 1])
     """
 
-    def __init__(self, masked: MaskedNetwork, classes: int) -> None:
+    def __init__(self, masked: MaskedNetwork, classes: int, form: Saliency = "map") -> None:
         self.masked = masked
         self.classes = classes
+        self.form = form
         self.reset()
 
     def reset(self) -> None:
@@ -91,7 +94,8 @@ class PassTally:
     def correlation(self, weights: Weights) -> float:
         """Rank correlation of the magnitude of weights with the saliency that was added up."""
         magnitudes = filter_magnitudes(self.masked, weights)
-        return saliency_correlation(magnitudes, self._changes / self.images, self.masked.layers)
+        changes = self._changes / self.images
+        return saliency_correlation(magnitudes, changes, self.masked.layers, self.form)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and primitives."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_mnp.engine.case import Case
 from lightning_mnp.engine.pass_tally import PassTally
-from lightning_mnp.mnp.detection_ratio import detection_ratio
+from lightning_mnp.mnp.detection_ratio import LITERAL_WARNING, detection_ratio
 from lightning_mnp.mnp.saliency import batch_clc
 from lightning_mnp.mnp.suppression import RunImages, suppression_parts
 from lightning_mnp.mnp.updates import Updates
@@ -116,7 +116,8 @@ class _Pass(Phase):
 
     def __init__(self, case: Case, run: int = 0) -> None:
         super().__init__(case, run)
-        self.tally = PassTally(case.masked, case.classes)
+        self.form = case.config.verdict.saliency
+        self.tally = PassTally(case.masked, case.classes, self.form)
 
     @property
     def done(self) -> bool:
@@ -152,9 +153,10 @@ class ReferencePhase(_Pass):
         """Look at one batch."""
         case, (images, labels) = self.case, self.batch()
         weights = case.masked.weights()
-        changes, _ = batch_clc(case.masked, weights, images, labels)
-        with torch.no_grad():
-            logits = case.masked(images, statistics="running")
+        changes, logits = batch_clc(case.masked, weights, images, labels, self.form)
+        if self.form == "weight":  # on the way to which the statistics may be those of the batch
+            with torch.no_grad():
+                logits = case.masked(images, statistics="running")
         self.tally.add(changes, logits, labels, self.seen)
         if self.most_steps() > 1:
             self.steps += 1
@@ -173,6 +175,8 @@ class ReferencePhase(_Pass):
     def report(self, report: DefenseReport) -> None:
         """Write accuracy, rare classes, layers and the defense set."""
         case = self.case
+        if self.form == "weight":
+            report.warnings.append(LITERAL_WARNING)
         report.accuracy_before = case.accuracy
         report.rare_classes = dict(case.rare_classes)
         report.filters = case.layers.total
@@ -226,7 +230,8 @@ class SaliencyPhase(_Pass):
         case, (images, labels) = self.case, self.batch()
         suppression = case.suppression
         weights = {name: weight.detach() for name, weight in suppression.weights.items()}
-        self.tally.add(*batch_clc(case.raised, weights, images, labels), labels, self.seen)
+        found = batch_clc(case.raised, weights, images, labels, self.form, suppressed=True)
+        self.tally.add(*found, labels, self.seen)
         if self.most_steps() > 1:
             self.steps += 1
             return {}

@@ -8,6 +8,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_mnp.metrics.functional import (
     Verdicts,
+    _check_layers,
     _check_pair,
     _detection_rate_update,
     _false_positive_update,
@@ -22,7 +23,8 @@ class DetectionRatio(Metric):
     """How much of the magnitude-saliency correlation survives clean suppression, Eq. 8.
 
     See :func:`~lightning_mnp.metrics.functional.detection_ratio`. Filters can be added in parts,
-    such as layer by layer. The correlation is that of all filters together.
+    such as layer by layer. With the numbers of their layers, the correlation is that within layers;
+    without them, that of all filters together.
 
     Example:
         >>> import torch
@@ -41,11 +43,13 @@ class DetectionRatio(Metric):
     saliency: list[Tensor]
     suppressed_magnitude: list[Tensor]
     suppressed_saliency: list[Tensor]
+    layers: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
         for name in ("magnitude", "saliency", "suppressed_magnitude", "suppressed_saliency"):
             self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_state("layers", [], dist_reduce_fx="cat")
 
     def update(
         self,
@@ -53,6 +57,7 @@ class DetectionRatio(Metric):
         saliency: Tensor,
         suppressed_magnitude: Tensor,
         suppressed_saliency: Tensor,
+        layers: Tensor | None = None,
     ) -> None:
         """Add filters.
 
@@ -61,13 +66,25 @@ class DetectionRatio(Metric):
             saliency: Saliencies in the network, shape (filters,), finite.
             suppressed_magnitude: Magnitudes in the suppressed network, shape (filters,), finite.
             suppressed_saliency: Saliencies in the suppressed network, shape (filters,), finite.
+            layers: The number of each filter's layer, shape (filters,), integers; in all calls or
+                in none.
 
         Raises:
-            ValueError: If shapes differ or a value is not finite.
+            ValueError: If shapes differ, a value is not finite, layers are not integers, or some
+                calls have them and others do not.
         """
         _check_pair(magnitude, saliency, "magnitude", "saliency")
         _check_pair(magnitude, suppressed_magnitude, "magnitude", "suppressed_magnitude")
         _check_pair(magnitude, suppressed_saliency, "magnitude", "suppressed_saliency")
+        if self.magnitude and (layers is None) == bool(self.layers):
+            raise ValueError(
+                "Expected argument `layers` to be given in all calls of `update` or in none, but "
+                f"got {'none' if layers is None else 'some'} after calls "
+                f"{'with' if self.layers else 'without'} them. Call `reset` to begin again."
+            )
+        if layers is not None:
+            _check_layers(layers, magnitude)
+            self.layers.append(layers)
         self.magnitude.append(magnitude.detach())
         self.saliency.append(saliency.detach())
         self.suppressed_magnitude.append(suppressed_magnitude.detach())
@@ -80,6 +97,7 @@ class DetectionRatio(Metric):
             dim_zero_cat(self.saliency),
             dim_zero_cat(self.suppressed_magnitude),
             dim_zero_cat(self.suppressed_saliency),
+            dim_zero_cat(self.layers) if len(self.layers) else None,
         )
 
 

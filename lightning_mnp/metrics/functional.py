@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_mnp.mnp.detection_ratio import detection_ratio as ratio_of_correlations
-from lightning_mnp.mnp.detection_ratio import rank_correlation
+from lightning_mnp.mnp.detection_ratio import mean_rank_correlation, rank_correlation
 
 __all__ = [
     "attack_success_rate",
@@ -101,16 +101,23 @@ def detection_ratio(
     saliency: Tensor,
     suppressed_magnitude: Tensor,
     suppressed_saliency: Tensor,
+    layers: Tensor | None = None,
 ) -> Tensor:
     r"""How much of the magnitude-saliency correlation survives clean suppression, Eq. 8.
 
     .. math:: \rho(F, \theta_s) / \rho(F, \theta)
+
+    With ``layers``, :math:`\rho` is Spearman's correlation within each layer, averaged by numbers
+    of filters, as an audit has it by default; layers of fewer than four filters do not count.
+    Without them, it is that of all filters together, as the paper has it.
 
     Args:
         magnitude: Magnitudes of the network's filters (Eq. 12), shape (filters,).
         saliency: Saliencies of the same filters (Eq. 13), shape (filters,).
         suppressed_magnitude: Magnitudes in the suppressed network, shape (filters,).
         suppressed_saliency: Saliencies in the suppressed network, shape (filters,).
+        layers: The number of each filter's layer, shape (filters,), integers in any order; None
+            for the correlation of all filters together.
 
     Returns:
         The ratio, float32. Low values speak for a backdoor. It means something only if the
@@ -118,7 +125,7 @@ def detection_ratio(
         one of the two correlations is not defined.
 
     Raises:
-        ValueError: If shapes differ or a value is not finite.
+        ValueError: If shapes differ, a value is not finite, or layers are not integers.
 
     Example:
         >>> magnitude = torch.tensor([1.0, 2.0, 3.0])
@@ -129,8 +136,11 @@ def detection_ratio(
     _check_pair(
         suppressed_magnitude, suppressed_saliency, "suppressed_magnitude", "suppressed_saliency"
     )
-    original = _correlation(magnitude, saliency)
-    suppressed = _correlation(suppressed_magnitude, suppressed_saliency)
+    if layers is not None:
+        _check_layers(layers, magnitude)
+        _check_layers(layers, suppressed_magnitude)
+    original = _correlation(magnitude, saliency, layers)
+    suppressed = _correlation(suppressed_magnitude, suppressed_saliency, layers)
     ratio = ratio_of_correlations(suppressed, original)
     if math.isnan(ratio):
         rank_zero_warn(
@@ -219,10 +229,23 @@ def _share(hits: Tensor, total: Tensor, noun: str) -> Tensor:
     return (hits.cpu().double() / total.cpu()).float().to(hits.device)
 
 
-def _correlation(x: Tensor, y: Tensor) -> float:
+def _correlation(x: Tensor, y: Tensor, layers: Tensor | None = None) -> float:
     # On the CPU, since not every device has double precision.
     first, second = (value.detach().cpu().double() for value in (x, y))
-    return rank_correlation(first, second) if len(x) > 1 else math.nan
+    if layers is None:
+        return rank_correlation(first, second) if len(x) > 1 else math.nan
+    order = layers.cpu().argsort(stable=True)
+    sizes = layers.cpu().unique(return_counts=True)[1].tolist()
+    return mean_rank_correlation(first[order], second[order], sizes)
+
+
+def _check_layers(layers: Tensor, magnitude: Tensor) -> None:
+    _check_classes(layers, "layers")
+    if layers.shape != magnitude.shape:
+        raise ValueError(
+            f"Expected argument `layers` to have the shape ({len(magnitude)},), one number for "
+            f"each filter, but got {tuple(layers.shape)}."
+        )
 
 
 def _check_classes(values: Tensor, name: str) -> None:

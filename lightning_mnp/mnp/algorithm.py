@@ -66,10 +66,12 @@ def algorithm_1(masked: MaskedNetwork, data: DefenseSet, config: MNPConfig) -> A
         1
     """
     size, device, updates = config.batch_size, masked.device, PlainUpdates()
+    form = config.verdict.saliency
 
-    def rho(weights: Weights) -> float:
-        changes = approximate_clc(masked, weights, data.batches(size, device))
-        return saliency_correlation(filter_magnitudes(masked, weights), changes, masked.layers)
+    def rho(weights: Weights, suppressed: bool) -> float:
+        images, norms = data.batches(size, device), filter_magnitudes(masked, weights)
+        changes = approximate_clc(masked, weights, images, form, suppressed=suppressed)
+        return saliency_correlation(norms, changes, masked.layers, form)
 
     theta = masked.weights()
     suppression = CleanSuppression(masked, config)  # 1: theta_s = theta
@@ -81,7 +83,7 @@ def algorithm_1(masked: MaskedNetwork, data: DefenseSet, config: MNPConfig) -> A
             break  # 5: end for
     suppression.finish("all passes were made")
     theta_s = {name: weight.detach() for name, weight in suppression.weights.items()}
-    ratio = detection_ratio(rho(theta_s), rho(theta))  # 6: rank correlations
+    ratio = detection_ratio(rho(theta_s, True), rho(theta, False))  # 6: rank correlations
     m1 = DualMask(masked, theta_s, config, preserving=False)  # 1: M_1 of ones
     m2 = DualMask(masked, theta, config, preserving=True)  # 1: M_2 of ones
     for epoch in range(config.masks.epochs):  # 7: repeat

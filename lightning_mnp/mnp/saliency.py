@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_mnp.surgery.masked_network import MaskedNetwork, Statistics, Weights
+from lightning_mnp.config import Saliency
+from lightning_mnp.surgery.masked_network import (
+    MaskedNetwork,
+    Normalization,
+    Statistics,
+    Weights,
+)
+from lightning_mnp.surgery.precision import full_float32
 
 __all__ = [
     "approximate_clc",
@@ -48,20 +55,56 @@ def filter_magnitudes(masked: MaskedNetwork, weights: Weights, p: float = 2.0) -
 
 
 def batch_clc(
-    masked: MaskedNetwork, weights: Weights, images: Tensor, labels: Tensor
+    masked: MaskedNetwork,
+    weights: Weights,
+    images: Tensor,
+    labels: Tensor,
+    form: Saliency = "map",
+    *,
+    suppressed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the first-order loss change of every filter's removal on one batch (Eq. 11).
+    """Compute the first-order loss change of every filter's removal on one batch.
+
+    ``"map"`` removes the output map that the filter's mask acts on: it is minus the derivative of
+    the loss by the mask, at 1, with normalization statistics held fixed. ``"weight"`` is Eq. 11 to
+    the letter: ``-grad . weight`` of the convolution, with the network's own ``statistics``. With
+    those of the batch, no weight in front of batch normalization changes the loss by its scale,
+    so that only rounding and BatchNorm's ``eps`` are left.
+
+    Both are computed in float32, without autocast and TF32.
 
     Args:
         masked: The network.
-        weights: Parameters to differentiate at, by name.
+        weights: Parameters to run with, by name.
         images: Shape (N, C, ...).
         labels: Shape (N,).
+        form: What is removed.
+        suppressed: Whether the weights are those of clean suppression. If it ran with batch
+            statistics, the stored ones are not theirs, and those of this batch are held instead.
 
     Returns:
-        ``-grad . weight`` of the batch's mean loss, shape (total filters,), float32; and the
-        logits on the way, shape (N, K).
+        Changes of the batch's mean loss, shape (total filters,), float32; and the logits on the
+        way, shape (N, K).
     """
+    change = _map_changes if form == "map" else _weight_changes
+    with full_float32():
+        return change(masked.without_autocast(), weights, images, labels, suppressed)
+
+
+def _map_changes(
+    masked: MaskedNetwork, weights: Weights, images: Tensor, labels: Tensor, suppressed: bool
+) -> tuple[Tensor, Tensor]:
+    held = suppressed and masked.statistics == "batch"
+    masks = torch.ones(masked.layers.total, device=masked.device, requires_grad=True)
+    statistics: Normalization = "held" if held else "running"
+    logits = masked(images, weights=weights, masks=masks, statistics=statistics)
+    (slopes,) = torch.autograd.grad(F.cross_entropy(logits, labels), [masks])
+    return -slopes, logits.detach()
+
+
+def _weight_changes(
+    masked: MaskedNetwork, weights: Weights, images: Tensor, labels: Tensor, suppressed: bool
+) -> tuple[Tensor, Tensor]:
     tracked = dict(weights)
     leaves = []
     for layer in masked.layers:
@@ -79,16 +122,25 @@ def batch_clc(
     return torch.cat(products), logits.detach()
 
 
-def approximate_clc(masked: MaskedNetwork, weights: Weights, batches: Batches) -> Tensor:
+def approximate_clc(
+    masked: MaskedNetwork,
+    weights: Weights,
+    batches: Batches,
+    form: Saliency = "map",
+    *,
+    suppressed: bool = False,
+) -> Tensor:
     """Compute the first-order clean loss change of every filter's removal (Eq. 11).
 
     Args:
         masked: The network.
-        weights: Parameters to differentiate at, by name.
+        weights: Parameters to run with, by name.
         batches: Pairs (images, labels) of clean data on the network's device.
+        form: As for :func:`batch_clc`.
+        suppressed: As for :func:`batch_clc`.
 
     Returns:
-        Mean over all images of ``-grad . weight``, shape (total filters,), float32.
+        Mean over all images, shape (total filters,), float32.
 
     Raises:
         ValueError: If there is no batch.
@@ -104,7 +156,8 @@ def approximate_clc(masked: MaskedNetwork, weights: Weights, batches: Batches) -
     """
     total, count = torch.zeros(masked.layers.total, device=masked.device), 0
     for images, labels in batches:
-        total += batch_clc(masked, weights, images, labels)[0] * len(labels)
+        changes, _ = batch_clc(masked, weights, images, labels, form, suppressed=suppressed)
+        total += changes * len(labels)
         count += len(labels)
     if count == 0:
         raise ValueError("Expected argument `batches` to hold at least one batch, but it is empty.")
@@ -119,10 +172,8 @@ def exact_clc(
 ) -> Tensor:
     """Measure the clean loss change of every filter's removal, one filter at a time (Eq. 2).
 
-    It takes a pass over the data for every filter; :func:`approximate_clc` takes one in all. To
-    compare the two, give the masked network's own ``statistics``, so that both normalize alike, and
-    mind what is removed: here the map that the mask acts on, there the weights of the
-    convolution alone, without its bias and before any normalization.
+    It takes a pass over the data for every filter; :func:`approximate_clc` takes one in all, and
+    its form ``"map"`` estimates what is measured here.
 
     Args:
         masked: The network.

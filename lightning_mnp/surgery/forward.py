@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
     "Forward",
@@ -17,6 +18,7 @@ __all__ = [
     "call_on_copies",
     "evaluating",
     "find_logits",
+    "holding_statistics",
     "probe_network",
 ]
 
@@ -113,6 +115,43 @@ def evaluating(network: nn.Module, training: tuple[type[nn.Module], ...] = ()) -
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def holding_statistics(network: nn.Module) -> Iterator[None]:
+    """Let batch normalization in evaluation mode store the statistics of each batch and use them.
+
+    So a network whose stored statistics belong to other weights runs as it would with its own: the
+    outputs are those of training mode, but no gradient flows through mean and variance.
+
+    Args:
+        network: The network, run on copies of its buffers: those that are stored are replaced.
+
+    Example:
+        >>> network, images = nn.BatchNorm1d(2), torch.rand(9, 2)
+        >>> trained = network(images)
+        >>> with evaluating(network), holding_statistics(network):
+        ...     torch.testing.assert_close(call_on_copies(network, images), trained)
+    """
+
+    def hold(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        maps, *_ = [*args, *named.values()]
+        dims = [0, *range(2, maps.ndim)]
+        stored: Any = module.running_mean
+        module.running_mean = maps.detach().mean(dims).to(stored)
+        module.running_var = maps.detach().var(dims, correction=0).to(stored)
+
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
+    handles = [
+        m.register_forward_pre_hook(hold, with_kwargs=True)
+        for m in norms
+        if m.running_mean is not None  # or those of the batch are used anyway
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Caller(nn.Module):

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from lightning_mnp.surgery.forward import Forward, call_network, call_on_copies, evaluating
+from lightning_mnp.surgery.forward import (
+    Forward,
+    call_network,
+    call_on_copies,
+    evaluating,
+    holding_statistics,
+)
 from lightning_mnp.surgery.layers import FilterLayer, FilterLayers
 from lightning_mnp.surgery.masks import FilterMasks
 
-__all__ = ["MaskedNetwork", "Statistics", "Weights"]
+__all__ = ["MaskedNetwork", "Normalization", "Statistics", "Weights"]
 
 Weights = dict[str, Tensor]
 Statistics = Literal["batch", "running"]
+Normalization = Literal["batch", "running", "held"]
+
+# What runs in training mode; instances have statistics of their own there.
+_TRAINING: dict[str, tuple[type[nn.Module], ...]] = {
+    "batch": (_NormBase,),
+    "held": (_InstanceNorm,),
+    "running": (),
+}
 
 
 class MaskedNetwork:
@@ -88,6 +103,30 @@ class MaskedNetwork:
         other.raised = dict(values)
         return other
 
+    def without_autocast(self) -> MaskedNetwork:
+        """Return an object for the same network that runs it in the precision of its weights.
+
+        Example:
+            >>> from functools import partial
+            >>> from lightning_mnp.surgery.layers import find_filter_layers
+            >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+            >>> layers = find_filter_layers(network, torch.rand(2, 1, 4, 4))
+            >>> autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+            >>> masked = MaskedNetwork(network, layers, autocast=autocast)
+            >>> masked.precision, masked.without_autocast().precision
+            ('torch.bfloat16', 'torch.float32')
+        """
+        other = copy.copy(self)
+
+        @contextmanager
+        def plain() -> Iterator[None]:
+            # Other things that the context sets, such as a default type, stay.
+            with self.autocast(), torch.autocast(self.device.type, enabled=False):
+                yield
+
+        other.autocast = plain
+        return other
+
     @property
     def device(self) -> torch.device:
         """The device of the network's parameters."""
@@ -116,7 +155,7 @@ class MaskedNetwork:
         *,
         weights: Weights | None = None,
         masks: Tensor | None = None,
-        statistics: Statistics | None = None,
+        statistics: Normalization | None = None,
     ) -> Tensor:
         """Run the network.
 
@@ -124,16 +163,18 @@ class MaskedNetwork:
             images: Shape (N, C, ...), on the network's device.
             weights: Parameters to run with, by name; the network's own if None.
             masks: Filter masks, shape (total filters,); no masks if None.
-            statistics: Overrides the object's own choice for this call.
+            statistics: Overrides the object's own choice for this call. ``"held"`` normalizes by
+                the statistics of the batch, with no gradient through them.
 
         Returns:
             Logits in float32, shape (N, K).
         """
-        statistics = statistics or self.statistics
+        normalization = statistics or self.statistics
         weights = self.weights() if weights is None else weights
-        normalizing = (_NormBase,) if statistics == "batch" else ()
         with ExitStack() as stack:
-            stack.enter_context(evaluating(self.network, normalizing))
+            stack.enter_context(evaluating(self.network, _TRAINING[normalization]))
+            if normalization == "held":
+                stack.enter_context(holding_statistics(self.network))
             stack.enter_context(self.autocast())
             if masks is not None:
                 weights, layers, left = self._folded(weights, masks)

@@ -19,6 +19,7 @@ OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
     ("statistics", ["batch", "running"], ["eval", None], "'batch', 'running'"),
     ("rule", ["auto", "share"], ["best", None], "'auto', 'count', 'share', 'threshold'"),
     ("verdict", ["signals", "ratio"], ["reach", None], "'signals', 'ratio'"),
+    ("saliency", ["map", "weight"], ["filter", None], "'map', 'weight'"),
     ("threshold", [0.5, 1, 7.5], [0, -1, math.nan, math.inf], "above 0"),
     ("impurity", [0, 0.02, 0.49], [0.5, -0.01, math.nan], "from 0 to below 0.5"),
     ("harm", [1e-6, 0.5], [0, -1, math.nan, math.inf], "above 0"),
@@ -160,6 +161,7 @@ def test_the_papers_setting() -> None:
     published = (config.suppression.mu, config.masks.penalty, config.verdict.delta)
     assert published == (0.001, 0.0005, 0.2)
     assert (config.suppression.runs, config.augment, config.verdict.rule) == (1, "none", "ratio")
+    assert (config.verdict.saliency, MNPConfig().verdict.saliency) == ("weight", "map")
     assert (config.pruning.rule, config.pruning.amount) == ("count", 30)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_mnp import DefenseReport, DefenseSet, MNPDefense
 from lightning_mnp.config import Constants
-from lightning_mnp.mnp.detection_ratio import saliency_correlation
+from lightning_mnp.mnp.detection_ratio import LITERAL_WARNING, saliency_correlation
 from lightning_mnp.mnp.saliency import approximate_clc, filter_magnitudes
 from lightning_mnp.mnp.suppression import suppression_parts
 from lightning_mnp.signals.abstention import AbstentionConstants
@@ -147,23 +147,29 @@ def test_most_steps_is_an_upper_bound(changes: dict[str, Any], when: Any) -> Non
 
 
 @short
-def test_reference_and_ratio_are_those_of_the_formulas() -> None:
-    network = trained_network()
-    defense = finished(new_defense(network, when="never", runs=1))
+@pytest.mark.parametrize("form", ["map", "weight"])
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+def test_reference_and_ratio_are_those_of_the_formulas(form: Any, statistics: Any) -> None:
+    network, options = trained_network(), {"saliency": form, "statistics": statistics}
+    defense = finished(new_defense(network, when="never", runs=1, verdict="ratio", **options))
     masked, data = defense.case.masked, defense.case.data
     batches = list(data.batches(16, torch.device("cpu")))
     correlations = []
     for weights in (masked.weights(), defense.case.suppression.weights):
         detached = {name: weight.detach() for name, weight in weights.items()}
-        changes = approximate_clc(masked, detached, batches)
+        suppressed = bool(correlations)
+        changes = approximate_clc(masked, detached, batches, form, suppressed=suppressed)
         magnitudes = filter_magnitudes(masked, detached)
-        correlations.append(saliency_correlation(magnitudes, changes, defense.case.layers))
+        correlations.append(saliency_correlation(magnitudes, changes, defense.case.layers, form))
     [run] = defense.case.runs
     assert defense.case.correlation == pytest.approx(correlations[0], abs=1e-6)
     assert run.detection_ratio == pytest.approx(correlations[1] / correlations[0], abs=1e-6)
     with torch.no_grad():
         hits = (network(data.images).argmax(1) == data.labels).float().mean()
+        parts = [masked(x, weights=detached, statistics=statistics).argmax(1) for x, _ in batches]
     assert defense.case.accuracy == pytest.approx(float(hits))
+    assert list(run.predictions) == torch.cat(parts).bincount(minlength=4).tolist()
+    assert defense.report().warnings == ([LITERAL_WARNING] if form == "weight" else [])
 
 
 @short

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import images_and_labels, trained_network
@@ -11,20 +13,20 @@ from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
-def new_tally() -> PassTally:
+def new_tally(form: Any = "map") -> PassTally:
     network = trained_network()
-    return PassTally(
-        MaskedNetwork(network, find_filter_layers(network, images_and_labels()[0][:2])), 4
-    )
+    masked = MaskedNetwork(network, find_filter_layers(network, images_and_labels()[0][:2]))
+    return PassTally(masked, 4, form)
 
 
-def test_uneven_batches_add_up_to_the_whole() -> None:
-    tally = new_tally()
+@pytest.mark.parametrize("form", ["map", "weight"])
+def test_uneven_batches_add_up_to_the_whole(form: Any) -> None:
+    tally = new_tally(form)
     images, labels = images_and_labels()
     batches = list(zip(images.split([30, 10]), labels.split([30, 10]), strict=True))
     weights, logits = tally.masked.weights(), []
     for part, classes in batches:
-        changes, answer = batch_clc(tally.masked, weights, part, classes)
+        changes, answer = batch_clc(tally.masked, weights, part, classes, form)
         tally.add(changes, answer, classes)
         logits.append(answer)
     predicted = torch.cat(logits).argmax(1)
@@ -32,8 +34,9 @@ def test_uneven_batches_add_up_to_the_whole() -> None:
     assert tally.predictions.tolist() == predicted.bincount(minlength=4).tolist()
     expected = saliency_correlation(
         filter_magnitudes(tally.masked, weights),
-        approximate_clc(tally.masked, weights, batches),
+        approximate_clc(tally.masked, weights, batches, form),
         tally.masked.layers,
+        form,
     )
     assert tally.correlation(weights) == pytest.approx(expected, abs=1e-6)
 

@@ -32,10 +32,11 @@ COUNT = 41
 
 def data(name: str) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    if name == "DetectionRatio":
+    if name.startswith("DetectionRatio"):
         magnitude = torch.rand(COUNT, generator=generator)
         noise = [torch.rand(COUNT, generator=generator) for _ in range(3)]
-        return magnitude, magnitude + noise[0], magnitude + noise[1], noise[2].mul(9).round()
+        parts = magnitude, magnitude + noise[0], magnitude + noise[1], noise[2].mul(9).round()
+        return parts if name == "DetectionRatio" else (*parts, torch.arange(COUNT) % 3)
     first, second = (torch.randint(2, (COUNT,), generator=generator) for _ in range(2))
     if name in ("DetectionRate", "FalsePositiveRate"):
         return first.bool(), second.bool()
@@ -48,6 +49,7 @@ METRICS: dict[str, tuple[type[Metric], Callable[..., Tensor]]] = {
     "CleanAccuracy": (CleanAccuracy, clean_accuracy),
     "DetectionRate": (DetectionRate, detection_rate),
     "DetectionRatio": (DetectionRatio, detection_ratio),
+    "DetectionRatio within layers": (DetectionRatio, detection_ratio),
     "FalsePositiveRate": (FalsePositiveRate, false_positive_rate),
 }
 
@@ -90,6 +92,7 @@ def test_each_metric_tells_which_way_is_better() -> None:
         "CleanAccuracy": True,
         "DetectionRate": True,
         "DetectionRatio": None,
+        "DetectionRatio within layers": None,
         "FalsePositiveRate": False,
     }
 
@@ -114,6 +117,18 @@ def test_a_collection_shares_what_it_can() -> None:
         ("DetectionRatio", [torch.ones(2)] * 2 + [torch.ones(3)] * 2, "`suppressed_magnitude`"),
         ("DetectionRatio", [torch.ones(2), torch.ones(2, 1)] * 2, "`saliency`"),
         ("DetectionRatio", [torch.tensor([torch.nan])] * 4, "`magnitude` to be finite"),
+        (
+            "DetectionRatio",
+            [torch.ones(2)] * 4 + [torch.ones(2).long()],
+            "in none, but got some after calls without them. Call `reset`",
+        ),
+        ("DetectionRatio within layers", [torch.ones(2)] * 4, "got none after calls with them"),
+        (
+            "DetectionRatio within layers",
+            [torch.ones(2)] * 4 + [torch.ones(3).long()],
+            r"`layers` to have the shape \(2,\), one number for each filter, but got \(3,\)",
+        ),
+        ("DetectionRatio within layers", [torch.ones(2)] * 5, "`layers` to be integers"),
     ],
 )
 def test_bad_input_changes_nothing(name: str, parts: list[Any], message: str) -> None:

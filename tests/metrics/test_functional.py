@@ -85,6 +85,23 @@ def test_detection_ratio_equals_scipy(ties: bool) -> None:
     assert float(detection_ratio(*parts)) == pytest.approx(suppressed / original, rel=1e-4)
 
 
+def test_detection_ratio_within_layers_equals_scipy() -> None:
+    parts = [values(40, seed) for seed in range(4)]
+    parts[1], parts[3] = parts[1] + parts[0], parts[3] + parts[2]
+    layers = torch.tensor([7] * 20 + [3] * 10 + [5] * 3 + [0] * 7)  # three filters say nothing
+    correlations = []
+    for place in (2, 0):
+        found = []
+        for layer in (7, 3, 0):
+            x, y = (parts[place + more][layers == layer].numpy() for more in (0, 1))
+            found.append(len(x) * spearmanr(x, y).statistic)
+        correlations.append(sum(found) / 37)
+    ratio = detection_ratio(*parts, layers)
+    assert float(ratio) == pytest.approx(correlations[0] / correlations[1], rel=1e-4)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(9))
+    assert detection_ratio(*(part[order] for part in parts), layers[order]) == ratio
+
+
 def test_detection_ratio_does_not_depend_on_scale() -> None:
     parts = [values(50, seed) for seed in range(4)]
     scaled = [parts[0] * 100, parts[1] ** 3, parts[2].exp(), parts[3] / 7]
@@ -169,6 +186,8 @@ ONES = torch.ones(3).long()
             (torch.ones(3), torch.tensor([1.0, math.nan, math.inf])),
             "`y` to be finite, but 2 of 3",
         ),
+        (detection_ratio, (*[torch.ones(3)] * 4, ONES.float()), "`layers` to be integers"),
+        (detection_ratio, (*[torch.ones(3)] * 4, ONES[:2]), r"`layers` .* \(3,\), .* got \(2,\)"),
         (detection_rate, ([True], [True, False]), "the same length, but got 1 and 2"),
         (detection_rate, (["maybe"], [True]), "`verdicts` to hold booleans or .* got 'maybe'"),
         (detection_rate, ([True], ["undecided"]), "`truths` to hold .* got 'undecided'"),

@@ -26,6 +26,7 @@ CHANGES: dict[str, Any] = {
     "changes",
     [
         {},
+        {"verdict.saliency": "map"},
         {"suppression.stop_accuracy": 0.9},
         {"pruning.rule": "threshold", "pruning.amount": 1.99, "augment": "crop"},
         {"suppression.momentum": 0.9, "masks.momentum": 0.9, "suppression.parts": 2, "seed": 5},

@@ -1,17 +1,16 @@
 from __future__ import annotations
 
 import copy
-import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_mnp.mnp.detection_ratio import layer_normalized, saliency_correlation
+from lightning_mnp.mnp.detection_ratio import mean_rank_correlation
 from lightning_mnp.mnp.saliency import (
     approximate_clc,
     batch_clc,
@@ -19,7 +18,7 @@ from lightning_mnp.mnp.saliency import (
     exact_clc,
     filter_magnitudes,
 )
-from lightning_mnp.surgery.layers import FilterLayer, FilterLayers, find_filter_layers
+from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 from lightning_mnp.surgery.masks import FilterMasks
 
@@ -98,71 +97,7 @@ def test_wrong_order(p: float) -> None:
         filter_magnitudes(masked, masked.weights(), p)
 
 
-# --- normalization and correlation -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_normalization_against_numpy(scale: float) -> None:
-    values = torch.randn(9, generator=GENERATOR) * scale
-    found = layer_normalized(values, [4, 2, 3])
-    parts = np.split(values.double().numpy(), [4, 6])
-    expected = np.concatenate([part / np.sqrt(np.sum(part**2)) for part in parts])
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
-    assert found.dtype == torch.float32
-
-
-def test_a_layer_of_zeros_stays_zero() -> None:
-    found = layer_normalized(torch.tensor([0.0, 0.0, 5.0]), [2, 1])
-    assert found.tolist() == [0.0, 0.0, 1.0]
-
-
-LAYERS = FilterLayers((FilterLayer("a", 6, "a", 1), FilterLayer("b", 5, "b", 1)))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_correlation_against_scipy(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    magnitudes = torch.rand(11, generator=generator) * 3
-    changes = torch.randn(11, generator=generator).round(decimals=1)  # with ties
-    first, second = magnitudes.double().numpy(), np.abs(changes.double().numpy())
-    for part in (slice(0, 6), slice(6, 11)):  # Eq. 12 and 13
-        first[part] /= np.sqrt(np.sum(first[part] ** 2))
-        second[part] /= np.sqrt(np.sum(second[part] ** 2))
-    expected = spearmanr(first, second.astype(np.float32)).statistic
-    assert saliency_correlation(magnitudes, changes, LAYERS) == pytest.approx(expected, abs=1e-12)
-
-
-def test_correlation_does_not_see_the_scale_of_a_layer_or_the_sign() -> None:
-    magnitudes, changes = torch.rand(11), torch.randn(11)
-    scale = torch.tensor([4.0] * 6 + [0.25] * 5)  # powers of two are exact
-    value = saliency_correlation(magnitudes, changes, LAYERS)
-    assert saliency_correlation(magnitudes * scale, -changes / scale, LAYERS) == value
-    assert saliency_correlation(magnitudes, magnitudes, LAYERS) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize(
-    ("magnitudes", "changes"),
-    [
-        (torch.ones(11), torch.zeros(11)),
-        (torch.rand(11), torch.zeros(11)),
-        (torch.zeros(11), torch.rand(11)),
-        (torch.rand(11), torch.full((11,), torch.nan)),
-    ],
-)
-def test_correlation_of_constants_is_nan_without_a_warning(
-    magnitudes: Tensor, changes: Tensor
-) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert np.isnan(saliency_correlation(magnitudes, changes, LAYERS))
-
-
-def test_correlation_of_a_single_filter_is_nan() -> None:
-    layers = FilterLayers((FilterLayer("a", 1, "a", 1),))
-    assert np.isnan(saliency_correlation(torch.ones(1), torch.ones(1), layers))
-
-
-# --- first-order change ------------------------------------------------------------------------
+# --- first-order change, by weights ------------------------------------------------------------
 
 
 def mean_loss(network: nn.Module, statistics: str) -> Tensor:
@@ -172,7 +107,7 @@ def mean_loss(network: nn.Module, statistics: str) -> Tensor:
 
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
-def test_approximate_change_against_explicit_gradients(statistics: Any) -> None:
+def test_change_of_weights_against_explicit_gradients(statistics: Any) -> None:
     masked = make(statistics=statistics)
     network: Any = copy.deepcopy(masked.network)
     mean_loss(network, statistics).backward()  # type: ignore[no-untyped-call]
@@ -181,14 +116,14 @@ def test_approximate_change_against_explicit_gradients(statistics: Any) -> None:
         for index in (0, 3, 5)
         for place in filter_weights(network, index)
     ]
-    found = approximate_clc(masked, masked.weights(), BATCHES)
+    found = approximate_clc(masked, masked.weights(), BATCHES, "weight")
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_approximate_change_against_finite_differences() -> None:
+def test_change_of_weights_against_finite_differences() -> None:
     masked = make(statistics="running")
-    found = approximate_clc(masked, masked.weights(), BATCHES)
+    found = approximate_clc(masked, masked.weights(), BATCHES, "weight")
     network: Any = copy.deepcopy(masked.network).double()
     slopes = []
     for index in (0, 3, 5):
@@ -204,16 +139,156 @@ def test_approximate_change_against_finite_differences() -> None:
     np.testing.assert_allclose(found.numpy(), slopes, rtol=1e-3, atol=1e-5)
 
 
-def test_batch_change_gives_the_logits_on_the_way() -> None:
+# --- first-order change, by maps ----------------------------------------------------------------
+
+
+def held(network: nn.Module, images: Tensor) -> nn.Module:
+    """A copy in evaluation mode that stores the statistics of a batch, layer by layer."""
+    other = copy.deepcopy(network).double().eval()
+    norms = [module for module in other.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:  # each on what those in front of it, which are done, make of the images
+        seen: list[Tensor] = []
+        handle = norm.register_forward_hook(lambda module, args, out, to=seen: to.append(args[0]))
+        other(images.double())
+        handle.remove()
+        norm.running_mean.copy_(seen[0].mean((0, 2, 3)))
+        norm.running_var.copy_(seen[0].var((0, 2, 3), correction=0))
+    return other
+
+
+@pytest.mark.parametrize("site", ["norm", "filter"])
+@pytest.mark.parametrize(
+    ("statistics", "suppressed", "of_batch"),
+    [("batch", False, False), ("batch", True, True), ("running", True, False)],
+)
+@torch.no_grad()
+def test_change_of_maps_against_finite_differences(
+    statistics: Any, suppressed: bool, of_batch: bool, site: Any
+) -> None:
+    network = make_network()
+    layers = find_filter_layers(network, IMAGES, site=site)
+    masked = MaskedNetwork(network, layers, statistics=statistics)
+    weights = masked.weights()
+    with torch.enable_grad():
+        found = approximate_clc(masked, weights, BATCHES, suppressed=suppressed)
+    slopes = torch.zeros(layers.total, dtype=torch.float64)
+    for images, labels in BATCHES:
+        other = held(network, images) if of_batch else copy.deepcopy(network).double().eval()
+        for index in range(layers.total):
+            losses = []
+            for step in (-1e-6, 1e-6):
+                values = torch.ones(layers.total, dtype=torch.float64)
+                values[index] += step
+                with FilterMasks(other, layers, values):
+                    losses.append(F.cross_entropy(other(images.double()), labels))
+            slopes[index] -= (losses[1] - losses[0]) / 2e-6 * len(labels) / len(IMAGES)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), slopes.numpy(), rtol=1e-3, atol=1e-5)
+
+
+def hand_made() -> MaskedNetwork:
+    """Two layers of filters that differ in what they do, and a head in the range of its line."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12, momentum=1.0), nn.ReLU(),
+            nn.Conv2d(12, 12, 3), nn.BatchNorm2d(12, momentum=1.0), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3),
+        )  # fmt: skip
+        with torch.no_grad():
+            for index in (1, 4):
+                network[index].weight.copy_(torch.linspace(0.05, 1.5, 12)[torch.randperm(12)])
+                network[index].bias.fill_(0.5)
+            network[8].weight.mul_(0.1)
+            network(IMAGES)  # for the statistics
+    return MaskedNetwork(network.eval(), find_filter_layers(network, IMAGES))
+
+
+def test_the_change_of_maps_ranks_filters_as_the_exact_one_does() -> None:
+    masked = hand_made()
+    weights, sizes = masked.weights(), masked.layers.sizes
+    exact = exact_clc(masked, BATCHES).abs()
+    agreement = {
+        form: mean_rank_correlation(
+            approximate_clc(masked, weights, BATCHES, form).abs(), exact, sizes
+        )
+        for form in ("map", "weight")
+    }
+    assert agreement["map"] > 0.9
+    assert agreement["weight"] < 0.7
+
+
+def test_in_front_of_batch_norm_the_change_of_weights_is_that_of_eps() -> None:
+    masked = hand_made()
+    network: Any = masked.network
+    forms = ("map", "weight")
+    usual = [approximate_clc(masked, masked.weights(), BATCHES, form).norm() for form in forms]
+    for index in (1, 4):
+        network[index].eps = 1e-12
+    exact = [approximate_clc(masked, masked.weights(), BATCHES, form).norm() for form in forms]
+    assert usual[1] < 0.05 * usual[0]
+    assert exact[1] < 0.05 * usual[1]
+    torch.testing.assert_close(exact[0], usual[0], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("form", ["map", "weight"])
+@pytest.mark.parametrize("suppressed", [False, True])
+def test_autocast_is_off(form: Any, suppressed: bool) -> None:
     masked = make()
-    changes, logits = batch_clc(masked, masked.weights(), IMAGES, LABELS)
-    torch.testing.assert_close(logits, masked(IMAGES).detach())
+    options: Any = {"form": form, "suppressed": suppressed}
+    changes = approximate_clc(masked, masked.weights(), BATCHES, **options)
+    masked.autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    assert torch.equal(approximate_clc(masked, masked.weights(), BATCHES, **options), changes)
+
+
+def test_short_float32_formats_are_off_while_gradients_are_taken() -> None:
+    masked, seen = make(), []
+    network: Any = masked.network
+    switches: Any = torch.backends.cuda.matmul
+
+    def look(*args: Any) -> None:
+        newer = hasattr(switches, "fp32_precision")
+        seen.append(switches.fp32_precision == "ieee" if newer else not switches.allow_tf32)
+
+    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(look)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        network[1].register_forward_hook(watch)
+        batch_clc(masked, masked.weights(), IMAGES, LABELS)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [True]
+
+
+# --- both forms --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "suppressed", "statistics"),
+    [("map", False, "running"), ("map", True, "batch"), ("weight", False, "batch")],
+)
+def test_batch_change_gives_the_logits_on_the_way(
+    form: Any, suppressed: bool, statistics: Any
+) -> None:
+    masked = make()
+    network = masked.network
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    changes, logits = batch_clc(
+        masked, masked.weights(), IMAGES, LABELS, form, suppressed=suppressed
+    )
+    torch.testing.assert_close(logits, masked(IMAGES, statistics=statistics).detach())
     assert not logits.requires_grad
     assert not changes.requires_grad
-    assert all(p.grad is None and p.requires_grad for p in masked.network.parameters())
+    assert all(p.grad is None and p.requires_grad for p in network.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
-def test_a_layer_without_part_in_the_logits_changes_nothing() -> None:
+@pytest.mark.parametrize("form", ["map", "weight"])
+def test_a_layer_without_part_in_the_logits_changes_nothing(form: Any) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -225,7 +300,7 @@ def test_a_layer_without_part_in_the_logits_changes_nothing() -> None:
 
     network = Two()
     masked = MaskedNetwork(network, find_filter_layers(network, IMAGES))
-    changes = approximate_clc(masked, masked.weights(), BATCHES)
+    changes = approximate_clc(masked, masked.weights(), BATCHES, form)
     assert (changes != 0).tolist() == [True] * 4 + [False] * 2
 
 
@@ -284,7 +359,7 @@ def test_exact_and_approximate_change_of_weights_without_weight(statistics: Any)
         network[0].running_mean.fill_(0.4)
     masked = MaskedNetwork(network, find_filter_layers(network, IMAGES), statistics=statistics)
     exact = exact_clc(masked, BATCHES, statistics=statistics)
-    approximate = approximate_clc(masked, masked.weights(), BATCHES)
+    approximate = approximate_clc(masked, masked.weights(), BATCHES, "weight")
     np.testing.assert_allclose(exact.numpy(), approximate.numpy(), rtol=1e-2, atol=1e-8)
 
 

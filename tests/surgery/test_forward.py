@@ -17,6 +17,7 @@ from lightning_mnp.surgery.forward import (
     call_on_copies,
     evaluating,
     find_logits,
+    holding_statistics,
     probe_network,
 )
 
@@ -210,3 +211,43 @@ def test_a_network_that_works_in_place_leaves_the_images() -> None:
     assert call_on_copies(network, images).equal(expected)
     assert call_on_copies(network, images.requires_grad_()).equal(expected)
     assert images.detach().equal(before)
+
+
+class TwiceNormed(nn.Module):
+    """Calls one normalization layer twice, once by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+        self.own = nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.own(self.norm(input=self.norm(self.conv(x)).relu().square()))
+        logits: Tensor = self.head(x.square().mean((2, 3)))
+        return logits
+
+
+def test_held_statistics_are_those_of_the_batch_without_their_gradients() -> None:
+    network = TwiceNormed()
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    trained = call_on_copies(network.train(), IMAGES)
+    with evaluating(network), holding_statistics(network):
+        held = call_on_copies(network, IMAGES)
+        held[:, 0].sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(held, trained)
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in network.named_buffers())
+    assert not network.norm._forward_pre_hooks
+    # A constant of the convolution would be taken off by the gradient through the mean.
+    images = torch.rand(6, 3, requires_grad=True)
+    norm = nn.BatchNorm1d(3)
+    with evaluating(norm), holding_statistics(norm):
+        [gradient] = torch.autograd.grad(call_on_copies(norm, images).sum(), images)
+    deviation = (images.detach().var(0, correction=0) + norm.eps).sqrt()
+    torch.testing.assert_close(gradient, (1 / deviation).expand(6, 3))
+
+
+def test_statistics_are_no_longer_held_after_an_error() -> None:
+    network = TwiceNormed().eval()
+    with pytest.raises(RuntimeError), holding_statistics(network):
+        call_on_copies(network, IMAGES[:, :2])
+    assert not network.norm._forward_pre_hooks

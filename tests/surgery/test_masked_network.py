@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import copy
 import io
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -201,6 +202,32 @@ def test_tied_parameters_are_swapped_together() -> None:
             parameter.add_(1)
     assert "2.weight" not in weights
     torch.testing.assert_close(masked(IMAGES, weights=weights), other(IMAGES))
+
+
+def test_held_statistics_give_what_those_of_the_batch_give() -> None:
+    network = Net()
+    network.layers[5].p = 0.0
+    masked = make(network)
+    held, of_batch = (masked(IMAGES, statistics=kind) for kind in ("held", "batch"))
+    torch.testing.assert_close(held, of_batch)
+    assert not torch.allclose(held, masked(IMAGES, statistics="running"), atol=1e-2)
+
+
+def test_without_autocast_the_rest_of_the_context_stays(network: Net) -> None:
+    entered: list[str] = []
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        entered.append("in")
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+
+    masked = make(network, autocast=context)
+    plain = masked.without_autocast()
+    assert (masked.precision, plain.precision) == ("torch.bfloat16", "torch.float32")
+    assert entered == ["in", "in"]
+    expected = make(network)(IMAGES, statistics="running")
+    assert torch.equal(plain(IMAGES, statistics="running"), expected)
 
 
 def test_wrong_statistics(network: Net) -> None:
