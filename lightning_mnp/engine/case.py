@@ -22,7 +22,7 @@ from lightning_mnp.mnp.thresholds import pruned_count
 from lightning_mnp.purify.purification import Purification
 from lightning_mnp.purify.traces import find_traces
 from lightning_mnp.report import DefenseReport, RunResult, SecondAudit, Signal
-from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.registry import registered
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.signals.verdict import Judgement, judge, rank_signals
@@ -103,7 +103,7 @@ class Case:
         self.masked = MaskedNetwork(model, layers, forward, config.filters.statistics, autocast)
         self.raised = self.masked.with_raised({})
         self.scene = Scene(self.raised, data, config, classes, constants)
-        self.searches: dict[str, SignalSearch] = {}
+        self.searches: dict[str, Search] = {}
         self.correlation = math.nan
         self.accuracy = math.nan
         self.doubts: tuple[str, ...] = ()
@@ -177,11 +177,25 @@ class Case:
         return not self.ranks_by_masks and self.when != "never"
 
     @property
-    def wanted_signals(self) -> dict[str, type[SignalSearch]]:
-        """The signals of this audit by name; none if neither verdict nor pruning needs them."""
+    def wanted_searches(self) -> dict[str, type[Search]]:
+        """All searches that may be made, by name; none if neither verdict nor pruning needs one."""
         if self.config.verdict.rule != "signals" and not self.may_prune_greedily:
             return {}
         return {name: kind for name, kind in registered().items() if kind.applies(self.data)}
+
+    @property
+    def wanted_signals(self) -> dict[str, type[SignalSearch]]:
+        """Those that are made for the verdict."""
+        wanted = self.wanted_searches.items()
+        return {name: kind for name, kind in wanted if issubclass(kind, SignalSearch)}
+
+    @property
+    def wanted_traces(self) -> dict[str, type[Search]]:
+        """Those that are made for pruning only."""
+        if not self.may_prune_greedily:
+            return {}
+        judging, wanted = self.wanted_signals, self.wanted_searches
+        return {name: kind for name, kind in wanted.items() if name not in judging}
 
     @property
     def scores(self) -> Tensor:
@@ -201,14 +215,14 @@ class Case:
         """By how much the logits of some classes are raised, for each of these."""
         return self.raised.raised
 
-    def search(self, name: str) -> SignalSearch:
+    def search(self, name: str) -> Search:
         """Return the search of a name; it is built when it is first asked for.
 
         Args:
-            name: The name of a signal.
+            name: The name of a search.
         """
         if name not in self.searches:
-            self.searches[name] = self.wanted_signals[name](self.scene)
+            self.searches[name] = self.wanted_searches[name](self.scene)
         return self.searches[name]
 
     def choose_classes(self) -> None:
@@ -228,15 +242,17 @@ class Case:
         found = []
         for name, kind in self.wanted_signals.items():
             reached = name in self.searches or kind.all_steps(self.scene) == 0
-            if not (reached and self.search(name).finished):
+            search = self.search(name) if reached else None
+            if not (isinstance(search, SignalSearch) and search.finished):
                 return []
-            found.append(self.search(name).signal())
+            found.append(search.signal())
         return rank_signals(found, self.config.verdict.threshold)
 
     def judge(self) -> Judgement:
         """Return the verdict on what is known so far."""
         found = self.signals()
-        failed = [name for name, search in self.searches.items() if found and search.failed]
+        judging = [name for name in self.wanted_signals if name in self.searches]
+        failed = [name for name in judging if found and self.searches[name].failed]
         return judge(
             self.runs,
             self.correlation,

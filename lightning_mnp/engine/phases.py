@@ -315,12 +315,12 @@ class MaskPhase(Phase):
 
 
 class SearchPhase(Phase):
-    """One search for a trigger; its name is that of the signal.
+    """One search for a trigger, by the name of which it goes.
 
     Args:
         case: What is known of the network.
         run: Not used.
-        name: The signal.
+        name: The search.
     """
 
     def __init__(self, case: Case, run: int = 0, name: str = "") -> None:
@@ -336,7 +336,7 @@ class SearchPhase(Phase):
         """Return the steps that are left, or all of them before the search is built."""
         if self.name in self.case.searches:
             return self.case.search(self.name).most_steps()
-        return self.case.wanted_signals[self.name].all_steps(self.case.scene)
+        return self.case.wanted_searches[self.name].all_steps(self.case.scene)
 
     def step(self, updates: Updates) -> dict[str, float]:
         """Take one step of the search."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import nn
@@ -26,6 +26,7 @@ from lightning_mnp.engine.purify_phases import (
     SoftMaskPhase,
     ThresholdPhase,
 )
+from lightning_mnp.signals.base import Search
 
 __all__ = ["Plan"]
 
@@ -45,7 +46,7 @@ class Plan:
         self.case = case
         self._audit = audit
         self.entries = [("reference", 0), *self._runs(case.when == "always")]
-        self.entries += [(name, 0) for name in self._searches()]
+        self.entries += self._searches(case.wanted_signals)
         self.entries.append(("verdict", 0))
         if case.when == "always":
             self.entries += self._pruning()
@@ -57,16 +58,16 @@ class Plan:
             names.remove("masks")
         return [(name, run) for run in range(self.case.config.suppression.runs) for name in names]
 
-    def _searches(self) -> list[str]:
-        """The signals that take steps."""
-        wanted = self.case.wanted_signals
-        return [name for name, kind in wanted.items() if kind.all_steps(self.case.scene)]
+    def _searches(self, wanted: Mapping[str, type[Search]]) -> list[Entry]:
+        """The searches that take steps."""
+        return [(name, 0) for name, kind in wanted.items() if kind.all_steps(self.case.scene)]
 
     def _pruning(self) -> list[Entry]:
         options = self.case.config.pruning
         soft = options.rule == "auto" and options.soft_mask_steps > 0
         names = ["pruning", *(["soft_masks"] if soft else []), "check"]
-        return [(name, 0) for name in (*names, *(["reaudit"] if options.reaudit else []))]
+        phases = [(name, 0) for name in (*names, *(["reaudit"] if options.reaudit else []))]
+        return [*self._searches(self.case.wanted_traces), *phases]
 
     def _pruning_if_flagged(self) -> list[Entry]:
         """What follows a verdict: dual masks, on runs that are repeated exactly, and pruning."""

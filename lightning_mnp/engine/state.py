@@ -24,7 +24,7 @@ def identity(case: Case) -> dict[str, Any]:
         "defense set": case.data.fingerprint,
         "options": case.config.to_dict(),
         "constants": case.constants.to_dict(),
-        "signals": list(case.wanted_signals),
+        "searches": list(case.wanted_searches),
         "occasion": case.when,
         "layers": [[layer.name, layer.filters] for layer in case.layers],
         "weights": case.weights_sha256,

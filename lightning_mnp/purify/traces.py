@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lightning_mnp.report import Signal
-from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.base import Scene, Search
 from lightning_mnp.signals.permutation import PermutationSearch
 from lightning_mnp.signals.pile_up import SuppressedTrace
 from lightning_mnp.signals.trace import Trace, TraceConstants
@@ -20,14 +20,14 @@ def find_traces(
     scene: Scene,
     suppressed: Sequence[Weights],
     believed: Signal,
-    searches: Mapping[str, SignalSearch],
+    searches: Mapping[str, Search],
 ) -> list[Trace]:
     """Collect what shows the suspected backdoor.
 
     The suppressed network always does. Each search adds a trace if its own signal for the class
     is out of the ordinary. The suppressed network decides on how long filters are turned down if
-    the pile-up is the signal most believed, or if it is the only trace: what is left of a
-    pile-up need not be the backdoor.
+    the margin is the signal most believed, with which the pile-up agrees, or if it is the only
+    trace: what is left of a pile-up need not be the backdoor.
 
     Args:
         scene: What the searches worked on.
@@ -50,6 +50,6 @@ def find_traces(
     else:
         images, labels = scene.data.others(target, count, device, (scene.config.seed, "sources"))
         goals = torch.full_like(labels, target)
-        decides = believed.name == "pile-up" or not found
+        decides = believed.name == "margin" or not found
     pulled = SuppressedTrace(scene.masked, suppressed, images, goals, scene.constants, decides)
     return [pulled, *found]

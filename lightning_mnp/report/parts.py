@@ -58,10 +58,11 @@ class Signal:
         strength: From 0; from 1 on it counts fully.
         target_class: The class that it points to; None if it points to an exchange of classes.
         value: What was measured for that class.
-        threshold: The value from which the signal counts fully; for ``reach``, up to which.
+        threshold: The value from which the signal counts fully.
         reason: All that in words.
         classes: What was measured for each class that was tried. For ``permutation``, the class
             that each class is taken to.
+        decides: Whether the signal can call a network backdoored by itself.
     """
 
     name: str
@@ -71,11 +72,12 @@ class Signal:
     threshold: float
     reason: str
     classes: dict[int, float] = field(default_factory=dict)
+    decides: bool = True
 
     @property
     def counts(self) -> bool:
-        """Whether the signal counts fully."""
-        return self.strength >= 1
+        """Whether the signal decides, and counts fully."""
+        return self.decides and self.strength >= 1
 
 
 @dataclass(frozen=True)

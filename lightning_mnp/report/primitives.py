@@ -92,13 +92,15 @@ def _read_run(content: Mapping[str, Any]) -> RunResult:
 
 
 def _read_signal(content: Mapping[str, Any]) -> Signal:
-    numbers = ("strength", "value", "threshold")
     return Signal(
-        **{name: _number(content[name]) for name in numbers},
         name=str(content["name"]),
+        strength=_number(content["strength"]),
         target_class=content["target_class"],
+        value=_number(content["value"]),
+        threshold=_number(content["threshold"]),
         reason=str(content["reason"]),
         classes=_by_class(content["classes"]),
+        decides=bool(content["decides"]),
     )
 
 

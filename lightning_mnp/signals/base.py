@@ -15,7 +15,7 @@ from lightning_mnp.report import RunResult, Signal
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
-__all__ = ["Scene", "SignalSearch"]
+__all__ = ["Scene", "Search", "SignalSearch"]
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Scene:
         self.tried = list(dict.fromkeys([*suspected, *drawn.tolist()]))[: self.most_tried]
 
 
-class SignalSearch(ABC):
-    """A search for one kind of evidence, and the signal that it gives.
+class Search(ABC):
+    """A search for one kind of trigger, which is made for pruning only.
 
     A search is built when the engine gets to it, and takes one step at a time.
 
@@ -65,7 +65,7 @@ class SignalSearch(ABC):
         scene: What it works on.
 
     Attributes:
-        name: Name of the signal and of the engine's phase.
+        name: Name of the search and of the engine's phase.
     """
 
     name: ClassVar[str]
@@ -113,11 +113,7 @@ class SignalSearch(ABC):
     def failed(self) -> bool:
         """Whether figures were met that have no meaning (NaN)."""
 
-    @abstractmethod
-    def signal(self) -> Signal:
-        """Return what the finished search says."""
-
-    def traces(self, target: int | None, searches: Mapping[str, SignalSearch]) -> list[Trace]:
+    def traces(self, target: int | None, searches: Mapping[str, Search]) -> list[Trace]:
         """Return what shows a backdoor of a class, for pruning; nothing if this search does not.
 
         Args:
@@ -133,3 +129,17 @@ class SignalSearch(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
+
+
+class SignalSearch(Search):
+    """A search that is part of every audit, and the signal that it gives.
+
+    Attributes:
+        decides: Whether its signal can call a network backdoored by itself.
+    """
+
+    decides: ClassVar[bool] = True
+
+    @abstractmethod
+    def signal(self) -> Signal:
+        """Return what the finished search says."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import seeded_generator, value_range
 from lightning_mnp.report import Signal
-from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.logits import class_margins, least_positive
+from lightning_mnp.signals.pile_up import PileUp
+from lightning_mnp.signals.standout import StandoutConstants, find_standout
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
@@ -26,8 +29,9 @@ class MarginConstants:
     """How images are driven to a class, and when the greatest margin counts.
 
     Attributes:
-        counts_from: Multiple of the next class's margin from which the greatest counts fully.
-        normal: Multiple up to which it is nothing out of the ordinary.
+        counts_from: How far one class stands out, from where it counts fully, if predictions pile
+            up on the same class; see :func:`~lightning_mnp.signals.standout.find_standout`.
+        normal: Multiple of the next class's margin up to which the greatest one is no trace.
         images: Images for each class.
         steps: Steps of each image.
         momentum: Momentum of the steps.
@@ -37,7 +41,7 @@ class MarginConstants:
         next_steps: Steps in which they follow the network.
     """
 
-    counts_from: float = 2.0
+    counts_from: float = 0.8
     normal: float = 1.5
     images: int = 4
     steps: int = 60
@@ -223,15 +227,28 @@ class MarginSearch(SignalSearch):
         return any(math.isnan(margin) for margin in self.margins.values())
 
     def signal(self) -> Signal:
-        """Return what the greatest margin says."""
-        counts_from = self.constants.counts_from
-        greatest, ratio, _ = margin_ratio(self.margins)
+        """Return whether the greatest margin and the pile-up agree on a class that stands out.
+
+        Each alone is found in clean networks, too: a class may have objects of great margin, and
+        a suppressed network may fall back to one class. Its strength is the lesser of both.
+        """
+        constants, counts_from = self.scene.constants, self.constants.counts_from
+        usual = statistics.median(abs(value) for value in self.margins.values())
+        limits = constants.of(StandoutConstants)
+        found = find_standout(self.margins, max(usual, 1e-12), limits)
+        pile_up = PileUp(self.scene).signal()
+        agree = pile_up.target_class == found.target_class
+        strength = min(found.value / counts_from, pile_up.strength) if agree else 0.0
+        points = "the same class" if agree else f"class {pile_up.target_class}"
         reason = (
-            f"the greatest margin of class {greatest} is {ratio:.2f} times that of the next class "
-            f"(counts fully from {counts_from:g})"
+            f"the greatest margin is that of class {found.target_class}, where the gap to the next "
+            f"class is {found.value:.2f} times the spread of the others (counts from "
+            f"{counts_from:g}, together with the pile-up, which points to {points})"
         )
-        strength, classes = ratio / counts_from, dict(self.margins)
-        return Signal(self.name, strength, greatest, ratio, counts_from, reason, classes)
+        classes = dict(self.margins)
+        return Signal(
+            self.name, strength, found.target_class, found.value, counts_from, reason, classes
+        )
 
     def stands_out(self, target: int) -> bool:
         """Return whether the margin of a class is out of the ordinary.
@@ -242,7 +259,7 @@ class MarginSearch(SignalSearch):
         greatest, ratio, _ = margin_ratio(self.margins)
         return greatest == target and ratio > self.constants.normal
 
-    def traces(self, target: int | None, searches: Mapping[str, SignalSearch]) -> list[Trace]:
+    def traces(self, target: int | None, searches: Mapping[str, Search]) -> list[Trace]:
         """Return images of greatest margin, if that of the class stands out.
 
         Args:

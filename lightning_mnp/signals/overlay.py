@@ -21,18 +21,18 @@ __all__ = ["OverlayConstants", "OverlaySearch", "OverlayTrigger"]
 
 @dataclass(frozen=True)
 class OverlayConstants:
-    """How an overlay is made, and when it counts.
+    """How an overlay is made, and when it is a trace.
 
     Attributes:
-        counts_from: Lead over the next class from which it counts fully, in multiples of the usual
-            distance to a class.
+        trace_from: Lead over the next class from which it is a trace for pruning, in multiples of
+            the usual distance to a class.
         strength: Share of the overlay in the blend. With more of it, ordinary classes differ more,
             too.
         steps: Number of steps.
         length: Root mean square of a step, as a share of the range of values.
     """
 
-    counts_from: float = 0.3
+    trace_from: float = 0.3
     strength: float = 0.05
     steps: int = 10
     length: float = 0.1
@@ -106,7 +106,6 @@ class OverlaySearch(LeadSearch[OverlayTrigger]):
 
     name = "overlay"
     kind = OverlayTrigger
-    what = "an image blended in faintly"
 
     @classmethod
     def class_steps(cls, constants: Constants) -> int:
@@ -118,6 +117,6 @@ class OverlaySearch(LeadSearch[OverlayTrigger]):
         return constants.of(OverlayConstants).steps
 
     @property
-    def counts_from(self) -> float:
-        """The lead from which an overlay counts fully."""
-        return self.scene.constants.of(OverlayConstants).counts_from
+    def trace_from(self) -> float:
+        """The lead from which an overlay is a trace."""
+        return self.scene.constants.of(OverlayConstants).trace_from

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_mnp.config import Constants
-from lightning_mnp.report import Signal
-from lightning_mnp.signals.base import SignalSearch
+from lightning_mnp.signals.base import Search
 from lightning_mnp.signals.logits import goal_margins, leads, least_positive, push_loss
-from lightning_mnp.signals.pattern import PatternSearch, PatternTrace
+from lightning_mnp.signals.pattern import PatternSignal, PatternTrace
 from lightning_mnp.signals.pattern_trigger import PatternTrigger
 from lightning_mnp.signals.trace import Trace
 
@@ -35,8 +34,10 @@ class PatchConstants:
     Steps are long at first, so that pixels can be exchanged for better ones, then shorter.
 
     Attributes:
-        counts_from: How much further than usual a patch takes images to one class, from where it
-            counts fully; in multiples of the usual distance to a class.
+        counts_from: How far one class stands out, from where it counts fully, see
+            :func:`~lightning_mnp.signals.standout.find_standout`.
+        trace_from: How much further than usual a patch takes images to one class, from where it is
+            a trace for pruning; in multiples of the usual distance to a class.
         share: Share of the pixels that a patch may cover.
         far_steps: Number of long steps.
         far: Largest change of a pixel in each of these, as a share of the range of values.
@@ -46,7 +47,8 @@ class PatchConstants:
             further.
     """
 
-    counts_from: float = 0.85
+    counts_from: float = 1.5
+    trace_from: float = 0.85
     share: float = 0.05
     far_steps: int = 8
     far: float = 0.5
@@ -168,7 +170,7 @@ class PatchTrigger(PatternTrigger):
         return leads(logits, self.labels).clamp_min(self._patch.lost).mean()
 
 
-class PatchSearch(PatternSearch[PatchTrigger]):
+class PatchSearch(PatternSignal[PatchTrigger]):
     """Measures for each class how far a patch on few pixels drives images to it.
 
     Args:
@@ -177,6 +179,7 @@ class PatchSearch(PatternSearch[PatchTrigger]):
 
     name = "patch"
     kind = PatchTrigger
+    what = "a patch on few pixels drives images to"
 
     @classmethod
     def class_steps(cls, constants: Constants) -> int:
@@ -189,22 +192,16 @@ class PatchSearch(PatternSearch[PatchTrigger]):
         return patch.far_steps + patch.near_steps
 
     @property
-    def failed(self) -> bool:
-        """Whether a figure is NaN."""
-        return any(math.isnan(value) for value in self.margins.values())
+    def counts_from(self) -> float:
+        """How far a class has to stand out to count fully."""
+        return self.scene.constants.of(PatchConstants).counts_from
 
-    def signal(self) -> Signal:
-        """Return what the patch that drives images furthest says."""
-        counts_from = self.scene.constants.of(PatchConstants).counts_from
-        furthest, excess = patch_ratio(self.margins)
-        reason = (
-            f"a patch on few pixels drives images to class {furthest} by {excess:.2f} of the "
-            f"usual distance further than to other classes (counts fully from {counts_from:g})"
-        )
-        strength, classes = excess / counts_from, dict(self.margins)
-        return Signal(self.name, strength, furthest, excess, counts_from, reason, classes)
+    @property
+    def figures(self) -> dict[int, float]:
+        """How far a patch takes images to each class."""
+        return self.margins
 
-    def traces(self, target: int | None, searches: Mapping[str, SignalSearch]) -> list[Trace]:
+    def traces(self, target: int | None, searches: Mapping[str, Search]) -> list[Trace]:
         """Return images under a patch, if patches drive images to the class further than usual.
 
         Args:
@@ -212,8 +209,8 @@ class PatchSearch(PatternSearch[PatchTrigger]):
             searches: All finished searches, by name.
         """
         furthest, excess = patch_ratio(self.margins)
-        counts_from = self.scene.constants.of(PatchConstants).counts_from
-        if target is None or furthest != target or excess <= counts_from:
+        trace_from = self.scene.constants.of(PatchConstants).trace_from
+        if target is None or furthest != target or excess <= trace_from:
             return []
         return [PatternTrace(self.trigger(target))]
 

@@ -20,13 +20,15 @@ from torch import Tensor
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import value_range
 from lightning_mnp.report import Signal
-from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.pattern_trigger import PatternConstants, PatternTrigger
+from lightning_mnp.signals.standout import StandoutConstants, find_standout
 from lightning_mnp.signals.trace import Trace
 
 __all__ = [
     "LeadSearch",
     "PatternSearch",
+    "PatternSignal",
     "PatternTrace",
     "pattern_lead",
 ]
@@ -35,7 +37,7 @@ __all__ = [
 Trigger = TypeVar("Trigger", bound=PatternTrigger)
 
 
-class PatternSearch(SignalSearch, Generic[Trigger]):
+class PatternSearch(Search, Generic[Trigger]):
     """Measures for each class how far a pattern drives images to it.
 
     A subclass names the kind of pattern, and says what the figures mean.
@@ -152,11 +154,11 @@ class PatternSearch(SignalSearch, Generic[Trigger]):
             self._trigger.pattern = state["pattern"].to(self.scene.masked.device)
 
 
-class LeadSearch(PatternSearch[Trigger]):
-    """A pattern whose signal is how much nearer it brings images to one class than to the next.
+class PatternSignal(PatternSearch[Trigger], SignalSearch):
+    """A pattern whose signal is how far one class stands out under it.
 
     Attributes:
-        what: The pattern in words, for the reason.
+        what: What the pattern does, in words, for the reason.
     """
 
     what: ClassVar[str]
@@ -164,24 +166,52 @@ class LeadSearch(PatternSearch[Trigger]):
     @property
     @abstractmethod
     def counts_from(self) -> float:
-        """The lead from which the signal counts fully, in multiples of the usual distance."""
+        """The gap to the next class, over the spread of the others, that counts fully."""
+
+    @property
+    @abstractmethod
+    def figures(self) -> dict[int, float]:
+        """What is compared between classes, when finished."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a figure is NaN."""
+        return any(math.isnan(value) for value in self.figures.values())
+
+    def signal(self) -> Signal:
+        """Return how far the class stands out that the pattern drives images to."""
+        figures, counts_from = dict(self.figures), self.counts_from
+        found = find_standout(figures, constants=self.scene.constants.of(StandoutConstants))
+        reason = (
+            f"{self.what} class {found.target_class} further than to any other: the gap to the "
+            f"next class is {found.value:.2f} times the spread of the others (counts fully from "
+            f"{counts_from:g})"
+        )
+        return Signal(
+            self.name,
+            found.value / counts_from,
+            found.target_class,
+            found.value,
+            counts_from,
+            reason,
+            figures,
+        )
+
+
+class LeadSearch(PatternSearch[Trigger]):
+    """A pattern that is a trace if it brings images nearer to one class than to the next."""
+
+    @property
+    @abstractmethod
+    def trace_from(self) -> float:
+        """The lead from which it is a trace, in multiples of the usual distance."""
 
     @property
     def failed(self) -> bool:
         """Whether a figure is NaN."""
         return any(math.isnan(value) for value in self.rises.values())
 
-    def signal(self) -> Signal:
-        """Return what the pattern's lead says."""
-        nearest, lead = pattern_lead(self.rises)
-        reason = (
-            f"{self.what} brings images nearer to class {nearest} than to any other, by "
-            f"{lead:.2f} of the usual distance (counts fully from {self.counts_from:g})"
-        )
-        strength, classes = lead / self.counts_from, dict(self.rises)
-        return Signal(self.name, strength, nearest, lead, self.counts_from, reason, classes)
-
-    def traces(self, target: int | None, searches: Mapping[str, SignalSearch]) -> list[Trace]:
+    def traces(self, target: int | None, searches: Mapping[str, Search]) -> list[Trace]:
         """Return images under a pattern, if patterns of its kind get images to the class.
 
         Args:
@@ -189,7 +219,7 @@ class LeadSearch(PatternSearch[Trigger]):
             searches: All finished searches, by name.
         """
         nearest, lead = pattern_lead(self.rises)
-        if target is None or nearest != target or lead <= self.counts_from:
+        if target is None or nearest != target or lead <= self.trace_from:
             return []
         # If images do not arrive, there is nothing in them to be pruned away.
         return [PatternTrace(self.trigger(target))] if self.margins[target] > 0 else []

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_mnp.defense_data.defense_set import seeded_generator, value_range
 from lightning_mnp.report import Signal
-from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.signals.pattern import PatternTrace
 from lightning_mnp.signals.trace import Trace
@@ -257,7 +257,7 @@ class PermutationSearch(SignalSearch):
         strength = excess / counts_from
         return Signal(self.name, strength, None, self.moved, threshold, reason, goals)
 
-    def traces(self, target: int | None, searches: Mapping[str, SignalSearch]) -> list[Trace]:
+    def traces(self, target: int | None, searches: Mapping[str, Search]) -> list[Trace]:
         """Return images under the patch, if the backdoor is thought to exchange classes.
 
         Args:

@@ -19,6 +19,7 @@ from lightning_mnp.defense_data.defense_set import LEAST_BATCH
 from lightning_mnp.report import RunResult, Signal
 from lightning_mnp.signals.base import Scene, SignalSearch
 from lightning_mnp.signals.logits import leads
+from lightning_mnp.signals.standout import StandoutConstants, find_standout
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Statistics, Weights
 
@@ -30,15 +31,13 @@ class PileUpConstants:
     """When a pile-up counts.
 
     Attributes:
-        counts_from: Where it counts fully, between chance, 0, and all predictions on one class, 1.
-        following: A backdoor leaves one class, an ordinary network falls back to a few: this share
-            of the next class's share is taken off.
+        counts_from: How far one class stands out, from where it counts fully, see
+            :func:`~lightning_mnp.signals.standout.find_standout`.
         least_share: Added to every share, so that one run without a single prediction on a class
             does not decide alone.
     """
 
-    counts_from: float = 0.19
-    following: float = 0.5
+    counts_from: float = 1.0
     least_share: float = 0.01
 
 
@@ -59,10 +58,11 @@ class PileUp(SignalSearch):
         >>> runs = [RunResult(0.5, 0.3, (30, 10), 9, 0.2, "")]
         >>> signal = PileUp(Scene(masked, data, MNPConfig(), 2, runs=runs)).signal()
         >>> signal.target_class, round(signal.value, 2)
-        (0, 0.75)
+        (0, 1.0)
     """
 
     name = "pile-up"
+    decides = False
 
     @classmethod
     def all_steps(cls, scene: Scene) -> int:
@@ -91,20 +91,26 @@ class PileUp(SignalSearch):
         """Return what the runs say together."""
         runs, constants = self.scene.runs, self.scene.constants.of(PileUpConstants)
         usual = _usual_shares(runs, constants.least_share)
-        top = max(range(len(usual)), key=usual.__getitem__)
-        following = max((share for index, share in enumerate(usual) if index != top), default=0.0)
-        taken_off = constants.following * following
-        least = (1 - constants.following) / len(usual)
-        excess = max(0.0, (usual[top] - taken_off - least) / (1 - least))
-        threshold = least + (1 - least) * constants.counts_from + taken_off
-        reason = (
-            f"after clean suppression, {usual[top]:.0%} of the predictions fall on class {top} "
-            f"and {following:.0%} on the next (mean of {len(runs)} runs; with that, counts fully "
-            f"from {threshold:.0%})"
-        )
-        strength = excess / constants.counts_from
         shares = dict(enumerate(usual))
-        return Signal(self.name, strength, top, usual[top], threshold, reason, shares)
+        limits = self.scene.constants.of(StandoutConstants)
+        found = find_standout(shares, 1 / len(shares), limits)
+        reason = (
+            f"after clean suppression, {usual[found.target_class]:.0%} of the predictions fall on "
+            f"class {found.target_class}, where the gap to the next class is {found.value:.2f} "
+            f"times the spread of the others (mean of {len(runs)} runs; counts from "
+            f"{constants.counts_from:g}, together with the margin)"
+        )
+        strength = found.value / constants.counts_from
+        return Signal(
+            self.name,
+            strength,
+            found.target_class,
+            found.value,
+            constants.counts_from,
+            reason,
+            shares,
+            decides=self.decides,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the runs are kept elsewhere."""

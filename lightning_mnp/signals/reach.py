@@ -1,9 +1,9 @@
 """The reach: how long a perturbation of all images at once has to be to get to a class.
 
 A backdoor is a short way to its target class. A universal perturbation that is found by following
-the gradient takes that way, too, if there is one: it needs neither the trigger nor poisoned
-data, and how far it has to go says whether there is a backdoor (compare Neural Cleanse, Wang et
-al., 2019, which looks for small patches, and universal adversarial perturbations,
+the gradient takes that way, too, if there is one: it needs neither the trigger nor poisoned data.
+It is a trace for pruning, and no part of the verdict, to which it adds nothing (compare Neural
+Cleanse, Wang et al., 2019, which looks for small patches, and universal adversarial perturbations,
 Moosavi-Dezfooli et al., 2017).
 """
 
@@ -21,8 +21,7 @@ from torch import Tensor
 
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import seeded_generator
-from lightning_mnp.report import Signal
-from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.base import Scene, Search
 from lightning_mnp.signals.logits import goal_margins
 from lightning_mnp.signals.margin import MarginSearch
 from lightning_mnp.signals.perturbation import UniversalPerturbation, image_scale
@@ -33,12 +32,11 @@ __all__ = ["PerturbationTrace", "ReachConstants", "ReachSearch", "reach_ratio"]
 
 @dataclass(frozen=True)
 class ReachConstants:
-    """How a universal perturbation is made, and when the reach counts.
+    """How a universal perturbation is made, and when it is a trace.
 
     All lengths are shares of the images' mean distance from their mean.
 
     Attributes:
-        counts_from: Share of the median reach up to which the shortest one counts fully.
         step: Length of the first step.
         growth: Factor from step to step, so that near and far classes are measured with about the
             same relative precision.
@@ -55,7 +53,6 @@ class ReachConstants:
         share: Length of each of these steps, as a share of the perturbation's greatest length.
     """
 
-    counts_from: float = 0.5
     step: float = 0.02
     growth: float = 1.1
     most_steps: int = 20
@@ -74,7 +71,7 @@ class ReachConstants:
         return self.step * (self.growth**self.most_steps - 1) / (self.growth - 1)
 
 
-class ReachSearch(SignalSearch):
+class ReachSearch(Search):
     """Measures for each class how long a universal perturbation to it has to be.
 
     Each class is approached by steps of growing length from no perturbation at all, in evaluation
@@ -162,18 +159,7 @@ class ReachSearch(SignalSearch):
         """Whether a reach is NaN."""
         return any(math.isnan(reach) for reach in self.reaches.values())
 
-    def signal(self) -> Signal:
-        """Return what the shortest reach says."""
-        counts_from = self.constants.counts_from
-        soonest, ratio, _ = reach_ratio(self.reaches, self.constants.longest)
-        reason = (
-            f"a universal perturbation reaches class {soonest} at {ratio:.2f} times the median "
-            f"length for other classes (counts fully up to {counts_from:g})"
-        )
-        strength = counts_from / max(ratio, 0.01)
-        return Signal(self.name, strength, soonest, ratio, counts_from, reason, dict(self.reaches))
-
-    def traces(self, target: int | None, searches: Mapping[str, SignalSearch]) -> list[Trace]:
+    def traces(self, target: int | None, searches: Mapping[str, Search]) -> list[Trace]:
         """Return images under a perturbation, if the reach or the margin of the class stands out.
 
         Args:

@@ -1,13 +1,13 @@
-"""All signals, in the order in which they are searched for. A new one is a module and a line here.
+"""All searches, in the order in which they are made. A new one is a module and a line here.
 
 from lightning_mnp.signals import register
 
-register(MySearch)  # a SignalSearch
+register(MySearch)  # a SignalSearch, or a Search that is made for pruning only
 """
 
 from __future__ import annotations
 
-from lightning_mnp.signals.base import SignalSearch
+from lightning_mnp.signals.base import Search
 from lightning_mnp.signals.margin import MarginSearch
 from lightning_mnp.signals.overlay import OverlaySearch
 from lightning_mnp.signals.patch import PatchSearch
@@ -26,55 +26,59 @@ _RESERVED = frozenset(
     }
 )
 
-_SIGNALS: dict[str, type[SignalSearch]] = {
+_SEARCHES: dict[str, type[Search]] = {
     search.name: search
     for search in (
         PileUp,
-        ReachSearch,
         MarginSearch,
         PatchSearch,
-        OverlaySearch,
         WarpSearch,
         PermutationSearch,
+        # For pruning only.
+        ReachSearch,
+        OverlaySearch,
     )
 }
 
 
-def register(search: type[SignalSearch]) -> type[SignalSearch]:
-    """Add a signal, which all audits from now on search for; usable as a decorator.
+def register(search: type[Search]) -> type[Search]:
+    """Add a search, which is made from now on; usable as a decorator.
+
+    A :class:`~lightning_mnp.signals.base.SignalSearch` becomes part of every audit. Another
+    search is made only if filters are to be pruned, for the traces that it adds.
 
     Args:
         search: The class of the search.
 
     Raises:
-        ValueError: If there is a signal of that name.
+        ValueError: If there is a search of that name.
         TypeError: If it is no such class.
 
     Example:
         >>> register(ReachSearch)
         Traceback (most recent call last):
         ...
-        ValueError: Expected a new name for a signal, but there is a signal 'reach' already. Choose
+        ValueError: Expected a new name for a search, but there is a search 'reach' already. Choose
         another `name`.
     """
-    if not (isinstance(search, type) and issubclass(search, SignalSearch)):
-        raise TypeError(f"Expected a subclass of SignalSearch, but got {search!r}.")
+    if not (isinstance(search, type) and issubclass(search, Search)):
+        raise TypeError(f"Expected a subclass of Search, but got {search!r}.")
     if search.name in _RESERVED:
         raise ValueError(
-            f"Expected a name for a signal that no phase of the engine has, but got "
+            f"Expected a name for a search that no phase of the engine has, but got "
             f"{search.name!r}. Choose another `name`."
         )
-    if search.name in _SIGNALS:
+    if search.name in _SEARCHES:
         raise ValueError(
-            f"Expected a new name for a signal, but there is a signal {search.name!r} already. "
+            f"Expected a new name for a search, but there is a search {search.name!r} already. "
             "Choose another `name`."
         )
-    _SIGNALS[search.name] = search
+    _SEARCHES[search.name] = search
     return search
 
 
 def unregister(name: str) -> None:
-    """Take a signal out again.
+    """Take a search out again.
 
     Args:
         name: Its name.
@@ -82,14 +86,14 @@ def unregister(name: str) -> None:
     Raises:
         KeyError: If there is none of that name.
     """
-    del _SIGNALS[name]
+    del _SEARCHES[name]
 
 
-def registered() -> dict[str, type[SignalSearch]]:
-    """Return the signals by name, in the order in which they are searched for.
+def registered() -> dict[str, type[Search]]:
+    """Return the searches by name, in the order in which they are made.
 
     Example:
         >>> list(registered())[:3]
-        ['pile-up', 'reach', 'margin']
+        ['pile-up', 'margin', 'patch']
     """
-    return dict(_SIGNALS)
+    return dict(_SEARCHES)

@@ -19,8 +19,8 @@ class VerdictConstants:
 
     Attributes:
         undecided_from: From this share of the threshold on, a network is not called clean.
-        doubt_from: From this strength on, a pile-up of a few runs may be a chance find.
-        doubt_to: Up to this strength, a pile-up of a few runs may be too weak by chance.
+        doubt_from: From this strength on, a pile-up of a few runs may be too weak by chance.
+        doubt_to: Up to this strength, a pile-up of a few runs may be a chance find.
     """
 
     undecided_from: float = 0.9
@@ -35,7 +35,8 @@ class Judgement:
     Attributes:
         verdict: ``"clean"``, ``"backdoored"`` or ``"undecided"``.
         detection_ratio: Mean of Eq. 8 over the runs.
-        score: The strength of the strongest signal, from 0; NaN if the verdict is by Eq. 8.
+        score: The strength of the strongest signal that decides, from 0; NaN if the verdict is by
+            Eq. 8.
         suspect: The class that a backdoor would aim at, whatever the verdict; None for one that
             exchanges classes (all-to-all).
         reasons: In words.
@@ -63,10 +64,11 @@ class Judgement:
 def rank_signals(found: Sequence[Signal], threshold: float = 1.0) -> list[Signal]:
     """Sort signals, what is most to be believed first.
 
-    That is the strongest of those that point to the class to which most signals point that count
-    fully: a network may have a short way to some class besides that of its backdoor. An exchange
-    of classes that counts fully comes before all others: no backdoor with one target class has
-    one, while an all-to-all backdoor may make some class stand out as well.
+    First come signals that decide by themselves. Among them an exchange of classes that counts
+    fully comes first: no backdoor with one target class has one, while an all-to-all backdoor may
+    make some class stand out as well. Then come those that count fully for the class to which most
+    of these point: a network may have a short way to some class besides that of its backdoor. Of
+    equals, the strongest comes first.
 
     Args:
         found: The signals.
@@ -74,18 +76,22 @@ def rank_signals(found: Sequence[Signal], threshold: float = 1.0) -> list[Signal
             from there on, and from 1 on.
 
     Example:
-        >>> strengths = {"reach": (3.0, 5), "margin": (2.0, 1), "patch": (1.5, 1)}
+        >>> strengths = {"warp": (3.0, 5), "margin": (2.0, 1), "patch": (1.5, 1)}
         >>> found = [Signal(n, value, k, 0, 0, "") for n, (value, k) in strengths.items()]
         >>> [signal.name for signal in rank_signals(found)]
-        ['margin', 'patch', 'reach']
+        ['margin', 'patch', 'warp']
     """
     full = max(1.0, threshold)
-    votes = Counter(signal.target_class for signal in found if signal.strength >= full)
 
-    def order(signal: Signal) -> tuple[bool, int, float]:
-        counts = signal.strength >= full
-        exchange = counts and signal.target_class is None
-        return not exchange, -votes[signal.target_class] if counts else 0, -signal.strength
+    def counts(signal: Signal) -> bool:
+        return signal.decides and signal.strength >= full
+
+    votes = Counter(signal.target_class for signal in found if counts(signal))
+
+    def order(signal: Signal) -> tuple[bool, bool, int, float]:
+        exchange = counts(signal) and signal.target_class is None
+        agreeing = votes[signal.target_class] if counts(signal) else 0
+        return not signal.decides, not exchange, -agreeing, -signal.strength
 
     return sorted(found, key=order)
 
@@ -101,18 +107,20 @@ def in_doubt(found: Sequence[Signal], constants: VerdictConstants | None = None)
         constants: Which pile-ups are unclear.
 
     Example:
-        >>> weak, strong = (Signal("reach", value, 0, 0, 0, "") for value in (0.7, 1.2))
-        >>> pile_up = Signal("pile-up", 1.1, 0, 0, 0, "")
-        >>> in_doubt([pile_up, weak]), in_doubt([strong, pile_up])
+        >>> margin = Signal("margin", 1.1, 0, value=2.0, threshold=0.8, reason="")
+        >>> pile_up = Signal("pile-up", 1.1, 0, value=1.1, threshold=1.0, reason="", decides=False)
+        >>> patch = Signal("patch", 3.0, 0, value=4.5, threshold=1.5, reason="")
+        >>> in_doubt([margin, pile_up]), in_doubt([margin, pile_up, patch])
         (True, False)
     """
     constants = constants or VerdictConstants()
-    return all(
-        constants.doubt_from <= signal.strength < constants.doubt_to
-        if signal.name == "pile-up"
-        else signal.strength < 1
-        for signal in found
-    )
+    known = {signal.name: signal for signal in found}
+    if not {"margin", "pile-up"} <= known.keys():
+        return False
+    margin, pile_up = known["margin"], known["pile-up"]
+    settled = any(each.counts for each in found if each is not margin)
+    unclear = constants.doubt_from <= pile_up.strength < constants.doubt_to
+    return not settled and unclear and margin.value >= margin.threshold
 
 
 def judge(
@@ -162,7 +170,7 @@ def judge(
         )
         reasons += [signal.reason for signal in found[:1]]  # which filters pruning looks for
     else:
-        score = max(signal.strength for signal in found)
+        score = max((signal.strength for signal in found if signal.decides), default=0.0)
         reasons = [signal.reason for signal in found]
         verdict = _by_score(score, config.verdict.threshold, undecided_from)
         if failed and verdict == "clean":

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.signals.pattern import LeadSearch
+from lightning_mnp.signals.pattern import LeadSearch, PatternSignal
 from lightning_mnp.signals.pattern_trigger import PatternTrigger
 
 __all__ = ["WarpConstants", "WarpSearch", "WarpTrigger"]
@@ -26,8 +26,10 @@ class WarpConstants:
     """How a warp is made, and when it counts.
 
     Attributes:
-        counts_from: Lead over the next class from which it counts fully, in multiples of the usual
-            distance to a class.
+        counts_from: How far one class stands out, from where it counts fully, see
+            :func:`~lightning_mnp.signals.standout.find_standout`.
+        trace_from: Lead over the next class from which it is a trace for pruning, in multiples of
+            the usual distance to a class.
         grid: Control points in each direction, between which moves are interpolated.
         farthest: Farthest move in each direction, in pixels, at most 1. Moves of less than a pixel
             change next to nothing for ordinary classes.
@@ -35,7 +37,8 @@ class WarpConstants:
         length: Root mean square of a step, as a share of the farthest move.
     """
 
-    counts_from: float = 0.3
+    counts_from: float = 2.0
+    trace_from: float = 0.3
     grid: int = 8
     farthest: float = 0.5
     steps: int = 8
@@ -123,7 +126,7 @@ class WarpTrigger(PatternTrigger):
         return self._warp.length
 
 
-class WarpSearch(LeadSearch[WarpTrigger]):
+class WarpSearch(PatternSignal[WarpTrigger], LeadSearch[WarpTrigger]):
     """Measures for each class how much nearer a small warp brings images to it.
 
     Args:
@@ -132,7 +135,7 @@ class WarpSearch(LeadSearch[WarpTrigger]):
 
     name = "warp"
     kind = WarpTrigger
-    what = "a warp by half a pixel at most"
+    what = "a warp by half a pixel at most brings images nearer to"
 
     @classmethod
     def applies(cls, data: DefenseSet) -> bool:
@@ -154,8 +157,18 @@ class WarpSearch(LeadSearch[WarpTrigger]):
 
     @property
     def counts_from(self) -> float:
-        """The lead from which a warp counts fully."""
+        """How far a class has to stand out to count fully."""
         return self.scene.constants.of(WarpConstants).counts_from
+
+    @property
+    def trace_from(self) -> float:
+        """The lead from which a warp is a trace."""
+        return self.scene.constants.of(WarpConstants).trace_from
+
+    @property
+    def figures(self) -> dict[int, float]:
+        """By how much a warp raises the margin of each class."""
+        return self.rises
 
 
 def _enlargement(size: int, grid: int, device: torch.device) -> Tensor:
