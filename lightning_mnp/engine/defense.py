@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_mnp.config import Constants, MNPConfig, require_config
 from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.engine.base import Phase
 from lightning_mnp.engine.case import When, open_case
-from lightning_mnp.engine.phases import Phase
 from lightning_mnp.engine.plan import Plan
 from lightning_mnp.engine.state import FORMAT, case_state, check_state, identity, load_case
 from lightning_mnp.mnp.updates import PlainUpdates, Updates

@@ -7,11 +7,10 @@ from functools import partial
 
 from torch import nn
 
+from lightning_mnp.engine.base import Entry, Phase
 from lightning_mnp.engine.case import Case
 from lightning_mnp.engine.phases import (
-    Entry,
     MaskPhase,
-    Phase,
     ReferencePhase,
     SaliencyPhase,
     SearchPhase,

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from lightning_mnp.engine.base import OneStepPhase, Phase
 from lightning_mnp.engine.case import Case
-from lightning_mnp.engine.phases import OneStepPhase, Phase
 from lightning_mnp.mnp.thresholds import pruned_count, pruning_order
 from lightning_mnp.mnp.updates import Updates
 from lightning_mnp.report import DefenseReport, PruningReport, SecondAudit
