@@ -80,7 +80,7 @@ class MNPDefense:
         self.case = open_case(model, data, config, when, network, forward, autocast, constants)
         self.plan = Plan(self.case, self._audit_of)
         self.position = 0
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.cost = {name: defaultdict[str, float](float) for name in ("seconds", "passes")}
         self._current: Phase | None = None
 
     def _audit_of(self, model: nn.Module) -> MNPDefense:
@@ -150,7 +150,7 @@ class MNPDefense:
         """
         if self.finished:
             raise RuntimeError("The defense has finished; there is no step left.")
-        started = time.perf_counter()
+        started, seen = time.perf_counter(), self.case.masked.seen.passes
         where = f"in phase {self.phase!r}, run {self.run + 1}"
         with self.case.protected(where), torch.enable_grad():
             phase = self.current
@@ -160,7 +160,8 @@ class MNPDefense:
                 self.plan.entries[self.position + 1 : self.position + 1] = phase.then()
                 self.position += 1
                 self._current = None
-        self.seconds[phase.name] += time.perf_counter() - started
+        self.cost["seconds"][phase.name] += time.perf_counter() - started
+        self.cost["passes"][phase.name] += self.case.masked.seen.passes - seen
         return metrics
 
     @property
@@ -208,7 +209,7 @@ class MNPDefense:
         """
         self._require_finished()
         report = self.case.new_report()
-        report.seconds = dict(self.seconds)
+        report.seconds, report.passes = (dict(each) for each in self.cost.values())
         for entry in dict(self.plan.entries).items():  # each name once, with its last run
             self.plan.build(entry).report(report)
         return report
@@ -228,7 +229,7 @@ class MNPDefense:
             "position": self.position,
             "case": case_state(self.case),
             "phase": None if self.finished else self.current.state_dict(),
-            "seconds": dict(self.seconds),
+            "cost": {name: dict(each) for name, each in self.cost.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -240,7 +241,8 @@ class MNPDefense:
         check_state(self.case, state)
         self.plan.entries = [(str(name), int(run)) for name, run in state["plan"]]
         self.position = int(state["position"])
-        self.seconds = defaultdict(float, state["seconds"])
+        for name, each in state["cost"].items():
+            self.cost[name] = defaultdict(float, each)
         self._current = None
         load_case(self.case, state["case"])
         if state["phase"] is not None:

@@ -68,6 +68,8 @@ class DefenseReport:
         config: All options.
         versions: Versions of the packages that matter.
         seconds: Time spent in each phase.
+        passes: Images that went through the network in each phase; forward and backward of one
+            image counts 1, forward alone a third.
         date: When the report was made, in UTC.
         model: The purified copy, if one was made; not part of the JSON.
 
@@ -101,6 +103,7 @@ class DefenseReport:
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    passes: dict[str, float] = field(default_factory=dict)
     date: str = ""
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from lightning_mnp.surgery.forward import (
 from lightning_mnp.surgery.layers import FilterLayer, FilterLayers
 from lightning_mnp.surgery.masks import FilterMasks
 
-__all__ = ["MaskedNetwork", "Normalization", "Statistics", "Weights"]
+__all__ = ["ImageCount", "MaskedNetwork", "Normalization", "Statistics", "Weights"]
 
 Weights = dict[str, Tensor]
 Statistics = Literal["batch", "running"]
@@ -34,6 +35,28 @@ _TRAINING: dict[str, tuple[type[nn.Module], ...]] = {
     "held": (_InstanceNorm,),
     "running": (),
 }
+
+
+@dataclass
+class ImageCount:
+    """How many images a network has seen: a measure of cost that holds on any machine.
+
+    Attributes:
+        forward: Images of which only the logits were computed.
+        both: Images for which gradients could be computed as well.
+
+    Example:
+        >>> ImageCount(forward=300, both=100).passes
+        200.0
+    """
+
+    forward: int = 0
+    both: int = 0
+
+    @property
+    def passes(self) -> float:
+        """Passes forward and backward of one image; forward alone counts a third."""
+        return self.both + self.forward / 3
 
 
 class MaskedNetwork:
@@ -53,6 +76,7 @@ class MaskedNetwork:
 
     Attributes:
         raised: What is added to the logits of some classes, by class; see :meth:`with_raised`.
+        seen: The images that went through the network, by this object and those made of it.
 
     Example:
         >>> from lightning_mnp.surgery.layers import find_filter_layers
@@ -83,6 +107,7 @@ class MaskedNetwork:
         self.statistics = statistics
         self.autocast = autocast
         self.raised: dict[int, float] = {}
+        self.seen = ImageCount()
 
     def with_raised(self, values: Mapping[int, float]) -> MaskedNetwork:
         """Return an object for the same network that raises the logits of some classes.
@@ -181,6 +206,10 @@ class MaskedNetwork:
                 if layers:
                     stack.enter_context(FilterMasks(self.network, layers, left))
             logits = call_on_copies(self.network, images, self.forward, weights).float()
+        if logits.requires_grad:
+            self.seen.both += len(images)
+        else:
+            self.seen.forward += len(images)
         if not self.raised:
             return logits
         offset = logits.new_zeros(logits.shape[1])
