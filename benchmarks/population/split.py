@@ -62,12 +62,13 @@ def make_split(names: dict[str, tuple[str, int]]) -> dict[str, Any]:
         names: Architecture and seed of each network, by its name.
     """
     content: dict[str, Any] = {
-        "rule": "reporting: architectures in reporting_only, and odd seeds; choosing: the others",
+        "rule": "reporting: architectures in reporting_only, and odd seeds; choosing: all others, "
+        "and the networks in seen, which earlier studies looked at",
         "reporting_only": list(REPORTING_ONLY),
     }
     for split in ("choosing", "reporting"):
         content[split] = [name for name, key in names.items() if split_of(*key) == split]
-    return {**content, "choosing, not trained here": seen_networks()}
+    return {**content, "seen": seen_networks()}
 
 
 def write_split(names: dict[str, tuple[str, int]]) -> None:
