@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +21,7 @@ from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.vgg import make_layers
+from torchvision.ops import Conv2dNormActivation
 
 from lightning_mnp.models import cifar_resnet18
 
@@ -182,9 +183,13 @@ def _densenet(width: int, stride: int) -> nn.Module:
 
 
 def _mobilenet_v2(width: int, stride: int) -> nn.Module:
-    """Torchvision's MobileNetV2, with 1,280 channels at its end at every width."""
+    """Torchvision's MobileNetV2; at its end, 8 channels for each of the width, not 1,280."""
     setting = [[1, 16, 1, 1], [4, 32, 1, 2], [4, 64, 2, 2], [4, 128, 1, 2]]
-    network = models.MobileNetV2(CLASSES, width / 32, setting, round_nearest=4, dropout=0.0)
+    network: Any = models.MobileNetV2(CLASSES, width / 32, setting, round_nearest=4, dropout=0.0)
+    network.features[-1] = Conv2dNormActivation(
+        4 * width, 8 * width, kernel_size=1, activation_layer=nn.ReLU6
+    )
+    network.classifier[-1] = nn.Linear(8 * width, CLASSES)
     return _with_stem(network, stride)
 
 
