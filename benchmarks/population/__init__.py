@@ -1,0 +1,1 @@
+"""A population of small networks, clean and backdoored, on which the verdict is measured."""

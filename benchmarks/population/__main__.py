@@ -1,0 +1,199 @@
+"""Train, list, audit and sum up the population.
+
+    python -m benchmarks.population train --jobs 2
+    python -m benchmarks.population list
+    python -m benchmarks.population audit --split choosing --jobs 2
+    python -m benchmarks.population table --split reporting
+
+Every command goes on where it stopped. `train` looks for images in ~/data/cifar10 and
+~/data/imagenette, and keeps networks in runs/population; `audit` keeps a file for each audit in
+benchmarks/results/population, from which `table` is made. `rates` measures the training rates
+behind the estimated minutes; `split` writes the split file, which is done once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.population.architectures import ARCHITECTURES
+from benchmarks.population.audits import (
+    RESULTS,
+    audit_network,
+    code_version,
+    read_audits,
+    result_file,
+)
+from benchmarks.population.data import load_images
+from benchmarks.population.jobs import Job, run_jobs
+from benchmarks.population.networks import RECIPES
+from benchmarks.population.rates import training_rate
+from benchmarks.population.recipes import Recipe
+from benchmarks.population.split import split_of, write_split
+from benchmarks.population.table import write_table
+from benchmarks.population.training import is_trained, read_row, train_network
+
+COMMANDS = ("train", "list", "audit", "table", "rates", "split")
+_AUDIT_PASSES = 65_000  # of a network of ten classes with 500 images
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Args:
+        arguments: Those behind the program's name; of this process if None.
+
+    Returns:
+        The exit code: 1 if some network could not be trained or audited.
+    """
+    options = _parse(arguments)
+    chosen = _chosen(options)
+    if options.command == "train":
+        return _train(chosen, options)
+    if options.command == "audit":
+        return _audit(chosen, options)
+    if options.command == "list":
+        print(list_of(chosen, options.folder))
+    elif options.command == "table":
+        audits = read_audits(options.results)
+        for split in dict.fromkeys(split_of(each.architecture, each.seed) for each in chosen):
+            part = [each for each in chosen if split_of(each.architecture, each.seed) == split]
+            print(write_table(split, part, audits, options.sets))
+    elif options.command == "rates":
+        for name in ARCHITECTURES:
+            print(f"{name}: {training_rate(name):.0f} images/s", flush=True)
+    else:
+        write_split({recipe.name: (recipe.architecture, recipe.seed) for recipe in RECIPES})
+    return 0
+
+
+def list_of(recipes: Sequence[Recipe], folder: Path) -> str:
+    """Write one line for each network, and the sum of the estimated minutes.
+
+    Args:
+        recipes: The networks.
+        folder: Where trained ones are kept.
+
+    Returns:
+        Markdown.
+    """
+    columns = ("name", "split", "architecture", "attack", "minutes", "trained", "CA", "ASR")
+    lines = [" | ".join(columns), " | ".join(["---"] * len(columns))]
+    left = 0.0
+    for recipe in recipes:
+        figures = ["no", "", ""]
+        if is_trained(recipe, folder):
+            row = read_row(recipe, folder)
+            learned = row["learned"] is not False
+            figures = ["yes" if learned else "yes, attack not learned", f"{100 * row['CA']:.1f}"]
+            figures.append("" if row["ASR"] is None else f"{100 * row['ASR']:.1f}")
+        else:
+            left += recipe.minutes
+        split = split_of(recipe.architecture, recipe.seed)
+        kind = f"{recipe.kind}, 1%" if recipe.is_sparse else recipe.kind
+        line = [recipe.name, split, recipe.architecture, kind, f"{recipe.minutes:.1f}", *figures]
+        lines.append(" | ".join(line))
+    table = "\n".join(f"| {line} |" for line in lines)
+    total = sum(recipe.minutes for recipe in recipes)
+    return f"{table}\n\n{len(recipes)} networks, {total:.0f} minutes, of which {left:.0f} are left."
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.population",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", nargs="?", choices=COMMANDS, default="list")
+    parser.add_argument("--list", action="store_true", help="the same as the command list")
+    parser.add_argument("--split", choices=("choosing", "reporting"), help="without it, both")
+    parser.add_argument("--only", nargs="*", help="names of networks; without it, all")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--budget", type=float, help="seconds; begin nothing that takes longer")
+    parser.add_argument("--sets", type=int, default=2, help="defense sets of each network")
+    parser.add_argument(
+        "--renew", action="store_true", help="audit again what other code has audited"
+    )
+    parser.add_argument("--data", type=Path, default=Path("~/data"), help="folder of data sets")
+    parser.add_argument("--folder", type=Path, default=Path("runs/population"), help="networks")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="audits")
+    options = parser.parse_args(arguments)
+    options.command = "list" if options.list else options.command
+    options.data = options.data.expanduser()
+    unknown = sorted(set(options.only or ()) - {recipe.name for recipe in RECIPES})
+    if unknown:
+        parser.error(f"--only: expected names as `list` has them, but got {unknown}")
+    return options
+
+
+def _chosen(options: argparse.Namespace) -> list[Recipe]:
+    return [
+        recipe
+        for recipe in RECIPES
+        if options.split in (None, split_of(recipe.architecture, recipe.seed))
+        and (options.only is None or recipe.name in options.only)
+    ]
+
+
+def _train(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
+    missing = [recipe for recipe in chosen if not is_trained(recipe, options.folder)]
+    needed = {recipe.needs for recipe in missing}
+    first = [
+        recipe
+        for recipe in RECIPES
+        if recipe.name in needed and not is_trained(recipe, options.folder)
+    ]
+    later = [recipe for recipe in missing if recipe not in first]
+    for name in sorted({recipe.data for recipe in [*first, *later]}):
+        load_images(name, options.data, options.folder / "data")  # once, not in each process
+    failed, started = 0, time.monotonic()
+    for part in (first, later):
+        budget = options.budget and options.budget - (time.monotonic() - started)
+        jobs = [
+            Job(each.name, 60 * each.minutes, train_network, (each, options.data, options.folder))
+            for each in part
+        ]
+        for job, row in run_jobs(jobs, options.jobs, budget):
+            if isinstance(row, BaseException):
+                failed += 1
+                print(f"{job.name}: {row!r}", file=sys.stderr, flush=True)
+                continue
+            asr = "" if row["ASR"] is None else f", ASR {100 * row['ASR']:.1f}"
+            note = ", attack not learned" if row["learned"] is False else ""
+            figures = f"CA {100 * row['CA']:.1f}{asr}{note}, {row['processor_seconds']:.0f} s"
+            print(f"{job.name}: {figures} (estimated: {job.seconds:.0f} s)", flush=True)
+    return int(failed > 0)
+
+
+def _audit(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
+    version, there = code_version(), {}
+    for row in read_audits(options.results):
+        there[row["network"], row["set"]] = row["weights_sha256"], row["version"]
+    jobs = []
+    for recipe in chosen:
+        if not is_trained(recipe, options.folder):
+            continue
+        weights = read_row(recipe, options.folder)["weights_sha256"]
+        seconds = _AUDIT_PASSES / ARCHITECTURES[recipe.architecture].rate
+        for number in range(options.sets):
+            done = there.get((recipe.name, number))
+            if done is None or done[0] != weights or (options.renew and done[1] != version):
+                arguments = (recipe, number, options.data, options.folder, options.results)
+                name = result_file(recipe, number).stem
+                jobs.append(Job(name, seconds, audit_network, arguments))
+    failed = 0
+    for job, row in run_jobs(jobs, options.jobs, options.budget):
+        if isinstance(row, BaseException):
+            failed += 1
+            print(f"{job.name}: {row!r}", file=sys.stderr, flush=True)
+            continue
+        figures = f"{row['verdict']}, class {row['target_class']}, score {row['score']}"
+        print(f"{job.name} ({row['kind']}): {figures}, {row['wall_seconds']:.0f} s", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

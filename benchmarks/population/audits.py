@@ -1,0 +1,125 @@
+"""Audit the networks of the population, and keep one small file for each audit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning_mnp
+from benchmarks.population.data import defense_set, load_images
+from benchmarks.population.recipes import Recipe
+from benchmarks.population.split import split_of
+from benchmarks.population.training import load_network, read_row
+from lightning_mnp import MNPConfig
+
+__all__ = ["RESULTS", "audit_network", "code_version", "read_audits", "result_file"]
+
+RESULTS = Path(__file__).parents[1] / "results" / "population"
+
+# What decides on a verdict, without what trains, attacks, prunes and prints.
+_ROOMS = ("config", "defense_data", "engine", "mnp", "signals", "surgery")
+
+
+def code_version() -> str:
+    """Return a digest of the code that decides on verdicts, twelve hexadecimal digits."""
+    found = hashlib.sha256()
+    package = Path(lightning_mnp.__file__).parent
+    for room in _ROOMS:
+        for file in sorted((package / room).rglob("*.py")):
+            found.update(file.relative_to(package).as_posix().encode() + b"\0")
+            found.update(file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def result_file(recipe: Recipe, number: int, results: Path = RESULTS) -> Path:
+    """Return where the audit of a network with a defense set is kept.
+
+    Args:
+        recipe: How the network was trained.
+        number: Number of the defense set, from 0.
+        results: Folder of all audits.
+    """
+    return results / f"{recipe.name}-set{number}.json"
+
+
+def audit_network(
+    recipe: Recipe,
+    number: int,
+    root: Path,
+    folder: Path,
+    results: Path = RESULTS,
+    config: MNPConfig | None = None,
+) -> dict[str, Any]:
+    """Audit a trained network with one defense set, and write what was found.
+
+    Args:
+        recipe: How the network was trained.
+        number: Number of the defense set, from 0; also the audit's seed.
+        root: Folder with the data sets.
+        folder: Where networks are kept.
+        results: Where audits are kept.
+        config: Options; the defaults if None. Its seed is replaced.
+
+    Returns:
+        What the file has: the network's figures, verdict, signals with the value of each class,
+        suppression runs, costs, and the version of the code.
+    """
+    network, row = load_network(recipe, folder), read_row(recipe, folder)
+    data = defense_set(recipe, load_images(recipe.data, root, folder / "data"), number)
+    started = time.process_time(), time.perf_counter()
+    report = lightning_mnp.audit(network, data, seed=number, config=config)
+    spent = time.process_time() - started[0], time.perf_counter() - started[1]
+    told = report.to_dict()
+    kept = (
+        *("verdict", "judged", "score", "target_class", "all_to_all", "detection_ratio"),
+        *("accuracy_before", "warnings", "rare_classes", "filters", "seconds"),
+    )
+    content: dict[str, Any] = {
+        "network": recipe.name,
+        "set": number,
+        "split": split_of(recipe.architecture, recipe.seed),
+        "architecture": recipe.architecture,
+        "kind": recipe.kind,
+        "target": recipe.target,
+        "poison": recipe.poison,
+        **{key: row[key] for key in ("CA", "ASR", "learned", "weights_sha256")},
+        "version": code_version(),
+        "images": len(data),
+        "processor_seconds": round(spent[0], 1),
+        "wall_seconds": round(spent[1], 1),
+        "passes": getattr(report, "passes", None),
+        **{key: told[key] for key in kept},
+        "runs": told["runs"],
+        "signals": [
+            {key: value for key, value in signal.items() if key != "reason"}
+            for signal in told["signals"]
+        ],
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    file = result_file(recipe, number, results)
+    partial = file.with_suffix(".partial")
+    lines = [f"{json.dumps(key)}: {json.dumps(_short(value))}" for key, value in content.items()]
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")  # a line for each field
+    partial.rename(file)
+    return content
+
+
+def read_audits(results: Path = RESULTS) -> list[dict[str, Any]]:
+    """Read all audits, in the order of their names.
+
+    Args:
+        results: Where they are kept.
+    """
+    return [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+
+
+def _short(value: Any) -> Any:
+    """Return numbers with six digits, in lists and by name as well."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _short(each) for key, each in value.items()}
+    return [_short(each) for each in value] if isinstance(value, list) else value

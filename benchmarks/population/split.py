@@ -1,0 +1,80 @@
+"""Which networks serve to choose and which to report: a rule, and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import attacks, networks, study
+
+__all__ = ["FIRST_SEED", "REPORTING_ONLY", "SPLIT_FILE", "seen_networks", "split_of"]
+
+SPLIT_FILE = Path(__file__).with_name("split.json")
+
+# Architectures on which nothing is ever chosen.
+REPORTING_ONLY = ("convnext", "densenet", "efficientnet", "shufflenet", "wide-resnet")
+
+# Above all seeds of earlier studies; even ones choose, odd ones report.
+FIRST_SEED = {"choosing": 202, "reporting": 201}
+
+
+def split_of(architecture: str, seed: int) -> str:
+    """Return the split of a network: ``"choosing"`` or ``"reporting"``.
+
+    Networks of an architecture that is for reporting only are reported. Of the others, those with
+    an odd seed are reported, and those with an even seed serve to choose.
+
+    Args:
+        architecture: Its architecture.
+        seed: Its seed.
+
+    Example:
+        >>> split_of("cnn", 202), split_of("cnn", 203), split_of("densenet", 204)
+        ('choosing', 'reporting', 'reporting')
+    """
+    odd = seed % 2 == 1
+    return "reporting" if odd or architecture in REPORTING_ONLY else "choosing"
+
+
+def seen_networks() -> dict[str, list[str]]:
+    """Return the networks of earlier studies, by what trained them.
+
+    Options and thresholds were set while these were looked at, the ones that a study reported
+    included. So they may serve to choose and never to report.
+    """
+    return {
+        "benchmarks.attacks": [
+            f"{base}/{name}" for base, recipes in attacks.RECIPES.items() for name in recipes
+        ],
+        "benchmarks.networks": list(networks.TUNING),
+        "benchmarks.study": [
+            f"{base}/{name}" for base, recipes in study.NETWORKS.items() for name in recipes
+        ],
+        "zoo": ["badnets", "blend", "clean"],
+    }
+
+
+def make_split(names: dict[str, tuple[str, int]]) -> dict[str, Any]:
+    """Make the content of the split file.
+
+    Args:
+        names: Architecture and seed of each network, by its name.
+    """
+    content: dict[str, Any] = {
+        "rule": "reporting: architectures in reporting_only, and odd seeds; choosing: all others, "
+        "and the networks in seen, which earlier studies looked at",
+        "reporting_only": list(REPORTING_ONLY),
+    }
+    for split in ("choosing", "reporting"):
+        content[split] = [name for name, key in names.items() if split_of(*key) == split]
+    return {**content, "seen": seen_networks()}
+
+
+def write_split(names: dict[str, tuple[str, int]]) -> None:
+    """Write the split file; done once, before the first audit.
+
+    Args:
+        names: See :func:`make_split`.
+    """
+    SPLIT_FILE.write_text(json.dumps(make_split(names), indent=1) + "\n")
