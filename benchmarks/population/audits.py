@@ -90,7 +90,7 @@ def audit_network(
         "images": len(data),
         "processor_seconds": round(spent[0], 1),
         "wall_seconds": round(spent[1], 1),
-        "passes": getattr(report, "passes", None),
+        "passes": sum(report.passes.values()),
         **{key: told[key] for key in kept},
         "runs": told["runs"],
         "signals": [

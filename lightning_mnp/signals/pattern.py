@@ -100,7 +100,7 @@ class PatternSearch(Search, Generic[Trigger]):
             The mean ``margin`` before it.
         """
         classes = self.scene.tried
-        self._trigger = self._trigger or self.trigger(classes[len(self._ends)])
+        self._trigger = self._trigger or self._searched(classes[len(self._ends)])
         margin = self._trigger.step(self._trigger.length(self._taken))
         if not self._taken:
             self._starts.append(margin)
@@ -116,14 +116,20 @@ class PatternSearch(Search, Generic[Trigger]):
                 self.margins[index], self.rises[index] = end / usual, (end - start) / usual
         return {"margin": margin}
 
-    def trigger(self, target: int) -> Trigger:
+    def _searched(self, target: int) -> Trigger:
+        """Begin the pattern by which a class is compared with others."""
+        return self.trigger(target, self.scene.constants.of(PatternConstants).searched_images)
+
+    def trigger(self, target: int, most: int | None = None) -> Trigger:
         """Begin a pattern to one class, on images of other classes drawn from the seed.
 
         Args:
             target: The class.
+            most: Most images; None for those of a trace.
         """
         scene, device = self.scene, self.scene.masked.device
-        count = min(scene.constants.of(PatternConstants).images, scene.config.batch_size)
+        most = scene.constants.of(PatternConstants).images if most is None else most
+        count = min(most, scene.config.batch_size)
         key = (scene.config.seed, self.kind.name, target)
         images, labels = scene.data.others(target, count, device, key)
         low, high = (bound.to(device) for bound in value_range(scene.data.images))
@@ -150,7 +156,7 @@ class PatternSearch(Search, Generic[Trigger]):
         self._taken = int(state["taken"])
         self._trigger = None
         if state["pattern"] is not None:
-            self._trigger = self.trigger(self.scene.tried[len(self._ends)])
+            self._trigger = self._searched(self.scene.tried[len(self._ends)])
             self._trigger.pattern = state["pattern"].to(self.scene.masked.device)
 
 

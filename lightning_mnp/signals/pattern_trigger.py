@@ -23,7 +23,8 @@ class PatternConstants:
     """What all kinds of patterns share.
 
     Attributes:
-        images: Images that a pattern is made on.
+        images: Images that the pattern of a trace is made on.
+        searched_images: Images that a pattern is made on to compare classes.
         least_distance: Least usual distance to a class, in logits. A network that knows little has
             its classes close together, and all are easily reached.
         following_steps: Steps in which a trace's pattern follows the network.
@@ -33,6 +34,7 @@ class PatternConstants:
     """
 
     images: int = 64
+    searched_images: int = 32
     least_distance: float = 1.0
     following_steps: int = 3
     weak_below: float = 1.5
