@@ -108,7 +108,7 @@ GROUPS: list[tuple[str, str, str, list[str]]] = [
     (
         "signals",
         "Signals",
-        "What a signal of your own is made of, and how it is added.",
+        "What a signal of your own, or a search for pruning, is made of, and how it is added.",
         ["lightning_mnp.signals.*"],
     ),
     (

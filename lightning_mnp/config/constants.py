@@ -25,11 +25,11 @@ class Constants:
 
     Example:
         >>> from lightning_mnp.signals.patch import PatchConstants
-        >>> constants = Constants(PatchConstants(counts_from=1.5))
+        >>> constants = Constants(PatchConstants(counts_from=3.0))
         >>> constants.of(PatchConstants).counts_from
-        1.5
+        3.0
         >>> Constants().of(PatchConstants).counts_from
-        0.85
+        1.5
     """
 
     def __init__(self, *given: Any) -> None:

@@ -55,7 +55,7 @@ class SuppressionOptions:
     """Clean suppression: a copy of the network unlearns the clean task (Eq. 6).
 
     Args:
-        runs: Number of suppression runs, over which masks and signals are averaged.
+        runs: Number of suppression runs, over which masks and the pile-up are averaged.
         more_runs: Most further runs, made if the verdict hangs on an unclear pile-up.
         lr: Learning rate, eta_1 in the paper.
         momentum: Momentum; above 0 it takes memory for one more copy of the weights.
@@ -152,7 +152,7 @@ class VerdictOptions:
     """When a network is called backdoored.
 
     Args:
-        rule: Judge by the score of all `signals`, or by the detection `ratio` (Eq. 8).
+        rule: Judge by the score of the `signals`, or by the detection `ratio` (Eq. 8).
         threshold: Score from which a network is backdoored; `calibrate` finds one of your own.
         delta: Detection ratio up to which a network is backdoored (Eq. 8).
         saliency: The ratio compares magnitude with what each output `map` does for the loss, layer

@@ -233,8 +233,8 @@ class Case:
         if len(self.scene.tried) < self.classes:
             self.warnings.append(
                 f"triggers were searched for in {len(self.scene.tried)} of {self.classes} "
-                "classes, those that predictions pile up on among them: a target among the others "
-                "shows in the pile-up only; raise `verdict.most_classes` to try more"
+                "classes, those that predictions pile up on among them: a backdoor with a target "
+                "among the others is not found; raise `verdict.most_classes` to try more"
             )
 
     def signals(self) -> list[Signal]:

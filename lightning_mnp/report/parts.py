@@ -55,14 +55,17 @@ class Signal:
 
     Attributes:
         name: The signal, such as ``"patch"``.
-        strength: From 0; from 1 on it counts fully.
+        strength: From 0; from 1 on it counts fully. That of the margin is 0 if the pile-up points
+            to another class.
         target_class: The class that it points to; None if it points to an exchange of classes.
-        value: What was measured for that class.
+        value: How far that class stands out: the gap to the next class, divided by the spread of
+            the others. For ``permutation``, the share of images that are moved, from 0 to 1.
         threshold: The value from which the signal counts fully.
         reason: All that in words.
         classes: What was measured for each class that was tried. For ``permutation``, the class
             that each class is taken to.
-        decides: Whether the signal can call a network backdoored by itself.
+        decides: Whether the signal can call a network backdoored. The pile-up cannot: it only
+            confirms the margin.
     """
 
     name: str
