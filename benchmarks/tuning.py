@@ -57,6 +57,7 @@ def run(name: str, seed: int, preset: str, folder: Path) -> dict[str, Any]:
         "pruned": len(report.pruned),
         "verdict": report.verdict,
         "target": report.target_class,
+        "score": report.score,
         "ratio": report.detection_ratio,
         "pile_up": report.pile_up,
         "top_class": report.runs[0].top_class,
@@ -78,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = Table("network", "seed", "CA/ASR before", "after", "pruned", "verdict", "target")
-    for column in ("ratio", "pile-up", "reach", "seconds"):
+    for column in ("ratio", "pile-up", "score", "seconds"):
         table.add_column(column)
     for name in options.only:
         for seed in range(options.seeds):
@@ -95,7 +96,7 @@ def main() -> None:
                 *(str(row[key]) for key in ("pruned", "verdict", "target")),
                 f"{row['ratio']:.2f}",
                 f"{row['pile_up']:.2f} on {row['top_class']}",
-                f"{row['signals']['reach']:.2f}" if "reach" in row["signals"] else "-",
+                f"{row['score']:.2f}",
                 f"{row['seconds']:.0f}",
             )
     Console(width=130).print(table)

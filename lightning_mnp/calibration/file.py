@@ -15,7 +15,7 @@ from lightning_mnp.checkpoints.printable import printable
 
 __all__ = ["CalibrationFile", "NetworkScore"]
 
-_FORMAT = "lightning-mnp calibration 1"
+_FORMAT = "lightning-mnp calibration 2"  # 1: scores of the former verdict
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ class CalibrationFile:
             known = False
         if not known:
             raise ValueError(
-                f"Expected argument `output` not to exist or to hold the scores of an earlier "
-                f"calibration, but {shown} holds something else. Nothing is overwritten: choose "
+                "Expected argument `output` not to exist or to hold scores of a calibration by this "
+                f"version, but {shown} holds something else. Nothing is overwritten: choose "
                 "another name, or move the file away."
             )
         for name in sorted({*settings, *self.settings}):

@@ -82,7 +82,7 @@ def test_settings_in_groups_are_compared_one_by_one(tmp_path: Path) -> None:
         CalibrationFile(path, other)
 
 
-GOOD = {"format": "lightning-mnp calibration 1", "settings": SETTINGS, "networks": []}
+GOOD = {"format": "lightning-mnp calibration 2", "settings": SETTINGS, "networks": []}
 ENTRY = {"file": "a", "weights": "b", "score": 1, "verdict": "clean", "seconds": 1}
 
 
