@@ -148,8 +148,8 @@ class CalibrationFile:
             known = False
         if not known:
             raise ValueError(
-                "Expected argument `output` not to exist or to hold scores of a calibration by this "
-                f"version, but {shown} holds something else. Nothing is overwritten: choose "
+                "Expected argument `output` not to exist or to hold scores of a calibration by "
+                f"this version, but {shown} holds something else. Nothing is overwritten: choose "
                 "another name, or move the file away."
             )
         for name in sorted({*settings, *self.settings}):

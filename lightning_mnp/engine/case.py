@@ -24,6 +24,7 @@ from lightning_mnp.purify.traces import find_traces
 from lightning_mnp.report import DefenseReport, RunResult, SecondAudit, Signal
 from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.registry import registered
+from lightning_mnp.signals.screening import Screening
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.signals.verdict import Judgement, judge, rank_signals
 from lightning_mnp.surgery.forward import Forward
@@ -181,7 +182,8 @@ class Case:
         """All searches that may be made, by name; none if neither verdict nor pruning needs one."""
         if self.config.verdict.rule != "signals" and not self.may_prune_greedily:
             return {}
-        return {name: kind for name, kind in registered().items() if kind.applies(self.data)}
+        known: dict[str, type[Search]] = {Screening.name: Screening, **registered()}
+        return {name: kind for name, kind in known.items() if kind.applies(self.data)}
 
     @property
     def wanted_signals(self) -> dict[str, type[SignalSearch]]:
@@ -194,8 +196,8 @@ class Case:
         """Those that are made for pruning only."""
         if not self.may_prune_greedily:
             return {}
-        judging, wanted = self.wanted_signals, self.wanted_searches
-        return {name: kind for name, kind in wanted.items() if name not in judging}
+        others = {Screening.name, *self.wanted_signals}
+        return {name: kind for name, kind in self.wanted_searches.items() if name not in others}
 
     @property
     def scores(self) -> Tensor:
@@ -224,18 +226,6 @@ class Case:
         if name not in self.searches:
             self.searches[name] = self.wanted_searches[name](self.scene)
         return self.searches[name]
-
-    def choose_classes(self) -> None:
-        """Choose the classes that triggers are searched for, with a warning if not all are."""
-        if self.scene.tried:
-            return
-        self.scene.choose_classes()
-        if len(self.scene.tried) < self.classes:
-            self.warnings.append(
-                f"triggers were searched for in {len(self.scene.tried)} of {self.classes} "
-                "classes, those that predictions pile up on among them: a backdoor with a target "
-                "among the others is not found; raise `verdict.most_classes` to try more"
-            )
 
     def signals(self) -> list[Signal]:
         """Return what speaks for a backdoor, most believed first; nothing before all is known."""

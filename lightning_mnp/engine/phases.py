@@ -19,6 +19,7 @@ from lightning_mnp.mnp.updates import Updates
 from lightning_mnp.report import DefenseReport, DefenseSetSummary, RunResult
 from lightning_mnp.signals.abstention import find_doubts
 from lightning_mnp.signals.rare_classes import RareClassConstants, find_rare_classes
+from lightning_mnp.signals.screening import Screening
 from lightning_mnp.signals.verdict import VerdictConstants, in_doubt
 
 __all__ = [
@@ -260,9 +261,18 @@ class SearchPhase(Phase):
 
     def step(self, updates: Updates) -> dict[str, float]:
         """Take one step of the search."""
-        self.case.choose_classes()
+        case = self.case
+        if self.name != Screening.name:
+            case.scene.choose_classes()
+        metrics = case.search(self.name).step()
+        if self.name == Screening.name and self.done:
+            case.warnings.append(
+                f"triggers were searched for in {len(case.scene.tried)} of {case.classes} classes: "
+                "those that stood out in a short look at all of them, and drawn ones; raise "
+                "`verdict.most_classes` to search more"
+            )
         self.steps += 1
-        return self.case.search(self.name).step()
+        return metrics
 
 
 class VerdictPhase(OneStepPhase):

@@ -26,6 +26,7 @@ from lightning_mnp.engine.purify_phases import (
     ThresholdPhase,
 )
 from lightning_mnp.signals.base import Search
+from lightning_mnp.signals.screening import Screening
 
 __all__ = ["Plan"]
 
@@ -45,6 +46,8 @@ class Plan:
         self.case = case
         self._audit = audit
         self.entries = [("reference", 0), *self._runs(case.when == "always")]
+        if case.wanted_signals:
+            self.entries += self._searches({Screening.name: Screening})
         self.entries += self._searches(case.wanted_signals)
         self.entries.append(("verdict", 0))
         if case.when == "always":
@@ -102,6 +105,6 @@ class Plan:
         run = SuppressionPhase(case).most_steps() + case.passes
         searches = 0
         if case.config.verdict.rule == "signals":
-            kinds = case.wanted_signals.values()
+            kinds: list[type[Search]] = [Screening, *case.wanted_signals.values()]
             searches = sum(kind.all_steps(case.scene) for kind in kinds)
         return case.passes + runs * run + searches + 1

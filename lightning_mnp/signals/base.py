@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -45,15 +45,20 @@ class Scene:
         """Number of classes that triggers are searched for."""
         return min(self.classes, self.config.verdict.most_classes)
 
-    def choose_classes(self) -> None:
-        """Choose the classes to try, once: those that predictions pile up on, then drawn ones."""
+    def choose_classes(self, leading: Sequence[int] = ()) -> None:
+        """Choose the classes to try, if they are not chosen yet.
+
+        Those that predictions pile up on come first, then the leading ones, then drawn ones.
+
+        Args:
+            leading: Classes that have to be among them, as far as there is room.
+        """
         if self.tried:
             return
-        drawn = torch.randperm(
-            self.classes, generator=seeded_generator(self.config.seed, "classes")
-        )
+        generator = seeded_generator(self.config.seed, "classes")
+        drawn = torch.randperm(self.classes, generator=generator).tolist()
         suspected = [run.top_class for run in self.runs]
-        self.tried = list(dict.fromkeys([*suspected, *drawn.tolist()]))[: self.most_tried]
+        self.tried = list(dict.fromkeys([*suspected, *leading, *drawn]))[: self.most_tried]
 
 
 class Search(ABC):

@@ -21,7 +21,7 @@ __all__ = ["register", "registered", "unregister"]
 # What the engine's other phases are called.
 _RESERVED = frozenset(
     {
-        *("reference", "suppression", "saliency", "masks", "verdict"),
+        *("reference", "suppression", "saliency", "masks", "screening", "verdict"),
         *("pruning", "soft_masks", "check", "reaudit", "finished"),
     }
 )

@@ -108,7 +108,7 @@ def test_something_else_is_not_overwritten(content: Any, tmp_path: Path) -> None
     path = tmp_path / "calibration.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     before = path.read_bytes()
-    match = r"`output` not to exist or to hold the scores of an earlier .* something else\. Nothing"
+    match = r"`output` not to exist or to hold scores of a .* something else\. Nothing"
     with pytest.raises(ValueError, match=match):
         CalibrationFile(path, SETTINGS)
     assert path.read_bytes() == before
