@@ -25,11 +25,11 @@ class Constants:
 
     Example:
         >>> from lightning_mnp.signals.patch import PatchConstants
-        >>> constants = Constants(PatchConstants(counts_from=1.5))
+        >>> constants = Constants(PatchConstants(counts_from=2.5))
         >>> constants.of(PatchConstants).counts_from
-        1.5
+        2.5
         >>> Constants().of(PatchConstants).counts_from
-        0.85
+        1.5
     """
 
     def __init__(self, *given: Any) -> None:
@@ -38,7 +38,7 @@ class Constants:
             if not is_dataclass(each) or isinstance(each, type):
                 raise TypeError(
                     f"Expected instances of dataclasses of constants, but got {each!r}. Write "
-                    "Constants(PatchConstants(counts_from=1.5)), say."
+                    "Constants(PatchConstants(counts_from=2.5)), say."
                 )
             if type(each) in self._given:
                 raise ValueError(

@@ -32,7 +32,7 @@ class MNPDefense:
 
     It runs the phases of a plan one after the other: ``reference``; for every run ``suppression``,
     ``saliency`` and ``masks``; a search for each signal; ``verdict``, which may ask for further
-    runs; ``pruning``, ``soft_masks``, ``check`` and ``reaudit``.
+    runs; searches for further traces, ``pruning``, ``soft_masks``, ``check`` and ``reaudit``.
 
     The model is not changed. Every random choice follows from the seed and the place in this
     order, so the state is tensors and primitives, and a run that was stopped goes on as if it

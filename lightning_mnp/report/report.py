@@ -45,8 +45,8 @@ class DefenseReport:
         target_class: The class that the backdoor is thought to aim at, or None.
         all_to_all: Whether the backdoor is thought to take each class to another one; the signal
             ``permutation`` says which.
-        score: The strength of the strongest signal, from 0; the network is flagged from the
-            threshold on. NaN if the verdict is by Eq. 8.
+        score: The strength of the strongest signal that decides, from 0; the network is flagged
+            from the threshold on. NaN if the verdict is by Eq. 8.
         detection_ratio: Mean of Eq. 8 over the runs.
         reasons: What the verdict rests on, in words.
         warnings: What the reader should know, in words.
