@@ -145,11 +145,14 @@ class Shortcut(nn.Module):
     Args:
         target: The class.
         way: Gives what is added to its logit, shape (N,), for images.
+        network: The network; one of a helper's own if None.
     """
 
-    def __init__(self, target: int, way: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, target: int, way: Callable[[Tensor], Tensor], network: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.network = trained_network()
+        self.network = network or trained_network()
         self.target, self.way = target, way
 
     def forward(self, images: Tensor) -> Tensor:
