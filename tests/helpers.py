@@ -17,7 +17,7 @@ from lightning_mnp import DefenseSet, MNPConfig
 from lightning_mnp.config import Constants
 from lightning_mnp.data import BackdoorDataModule, MemoryDataset
 from lightning_mnp.models import cifar_resnet18
-from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.base import Scene, Search
 from lightning_mnp.signals.pattern_trigger import PatternTrigger
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
@@ -130,10 +130,10 @@ def new_scene(
     return Scene(masked, data, config, CLASSES, constants, tried=list(tried))
 
 
-Search = TypeVar("Search", bound=SignalSearch)
+AnySearch = TypeVar("AnySearch", bound=Search)
 
 
-def finish(search: Search) -> Search:
+def finish(search: AnySearch) -> AnySearch:
     while not search.finished:
         search.step()
     return search
@@ -145,11 +145,14 @@ class Shortcut(nn.Module):
     Args:
         target: The class.
         way: Gives what is added to its logit, shape (N,), for images.
+        network: The network; one of a helper's own if None.
     """
 
-    def __init__(self, target: int, way: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, target: int, way: Callable[[Tensor], Tensor], network: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.network = trained_network()
+        self.network = network or trained_network()
         self.target, self.way = target, way
 
     def forward(self, images: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ KILLS = [
             ("search", "margin", "step"),
             ("search", "reaudit", "step"),
             ("masks", "saliency", "step"),
-            ("masks", "reach", "step"),
+            ("search", "reach", "step"),
             ("search", "patch", "step"),
             ("search", "overlay", "step"),
             ("search", "warp", "step"),
@@ -201,17 +201,19 @@ LOST = pytest.mark.filterwarnings(
 
 @LOST
 @pytest.mark.parametrize(
-    "phase",
+    ("rule", "phase"),
     [
-        *("reference", "suppression", "saliency", "masks", "reach", "margin", "patch"),
-        *("overlay", "warp", "permutation", "check"),
+        *(("count", phase) for phase in ("reference", "suppression", "saliency", "masks")),
+        *(("count", phase) for phase in ("margin", "patch", "warp", "permutation", "check")),
+        *(("auto", phase) for phase in ("reach", "overlay")),  # for pruning by that rule only
     ],
 )
-def test_interrupt_anywhere_in_a_step_leaves_the_model(phase: str) -> None:
+def test_interrupt_anywhere_in_a_step_leaves_the_model(rule: str, phase: str) -> None:
     network = small_network()
     before, weights = snapshot(network), list(network.parameters())
     data = DefenseSet(*images_and_labels(12))
-    defense = MNPDefense(network, data, quick_config(runs=1, amount=2), when="always")
+    config = quick_config(runs=1, rule=rule, amount=2 if rule == "count" else 0.5)
+    defense = MNPDefense(network, data, config, when="always")
     while defense.phase != phase:
         defense.step()
     at = 1

@@ -317,7 +317,9 @@ class VerdictPhase(OneStepPhase):
         suppression = case.config.suppression
         parts = suppression_parts(case.data, case.config)
         constants = case.constants.of(VerdictConstants)
-        unclear = case.config.verdict.rule == "signals" and in_doubt(case.signals(), constants)
+        # Of a network that is not judged in any case, more runs would say nothing.
+        judging = case.config.verdict.rule == "signals" and not case.doubts
+        unclear = judging and in_doubt(case.signals(), constants)
         most = suppression.runs + suppression.more_runs
         return range(made, min(made + parts, most) if unclear else made)
 

@@ -17,11 +17,15 @@ from lightning_mnp.mnp.detection_ratio import LITERAL_WARNING, saliency_correlat
 from lightning_mnp.mnp.saliency import approximate_clc, filter_magnitudes
 from lightning_mnp.mnp.suppression import suppression_parts
 from lightning_mnp.signals.abstention import AbstentionConstants
+from lightning_mnp.signals.overlay import OverlaySearch
+from lightning_mnp.signals.reach import ReachSearch
 from lightning_mnp.signals.trace import TraceConstants
 from lightning_mnp.signals.verdict import Judgement
 from lightning_mnp.surgery.masks import FilterMasks
 
 short = pytest.mark.usefixtures("short_searches")
+
+JUDGED = Constants(AbstentionConstants(abstain=False))  # so that 40 images are enough
 
 
 def new_defense(
@@ -66,8 +70,8 @@ def test_phases_of_the_published_procedure() -> None:
 @short
 def test_phases_of_an_audit() -> None:
     assert phases(new_defense(when="never", runs=2)) == [
-        "reference", "suppression", "saliency", "suppression", "saliency", "reach", "margin",
-        "patch", "overlay", "warp", "permutation", "verdict",
+        "reference", "suppression", "saliency", "suppression", "saliency", "margin", "patch",
+        "warp", "permutation", "verdict",
     ]  # fmt: skip
 
 
@@ -75,10 +79,49 @@ def test_phases_of_an_audit() -> None:
 def test_automatic_rule_needs_no_masks() -> None:
     changes = {"rule": "auto", "amount": 0.05}
     assert phases(new_defense(runs=1, **changes)) == [
-        "reference", "suppression", "saliency", "reach", "margin", "patch", "overlay",
-        "warp", "permutation", "verdict", "pruning", "soft_masks", "check",
+        "reference", "suppression", "saliency", "margin", "patch", "warp", "permutation",
+        "verdict", "reach", "overlay", "pruning", "soft_masks", "check",
     ]  # fmt: skip
     assert "soft_masks" not in phases(new_defense(runs=1, soft_mask_steps=0, **changes))
+
+
+@short
+@pytest.mark.parametrize("verdict", ["backdoored", "undecided", "clean"])
+@pytest.mark.parametrize("changes", [{"rule": "auto", "amount": 0.05}, {}])
+def test_what_is_made_for_pruning_only_is_made_of_a_flagged_network(
+    monkeypatch: pytest.MonkeyPatch, verdict: Any, changes: dict[str, Any]
+) -> None:
+    judgement = Judgement(verdict, 0.5, 0.7, 0, ("a test says so",))
+    monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **options: judgement)
+    expected: list[str] = []
+    if verdict == "backdoored" and changes:
+        expected = ["reach", "overlay", "pruning", "soft_masks", "check"]
+    elif verdict == "backdoored":
+        expected = ["suppression", "saliency", "masks", "pruning", "check"]
+    made = phases(new_defense(when="flagged", runs=1, **changes))
+    assert made[:7] == [
+        "reference", "suppression", "saliency", "margin", "patch", "warp", "permutation",
+    ]  # fmt: skip
+    assert made[7:] == ["verdict", *expected]
+
+
+@short
+@pytest.mark.parametrize("name", ["reach", "overlay"])
+def test_what_a_trace_has_found_is_of_no_account_for_the_verdict(name: str) -> None:
+    defense = new_defense(runs=1, constants=JUDGED, rule="auto", amount=0.02)
+    while defense.phase != "pruning":
+        defense.step()
+    judgement, search = defense.judgement, defense.case.search(name)
+    assert judgement.judged
+    if isinstance(search, ReachSearch):
+        search.reaches = dict.fromkeys(range(4), float("nan"))
+    elif isinstance(search, OverlaySearch):
+        search.rises = dict.fromkeys(range(4), float("nan"))
+    assert search.failed
+    assert defense.case.judge() == judgement
+    assert sorted(signal.name for signal in defense.case.signals()) == [
+        "margin", "patch", "permutation", "pile-up", "warp",
+    ]  # fmt: skip
 
 
 @short
@@ -90,13 +133,13 @@ def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> N
         return True
 
     monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", unclear)
-    defense = new_defense(when="never", more_runs=3)
-    assert phases(defense)[10:] == [
+    defense = new_defense(when="never", more_runs=3, constants=JUDGED)
+    assert phases(defense)[8:] == [
         "permutation", "verdict", *("suppression", "saliency") * 2, "verdict", "suppression",
         "saliency", "verdict",
     ]  # fmt: skip
     assert [len(runs) for runs in judged] == [2, 4, 5]
-    at_once = finished(new_defense(when="never", runs=5))
+    at_once = finished(new_defense(when="never", runs=5, constants=JUDGED))
     assert defense.case.runs == at_once.case.runs
     assert defense.judgement == at_once.judgement
 
@@ -106,14 +149,14 @@ def test_further_runs_are_resumed_and_leave_the_masks_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", lambda *found: True)
-    defense = new_defense(more_runs=2)
+    defense = new_defense(more_runs=2, constants=JUDGED)
     while len(defense.case.runs) < 3:
         defense.step()
-    again = new_defense(more_runs=2)
+    again = new_defense(more_runs=2, constants=JUDGED)
     again.load_state_dict(copy.deepcopy(defense.state_dict()))
     assert finished(again).case.runs == finished(defense).case.runs
     assert len(again.case.runs) == 4
-    plain = finished(new_defense())
+    plain = finished(new_defense(constants=JUDGED))
     torch.testing.assert_close(again.case.scores, plain.case.scores)
     assert again.report().pruned == plain.report().pruned
 
@@ -124,7 +167,17 @@ def test_there_are_no_further_runs(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", lambda *found: "verdict" in changes)
-    assert len(finished(new_defense(more_runs=2, **changes)).case.runs) == 2
+    assert len(finished(new_defense(more_runs=2, constants=JUDGED, **changes)).case.runs) == 2
+
+
+@short
+def test_a_network_that_is_not_judged_gets_no_further_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", lambda *found: True)
+    defense = finished(new_defense(when="never", more_runs=2))
+    assert defense.case.doubts
+    assert len(defense.case.runs) == 2
 
 
 @short
@@ -399,8 +452,7 @@ def test_a_network_without_a_bias_is_not_repaired() -> None:
 @short
 def test_purified_network_that_is_still_flagged_is_told() -> None:
     changes = {"rule": "auto", "amount": 0.05, "harm": 50.0, "runs": 1, "reaudit": True}
-    constants = Constants(AbstentionConstants(abstain=False))  # so that 40 images are enough
-    report = finished(new_defense(threshold=1e-3, constants=constants, **changes)).report()
+    report = finished(new_defense(threshold=1e-3, constants=JUDGED, **changes)).report()
     assert report.reaudit is not None
     assert report.reaudit.verdict == "backdoored"
     assert "audited again after pruning, the network is backdoored" in report.warnings[-1]

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from distributed_script import small_network
-from helpers import images_and_labels, quick_config
+from helpers import Shortcut, images_and_labels, quick_config
 from torch import Tensor, nn
 
 from lightning_mnp import DefenseSet, MNPDefense, audit
@@ -74,6 +74,23 @@ def test_a_network_that_knows_all_is_not_said_to_know_too_little() -> None:
     )
     plain = audit(Templates(templates), [batch], config=quick_config(augment="none", **options))
     assert plain.judged
+
+
+def test_a_network_with_a_short_way_to_a_class_is_flagged() -> None:
+    """A bright pixel is enough for class 1, whatever else there is."""
+
+    def way(images: Tensor) -> Tensor:
+        return 20 * nn.functional.softplus(4 * (images[:, 0, 7, 7] - 2.0))
+
+    network = Shortcut(1, way, small_network()).eval()
+    config, images = quick_config(runs=1), [images_and_labels(60)]
+    report = audit(network, images, config=config)
+    assert (report.verdict, report.judged, report.target_class) == ("backdoored", True, 1)
+    assert report.reasons[0].startswith("a patch on few pixels drives images to class 1 further")
+    patch = report.signals[0]
+    assert (patch.name, patch.counts, report.score) == ("patch", True, patch.strength)
+    assert report.signals[-1].name == "pile-up"
+    assert not report.signals[-1].decides
 
 
 @short

@@ -6,7 +6,7 @@ from helpers import new_scene
 
 from lightning_mnp.purify.traces import find_traces
 from lightning_mnp.report import Signal
-from lightning_mnp.signals.base import Scene, SignalSearch
+from lightning_mnp.signals.base import Scene, Search
 from lightning_mnp.signals.margin import MarginSearch
 from lightning_mnp.signals.overlay import OverlaySearch
 from lightning_mnp.signals.patch import PatchSearch
@@ -35,7 +35,7 @@ class Searches:
             search.rises = dict.fromkeys(range(3), 0.5)
 
     def traces(self, name: str, target: int | None) -> list[Trace]:
-        searches: list[SignalSearch] = [
+        searches: list[Search] = [
             *(self.reach, self.margin, self.patch),
             *(self.overlay, self.warp, self.permutation),
         ]
@@ -46,12 +46,12 @@ class Searches:
 
 @pytest.mark.parametrize(("further", "names"), [(0.8, []), (0.9, ["patch"])])
 def test_a_patch_is_a_trace_if_it_is_out_of_the_ordinary(further: float, names: list[str]) -> None:
-    for target, expected, name in ((1, names, "reach"), (2, [], "patch"), (1, names, "pile-up")):
+    for target, expected, name in ((1, names, "warp"), (2, [], "patch"), (1, names, "margin")):
         searches = Searches()
         searches.patch.margins = {0: -0.5, 1: further - 0.5, 2: -0.5}
         traces = searches.traces(name, target)
         assert [trace.name for trace in traces] == ["suppressed network", *expected]
-        assert traces[0].decides == (name == "pile-up" or not expected)
+        assert traces[0].decides == (name == "margin" or not expected)
         assert all(trace.decides for trace in traces[1:])
 
 
@@ -73,7 +73,7 @@ def test_patterns_are_traces_if_they_are_out_of_the_ordinary(
     getattr(searches, kind).rises = {0: 0.1, 1: lead + 0.3, 2: 0.3}
     getattr(searches, kind).margins = {0: 0.5, 1: margin, 2: 0.5}
     for target, expected in ((1, names), (2, [])):
-        traces = searches.traces("reach", target)
+        traces = searches.traces("patch", target)
         assert [trace.name for trace in traces] == ["suppressed network", *expected]
 
 
@@ -108,7 +108,7 @@ def test_traces_are_those_that_point_to_the_class(
     searches = Searches()
     searches.reach.scale, searches.reach.reaches = 1.0, reaches
     searches.margin.margins = margins
-    traces = searches.traces("reach", 1)
+    traces = searches.traces("patch", 1)
     assert [trace.name for trace in traces] == names
     limits = [each.pushed.limit for each in traces if isinstance(each, PerturbationTrace)]
     assert limits == ([] if length is None else [pytest.approx(length)])
@@ -132,3 +132,9 @@ def test_an_exchange_of_classes_has_goals_of_its_own_for_each_image() -> None:
         assert {0: 2, 1: 0, 2: 1}[found[image.numpy().tobytes()]] == goal
     expected = [{0: 2, 1: 0, 2: 1, 3: 3}[label] for label in patch.trigger.labels.tolist()]
     assert patch.trigger.goals.tolist() == expected
+
+
+def test_only_one_kind_of_exchange_can_be_pruned() -> None:
+    message = r"a signal that points to a class, .* but 'rotation' points to none\."
+    with pytest.raises(ValueError, match=message):
+        Searches().traces("rotation", None)

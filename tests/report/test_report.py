@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,16 +210,23 @@ def test_classes_of_an_exchange_are_told() -> None:
     assert report.signal("warp") is None
 
 
-@pytest.mark.parametrize(("strength", "counts"), [(0.99, False), (1.0, True)])
-def test_a_signal_counts_from_one_on(strength: float, counts: bool) -> None:
-    report = make(signals=[Signal("reach", strength, 0, 0.1, 0.5, "")])
+@pytest.mark.parametrize(
+    ("strength", "decides", "counts"),
+    [(0.99, True, False), (1.0, True, True), (1.0, False, False), (9.0, False, False)],
+)
+def test_a_signal_that_decides_counts_from_one_on(
+    strength: float, decides: bool, counts: bool
+) -> None:
+    report = make(signals=[Signal("warp", strength, 0, 0.1, 0.5, "", decides=decides)])
     assert report.signals[0].counts is counts
-    assert report.to_dict()["signals"][0]["counts"] is counts
+    [content] = report.to_dict()["signals"]
+    assert (content["counts"], content["decides"]) == (counts, decides)
 
 
 # --- reading -----------------------------------------------------------------------------------
 
 EXCHANGE = Signal("permutation", 2.0, None, 0.9, 0.46, "one patch", {0: 2, 1: 0, 2: 1})
+PILE_UP = Signal("pile-up", 2.0, 1, 2.0, 1.0, "a pile-up", {0: 0.1, 1: 0.9}, decides=False)
 AGAIN = SecondAudit("clean", 0.5, None, False, 0.9, 0.2, ["nothing stands out"])
 
 
@@ -230,7 +237,7 @@ AGAIN = SecondAudit("clean", 0.5, None, False, 0.9, 0.2, ["nothing stands out"])
         {"reaudit": AGAIN, "rare_classes": {3: 1.5}, "weights_sha256": "00ff", "date": "2026"},
         {"reaudit": replace(AGAIN, score=math.nan), "target_class": None, "all_to_all": True},
         {"score": 0.5, "accuracy_after": None, "defense_set": None, "signals": []},
-        {"target_class": None, "all_to_all": True, "signals": [EXCHANGE]},
+        {"target_class": None, "all_to_all": True, "signals": [EXCHANGE, PILE_UP]},
         {"pruning": PruningReport([1.5], [[0.0, 1.0], [0.1, 0.5]], {"a": [1.0, 0.5]}, [0.0, 0.1])},
     ],
 )
@@ -274,6 +281,7 @@ def test_another_schema_is_refused(content: Any, found: str, tmp_path: Path) -> 
         {"verdict": "maybe"},
         {"pruned": [["conv1"]]},
         {"signals": [{"name": "patch"}]},
+        {"signals": [{n: v for n, v in asdict(SIGNAL).items() if n != "decides"}]},
         {"pruning": {"scores": []}},
         {"reaudit": {"verdict": "clean"}},
         {"score": "high"},

@@ -1,12 +1,22 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
 from helpers import finish, new_scene, same, snapshot
 
-from lightning_mnp.signals.margin import MarginSearch, MarginTrace, margin_ratio
+from lightning_mnp.config import Constants
+from lightning_mnp.report import RunResult
+from lightning_mnp.signals.margin import (
+    MarginConstants,
+    MarginSearch,
+    MarginTrace,
+    margin_ratio,
+)
+from lightning_mnp.signals.pile_up import PileUp
+from lightning_mnp.signals.standout import StandoutConstants
 
 
 def new_search(network: torch.nn.Module | None = None) -> MarginSearch:
@@ -51,6 +61,76 @@ def test_a_shortcut_to_a_class_stands_out() -> None:
     with torch.no_grad():
         last.weight[1] *= 20
     assert finish(new_search(network)).margins[1] > 3 * plain[1]
+
+
+def found_search(
+    margins: dict[int, float], predictions: tuple[int, ...], constants: Constants | None = None
+) -> MarginSearch:
+    """A search that has found these margins, after one run with these predictions."""
+    search = MarginSearch(new_scene(constants=constants))
+    search.scene.runs.append(RunResult(0.5, 0.3, predictions, 9, 0.2, ""))
+    search.margins = margins
+    return search
+
+
+PILED = (1, 2, 9, 3, 2, 1)  # the gap on class 2 is 6, the spread of the others 2
+
+
+@pytest.mark.parametrize(
+    ("margins", "value"),
+    [
+        ({0: 8.0, 1: 10.0, 2: 13.0, 3: 12.0, 4: 11.0, 5: 9.0}, 1 / 4),
+        ({0: 8.0, 1: 10.0, 2: 18.0, 3: 12.0, 4: 11.0, 5: 9.0}, 6 / 4),
+        # Others so even that a quarter of the median is taken for their spread.
+        ({0: 10.0, 1: 10.0, 2: 13.0, 3: 10.0, 4: 10.0, 5: 10.0}, 3 / 2.5),
+        # The median is that of absolute values, and may be next to nothing.
+        ({0: -10.0, 1: -10.0, 2: -7.0, 3: -10.0, 4: -10.0, 5: -10.0}, 3 / 2.5),
+        ({0: 0.0, 1: 0.0, 2: 7.0, 3: 0.0, 4: 0.0, 5: 0.0}, 7 / (0.25 * 1e-12)),
+    ],
+)
+def test_signal_is_the_lesser_of_margin_and_pile_up(
+    margins: dict[int, float], value: float
+) -> None:
+    search = found_search(margins, PILED)
+    pile_up = PileUp(search.scene).signal()
+    assert pile_up.strength == pytest.approx(3.0)
+    signal = search.signal()
+    assert (signal.name, signal.target_class, signal.threshold) == ("margin", 2, 0.8)
+    assert signal.value == pytest.approx(value)
+    assert signal.strength == pytest.approx(min(value / 0.8, 3.0))
+    assert signal.decides
+    assert signal.classes == margins
+    assert signal.reason == (
+        "the greatest margin is that of class 2, where the gap to the next class is "
+        f"{value:.2f} times the spread of the others (counts from 0.8, together with the pile-up, "
+        "which points to the same class)"
+    )
+
+
+def test_nothing_counts_if_margin_and_pile_up_disagree() -> None:
+    margins = {0: 8.0, 1: 90.0, 2: 9.0, 3: 12.0, 4: 11.0, 5: 9.0}
+    signal = found_search(margins, PILED).signal()
+    assert (signal.target_class, signal.strength) == (1, 0.0)
+    assert signal.value == pytest.approx(78 / 4)
+    assert "the pile-up, which points to class 2)" in signal.reason
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("index", [0, 2])
+def test_nothing_counts_if_a_margin_is_not_finite(wrong: float, index: int) -> None:
+    margins = {0: 8.0, 1: 10.0, 2: 90.0, 3: 12.0, 4: 11.0, 5: 9.0, index: wrong}
+    search = found_search(margins, PILED)
+    assert search.failed == math.isnan(wrong)
+    assert (search.signal().strength, search.signal().value) == (0.0, 0.0)
+
+
+def test_constants_of_the_signal_can_be_varied() -> None:
+    margins = {0: 8.0, 1: 10.0, 2: 13.0, 3: 12.0, 4: 11.0, 5: 9.0}
+    strict = Constants(MarginConstants(counts_from=0.1))
+    assert found_search(margins, PILED, strict).signal().strength == pytest.approx(2.5)
+    usual = statistics.median(margins.values())
+    rough = Constants(StandoutConstants(least_spread=2.0))
+    assert found_search(margins, PILED, rough).signal().value == pytest.approx(1 / (2 * usual))
 
 
 @pytest.mark.parametrize(

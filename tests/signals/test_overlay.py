@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import Shortcut, finish, images_and_labels, margins_of, new_scene
 
 from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.signals.base import SignalSearch
 from lightning_mnp.signals.overlay import OverlayConstants, OverlaySearch
 from lightning_mnp.signals.pattern import pattern_lead
 
@@ -55,5 +58,17 @@ def test_a_faint_image_that_leads_to_a_class_stands_out() -> None:
 
     suspect, lead = lead_of(Shortcut(2, way))
     assert suspect == 2
-    assert lead > OverlayConstants().counts_from
-    assert lead_of()[1] < OverlayConstants().counts_from
+    assert lead > OverlayConstants().trace_from
+    assert lead_of()[1] < OverlayConstants().trace_from
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_an_overlay_is_a_trace_and_no_signal(wrong: float) -> None:
+    assert not issubclass(OverlaySearch, SignalSearch)
+    search = new_search()
+    search.margins, search.rises = dict.fromkeys(range(4), 0.5), {0: 0.1, 1: 0.6, 2: 0.2, 3: 0.0}
+    assert [trace.name for trace in search.traces(1, {})] == ["overlay"]
+    assert search.traces(2, {}) == search.traces(None, {}) == []
+    search.rises[3] = wrong
+    assert search.failed == math.isnan(wrong)
+    assert search.traces(1, {}) == search.traces(3, {}) == []

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import Shortcut, finish, margins_of, new_scene
 
-from lightning_mnp.signals.patch import PatchSearch, patch_ratio
+from lightning_mnp.config import Constants
+from lightning_mnp.signals.patch import PatchConstants, PatchSearch, patch_ratio
 
 
 def new_search(network: torch.nn.Module | None = None) -> PatchSearch:
@@ -54,10 +55,39 @@ def test_a_pixel_that_leads_to_a_class_stands_out() -> None:
     def way(images: torch.Tensor) -> torch.Tensor:
         return 20 * torch.nn.functional.softplus(4 * (images[:, 0, 7, 7] - 2.0))
 
-    furthest, excess = patch_ratio(finish(new_search(Shortcut(1, way))).margins)
+    shown, ordinary = finish(new_search(Shortcut(1, way))), finish(new_search())
+    furthest, excess = patch_ratio(shown.margins)
     assert furthest == 1
     assert excess > 1
-    assert patch_ratio(finish(new_search()).margins)[1] < excess / 2
+    assert patch_ratio(ordinary.margins)[1] < excess / 2
+    assert (shown.signal().target_class, shown.signal().counts) == (1, True)
+    assert shown.signal().decides
+    assert not ordinary.signal().counts
+
+
+@pytest.mark.parametrize(
+    ("margins", "value"),
+    [
+        ({0: -0.5, 1: 2.0, 2: 0.5, 3: 0.0, 4: -0.25}, 1.5),
+        ({0: -0.5, 1: -0.375, 2: -0.5, 3: -0.5, 4: -0.5}, 0.5),  # others are too even
+        ({0: -0.5, 1: 2.0, 2: 0.25, 3: 0.0}, 1.75),  # so few that the usual distance is the spread
+        ({0: math.nan, 1: 2.0, 2: 0.5, 3: 0.0, 4: -0.25}, 0.0),
+    ],
+)
+def test_signal_is_the_gap_over_the_spread(margins: dict[int, float], value: float) -> None:
+    for counts_from in (1.5, 0.5):
+        constants = Constants(PatchConstants(counts_from=counts_from))
+        search = PatchSearch(new_scene(constants=constants))
+        search.margins, search.rises = margins, dict.fromkeys(margins, 9.0)
+        signal = search.signal()
+        assert (signal.name, signal.threshold, signal.decides) == ("patch", counts_from, True)
+        assert signal.value == pytest.approx(value)
+        assert signal.strength == pytest.approx(value / counts_from)
+        assert search.failed == any(math.isnan(margin) for margin in margins.values())
+        if not search.failed:
+            assert signal.target_class == 1
+            assert signal.classes == margins
+    assert PatchConstants().counts_from == 1.5
 
 
 @pytest.mark.parametrize(

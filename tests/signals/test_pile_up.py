@@ -6,8 +6,10 @@ import pytest
 import torch
 from helpers import goals_of, new_scene
 
+from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.signals.pile_up import PileUp, SuppressedTrace
+from lightning_mnp.report import RunResult, Signal
+from lightning_mnp.signals.pile_up import PileUp, PileUpConstants, SuppressedTrace
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
@@ -26,6 +28,65 @@ def test_there_is_nothing_to_search_for() -> None:
     assert not pile_up.failed
     assert PileUp.all_steps(pile_up.scene) == pile_up.most_steps() == 0
     assert pile_up.step() == pile_up.state_dict() == {}
+
+
+def signal_of(*runs: tuple[int, ...], constants: Constants | None = None) -> Signal:
+    scene = new_scene(constants=constants)
+    scene.runs += [RunResult(0.5, 0.3, run, 9, 0.2, "") for run in runs]
+    return PileUp(scene).signal()
+
+
+def test_signal_is_the_formula() -> None:
+    runs = (25, 15, *[0] * 8), (10, 20, *[1] * 8), (16, 4, *[2] * 8)
+    shares = [[count / sum(run) for count in run] for run in runs]
+    usual = [math.prod(run[k] + 0.01 for run in shares) ** (1 / 3) - 0.01 for k in range(10)]
+    spread = usual[1] - min(usual)
+    assert spread > 0.25 / 10
+    signal = signal_of(*runs)
+    assert (signal.name, signal.target_class, signal.threshold) == ("pile-up", 0, 1.0)
+    assert signal.value == signal.strength == pytest.approx((usual[0] - usual[1]) / spread)
+    assert signal.classes == pytest.approx(dict(enumerate(usual)))
+    assert signal.reason == (
+        f"after clean suppression, {usual[0]:.0%} of the predictions fall on class 0, where the "
+        f"gap to the next class is {signal.value:.2f} times the spread of the others (mean of 3 "
+        "runs; counts from 1, together with the margin)"
+    )
+
+
+def test_it_does_not_decide_by_itself() -> None:
+    signal = signal_of((91, *[1] * 9))
+    assert signal.strength > 30
+    assert (signal.decides, signal.counts) == (False, False)
+
+
+def test_shares_as_even_as_can_be_are_taken_for_less_even() -> None:
+    """A quarter of the share of one class of ten, or the whole share of one class of four."""
+    assert signal_of((14, *[6] * 9)).value == pytest.approx((14 - 6) / 68 / (0.25 / 10))
+    assert signal_of((14, 6, 6, 6)).value == pytest.approx((14 - 6) / 32 / (1 / 4))
+
+
+def test_runs_that_pile_up_on_different_classes_do_not_add_up() -> None:
+    first, second = (24, *[4] * 9), (4, 24, *[4] * 8)
+    apart, alike = signal_of(first, second), signal_of(first, first)
+    assert apart.strength == pytest.approx(0.0, abs=1e-9)
+    assert alike.strength > 1
+
+
+def test_a_run_without_the_class_says_more_than_its_share() -> None:
+    piled, other = (40, *range(1, 10)), (0, 40, *range(2, 10))
+    alike, apart = signal_of(*[piled] * 4), signal_of(*[piled] * 3, other)
+    assert apart.target_class == alike.target_class == 0
+    assert apart.strength < alike.strength * 3 / 4
+
+
+def test_constants_of_the_signal_can_be_varied() -> None:
+    strict = Constants(PileUpConstants(counts_from=2.0, least_share=0.5))
+    runs = (24, *range(1, 10)), (9, *range(1, 10))
+    shares = [[count / sum(run) for count in run] for run in runs]
+    usual = [math.sqrt((a + 0.5) * (b + 0.5)) - 0.5 for a, b in zip(*shares, strict=True)]
+    signal = signal_of(*runs, constants=strict)
+    assert signal.value == pytest.approx((usual[0] - usual[9]) / (usual[9] - usual[1]))
+    assert signal.strength == pytest.approx(signal.value / 2)
 
 
 def test_suppressed_margins_are_those_of_the_formula() -> None:

@@ -7,6 +7,7 @@ import torch
 from helpers import finish, images_and_labels, new_scene, same, snapshot, trained_network
 
 from lightning_mnp.config import Constants
+from lightning_mnp.signals.base import SignalSearch
 from lightning_mnp.signals.margin import MarginSearch
 from lightning_mnp.signals.reach import (
     PerturbationTrace,
@@ -82,17 +83,18 @@ def test_an_unknown_reach_is_not_the_soonest() -> None:
     assert (soonest, ratio) == (1, reach_ratio({**known, 3: math.inf})[1])
 
 
-def test_signal_is_the_ratio_and_the_constants_can_be_varied() -> None:
-    reaches = {0: 0.2, 1: 0.05, 2: 0.1, 3: 0.3}
-    for counts_from, strength in ((0.5, 2.0), (0.25, 1.0)):
-        constants = Constants(ReachConstants(counts_from=counts_from))
-        search = ReachSearch(new_scene(constants=constants))
-        search.reaches = reaches
-        signal = search.signal()
-        assert (signal.target_class, signal.value) == (1, pytest.approx(0.25))
-        assert (signal.threshold, signal.strength) == (counts_from, pytest.approx(strength))
-        assert signal.counts
-        assert signal.classes == reaches
+def test_a_reach_is_a_trace_and_no_signal() -> None:
+    assert not issubclass(ReachSearch, SignalSearch)
+    for normal, names in ((0.8, ["universal perturbation"]), (0.2, [])):
+        search = ReachSearch(new_scene(constants=Constants(ReachConstants(normal=normal))))
+        search.reaches = {0: 0.2, 1: 0.05, 2: 0.1, 3: 0.3}
+        start = torch.zeros_like(search.scene.data.images[:1])
+        search.perturbations = dict.fromkeys(range(4), start)
+        assert [trace.name for trace in search.traces(1, {"reach": search})] == names
+        assert search.traces(2, {}) == search.traces(None, {}) == []
+        assert not search.failed
+        search.reaches[2] = math.nan
+        assert search.failed
 
 
 def test_trace_adapts_within_its_length_and_goes_on_from_its_state() -> None:

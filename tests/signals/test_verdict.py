@@ -12,17 +12,15 @@ from lightning_mnp.report import Signal
 from lightning_mnp.signals import verdict
 from lightning_mnp.signals.base import SignalSearch
 from lightning_mnp.signals.margin import MarginSearch
-from lightning_mnp.signals.overlay import OverlaySearch
 from lightning_mnp.signals.patch import PatchSearch
 from lightning_mnp.signals.permutation import PermutationSearch
 from lightning_mnp.signals.pile_up import PileUp
-from lightning_mnp.signals.reach import ReachSearch
-from lightning_mnp.signals.verdict import Judgement, in_doubt, rank_signals
+from lightning_mnp.signals.verdict import Judgement, VerdictConstants, in_doubt, rank_signals
 from lightning_mnp.signals.warp import WarpSearch
 
-FLAT = dict.fromkeys(range(10), 0.15)
-SURE = dict.fromkeys(range(10), 20.0)
-SHORT = dict.fromkeys(range(10), -0.5)
+# Ten classes of which none stands out: from the least to the greatest it is 0.9, or 9.
+LEVELS = {index: -0.1 * index for index in range(10)}
+SURE = {index: 29.0 - index for index in range(10)}
 EVEN = (4,) * 10
 ROUND = {index: (index + 1) % 10 for index in range(10)}
 
@@ -33,15 +31,19 @@ def run(
     return RunResult(ratio, 0.3, predictions, steps, 0.2, "a test says so")
 
 
+def piled(strength: float, index: int = 7) -> RunResult:
+    """A run whose predictions pile up on a class with that strength: others have 40 to 100."""
+    counts = [100, 90, 80, 70, 70, 70, 60, 50, 40]
+    return run((*counts[:index], 100 + round(60 * strength), *counts[index:]))
+
+
 @dataclass
 class Evidence:
     """What all searches have found, for ten classes; nothing if there were none."""
 
-    reaches: dict[int, float] = field(default_factory=lambda: dict(FLAT))
     margins: dict[int, float] = field(default_factory=lambda: dict(SURE))
-    patch_margins: dict[int, float] = field(default_factory=lambda: dict(SHORT))
-    overlay_rises: dict[int, float] = field(default_factory=lambda: dict(SHORT))
-    warp_rises: dict[int, float] = field(default_factory=lambda: dict(SHORT))
+    patch_margins: dict[int, float] = field(default_factory=lambda: dict(LEVELS))
+    warp_rises: dict[int, float] = field(default_factory=lambda: dict(LEVELS))
     moved: float | None = 0.2
     complete: bool = True
 
@@ -50,20 +52,12 @@ class Evidence:
             return []
         scene = new_scene()
         scene.runs += runs
-        reach, margin, patch = ReachSearch(scene), MarginSearch(scene), PatchSearch(scene)
-        overlay, warp, permutation = (
-            OverlaySearch(scene),
-            WarpSearch(scene),
-            PermutationSearch(scene),
-        )
-        reach.reaches, margin.margins, patch.margins = (
-            self.reaches,
-            self.margins,
-            self.patch_margins,
-        )
-        overlay.rises, warp.rises = self.overlay_rises, self.warp_rises
+        margin, patch = MarginSearch(scene), PatchSearch(scene)
+        warp, permutation = WarpSearch(scene), PermutationSearch(scene)
+        margin.margins, patch.margins = self.margins, self.patch_margins
+        warp.rises = self.warp_rises
         permutation.permutation, permutation.moved = dict(ROUND), self.moved
-        found: list[SignalSearch] = [PileUp(scene), reach, margin, patch, overlay, permutation]
+        found: list[SignalSearch] = [PileUp(scene), margin, patch, permutation]
         return [*found, warp] if self.warp_rises else found
 
 
@@ -87,74 +81,81 @@ def judge(
     return verdict.judge(runs, correlation, found, config, accuracy, failed=failed)
 
 
-@pytest.mark.parametrize(
-    ("length", "verdict", "target"),
-    [
-        (0.0, "backdoored", 4),
-        (0.07, "backdoored", 4),
-        (0.08, "undecided", 4),
-        (0.095, "clean", None),
-        (0.15, "clean", None),
-    ],
-)
-def test_verdict_by_reach(length: float, verdict: str, target: int | None) -> None:
-    judgement = judge([run(EVEN)], 0.6, evidence({**FLAT, 4: length}), MNPConfig(), 0.9)
-    assert judgement.verdict == verdict
-    assert judgement.target_class == target
-    assert any("universal perturbation reaches class" in reason for reason in judgement.reasons)
+def test_nothing_that_stands_out_is_clean() -> None:
+    judgement = judge([run(EVEN)], 0.6, evidence(), MNPConfig(), 0.9)
+    assert (judgement.verdict, judgement.judged) == ("clean", True)
+    assert judgement.score < 0.5
+    assert len(judgement.reasons) == 5
 
 
 @pytest.mark.parametrize(
     ("margin", "verdict", "target"),
-    [(80.0, "backdoored", 7), (38.0, "undecided", 7), (25.0, "clean", None)],
-)
-def test_verdict_by_margin(margin: float, verdict: str, target: int | None) -> None:
-    judgement = judge([run(EVEN)], 0.6, evidence(margins={**SURE, 7: margin}), MNPConfig(), 0.9)
-    assert judgement.verdict == verdict
-    assert judgement.target_class == target
-
-
-@pytest.mark.parametrize(
-    ("margin", "verdict", "target"),
-    [(0.4, "backdoored", 5), (0.3, "undecided", 5), (0.0, "clean", None)],
+    [(1.4, "backdoored", 5), (1.3, "undecided", 5), (1.2, "clean", None)],
 )
 def test_verdict_by_patch(margin: float, verdict: str, target: int | None) -> None:
+    """A gap of 1.5 times the spread counts fully, which is 1.35 here."""
     judgement = judge(
-        [run(EVEN)], 0.6, evidence(patch_margins={**SHORT, 5: margin}), MNPConfig(), 0.9
+        [run(EVEN)], 0.6, evidence(patch_margins={**LEVELS, 5: margin}), MNPConfig(), 0.9
     )
     assert judgement.verdict == verdict
     assert judgement.target_class == target
-    assert any("a patch on few pixels drives images" in reason for reason in judgement.reasons)
-
-
-@pytest.mark.parametrize(
-    ("margin", "verdict", "target"),
-    [(-0.18, "backdoored", 5), (-0.22, "undecided", 5), (-0.3, "clean", None)],
-)
-def test_verdict_by_overlay(margin: float, verdict: str, target: int | None) -> None:
-    judgement = judge(
-        [run(EVEN)], 0.6, evidence(overlay_rises={**SHORT, 5: margin}), MNPConfig(), 0.9
+    assert judgement.score == pytest.approx(margin / 0.9 / 1.5)
+    assert judgement.reasons[0] == (
+        "a patch on few pixels drives images to class 5 further than to any other: the gap to "
+        f"the next class is {margin / 0.9:.2f} times the spread of the others (counts fully from "
+        "1.5)"
     )
-    assert judgement.verdict == verdict
-    assert judgement.target_class == target
-    assert any("an image blended in faintly" in reason for reason in judgement.reasons)
 
 
 @pytest.mark.parametrize(
-    ("margin", "verdict", "target"),
-    [(-0.18, "backdoored", 5), (-0.22, "undecided", 5), (-0.3, "clean", None)],
+    ("rise", "verdict", "target"),
+    [(1.85, "backdoored", 5), (1.7, "undecided", 5), (1.6, "clean", None)],
 )
-def test_verdict_by_warp(margin: float, verdict: str, target: int | None) -> None:
-    judgement = judge([run(EVEN)], 0.6, evidence(warp_rises={**SHORT, 5: margin}), MNPConfig(), 0.9)
+def test_verdict_by_warp(rise: float, verdict: str, target: int | None) -> None:
+    """A gap of twice the spread counts fully, which is 1.8 here."""
+    judgement = judge([run(EVEN)], 0.6, evidence(warp_rises={**LEVELS, 5: rise}), MNPConfig(), 0.9)
     assert judgement.verdict == verdict
     assert judgement.target_class == target
-    assert any("a warp by half a pixel" in reason for reason in judgement.reasons)
+    assert judgement.score == pytest.approx(rise / 0.9 / 2)
+    assert "a warp by half a pixel at most brings images nearer to class 5" in judgement.reasons[0]
 
 
 def test_images_that_are_not_warped_have_no_signal_of_it() -> None:
     judgement = judge([run(EVEN)], 0.6, evidence(warp_rises={}), MNPConfig(), 0.9)
     assert judgement.verdict == "clean"
     assert not any("warp" in reason for reason in judgement.reasons)
+
+
+@pytest.mark.parametrize(
+    ("margin", "strength", "score", "verdict", "target"),
+    [
+        (40.0, 1.2, 1.2, "backdoored", 7),  # the lesser one
+        (38.0, 9.0, 1.25, "backdoored", 7),  # 9 above the next, whose spread is 9; 0.8 counts
+        (40.0, 0.95, 0.95, "undecided", 7),
+        (36.0, 9.0, 7 / 9 / 0.8, "undecided", 7),
+        (40.0, 0.5, 0.5, "clean", None),
+        (32.0, 9.0, 3 / 9 / 0.8, "clean", None),
+    ],
+)
+def test_verdict_by_margin_where_the_pile_up_agrees(
+    margin: float, strength: float, score: float, verdict: str, target: int | None
+) -> None:
+    judgement = judge(
+        [piled(strength)], 0.6, evidence(margins={**SURE, 7: margin}), MNPConfig(), 0.9
+    )
+    assert judgement.verdict == verdict
+    assert judgement.target_class == target
+    assert judgement.score == pytest.approx(score)
+    assert any("which points to the same class" in reason for reason in judgement.reasons)
+
+
+@pytest.mark.parametrize(("index", "margin"), [(2, 90.0), (2, 20.0), (7, 20.0)])
+def test_neither_the_margin_nor_the_pile_up_decides_alone(index: int, margin: float) -> None:
+    found = evidence(margins={**SURE, 7: margin})
+    judgement = judge([piled(9.0, index)], 0.6, found, MNPConfig(), 0.9)
+    assert judgement.verdict == "clean"
+    assert judgement.score < 0.5
+    assert any(f"which points to class {index}" in reason for reason in judgement.reasons)
 
 
 @pytest.mark.parametrize(
@@ -170,11 +171,11 @@ def test_verdict_by_permutation(moved: float, verdict: str, all_to_all: bool) ->
 
 
 def test_exchange_that_counts_fully_comes_before_a_class_that_stands_out_more() -> None:
-    found = evidence(margins={**SURE, 7: 80.0}, moved=0.6)
+    found = evidence(patch_margins={**LEVELS, 7: 2.7}, moved=0.6)
     judgement = judge([run(EVEN)], 0.6, found, MNPConfig(), 0.9)
     assert judgement.all_to_all
-    assert judgement.score == pytest.approx(2.0)  # of the margin, which is stronger
-    weak = evidence(margins={**SURE, 7: 80.0}, moved=0.45)
+    assert judgement.score == pytest.approx(2.0)  # of the patch, which is stronger
+    weak = evidence(patch_margins={**LEVELS, 7: 2.7}, moved=0.45)
     assert judge([run(EVEN)], 0.6, weak, MNPConfig(), 0.9).target_class == 7
     strict = judge([run(EVEN)], 0.6, found, config_of(threshold=1.9), 0.9)
     assert strict.target_class == 7  # the exchange alone would not reach this threshold
@@ -188,88 +189,66 @@ def test_permutation_that_was_not_measured_counts_nothing() -> None:
 
 def test_ratio_takes_the_class_from_the_signals_where_there_are_any() -> None:
     """The search prunes for that class, so that the report names the same one."""
-    found = evidence(margins={**SURE, 7: 80.0})
+    found = evidence(patch_margins={**LEVELS, 7: 2.7})
     judgement = judge([run(EVEN, ratio=0.1)], 0.6, found, config_of(verdict="ratio"), 0.9)
     assert (judgement.verdict, judgement.target_class) == ("backdoored", 7)
-    assert "the greatest margin of class 7" in judgement.reasons[-1]
+    assert "a patch on few pixels drives images to class 7" in judgement.reasons[-1]
     alone = judge([run(ratio=0.1)], 0.6, NONE, config_of(verdict="ratio"), 0.9)
     assert (alone.verdict, alone.target_class) == ("backdoored", 0)
 
 
 @pytest.mark.parametrize(
-    ("predictions", "verdict", "target"),
+    ("margin", "strength", "patch", "expected"),
     [
-        ((3, 3, 30, 3, 3, 3, 3, 3, 3, 3), "backdoored", 2),
-        ((7, 6, 30, 6, 7, 7, 7, 7, 7, 16), "undecided", 2),
-        ((5, 5, 33, 5, 5, 5, 6, 6, 6, 24), "clean", None),
-        ((7, 7, 20, 7, 7, 7, 7, 7, 7, 7), "clean", None),
-    ],
-)
-def test_verdict_by_pile_up(predictions: tuple[int, ...], verdict: str, target: int | None) -> None:
-    judgement = judge([run(predictions)], 0.6, evidence(), MNPConfig(), 0.9)
-    assert judgement.verdict == verdict
-    assert judgement.target_class == target
-
-
-def test_pile_up_is_taken_over_the_runs() -> None:
-    """Two runs that pile up on different classes do not add up."""
-    first, second = (24, *[4] * 9), (4, 24, *[4] * 8)
-    apart = judge([run(first), run(second)], 0.6, evidence(), MNPConfig(), 0.9)
-    alike = judge([run(first), run(first)], 0.6, evidence(), MNPConfig(), 0.9)
-    assert apart.score < 1 < alike.score
-
-
-def test_pile_up_is_the_formula() -> None:
-    runs = [run((25, 15, *[0] * 8)), run((10, 20, *[1] * 8)), run((16, 4, *[2] * 8))]
-    shares = [[count / sum(each.predictions) for count in each.predictions] for each in runs]
-    usual = [math.prod(part[index] + 0.01 for part in shares) ** (1 / 3) - 0.01 for index in (0, 1)]
-    excess = (usual[0] - usual[1] / 2 - 0.05) / 0.95
-    [found] = [each for each in signals(runs, evidence()) if each.name == "pile-up"]
-    assert found.target_class == 0
-    assert found.strength == pytest.approx(excess / 0.19)
-    assert found.reason == (
-        f"after clean suppression, {usual[0]:.0%} of the predictions fall on class 0 and "
-        f"{usual[1]:.0%} on the next (mean of 3 runs; with that, counts fully from "
-        f"{0.05 + 0.95 * 0.19 + usual[1] / 2:.0%})"
-    )
-
-
-def test_a_run_without_the_class_says_more_than_its_share() -> None:
-    piled, other = run((40, *[6] * 9)), run((0, 40, *[6] * 8))
-    [alike, apart] = [
-        next(each for each in signals(runs, evidence()) if each.name == "pile-up")
-        for runs in ([piled] * 4, [*[piled] * 3, other])
-    ]
-    assert apart.target_class == alike.target_class == 0
-    assert apart.strength < alike.strength * 3 / 4
-
-
-@pytest.mark.parametrize(
-    ("top", "reach", "expected"),
-    [
-        (19, 0.15, False),
-        (28, 0.15, True),
-        (37, 0.15, True),
-        (55, 0.15, False),
-        (28, 0.05, False),
+        (40.0, 0.5, 0.0, False),  # nothing piles up
+        (40.0, 0.7, 0.0, True),
+        (40.0, 1.2, 0.0, True),
+        (40.0, 1.95, 0.0, True),
+        (40.0, 2.1, 0.0, False),  # no chance find
+        (32.0, 1.2, 0.0, False),  # no margin that more runs could agree with
+        (40.0, 1.2, 1.4, False),  # the patch decides
+        (40.0, 1.2, 1.3, True),
     ],
 )
 @pytest.mark.parametrize("threshold", [0.5, 1.0, 4.0])
 def test_a_pile_up_is_in_doubt_whatever_the_threshold(
-    top: int, reach: float, expected: bool, threshold: float
+    margin: float, strength: float, patch: float, expected: bool, threshold: float
 ) -> None:
-    pile_up = run((top,) + ((100 - top) // 9,) * 9)
-    found = signals([pile_up], evidence({**FLAT, 4: reach}), threshold)
-    assert in_doubt(found) == expected
+    shown = evidence(margins={**SURE, 7: margin}, patch_margins={**LEVELS, 3: patch})
+    assert in_doubt(signals([piled(strength)], shown, threshold)) == expected
+
+
+def test_what_is_in_doubt_can_be_varied() -> None:
+    shown = signals([piled(1.2)], evidence(margins={**SURE, 7: 40.0}))
+    assert in_doubt(shown)
+    assert not in_doubt(shown, VerdictConstants(doubt_to=1.1))
+    assert not in_doubt(shown, VerdictConstants(doubt_from=1.3))
+
+
+@pytest.mark.parametrize("name", ["margin", "pile-up"])
+def test_without_the_margin_or_the_pile_up_nothing_is_in_doubt(name: str) -> None:
+    shown = signals([piled(1.2)], evidence(margins={**SURE, 7: 40.0}))
+    assert not in_doubt([signal for signal in shown if signal.name != name])
 
 
 def test_score_is_the_strongest_signal_and_the_threshold_is_an_option() -> None:
-    reaches, margins = {**FLAT, 4: 0.05}, {**SURE, 7: 200.0}
-    judgement = judge([run(EVEN)], 0.6, evidence(reaches, margins), MNPConfig(), 0.9)
+    found = evidence(patch_margins={**LEVELS, 4: 2.7}, warp_rises={**LEVELS, 7: 9.0})
+    judgement = judge([run(EVEN)], 0.6, found, MNPConfig(), 0.9)
     assert judgement.score == pytest.approx(5.0)
     assert judgement.suspect == 7
-    calm = judge([run(EVEN)], 0.6, evidence(reaches, margins), config_of(threshold=6.0), 0.9)
+    calm = judge([run(EVEN)], 0.6, found, config_of(threshold=6.0), 0.9)
     assert calm.verdict == "clean"
+
+
+def test_a_signal_that_does_not_decide_is_no_part_of_the_score_and_comes_last() -> None:
+    found = signals([piled(9.0, 2)], evidence())
+    assert (found[-1].name, found[-1].target_class) == ("pile-up", 2)
+    assert found[-1].strength == pytest.approx(9.0)
+    assert (found[-1].decides, found[-1].counts) == (False, False)
+    assert all(signal.decides and signal.strength < 1 for signal in found[:-1])
+    judgement = judge([piled(9.0, 2)], 0.6, evidence(), MNPConfig(), 0.9)
+    assert judgement.score == max(signal.strength for signal in found[:-1])
+    assert verdict.judge([run()], 0.6, found[-1:], MNPConfig(), 0.9).score == 0.0
 
 
 @pytest.mark.parametrize(
@@ -292,7 +271,9 @@ def test_ratio_without_meaning_leaves_it_undecided(ratio: float, correlation: fl
 
 @pytest.mark.parametrize("accuracy", [0.1, 0.2])
 def test_accuracy_at_which_suppression_stops_leaves_it_undecided(accuracy: float) -> None:
-    judgement = judge([run()], 0.6, evidence({**FLAT, 4: 0.01}), MNPConfig(), accuracy)
+    judgement = judge(
+        [run()], 0.6, evidence(patch_margins={**LEVELS, 4: 9.0}), MNPConfig(), accuracy
+    )
     assert (judgement.verdict, judgement.judged) == ("undecided", False)
     assert (
         f"{accuracy:.0%}, is not above `suppression.stop_accuracy` (20%)" in judgement.reasons[-1]
@@ -303,7 +284,7 @@ def test_accuracy_at_which_suppression_stops_leaves_it_undecided(accuracy: float
 
 
 def test_suppression_without_a_step_leaves_it_undecided() -> None:
-    found = evidence({**FLAT, 4: 0.01})
+    found = evidence(patch_margins={**LEVELS, 4: 9.0})
     judgement = judge([run(steps=0), run(steps=0)], 0.6, found, MNPConfig(), 0.9)
     assert (judgement.verdict, judgement.judged) == ("undecided", False)
     told = "clean suppression took no step (a test says so): the network recognizes 20% of the"
@@ -318,7 +299,7 @@ def test_suppression_without_a_step_leaves_it_undecided() -> None:
 
 @pytest.mark.parametrize("config", [MNPConfig(), MNPConfig.paper()])
 def test_doubts_leave_it_undecided_whatever_the_score(config: MNPConfig) -> None:
-    found = signals([run(ratio=0.1)], evidence({**FLAT, 4: 0.01}))
+    found = signals([run(ratio=0.1)], evidence(patch_margins={**LEVELS, 4: 9.0}))
     doubts = ("too few images", "too low an accuracy")
     judgement = verdict.judge([run(ratio=0.1)], 0.6, found, config, 0.9, doubts=doubts)
     assert (judgement.verdict, judgement.judged) == ("undecided", False)
@@ -328,7 +309,7 @@ def test_doubts_leave_it_undecided_whatever_the_score(config: MNPConfig) -> None
 
 def test_pile_up_and_its_class_are_told() -> None:
     runs = [run(predictions=(5, 30, 5)), run(predictions=(1, 35, 4)), run(predictions=(36, 2, 2))]
-    judgement = judge(runs, 0.6, evidence(margins={0: 1.0, 1: 1.0}), MNPConfig(), 0.9)
+    judgement = judge(runs, 0.6, evidence(), MNPConfig(), 0.9)
     assert any("fall on class 1" in reason for reason in judgement.reasons)
     assert DefenseReport("clean", runs=runs).pile_up == pytest.approx((30 + 35 + 36) / 120)
 
@@ -336,10 +317,8 @@ def test_pile_up_and_its_class_are_told() -> None:
 @pytest.mark.parametrize(
     ("name", "unknown"),
     [
-        ("reach", evidence({**FLAT, 4: math.nan})),
         ("margin", evidence(margins={**SURE, 0: math.nan})),
-        ("patch", evidence(patch_margins={**SHORT, 9: math.nan})),
-        ("overlay", evidence(overlay_rises={**SHORT, 3: math.nan})),
+        ("patch", evidence(patch_margins={**LEVELS, 9: math.nan})),
         ("warp", evidence(warp_rises=dict.fromkeys(range(10), math.nan))),
     ],
 )
@@ -348,13 +327,14 @@ def test_what_is_not_known_leaves_it_undecided(name: str, unknown: Evidence) -> 
     assert (judgement.verdict, judgement.judged) == ("undecided", False)
     assert judgement.reasons[-1].startswith("gradients with respect to the images are not finite")
     assert f"nothing is known of {name};" in judgement.reasons[-1]
-    # A signal that counts fully is believed all the same, and comes first.
-    judgement = judge([run((91,) + (1,) * 9)], 0.6, unknown, MNPConfig(), 0.9)
-    assert (judgement.verdict, judgement.target_class, judgement.judged) == ("backdoored", 0, True)
+    # A signal that counts fully is believed all the same.
+    judgement = judge([run(EVEN)], 0.6, replace(unknown, moved=0.9), MNPConfig(), 0.9)
+    assert (judgement.verdict, judgement.all_to_all, judgement.judged) == ("backdoored", True, True)
+    assert "one patch takes 90% of the images" in judgement.reasons[0]
 
 
 def test_margins_that_are_not_all_known_are_not_compared() -> None:
-    found = signals([run(EVEN)], evidence(margins={**SURE, 0: math.nan, 7: 900.0}))
+    found = signals([piled(9.0)], evidence(margins={**SURE, 0: math.nan, 7: 900.0}))
     assert next(signal for signal in found if signal.name == "margin").strength == 0
     assert all(math.isfinite(signal.strength) for signal in found)
 
@@ -362,17 +342,17 @@ def test_margins_that_are_not_all_known_are_not_compared() -> None:
 def test_the_class_that_most_signals_point_to_is_suspected() -> None:
     """A short way to one class, and a backdoor to another that shows in two ways."""
     shown = evidence(
-        reaches={**FLAT, 5: 0.003}, margins={**SURE, 3: 200.0}, patch_margins={**SHORT, 3: 2.0}
+        margins={**SURE, 3: 200.0}, patch_margins={**LEVELS, 3: 2.0}, warp_rises={**LEVELS, 5: 20.0}
     )
-    found = signals([run(EVEN)], shown)
+    found = signals([piled(3.0, 3)], shown)
     assert [(signal.name, signal.target_class) for signal in found[:3]] == [
-        ("margin", 3), ("patch", 3), ("reach", 5),
+        ("margin", 3), ("patch", 3), ("warp", 5),
     ]  # fmt: skip
-    judgement = judge([run(EVEN)], 0.6, shown, MNPConfig(), 0.9)
+    judgement = judge([piled(3.0, 3)], 0.6, shown, MNPConfig(), 0.9)
     assert judgement.target_class == 3
     assert judgement.score == found[2].strength == max(signal.strength for signal in found)
-    # Signals that do not count fully have no say.
-    weak = evidence(
-        reaches={**FLAT, 5: 0.003}, margins={**SURE, 3: 30.0}, patch_margins={**SHORT, 3: 0.3}
-    )
-    assert signals([run(EVEN)], weak)[0].target_class == 5
+    # Signals that do not count fully have no say, nor has one that does not decide.
+    weak = replace(shown, margins=dict(SURE))
+    assert signals([piled(3.0, 3)], weak)[0].target_class == 5
+    weak = replace(shown, patch_margins={**LEVELS, 3: 1.3})
+    assert signals([piled(3.0, 3)], weak)[0].target_class == 5

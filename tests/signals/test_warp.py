@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import Shortcut, finish, images_and_labels, new_scene
 from torch.nn import functional as F
 
+from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.signals.pattern import pattern_lead
-from lightning_mnp.signals.warp import WarpSearch
+from lightning_mnp.signals.warp import WarpConstants, WarpSearch
 
 
 def new_search(network: torch.nn.Module | None = None) -> WarpSearch:
@@ -69,13 +72,38 @@ def test_a_warp_that_leads_to_a_class_stands_out() -> None:
     def way(images: torch.Tensor) -> torch.Tensor:
         return 100 * (0.8 - F.conv2d(images, edges).abs().flatten(1).mean(1))
 
-    def lead_of(network: torch.nn.Module | None = None) -> tuple[int, float]:
-        return pattern_lead(finish(new_search(network)).rises)
-
-    suspect, lead = lead_of(Shortcut(2, way))
-    assert suspect == 2
+    shown, ordinary = finish(new_search(Shortcut(2, way))), finish(new_search())
+    suspect, lead = pattern_lead(shown.rises)
+    assert suspect == shown.signal().target_class == 2
     assert lead > 0.5
-    assert lead_of()[0] != suspect  # of itself, this network leans to another class
+    # Of itself, this network leans to another class.
+    assert pattern_lead(ordinary.rises)[0] != suspect
+    assert not ordinary.signal().counts
+
+
+@pytest.mark.parametrize(
+    ("rises", "value"),
+    [
+        ({0: 0.0, 1: 2.5, 2: 0.5, 3: 1.0, 4: 0.25}, 1.5),
+        ({0: 0.0, 1: 0.0, 2: 0.5, 3: 0.0, 4: 0.0}, 2.0),  # others are too even
+        ({0: 0.0, 1: 1.75, 2: 0.25, 3: 0.0}, 1.5),  # so few that the usual distance is the spread
+        ({0: 0.0, 1: 2.5, 2: 0.5, 3: math.nan, 4: 0.25}, 0.0),
+    ],
+)
+def test_signal_is_the_gap_over_the_spread(rises: dict[int, float], value: float) -> None:
+    for counts_from in (2.0, 0.5):
+        constants = Constants(WarpConstants(counts_from=counts_from))
+        search = WarpSearch(new_scene(constants=constants))
+        search.rises, search.margins = rises, dict.fromkeys(rises, 9.0)
+        signal = search.signal()
+        assert (signal.name, signal.threshold, signal.decides) == ("warp", counts_from, True)
+        assert signal.value == pytest.approx(value)
+        assert signal.strength == pytest.approx(value / counts_from)
+        assert search.failed == any(math.isnan(rise) for rise in rises.values())
+        if not search.failed:
+            assert signal.target_class == max(rises, key=lambda index: rises[index])
+            assert signal.classes == rises
+    assert WarpConstants().counts_from == 2.0
 
 
 def test_images_without_height_and_width_are_not_warped() -> None:
