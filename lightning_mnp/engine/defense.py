@@ -150,7 +150,7 @@ class MNPDefense:
         """
         if self.finished:
             raise RuntimeError("The defense has finished; there is no step left.")
-        started, seen = time.perf_counter(), self.case.masked.seen.passes
+        started = time.perf_counter()
         where = f"in phase {self.phase!r}, run {self.run + 1}"
         with self.case.protected(where), torch.enable_grad():
             phase = self.current
@@ -161,7 +161,7 @@ class MNPDefense:
                 self.position += 1
                 self._current = None
         self.cost["seconds"][phase.name] += time.perf_counter() - started
-        self.cost["passes"][phase.name] += self.case.masked.seen.passes - seen
+        self.cost["passes"][phase.name] += self.case.masked.seen.take()
         return metrics
 
     @property

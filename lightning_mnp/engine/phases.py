@@ -250,11 +250,16 @@ class SearchPhase(Phase):
 
     @property
     def done(self) -> bool:
-        """Whether the search has finished."""
-        return self.name in self.case.searches and self.case.search(self.name).finished
+        """Whether the search has finished, or is not worth while."""
+        case = self.case
+        if case.doubts and case.when != "always":  # the network will not be judged, nor pruned
+            return True
+        return self.name in case.searches and case.search(self.name).finished
 
     def most_steps(self) -> int:
         """Return the steps that are left, or all of them before the search is built."""
+        if self.done:
+            return 0
         if self.name in self.case.searches:
             return self.case.search(self.name).most_steps()
         return self.case.wanted_searches[self.name].all_steps(self.case.scene)

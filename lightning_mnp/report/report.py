@@ -69,7 +69,7 @@ class DefenseReport:
         versions: Versions of the packages that matter.
         seconds: Time spent in each phase.
         passes: Images that went through the network in each phase; forward and backward of one
-            image counts 1, forward alone a third.
+            image counts 1, forward alone a third. What a resumed run computes again counts again.
         date: When the report was made, in UTC.
         model: The purified copy, if one was made; not part of the JSON.
 

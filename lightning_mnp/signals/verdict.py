@@ -36,7 +36,7 @@ class Judgement:
         verdict: ``"clean"``, ``"backdoored"`` or ``"undecided"``.
         detection_ratio: Mean of Eq. 8 over the runs.
         score: The strength of the strongest signal that decides, from 0; NaN if the verdict is by
-            Eq. 8.
+            Eq. 8, or without signals because the network cannot be judged.
         suspect: The class that a backdoor would aim at, whatever the verdict; None for one that
             exchanges classes (all-to-all).
         reasons: In words.
@@ -53,12 +53,12 @@ class Judgement:
     @property
     def target_class(self) -> int | None:
         """The class thought to be the backdoor's target; None if there is no such class."""
-        return None if self.verdict == "clean" else self.suspect
+        return self.suspect if self.judged and self.verdict != "clean" else None
 
     @property
     def all_to_all(self) -> bool:
         """Whether the backdoor is thought to take each class to another one."""
-        return self.verdict != "clean" and self.suspect is None
+        return self.judged and self.verdict != "clean" and self.suspect is None
 
 
 def rank_signals(found: Sequence[Signal], threshold: float = 1.0) -> list[Signal]:
@@ -170,7 +170,7 @@ def judge(
         )
         reasons += [signal.reason for signal in found[:1]]  # which filters pruning looks for
     else:
-        score = max((signal.strength for signal in found if signal.decides), default=0.0)
+        score = max((signal.strength for signal in found if signal.decides), default=math.nan)
         reasons = [signal.reason for signal in found]
         verdict = _by_score(score, config.verdict.threshold, undecided_from)
         if failed and verdict == "clean":

@@ -46,17 +46,19 @@ class ImageCount:
         both: Images for which gradients could be computed as well.
 
     Example:
-        >>> ImageCount(forward=300, both=100).passes
-        200.0
+        >>> seen = ImageCount(forward=300, both=100)
+        >>> seen.take(), seen.take()
+        (200.0, 0.0)
     """
 
     forward: int = 0
     both: int = 0
 
-    @property
-    def passes(self) -> float:
-        """Passes forward and backward of one image; forward alone counts a third."""
-        return self.both + self.forward / 3
+    def take(self) -> float:
+        """Return the passes since the last call; forward and backward is one, forward a third."""
+        passes = self.both + self.forward / 3
+        self.forward = self.both = 0
+        return passes
 
 
 class MaskedNetwork:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers import Shortcut, images_and_labels, quick_config
 from torch import Tensor, nn
 
 from lightning_mnp import DefenseSet, MNPDefense, audit
+from lightning_mnp.engine.case import When
 
 short = pytest.mark.usefixtures("short_searches")
 
@@ -22,6 +24,24 @@ def test_few_images_are_audited_and_not_judged(verdict: str) -> None:
     report = audit(small_network(), [images_and_labels(20)], config=config)
     assert (report.verdict, report.judged, report.exit_code) == ("undecided", False, 4)
     assert report.reasons[-1].startswith("the defense set has 20 images, which are too few")
+
+
+@short
+@pytest.mark.parametrize(("when", "searched"), [("never", 0), ("flagged", 0), ("always", 1)])
+def test_nothing_is_searched_for_in_a_network_that_will_not_be_judged(
+    when: When, searched: int
+) -> None:
+    data = DefenseSet(*images_and_labels(20))
+    defense = MNPDefense(small_network(), data, quick_config(runs=1), when=when)
+    expected = defense.most_steps()
+    while not defense.finished:
+        assert defense.most_steps() <= expected
+        defense.step()
+    report = defense.report()
+    assert (report.verdict, report.target_class, report.all_to_all) == ("undecided", None, False)
+    assert math.isnan(report.score) == (not searched)
+    assert bool(report.signals) == bool(searched)
+    assert (report.passes["patch"] > 0) == bool(searched)
 
 
 @short
