@@ -164,7 +164,7 @@ def test_always_writes_a_purified_network_of_a_clean_one(
     tmp_path: Path, verdict: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = MNPCallback("always", loader(), CONFIG, output_dir=tmp_path)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         module, _ = fit(callback)
     assert callback.report is not None
     assert is_pruned(weights(tmp_path / "mnp.ckpt"), callback.report)

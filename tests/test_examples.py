@@ -231,7 +231,7 @@ def test_script(
 
 
 @pytest.mark.usefixtures("short_stages")
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["paper", pytest.param("default", marks=pytest.mark.slow)])
 def test_zoo(
     preset: str,
     cifar10: Path,

@@ -528,7 +528,7 @@ def test_precision_16_mixed_audits_in_float32(
     tmp_path: Path, reference: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         report = precise(None, tmp_path, plugins=[plugin])
     assert_like(plainly_named(report), reference)
     assert "The audit runs in float32" in caplog.text

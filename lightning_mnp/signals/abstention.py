@@ -136,10 +136,10 @@ def chance_agreement(predictions: Tensor, labels: Tensor, classes: int) -> float
         0.75
     """
     shares = [
-        torch.bincount(each.cpu(), minlength=classes).double() / len(each)
-        for each in (predictions, labels)
+        [count / len(each) for count in torch.bincount(each, minlength=classes).tolist()]
+        for each in (predictions.cpu(), labels.cpu())
     ]
-    return float((shares[0] * shares[1]).sum())
+    return float(sum(first * second for first, second in zip(*shares, strict=True)))
 
 
 def needed_hits(count: int, chance: float, constants: AbstentionConstants | None = None) -> int:

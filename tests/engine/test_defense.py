@@ -300,6 +300,7 @@ def test_repair_shifts_the_logits_of_all_but_the_suspect() -> None:
 AUTO = {"rule": "auto", "amount": 0.02, "harm": 50.0, "runs": 1}
 
 
+@short
 def test_soft_masks_turns_down_what_is_left() -> None:
     defense = finished(at_soft_masks())
     report = defense.report()
@@ -317,7 +318,7 @@ def test_soft_masks_turns_down_what_is_left() -> None:
         torch.testing.assert_close(defense.purified()(images), expected, atol=1e-4, rtol=1e-4)
 
 
-@functools.cache  # whole searches, which three tests share
+@functools.cache  # three tests share it
 def state_at_soft_masks() -> dict[str, Any]:
     defense = new_defense(trained_network(), **AUTO)
     while defense.phase != "soft_masks":
@@ -331,6 +332,7 @@ def at_soft_masks() -> MNPDefense:
     return defense
 
 
+@short
 def test_soft_masks_that_does_harm_is_dropped_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     defense = at_soft_masks()
     assert defense.purification.greedy is not None
@@ -346,6 +348,7 @@ def test_soft_masks_that_does_harm_is_dropped_and_told(monkeypatch: pytest.Monke
     )
 
 
+@short
 def test_soft_masks_that_does_too_much_harm_is_turned_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

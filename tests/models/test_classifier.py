@@ -379,7 +379,7 @@ def test_a_slow_precision_is_told(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     run = trainer(tmp_path, fast_dev_run=True, precision=precision)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         run.fit(Classifier(Linear()), DigitsDataModule())
     message = "no instructions for bf16-mixed, which takes about ten times as long as float32"
     assert (message in caplog.text) == told
