@@ -170,7 +170,8 @@ def judge(
         )
         reasons += [signal.reason for signal in found[:1]]  # which filters pruning looks for
     else:
-        score = max((signal.strength for signal in found if signal.decides), default=math.nan)
+        strengths = [signal.strength for signal in found if signal.decides]
+        score = max(strengths, default=0.0 if found else math.nan)
         reasons = [signal.reason for signal in found]
         verdict = _by_score(score, config.verdict.threshold, undecided_from)
         if failed and verdict == "clean":

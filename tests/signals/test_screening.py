@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lightning_mnp import MNPDefense
 from lightning_mnp.config import Constants
+from lightning_mnp.signals.abstention import AbstentionConstants
 from lightning_mnp.signals.patch import PatchSearch
 from lightning_mnp.signals.screening import Screening, ScreeningConstants
 
@@ -78,7 +79,8 @@ def test_state_goes_on_where_it_was() -> None:
 def test_the_engine_screens_before_it_searches(short_searches: None) -> None:
     scene = new_scene(Shortcut(2, bright_pixel), most_classes=3, runs=1, more_runs=0)
     network, data, config = scene.masked.network, scene.data, scene.config
-    defense = MNPDefense(network, data, config, when="never")
+    constants = Constants(AbstentionConstants(abstain=False))  # so that 40 images are enough
+    defense = MNPDefense(network, data, config, when="never", constants=constants)
     names = list(dict.fromkeys(name for name, _ in defense.plan.entries))
     assert names.index("screening") < names.index("margin")
     expected = defense.most_steps()
