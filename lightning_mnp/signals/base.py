@@ -48,12 +48,17 @@ class Scene:
     def choose_classes(self, leading: Sequence[int] = ()) -> None:
         """Choose the classes to try, if they are not chosen yet.
 
-        Those that predictions pile up on come first, then the leading ones, then drawn ones.
+        All of them in order, if there is room: then it makes no difference what the runs say.
+        Otherwise those that predictions pile up on come first, then the leading ones, then drawn
+        ones.
 
         Args:
             leading: Classes that have to be among them, as far as there is room.
         """
         if self.tried:
+            return
+        if self.classes <= self.most_tried:
+            self.tried = list(range(self.classes))
             return
         generator = seeded_generator(self.config.seed, "classes")
         drawn = torch.randperm(self.classes, generator=generator).tolist()
