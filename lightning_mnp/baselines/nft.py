@@ -36,7 +36,8 @@ class NFTConfig:
     """The options of NFT.
 
     The form of the loss and of the masks' lower bounds is the paper's. The numbers are ours, set
-    without any triggered image: we could not check them against the paper's own.
+    without any triggered image: we could not check them against the paper's own. Passes, learning
+    rate, momentum and penalty are those with which MNP trains its masks, so that both cost alike.
 
     Args:
         seed: Seed of batch order, augmentation and MixUp.
@@ -63,8 +64,8 @@ class NFTConfig:
     seed: int = option(0)
     batch_size: int = option(128, at_least=3, why=", so that no batch holds a single image")
     augment: Augmentation = option("crop-flip", choices=get_args(Augmentation))
-    epochs: int = option(50, at_least=1)
-    lr: float = option(0.05, above=0)
+    epochs: int = option(20, at_least=1)
+    lr: float = option(0.1, above=0)
     momentum: float = option(0.9, at_least=0, below=1)
     mixup: float = option(1.0, above=0)
     penalty: float = option(5e-4, at_least=0)

@@ -33,9 +33,9 @@ def test_a_share_is_one_of_all_filters(rule: AmountRule, amount: float, expected
     ("rule", "amount", "expected"),
     [
         ("number", 1.5, r"a whole number of filters, at least 0 \(`rule` is 'number'\)"),
-        ("number", -1, "a whole number of filters"),
+        ("number", -1, r"a whole number of filters.*"),
         ("share", 1.0, r"a share from 0 to below 1 \(`rule` is 'share'\)"),
-        ("share", -0.1, "a share from 0 to below 1"),
+        ("share", -0.1, r"a share from 0 to below 1.*"),
     ],
 )
 def test_an_amount_that_does_not_fit_the_rule(

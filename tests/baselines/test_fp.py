@@ -140,12 +140,16 @@ def test_a_layer_that_there_is_not() -> None:
         fp(NETWORK, DATA, config=quick(layer="conv9"))
 
 
+def residual() -> nn.Module:
+    return trained_network(steps=2)
+
+
 def group_normalized() -> nn.Module:
     layers = nn.Conv2d(1, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.Flatten()
     return nn.Sequential(*layers, nn.Linear(216, 4)).eval()
 
 
-@pytest.mark.parametrize("make", [trained_network, group_normalized])
+@pytest.mark.parametrize("make", [residual, group_normalized])
 def test_other_networks(make: Callable[[], nn.Module]) -> None:
     result = fp(make(), DATA, config=quick(rule="number", amount=3))
     assert len(result.pruned) == 3

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,13 @@ from lightning_mnp.surgery.layers import FilterLayer, FilterLayers
 DATA = DefenseSet(*images_and_labels())
 NETWORK = small_network()  # convolutions "0" of 8 and "4" of 12 filters, normalized by "1" and "5"
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 def quick(**changes: Any) -> NFTConfig:
@@ -80,7 +88,8 @@ def test_the_masks_are_those_by_hand(options: dict[str, Any]) -> None:
     config = quick(**options)
     result = nft(NETWORK, DATA, config=config)
     expected, loss = masks_by_hand(config)
-    assert 0 < int((expected < 1).sum()) < 20
+    assert expected.min() < 0.95
+    assert len(expected.unique()) > 2
     found = masks_of(result.model)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert result.details["loss"] == pytest.approx(loss, rel=1e-3)
@@ -100,8 +109,8 @@ def test_only_scales_and_shifts_change() -> None:
 
 
 def test_a_great_penalty_leaves_the_network_as_it_is() -> None:
-    result = nft(NETWORK, DATA, config=quick(penalty=1e6))
-    assert same(snapshot(result.model), snapshot(NETWORK))
+    found = nft(NETWORK, DATA, config=quick(penalty=1e6)).model.state_dict()
+    assert all(torch.equal(found[name], old) for name, old in NETWORK.state_dict().items())
 
 
 def test_no_mask_falls_below_its_floor() -> None:
@@ -134,7 +143,7 @@ def test_without_normalization_filters_are_scaled() -> None:
     model: Any = nft(network, DATA, config=quick(lr=1e6)).model
     ratios = model[0].bias / network[0].bias
     torch.testing.assert_close(model[0].weight, network[0].weight * ratios[:, None, None, None])
-    assert bool((ratios < 1).any()) or bool((model[2].bias / network[2].bias < 1).any())
+    assert min(ratios) < 1
     assert torch.equal(model[5].weight, network[5].weight)
 
 
@@ -147,7 +156,7 @@ def test_layers_that_no_number_scales_take_no_part() -> None:
     assert torch.equal(model[0].weight, network[0].weight)
     ratios = (model[3].bias / network[3].bias).tolist()
     # The floor is that of the second layer, although the first takes no part.
-    assert min(ratios) in (pytest.approx(0.5 * math.exp(-2)), 1.0)
+    assert min(ratios) == pytest.approx(0.5 * math.exp(-2))
 
 
 def test_a_network_that_no_mask_can_scale_is_refused() -> None:
@@ -162,7 +171,7 @@ def test_a_network_that_no_mask_can_scale_is_refused() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_model_and_the_random_state_stay(training: bool) -> None:
-    network = trained_network().train(training)
+    network = trained_network(steps=2).train(training)
     before, state = snapshot(network), torch.get_rng_state()
     with torch.no_grad():
         result = nft(network, loader(shuffle=True), config=NFTConfig(epochs=1))
