@@ -1,15 +1,29 @@
 """Published defenses to compare with: one file each, one registry, one kind of result."""
 
+from lightning_mnp.baselines.clp import CLPConfig, clp
+from lightning_mnp.baselines.fp import FPConfig, fp
+from lightning_mnp.baselines.ft import FTConfig, ft
+from lightning_mnp.baselines.nft import NFTConfig, nft
 from lightning_mnp.baselines.registry import Defense, find, names, register, unregister
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.baselines.rnp import RNPConfig, rnp
+from lightning_mnp.baselines.tuning import TuningConfig
 
 __all__ = [
     "BaselineResult",
+    "CLPConfig",
     "Defense",
+    "FPConfig",
+    "FTConfig",
+    "NFTConfig",
     "RNPConfig",
+    "TuningConfig",
+    "clp",
     "find",
+    "fp",
+    "ft",
     "names",
+    "nft",
     "register",
     "rnp",
     "unregister",

@@ -7,6 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from lightning_mnp.baselines.clp import default_clp
+from lightning_mnp.baselines.fp import default_fp
+from lightning_mnp.baselines.ft import default_ft
+from lightning_mnp.baselines.nft import default_nft
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.baselines.rnp import default_rnp
 from lightning_mnp.defense_data.defense_set import DefenseSet
@@ -112,3 +116,7 @@ def find(name: str) -> Defense:
 
 
 register("rnp", default_rnp)
+register("ft", default_ft)
+register("fp", default_fp)
+register("clp", default_clp)
+register("nft", default_nft)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -14,20 +14,15 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_mnp.baselines.result import BaselineResult
+from lightning_mnp.baselines.workbench import Workbench
 from lightning_mnp.config import check_options, option
 from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.defense_data.evaluation import accuracy, clean_logits
-from lightning_mnp.surgery.forward import Forward, call_on_copies, find_logits
-from lightning_mnp.surgery.guards import (
-    refuse_scripts,
-    refuse_wrappers,
-    running_alone,
-    unchanged_on_error,
-)
+from lightning_mnp.surgery.forward import Forward, call_on_copies
+from lightning_mnp.surgery.guards import running_alone
 from lightning_mnp.surgery.layers import FilterLayers, find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
-from lightning_mnp.surgery.network import check_network, network_forward
 
 __all__ = ["RNPConfig", "RNPRule", "default_rnp", "rnp"]
 
@@ -156,30 +151,29 @@ def rnp(
         (True, False)
     """
     config = config or RNPConfig()
-    data = DefenseSet.from_loader(loader, unpack)
-    refuse_wrappers(model)
-    refuse_scripts(model)
-    call = network_forward(model, network, forward)
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    with unchanged_on_error(model), running_alone(model):
-        sample = data.images[:2].to(device)
-        check_network(model, sample, data.labels, call)
-        layers = _normalized_layers(model, sample, call)
-    unlearned, defended = copy.deepcopy(model), copy.deepcopy(model)
-    devices = [device] if device.type == "cuda" else []
-    with running_alone(unlearned), torch.random.fork_rng(devices):
-        torch.manual_seed(config.seed)  # for layers that draw in training mode, such as dropout
-        details = _unlearn(unlearned, data, config, call)
-        masks = _recover(unlearned, layers, data, config, call)
-    masked = MaskedNetwork(model, layers, call, statistics="running")
-    with unchanged_on_error(model), running_alone(model):
-        before = _accuracy(masked, data, config.batch_size)
-        threshold = config.threshold
-        if config.rule == "threshold":
-            threshold = _search_threshold(masked, masks, data, config, before)
-        removed = masks <= threshold  # nothing if the threshold is NaN
-        after = _accuracy(masked, data, config.batch_size, removed)
+    bench = Workbench(
+        model,
+        loader,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        augment=config.augment,
+        forward=forward,
+        network=network,
+        unpack=unpack,
+    )
+    defended = copy.deepcopy(model)
+    with running_alone(defended):
+        layers = _normalized_layers(defended, bench.sample, bench.call)
+    with bench.training():  # the copy on the workbench is the one that unlearns
+        details = _unlearn(bench, config)
+        masks = _recover(bench, layers, config)
+    before = bench.accuracy(defended)
+    threshold = config.threshold
+    if config.rule == "threshold":
+        masked = MaskedNetwork(defended, layers, bench.call, statistics="running")
+        with running_alone(defended):
+            threshold = _search_threshold(masked, masks, bench.data, config, before)
+    removed = masks <= threshold  # nothing if the threshold is NaN
     _zero_scales(defended, layers, removed)
     chosen = removed.nonzero().flatten()
     chosen = chosen[masks[chosen].argsort(stable=True)]
@@ -188,7 +182,7 @@ def rnp(
         pruned=[layers.locate(int(position)) for position in chosen],
         scores=masks[chosen].tolist(),
         accuracy_before=before,
-        accuracy_after=after,
+        accuracy_after=bench.accuracy(defended),
         details={**details, "threshold": threshold},
     )
 
@@ -234,12 +228,9 @@ def _normalized_layers(model: nn.Module, images: Tensor, forward: Forward) -> Fi
     return FilterLayers(tuple(layers))
 
 
-def _unlearn(
-    model: nn.Module, data: DefenseSet, config: RNPConfig, forward: Forward
-) -> dict[str, float]:
-    """Run stage 1, in place: gradient ascent on the clean loss until the accuracy has fallen."""
-    model.train()
-    parameters = [p.requires_grad_() for p in model.parameters() if p.is_floating_point()]
+def _unlearn(bench: Workbench, config: RNPConfig) -> dict[str, float]:
+    """Run stage 1 on the copy: gradient ascent on the clean loss until the accuracy has fallen."""
+    parameters = [p.requires_grad_() for p in bench.copy.parameters() if p.is_floating_point()]
     optimizer = torch.optim.SGD(
         parameters,
         lr=config.unlearning_lr,
@@ -250,9 +241,8 @@ def _unlearn(
     epoch, accuracy = 0, math.inf
     while epoch < config.unlearning_epochs and accuracy > config.stop_accuracy:
         hits = 0
-        for index in range(data.passes(config.batch_size)):
-            images, labels = _batch(data, config, "unlearning", epoch, index, parameters[0].device)
-            logits = find_logits(forward(model, images)).float()
+        for images, labels in _batches(bench, "unlearning", epoch):
+            logits = bench.logits(bench.copy, images)
             hits += int((logits.argmax(1) == labels).sum())
             optimizer.zero_grad()
             loss = F.cross_entropy(logits, labels)
@@ -266,30 +256,22 @@ def _unlearn(
                 )
             optimizer.step()
         schedule.step()
-        epoch, accuracy = epoch + 1, hits / len(data)
+        epoch, accuracy = epoch + 1, hits / len(bench.data)
     optimizer.zero_grad()
     return {"unlearning_epochs": epoch, "unlearning_accuracy": accuracy}
 
 
-def _recover(
-    unlearned: nn.Module,
-    layers: FilterLayers,
-    data: DefenseSet,
-    config: RNPConfig,
-    forward: Forward,
-) -> Tensor:
+def _recover(bench: Workbench, layers: FilterLayers, config: RNPConfig) -> Tensor:
     """Run stage 2 and return the mask of each channel, shape (total filters,), from 0 to 1."""
-    weights = {name: parameter.detach() for name, parameter in unlearned.named_parameters()}
-    device = next(iter(weights.values())).device
-    masks = torch.ones(layers.total, device=device, requires_grad=True)
+    weights = {name: parameter.detach() for name, parameter in bench.copy.named_parameters()}
+    masks = torch.ones(layers.total, device=bench.device, requires_grad=True)
     optimizer = torch.optim.SGD(
         [masks], lr=config.recovering_lr, momentum=config.recovering_momentum
     )
     for epoch in range(config.recovering_epochs):
-        for index in range(data.passes(config.batch_size)):
-            images, labels = _batch(data, config, "recovering", epoch, index, device)
+        for images, labels in _batches(bench, "recovering", epoch):
             scaled = {**weights, **_masked_scales(layers, weights, masks)}
-            logits = call_on_copies(unlearned, images, forward, scaled).float()
+            logits = call_on_copies(bench.copy, images, bench.call, scaled).float()
             loss = config.alpha * F.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -306,17 +288,11 @@ def _recover(
     return masks.detach()
 
 
-def _batch(
-    data: DefenseSet,
-    config: RNPConfig,
-    stage: str,
-    epoch: int,
-    index: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Return a batch of the defense set, in an order drawn for this pass."""
-    key = (config.seed, "rnp", stage, epoch)
-    return data.batch(index, config.batch_size, device, config.augment, key)
+def _batches(bench: Workbench, stage: str, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go through the defense set once, in an order drawn for this pass."""
+    key = (bench.seed, "rnp", stage, epoch)
+    for index in range(bench.passes):
+        yield bench.data.batch(index, bench.batch_size, bench.device, bench.augment, key)
 
 
 def _masked_scales(layers: FilterLayers, weights: Weights, masks: Tensor) -> Weights:
@@ -329,13 +305,10 @@ def _masked_scales(layers: FilterLayers, weights: Weights, masks: Tensor) -> Wei
     }
 
 
-def _accuracy(
-    masked: MaskedNetwork, data: DefenseSet, batch_size: int, removed: Tensor | None = None
-) -> float:
+def _accuracy(masked: MaskedNetwork, data: DefenseSet, batch_size: int, removed: Tensor) -> float:
     """Compute the accuracy on the defense set, with the scales of some channels set to zero."""
     weights = masked.weights()
-    if removed is not None:
-        weights.update(_masked_scales(masked.layers, weights, ~removed))
+    weights.update(_masked_scales(masked.layers, weights, ~removed))
     return accuracy(*clean_logits(masked, data, batch_size, weights=weights))
 
 

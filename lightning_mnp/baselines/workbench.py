@@ -1,0 +1,153 @@
+"""A network, a copy of it to work on, and clean images: what every baseline begins with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mnp.defense_data.augment import Augmentation
+from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
+from lightning_mnp.surgery.forward import Forward, evaluating, find_logits
+from lightning_mnp.surgery.guards import (
+    refuse_scripts,
+    refuse_wrappers,
+    running_alone,
+    unchanged_on_error,
+)
+from lightning_mnp.surgery.network import check_network, network_forward
+
+__all__ = ["Workbench"]
+
+
+class Workbench:
+    """Checks a network against a defense set, and holds a copy that a baseline may change.
+
+    Args:
+        model: The network, or a module around it, on the device to work on; it is never changed.
+        loader: Yields batches of clean, labeled images as the network takes them; or a
+            :class:`~lightning_mnp.defense_data.defense_set.DefenseSet`.
+        seed: Seed of all that is drawn.
+        batch_size: Most images in a batch; the batches of a pass are of equal size.
+        augment: How images are changed: ``"none"``, ``"crop"`` or ``"crop-flip"``.
+        forward: A function (network, images) that calls the network and returns logits, or
+            something that holds them.
+        network: Dotted name of the submodule that classifies, if the model has no ``forward``.
+        unpack: A function (batch) that returns images and labels.
+
+    Attributes:
+        model: The network as it is.
+        copy: The copy to work on.
+        data: The defense set.
+        call: How both are called.
+        classes: Number of classes.
+        device: Where both are.
+
+    Raises:
+        ValueError: If the model and the images do not fit each other.
+        TypeError: If batches or outputs are of an unknown form.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> bench = Workbench(network, [(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)])
+        >>> with bench.training():
+        ...     for images, labels in bench.batches("tuning", epoch=0):
+        ...         loss = nn.functional.cross_entropy(bench.logits(bench.copy, images), labels)
+        >>> 0 <= bench.accuracy(bench.copy) <= 1
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any] | DefenseSet,
+        *,
+        seed: int = 0,
+        batch_size: int = 128,
+        augment: Augmentation = "none",
+        forward: Forward | None = None,
+        network: str | None = None,
+        unpack: Unpack = unpack_batch,
+    ) -> None:
+        self.data = DefenseSet.from_loader(loader, unpack)
+        self.seed, self.batch_size, self.augment = seed, batch_size, augment
+        refuse_wrappers(model)
+        refuse_scripts(model)
+        self.model = model
+        self.call = network_forward(model, network, forward)
+        parameter = next(model.parameters(), None)
+        self.device = torch.device("cpu") if parameter is None else parameter.device
+        with unchanged_on_error(model), running_alone(model):
+            self.classes = check_network(model, self.sample, self.data.labels, self.call)
+        self.copy = copy.deepcopy(model)
+
+    @property
+    def sample(self) -> Tensor:
+        """Two images, on the network's device."""
+        return self.data.images[:2].to(self.device)
+
+    @property
+    def passes(self) -> int:
+        """Number of batches in a pass."""
+        return self.data.passes(self.batch_size)
+
+    def batches(
+        self, stage: str, epoch: int, augment: Augmentation | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Go through the defense set once, in an order drawn for this pass.
+
+        Args:
+            stage: Name of the stage, so that two stages do not draw the same.
+            epoch: Number of the pass, from 0.
+            augment: How images are changed; as the workbench has it if None.
+
+        Yields:
+            Images and labels, on the network's device.
+        """
+        augment = self.augment if augment is None else augment
+        key = (self.seed, stage, epoch)
+        for index in range(self.passes):
+            yield self.data.batch(index, self.batch_size, self.device, augment, key)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Put the copy into training mode, with draws from the seed, until the context ends."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with running_alone(self.copy), torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed)  # for layers that draw in training mode, such as dropout
+            modes = {module: module.training for module in self.copy.modules()}
+            self.copy.train()
+            try:
+                yield
+            finally:
+                for module, mode in modes.items():
+                    module.training = mode
+
+    def logits(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Run a network in the mode it is in.
+
+        Args:
+            network: The model or a copy of it.
+            images: Shape (N, C, ...), on its device.
+
+        Returns:
+            Logits in float32, shape (N, K).
+        """
+        return find_logits(self.call(network, images)).float()
+
+    @torch.no_grad()
+    def accuracy(self, network: nn.Module) -> float:
+        """Measure a network's accuracy on the defense set, in evaluation mode, from 0 to 1.
+
+        Args:
+            network: The model or a copy of it.
+        """
+        hits = 0
+        with running_alone(network), evaluating(network):
+            for images, labels in self.data.batches(self.batch_size, self.device):
+                hits += int((self.logits(network, images).argmax(1) == labels).sum())
+        return hits / len(self.data)
