@@ -7,6 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from lightning_mnp.baselines.anp import default_anp
+from lightning_mnp.baselines.ft_sam import default_ft_sam
+from lightning_mnp.baselines.ibau import default_ibau
+from lightning_mnp.baselines.nad import default_nad
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.baselines.rnp import default_rnp
 from lightning_mnp.defense_data.defense_set import DefenseSet
@@ -112,3 +116,7 @@ def find(name: str) -> Defense:
 
 
 register("rnp", default_rnp)
+register("anp", default_anp)
+register("ft-sam", default_ft_sam)
+register("i-bau", default_ibau)
+register("nad", default_nad)
