@@ -48,8 +48,8 @@ def test_the_distance_sums_the_mean_squares_of_the_stages() -> None:
     expected = 0.0
     for stage, weight in zip(stages, (2.0, 3.0), strict=True):
         pairs = zip(
-            sum(attention_by_hand(first[stage]), []),
-            sum(attention_by_hand(second[stage]), []),
+            torch.tensor(attention_by_hand(first[stage])).flatten().tolist(),
+            torch.tensor(attention_by_hand(second[stage])).flatten().tolist(),
             strict=True,
         )
         squares = [(a - b) ** 2 for a, b in pairs]
@@ -117,7 +117,7 @@ def test_the_learning_rate_falls_to_a_tenth() -> None:
 
     def moved(epochs: int) -> float:
         result = nad(network, data, config=quick(epochs=epochs, lr=0.001, **options))
-        return float(result.model.get_parameter("5.bias")[0])
+        return float(result.model.get_parameter("5.bias").detach()[0])
 
     assert moved(2) == pytest.approx(2 * moved(1), rel=1e-2)
     assert moved(3) == pytest.approx(2.1 * moved(1), rel=1e-2)
@@ -148,23 +148,11 @@ def test_the_seed_decides() -> None:
     assert not same(snapshot(first.model), snapshot(other.model))
 
 
-def test_stronger_weights_bring_the_student_closer_to_the_teacher() -> None:
-    weights = {"first_weight": 0.0, "middle_weight": 0.0, "last_weight": 0.0}
-    network = small_network()
-    options = {"teacher_epochs": 4, "epochs": 6, "decay_epochs": 9, "momentum": 0.0, "lr": 0.01}
-    near = nad(network, DATA, config=quick(**options))
-    far = nad(network, DATA, config=quick(**options, **weights))
-    assert far.details["distillation"] == 0.0
-    assert near.details["teacher_accuracy"] == far.details["teacher_accuracy"]
-    assert near.details["distillation"] > 0.0
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"teacher_epochs": 2, "lr": 1e30}, "the loss in pass 2 of NAD's teacher to be finite"),
         ({"last_weight": 1e39}, "the loss in pass 1 of NAD's student to be finite.*Lower `lr`"),
-        ({"lr": 1e30}, "every output on the defense set"),
     ],
 )
 def test_what_overflows(options: dict[str, Any], message: str) -> None:

@@ -66,5 +66,5 @@ def test_a_module_that_is_called_at_several_sizes() -> None:
 
 def test_maps_of_one_value_are_refused() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match="maps of more than one value.* but none has.*`ft_sam`"):
+    with pytest.raises(ValueError, match=r"maps of more than one value.* but none has.*`ft_sam`"):
         find_stages(network, torch.rand(2, 1, 2, 2))

@@ -43,3 +43,11 @@ def test_what_is_not_finite(values: torch.Tensor, message: str) -> None:
     with pytest.raises(ArithmeticError, match=message):
         require_finite(values, "the loss", "Lower `lr`.")
     require_finite(torch.ones(3), "the loss", "Lower `lr`.")
+
+
+def test_outputs_that_are_not_finite_have_no_accuracy() -> None:
+    bench = Workbench(small_network(), DATA)
+    bench.copy.get_parameter("4.bias").data.fill_(math.nan)
+    with pytest.raises(ArithmeticError, match=r"every output on the defense set .*learning rates"):
+        bench.accuracy(bench.copy)
+    assert 0 <= bench.accuracy(bench.model) <= 1
