@@ -7,9 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from lightning_mnp.baselines.anp import default_anp
 from lightning_mnp.baselines.clp import default_clp
 from lightning_mnp.baselines.fp import default_fp
 from lightning_mnp.baselines.ft import default_ft
+from lightning_mnp.baselines.ft_sam import default_ft_sam
+from lightning_mnp.baselines.ibau import default_ibau
+from lightning_mnp.baselines.nad import default_nad
 from lightning_mnp.baselines.nft import default_nft
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.baselines.rnp import default_rnp
@@ -120,3 +124,7 @@ register("ft", default_ft)
 register("fp", default_fp)
 register("clp", default_clp)
 register("nft", default_nft)
+register("anp", default_anp)
+register("ft-sam", default_ft_sam)
+register("i-bau", default_ibau)
+register("nad", default_nad)

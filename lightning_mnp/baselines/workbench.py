@@ -21,7 +21,26 @@ from lightning_mnp.surgery.guards import (
 )
 from lightning_mnp.surgery.network import check_network, network_forward
 
-__all__ = ["Workbench"]
+__all__ = ["Workbench", "require_finite"]
+
+
+def require_finite(values: Tensor, what: str, remedy: str) -> None:
+    """Raise if numbers of a run hold NaN or infinity.
+
+    Args:
+        values: The numbers, any shape.
+        what: What they are and where in the run, for the message.
+        remedy: What the user can do about it: a sentence.
+
+    Raises:
+        ArithmeticError: If a number is NaN or infinite.
+
+    Example:
+        >>> require_finite(torch.tensor(0.7), "the loss in pass 1", "Lower `lr`.")
+    """
+    if not bool(torch.isfinite(values).all()):
+        found = f"it is {float(values)}" if values.numel() == 1 else "some of it is not"
+        raise ArithmeticError(f"Expected {what} to be finite, but {found}. {remedy}")
 
 
 class Workbench:
@@ -127,6 +146,25 @@ class Workbench:
                 for module, mode in modes.items():
                     module.training = mode
 
+    @contextmanager
+    def tuning(self) -> Iterator[list[nn.Parameter]]:
+        """Make all weights of the copy trainable, frozen ones too, until the context ends.
+
+        Yields:
+            The parameters of the copy. Afterwards they have no gradients, and those that were
+            frozen are frozen again.
+        """
+        flags = [(parameter, parameter.requires_grad) for parameter in self.copy.parameters()]
+        try:
+            parameters = [p for p, _ in flags if p.is_floating_point()]
+            for parameter in parameters:
+                parameter.requires_grad_()
+            yield parameters
+        finally:
+            for parameter, flag in flags:
+                parameter.grad = None
+                parameter.requires_grad_(flag)
+
     def logits(self, network: nn.Module, images: Tensor) -> Tensor:
         """Run a network in the mode it is in.
 
@@ -145,9 +183,17 @@ class Workbench:
 
         Args:
             network: The model or a copy of it.
+
+        Raises:
+            ArithmeticError: If its outputs are not finite, because a defense has driven its weights
+                too far.
         """
         hits = 0
         with running_alone(network), evaluating(network):
             for images, labels in self.data.batches(self.batch_size, self.device):
-                hits += int((self.logits(network, images).argmax(1) == labels).sum())
+                logits = self.logits(network, images)
+                require_finite(
+                    logits, "every output on the defense set", "Lower the learning rates."
+                )
+                hits += int((logits.argmax(1) == labels).sum())
         return hits / len(self.data)

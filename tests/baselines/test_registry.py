@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from helpers import images_and_labels, same, snapshot
 from torch import nn
 
 from lightning_mnp import DefenseSet, baselines
-from lightning_mnp.baselines import BaselineResult, RNPConfig, rnp
+from lightning_mnp.baselines import ANPConfig, BaselineResult, RNPConfig, rnp
 
 DATA = DefenseSet(*images_and_labels())
 
@@ -69,13 +71,19 @@ def test_a_defense_is_gone_after_it_is_removed(own: str) -> None:
     baselines.register(own, drop_channels)
 
 
-def test_every_defense_of_the_package_takes_a_network_images_and_a_seed() -> None:
-    network = small_network()
-    assert "rnp" in baselines.names()
-    for name in baselines.names():
-        result = baselines.find(name)(network, DATA, 3)
-        assert isinstance(result, BaselineResult)
-        assert len(result.pruned) == len(result.scores)
+@pytest.mark.parametrize("name", baselines.names())
+def test_every_defense_of_the_package_takes_a_network_images_and_a_seed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anp = import_module("lightning_mnp.baselines.anp")  # the package has the function by that name
+    monkeypatch.setattr(anp, "ANPConfig", partial(ANPConfig, iterations=2))
+    result = baselines.find(name)(small_network(), DATA, 3)
+    assert isinstance(result, BaselineResult)
+    assert len(result.pruned) == len(result.scores)
+
+
+def test_the_defenses_of_the_package_are_registered() -> None:
+    assert {"rnp", "anp", "ft-sam", "i-bau", "nad"} <= {*baselines.names()}
 
 
 def test_rnp_is_run_with_its_defaults_and_the_seed() -> None:
