@@ -10,7 +10,7 @@ from helpers import images_and_labels, same, snapshot
 from torch import nn
 
 from lightning_mnp import DefenseSet, baselines
-from lightning_mnp.baselines import BaselineResult, RNPConfig, rnp
+from lightning_mnp.baselines import BaselineResult, DetectionResult, RNPConfig, Suspects, rnp
 
 DATA = DefenseSet(*images_and_labels())
 
@@ -106,3 +106,41 @@ def test_what_cannot_be_registered(
     with pytest.raises(error, match=message):
         baselines.register(name, defense)
     assert baselines.names() == before
+
+
+SUSPECTS = Suspects(*images_and_labels(60))
+
+
+def doubting(network: nn.Module, images: Any, seed: int, suspects: Any = None) -> DetectionResult:
+    """A detector of a user: it trusts no network with many images."""
+    count = len(DefenseSet.from_loader(images))
+    return DetectionResult(float(count), 10.0, seed, {0: float(count)})
+
+
+def test_a_detector_from_outside_is_found_used_and_removed() -> None:
+    baselines.register_detector("doubting", doubting)
+    assert baselines.detector_names()[-1] == "doubting"
+    assert baselines.find_detector("doubting")(small_network(), DATA, 3).verdict == "backdoored"
+    with pytest.raises(ValueError, match=r"a detector 'doubting'. Choose .*`unregister_detector`"):
+        baselines.register_detector("doubting", doubting)
+    baselines.unregister_detector("doubting")
+    assert "doubting" not in baselines.detector_names()
+    with pytest.raises(ValueError, match=r"'doubting'\. Add a detector .*\.register_detector`"):
+        baselines.find_detector("doubting")
+    with pytest.raises(ValueError, match="`name` to be one of"):
+        baselines.unregister_detector("doubting")
+    with pytest.raises(TypeError, match=r"`detector` to be a function .*, suspects\), but got str"):
+        baselines.register_detector("doubting", "nc")
+
+
+def test_every_detector_of_the_package_judges_a_network_and_leaves_it_alone() -> None:
+    network = small_network().train()
+    before = snapshot(network)
+    images = DefenseSet(*images_and_labels(104, seed=2))
+    assert baselines.detector_names() == ["nc", "mm-bd", "ac", "sc", "strip"]
+    for name in ("mm-bd", "ac", "sc", "strip"):  # "nc" has a test of its own
+        result = baselines.find_detector(name)(network, images, 3, SUSPECTS)
+        assert (result.verdict == "backdoored") == (result.target_class is not None)
+        assert sorted(result.values) == [0, 1, 2, 3]
+        assert len(result.sample_scores) == (0 if name == "mm-bd" else 60)
+    assert same(before, snapshot(network))
