@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -133,7 +134,7 @@ def detect_sc(
         scores, values[label] = _spectral_scores(activations[rows])
         sample_scores[rows] = scores.float()
         # Rounded up, but never all of them.
-        most = min(-int(-_MARGIN * config.poison_rate * count // 1), count - 1)
+        most = min(math.ceil(round(_MARGIN * config.poison_rate * count, 6)), count - 1)
         chosen += rows[scores.topk(most).indices].tolist()
     indices = anomaly_indices(values)
     top = max(indices, key=indices.__getitem__)

@@ -119,9 +119,7 @@ def test_the_boundary_is_made_of_clean_images_alone() -> None:
 
 
 def test_what_it_needs_is_said_before_any_work() -> None:
-    with pytest.raises(
-        ValueError, match=r"the 100 overlays, but got 40\. Pass more"
-    ):
+    with pytest.raises(ValueError, match=r"the 100 overlays, but got 40\. Pass more"):
         detect_strip(network_of(), DATA, inputs())
     wide = Suspects(torch.rand(4, 1, 8, 9), torch.arange(4))
     with pytest.raises(ValueError, match=r"shape \(1, 8, 8\), .* got \(1, 8, 9\). Prepare both"):
