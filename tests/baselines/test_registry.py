@@ -12,7 +12,14 @@ from helpers import images_and_labels, same, snapshot
 from torch import nn
 
 from lightning_mnp import DefenseSet, baselines
-from lightning_mnp.baselines import ANPConfig, BaselineResult, RNPConfig, rnp
+from lightning_mnp.baselines import (
+    ANPConfig,
+    BaselineResult,
+    DetectionResult,
+    RNPConfig,
+    Suspects,
+    rnp,
+)
 
 DATA = DefenseSet(*images_and_labels())
 
@@ -83,7 +90,8 @@ def test_every_defense_of_the_package_takes_a_network_images_and_a_seed(
 
 
 def test_the_defenses_of_the_package_are_registered() -> None:
-    assert {"rnp", "anp", "ft-sam", "i-bau", "nad"} <= {*baselines.names()}
+    expected = {"rnp", "ft", "fp", "clp", "nft", "anp", "ft-sam", "i-bau", "nad", "nc"}
+    assert expected == {*baselines.names()}
 
 
 def test_rnp_is_run_with_its_defaults_and_the_seed() -> None:
@@ -114,3 +122,46 @@ def test_what_cannot_be_registered(
     with pytest.raises(error, match=message):
         baselines.register(name, defense)
     assert baselines.names() == before
+
+
+SUSPECTS = Suspects(*images_and_labels(60))
+
+
+def doubting(network: nn.Module, images: Any, seed: int, suspects: Any = None) -> DetectionResult:
+    """A detector of a user: it trusts no network with many images."""
+    count = len(DefenseSet.from_loader(images))
+    return DetectionResult(float(count), 10.0, seed, {0: float(count)})
+
+
+def test_a_detector_from_outside_is_found_used_and_removed() -> None:
+    baselines.register_detector("doubting", doubting)
+    assert baselines.detector_names()[-1] == "doubting"
+    assert baselines.find_detector("doubting")(small_network(), DATA, 3).verdict == "backdoored"
+    with pytest.raises(ValueError, match=r"a detector 'doubting'. Choose .*`unregister_detector`"):
+        baselines.register_detector("doubting", doubting)
+    baselines.unregister_detector("doubting")
+    assert "doubting" not in baselines.detector_names()
+    with pytest.raises(ValueError, match=r"'doubting'\. Add a detector .*\.register_detector`"):
+        baselines.find_detector("doubting")
+    with pytest.raises(ValueError, match="`name` to be one of"):
+        baselines.unregister_detector("doubting")
+    with pytest.raises(TypeError, match=r"`detector` to be a function .*, suspects\), but got str"):
+        baselines.register_detector("doubting", "nc")
+
+
+def test_every_detector_is_listed_and_says_what_it_needs() -> None:
+    assert baselines.detector_names() == ["nc", "mm-bd", "ac", "sc", "strip"]
+    for name in ("ac", "sc", "strip"):
+        with pytest.raises(ValueError, match="Expected argument `suspects` to be"):
+            baselines.find_detector(name)(small_network(), DATA, 3)
+
+
+def test_detectors_of_suspect_images_judge_a_network_and_leave_it_alone() -> None:
+    network = small_network().train()
+    before = snapshot(network)
+    for name in ("ac", "sc"):
+        result = baselines.find_detector(name)(network, DATA, 3, SUSPECTS)
+        assert (result.verdict == "backdoored") == (result.target_class is not None)
+        assert sorted(result.values) == [0, 1, 2, 3]
+        assert len(result.sample_scores) == 60
+    assert same(before, snapshot(network))
