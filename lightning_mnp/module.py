@@ -118,6 +118,8 @@ class MNPModule(LightningModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Read the defense set, build the engine and hand its optimizers to the Trainer."""
         if self._resumed is not None and "report" in self._resumed:
+            self.report = DefenseReport.from_dict(self._resumed["report"])
+            self.report.model = self.network
             # Nothing is left to optimize, but the Trainer warns if there is no optimizer.
             return [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)]
         # The Trainer makes its loaders after this hook, unless asked; it does so only once.

@@ -86,6 +86,10 @@ def test_finished_run_resumes_to_its_end(tmp_path: Path) -> None:
     )
     for name, tensor in module.network.state_dict().items():
         assert torch.equal(tensor, again.network.state_dict()[name])
+    assert module.report is not None
+    assert again.report is not None
+    assert again.report.to_dict() == module.report.to_dict()
+    assert again.report.model is again.network
 
 
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")

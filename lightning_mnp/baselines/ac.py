@@ -216,15 +216,12 @@ def _reduce(activations: Tensor, config: ACConfig) -> Tensor:
     """Return the first principal components, of unit variance for ICA; shape (N, components)."""
     centered = activations.cpu().double()
     centered = centered - centered.mean(0)
-    left: Tensor
-    lengths: Tensor
     left, lengths, _ = torch.linalg.svd(centered, full_matrices=False)
     # A direction in which nothing varies holds rounding errors, which must not be scaled up.
     floor = float(lengths[0]) * max(centered.shape) * torch.finfo(activations.dtype).eps
     kept = min(config.components, int((lengths > floor).sum()))
-    if config.reduction == "pca":
-        return left[:, :kept] * lengths[:kept]
-    return left[:, :kept] * len(left) ** 0.5
+    scales = lengths[:kept] if config.reduction == "pca" else torch.tensor(len(left) ** 0.5)
+    return torch.mul(left[:, :kept], scales)
 
 
 def _two_clusters(points: Tensor, config: ACConfig, key: tuple[str | int, ...]) -> Tensor:

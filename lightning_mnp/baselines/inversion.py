@@ -116,6 +116,7 @@ def invert_triggers(bench: Workbench, config: NCConfig) -> dict[int, InvertedTri
         ArithmeticError: If a loss is not finite.
 
     Example:
+        >>> from torch import nn
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
         >>> batch = torch.rand(8, 1, 2, 2), torch.arange(8) % 3
         >>> found = invert_triggers(Workbench(network, [batch]), NCConfig(epochs=1))

@@ -71,6 +71,7 @@ def detect_nc(
         ArithmeticError: If a loss is not finite.
 
     Example:
+        >>> import torch
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 3))
         >>> batch = torch.rand(8, 1, 2, 2), torch.arange(8) % 3
         >>> result = detect_nc(network, [batch], config=NCConfig(epochs=2))
@@ -101,6 +102,7 @@ def default_detect_nc(
         The result of :func:`detect_nc`.
 
     Example:
+        >>> import torch
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
         >>> batch = torch.rand(8, 1, 2, 2), torch.arange(8) % 3
         >>> len(default_detect_nc(network, [batch], seed=0).values)
@@ -161,6 +163,7 @@ def judge_triggers(triggers: dict[int, InvertedTrigger], config: NCConfig) -> De
         The verdict, see :func:`detect_nc`.
 
     Example:
+        >>> import torch
         >>> size = {0: 90.0, 1: 80.0, 2: 85.0, 3: 5.0, 4: 95.0}
         >>> blank = torch.zeros(1, 1, 1, 1)
         >>> found = {n: InvertedTrigger(blank, blank, size[n], 1.0, True, 1) for n in size}
@@ -191,6 +194,7 @@ def flagged_classes(triggers: dict[int, InvertedTrigger], config: NCConfig) -> l
         config: Options.
 
     Example:
+        >>> import torch
         >>> size = {0: 90.0, 1: 80.0, 2: 85.0, 3: 5.0, 4: 95.0}
         >>> blank = torch.zeros(1, 1, 1, 1)
         >>> found = {n: InvertedTrigger(blank, blank, size[n], 1.0, True, 1) for n in size}

@@ -185,7 +185,7 @@ def default_sc(
 
 def _spectral_scores(activations: Tensor) -> tuple[Tensor, float]:
     """Return the squares along the top direction, shape (N,), and their share of all squares."""
-    centered = activations.double()
+    centered = activations.cpu().double()
     centered = centered - centered.mean(0)
     _, lengths, directions = torch.linalg.svd(centered, full_matrices=False)
     squares = lengths.square()
