@@ -37,7 +37,8 @@ class NFTConfig:
 
     The form of the loss and of the masks' lower bounds is the paper's. The numbers are ours, set
     without any triggered image: we could not check them against the paper's own. Passes, learning
-    rate, momentum and penalty are those with which MNP trains its masks, so that both cost alike.
+    rate and penalty are those with which MNP trains its masks, so that both cost alike; the
+    momentum is that of RNP's masks.
 
     Args:
         seed: Seed of batch order, augmentation and MixUp.

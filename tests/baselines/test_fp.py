@@ -163,7 +163,7 @@ def test_other_networks(make: Callable[[], nn.Module]) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_the_model_and_the_random_state_stay(training: bool) -> None:
     network = copy.deepcopy(NETWORK).train(training)
-    network[0].weight.requires_grad_(False)  # type: ignore[index]
+    network.get_parameter("0.weight").requires_grad_(False)
     before, state = snapshot(network), torch.get_rng_state()
     result = fp(network, loader(shuffle=True), config=quick())
     assert torch.equal(torch.get_rng_state(), state)
