@@ -39,7 +39,7 @@ def require_finite(values: Tensor, what: str, remedy: str) -> None:
         >>> require_finite(torch.tensor(0.7), "the loss in pass 1", "Lower `lr`.")
     """
     if not bool(torch.isfinite(values).all()):
-        found = f"it is {float(values)}" if values.numel() == 1 else "some of it is not"
+        found = f"it is {float(values.detach())}" if values.numel() == 1 else "some of it is not"
         raise ArithmeticError(f"Expected {what} to be finite, but {found}. {remedy}")
 
 

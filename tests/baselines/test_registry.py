@@ -12,7 +12,14 @@ from helpers import images_and_labels, same, snapshot
 from torch import nn
 
 from lightning_mnp import DefenseSet, baselines
-from lightning_mnp.baselines import ANPConfig, BaselineResult, RNPConfig, rnp
+from lightning_mnp.baselines import (
+    ANPConfig,
+    BaselineResult,
+    FTSAMConfig,
+    NADConfig,
+    RNPConfig,
+    rnp,
+)
 
 DATA = DefenseSet(*images_and_labels())
 
@@ -75,8 +82,14 @@ def test_a_defense_is_gone_after_it_is_removed(own: str) -> None:
 def test_every_defense_of_the_package_takes_a_network_images_and_a_seed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    anp = import_module("lightning_mnp.baselines.anp")  # the package has the function by that name
-    monkeypatch.setattr(anp, "ANPConfig", partial(ANPConfig, iterations=2))
+    for defense, short in (
+        ("anp", partial(ANPConfig, iterations=2)),
+        ("ft_sam", partial(FTSAMConfig, epochs=2)),
+        ("nad", partial(NADConfig, epochs=2)),
+    ):
+        # By import: the package has the function by that name, not the module.
+        module = import_module(f"lightning_mnp.baselines.{defense}")
+        monkeypatch.setattr(module, short.func.__name__, short)
     result = baselines.find(name)(small_network(), DATA, 3)
     assert isinstance(result, BaselineResult)
     assert len(result.pruned) == len(result.scores)
