@@ -25,7 +25,12 @@ __all__ = ["NADConfig", "default_nad", "nad"]
 
 @dataclass(frozen=True)
 class NADConfig:
-    """The options of NAD; the defaults are the published ones.
+    """The options of NAD.
+
+    The defaults are those that BackdoorBench publishes for CIFAR-10. Batches, passes and learning
+    rate differ from the paper's: batches of 64, ten passes, and a learning rate of 0.1 that falls
+    to a tenth after every two of them. With 500 images and a network of 16 channels, that schedule
+    leaves an accuracy of 32%.
 
     Args:
         seed: Seed of batch order and augmentation.
@@ -34,8 +39,7 @@ class NADConfig:
             (shifted and mirrored).
         teacher_epochs: Passes over the defense set in which the teacher is tuned.
         epochs: Passes over the defense set in which the student is tuned.
-        lr: Learning rate of the first passes, of both.
-        decay_epochs: After each so many passes, the learning rate is a tenth of what it was.
+        lr: Learning rate of the first pass, of both; it falls to 0 along half a cosine.
         momentum: Momentum, from 0 to below 1.
         weight_decay: Weight decay.
         first_weight: Weight of the attention of the earliest of three stages.
@@ -51,12 +55,11 @@ class NADConfig:
     """
 
     seed: int = option(0)
-    batch_size: int = option(64, at_least=3, why=", so that no batch holds a single image")
+    batch_size: int = option(256, at_least=3, why=", so that no batch holds a single image")
     augment: Augmentation = option("crop-flip", choices=get_args(Augmentation))
     teacher_epochs: int = option(10, at_least=1)
-    epochs: int = option(10, at_least=1)
-    lr: float = option(0.1, above=0)
-    decay_epochs: int = option(2, at_least=1)
+    epochs: int = option(100, at_least=1)
+    lr: float = option(0.01, above=0)
     momentum: float = option(0.9, at_least=0, below=1)
     weight_decay: float = option(1e-4, at_least=0)
     first_weight: float = option(500.0, at_least=0)
@@ -244,7 +247,7 @@ def _tune(
         optimizer = torch.optim.SGD(
             parameters, config.lr, config.momentum, weight_decay=config.weight_decay
         )
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_epochs)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         for epoch in range(epochs):
             for images, labels in bench.batches(f"nad {role}", epoch):
                 taught = {} if teacher is None else _maps(bench, teacher, stages, images)

@@ -35,7 +35,10 @@ def test_all_weights_are_trainable_only_while_they_are_tuned() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (torch.tensor(math.nan), "Expected the loss to be finite, but it is nan. Lower `lr`."),
+        (
+            torch.tensor(math.nan, requires_grad=True),
+            "Expected the loss to be finite, but it is nan. Lower `lr`.",
+        ),
         (torch.tensor([1.0, math.inf]), "Expected the loss to be finite, but some of it is not."),
     ],
 )
