@@ -44,7 +44,8 @@ class ACConfig:
         components: Numbers that an image is reduced to; 10 in the paper.
         rule: ``"silhouette"`` or ``"size"``; the paper has both.
         least_silhouette: For the rule ``"silhouette"``: a class is flagged if its silhouette score
-            is above this number, from -1 to 1. The paper finds 0.10 to 0.15 to work.
+            is above this number, from -1 to 1. The paper finds 0.10 to 0.15 to work; with
+            ``"pca"`` silhouettes are larger.
         most_share: For the rule ``"size"``: a class is flagged if its smaller cluster has less
             than this share of the images, from 0 to 0.5. 0.35 is the default of the toolbox ART, by
             the paper's authors.
@@ -100,6 +101,9 @@ def detect_ac(
     ``"size"``, one of its clusters is small. The smaller cluster is then called poisoned. The
     network is called backdoored if any label is. This last step is not in the paper, which is about
     images: its target class is the label of the highest score.
+
+    If a tenth of the training images of ten classes are poisoned, they are half of their label. The
+    verdict is not affected, but then the smaller cluster may be the clean one.
 
     Args:
         model: The network, or a module around it, on the device to work on.
