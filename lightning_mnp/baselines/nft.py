@@ -35,8 +35,8 @@ __all__ = ["NFTConfig", "default_nft", "mask_floors", "nft"]
 class NFTConfig:
     """The options of NFT.
 
-    The form of the loss and of the masks' lower bounds is the paper's. The numbers are ours, set
-    without any triggered image: we could not check them against the paper's own. Passes, learning
+    The form of the loss and of the masks' lower bounds is the paper's as we know it; we could not
+    check it against the full text. The numbers are ours, set without any triggered image. Passes, learning
     rate and penalty are those with which MNP trains its masks, so that both cost alike; the
     momentum is that of RNP's masks.
 
