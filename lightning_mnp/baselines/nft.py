@@ -36,9 +36,9 @@ class NFTConfig:
     """The options of NFT.
 
     The form of the loss and of the masks' lower bounds is the paper's as we know it; we could not
-    check it against the full text. The numbers are ours, set without any triggered image. Passes, learning
-    rate and penalty are those with which MNP trains its masks, so that both cost alike; the
-    momentum is that of RNP's masks.
+    check it against the full text. The numbers are ours, set without any triggered image. Passes,
+    learning rate and penalty are those with which MNP trains its masks, so that both cost alike;
+    the momentum is that of RNP's masks.
 
     Args:
         seed: Seed of batch order, augmentation and MixUp.
