@@ -231,7 +231,7 @@ def _entropies(bench: Workbench, images: Tensor, overlays: Tensor) -> Tensor:
             blended = images[rows] + bench.data.images[others] - low
             blended = torch.minimum(torch.maximum(blended, low), high)
             logs = bench.logits(bench.copy, blended.to(bench.device)).log_softmax(1)
-            found.append(-(logs.exp() * logs).sum(1).cpu())
+            found.append(-(logs.exp() * logs).sum(1))
     entropies = torch.cat(found).cpu().double().reshape(len(images), -1).mean(1)
     if not bool(torch.isfinite(entropies).all()):
         raise ArithmeticError(

@@ -104,16 +104,12 @@ def tune(
         return F.cross_entropy(bench.logits(bench.copy, images), labels)
 
     loss = loss or cross_entropy
-    parameters = [p for p in bench.copy.parameters() if p.is_floating_point()]
-    required = [p.requires_grad for p in parameters]
-    optimizer = torch.optim.SGD(
-        parameters, options.lr, momentum=options.momentum, weight_decay=options.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, options.decay_epochs, options.decay)
     mean = math.nan
-    with bench.training(), torch.enable_grad():
-        for parameter in parameters:
-            parameter.requires_grad_()
+    with bench.tuning() as parameters, bench.training(), torch.enable_grad():
+        optimizer = torch.optim.SGD(
+            parameters, options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, options.decay_epochs, options.decay)
         for epoch in range(options.epochs):
             total = 0.0
             for images, labels in bench.batches(stage, epoch):
@@ -130,8 +126,6 @@ def tune(
             mean = total / len(bench.data)
             if progress is not None:
                 progress(epoch + 1, options.epochs)
-    for parameter, flag in zip(parameters, required, strict=True):
-        parameter.requires_grad_(flag).grad = None
     # The stored statistics, too: their overflow does not show in the loss of training mode.
     for name, tensor in bench.copy.state_dict().items():
         fits = not isinstance(tensor, Tensor) or bool(tensor.isfinite().all())
