@@ -55,7 +55,8 @@ class SuppressionOptions:
     """Clean suppression: a copy of the network unlearns the clean task (Eq. 6).
 
     Args:
-        runs: Number of suppression runs, over which masks and the pile-up are averaged.
+        runs: Number of suppression runs, over which masks and the pile-up are averaged. An audit
+            makes one, and the others if the verdict hangs on the pile-up or filters are pruned.
         more_runs: Most further runs, made if the verdict hangs on an unclear pile-up.
         lr: Learning rate, eta_1 in the paper.
         momentum: Momentum; above 0 it takes memory for one more copy of the weights.
@@ -67,8 +68,8 @@ class SuppressionOptions:
 
     runs: int = option(2, at_least=1)
     more_runs: int = option(6, at_least=0)
-    lr: float = option(0.02, above=0)
-    momentum: float = option(0.0, at_least=0, below=1)
+    lr: float = option(0.01, above=0)
+    momentum: float = option(0.9, at_least=0, below=1)
     epochs: int = option(40, at_least=1)
     parts: int = option(2, at_least=1)
     stop_accuracy: float | None = option(0.2, above=0, below=1, optional=True)

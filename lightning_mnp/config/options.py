@@ -154,6 +154,7 @@ class MNPConfig:
             "suppression.runs": 1,
             "suppression.more_runs": 0,
             "suppression.lr": 0.01,
+            "suppression.momentum": 0.0,
             "suppression.epochs": 20,
             "suppression.parts": 1,
             "suppression.stop_accuracy": None,

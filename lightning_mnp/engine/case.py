@@ -173,6 +173,20 @@ class Case:
         return self.config.pruning.rule != "auto"
 
     @property
+    def judges_by_signals(self) -> bool:
+        """Whether the verdict is by signals, not by Eq. 8."""
+        return self.config.verdict.rule == "signals"
+
+    @property
+    def first_runs(self) -> int:
+        """Number of suppression runs before the first verdict.
+
+        One is enough if no signal speaks: the others are made when a verdict or pruning needs them.
+        """
+        waits = self.when == "never" or (self.when == "flagged" and not self.ranks_by_masks)
+        return 1 if self.judges_by_signals and waits else self.config.suppression.runs
+
+    @property
     def may_prune_greedily(self) -> bool:
         """Whether filters may have to be taken one by one, along traces."""
         return not self.ranks_by_masks and self.when != "never"
@@ -180,7 +194,7 @@ class Case:
     @property
     def wanted_searches(self) -> dict[str, type[Search]]:
         """All searches that may be made, by name; none if neither verdict nor pruning needs one."""
-        if self.config.verdict.rule != "signals" and not self.may_prune_greedily:
+        if not self.judges_by_signals and not self.may_prune_greedily:
             return {}
         known: dict[str, type[Search]] = {Screening.name: Screening, **registered()}
         return {name: kind for name, kind in known.items() if kind.applies(self.data)}

@@ -20,7 +20,7 @@ from lightning_mnp.report import DefenseReport, DefenseSetSummary, RunResult
 from lightning_mnp.signals.abstention import find_doubts
 from lightning_mnp.signals.rare_classes import RareClassConstants, find_rare_classes
 from lightning_mnp.signals.screening import Screening
-from lightning_mnp.signals.verdict import VerdictConstants, in_doubt
+from lightning_mnp.signals.verdict import VerdictConstants, hangs_on_pile_up, in_doubt
 
 __all__ = [
     "MaskPhase",
@@ -312,21 +312,36 @@ class VerdictPhase(OneStepPhase):
         if further:
             entries = [(name, run) for run in further for name in ("suppression", "saliency")]
             return [*entries, ("verdict", 0)]
+        return self._pruning if self._prunes else []
+
+    @property
+    def _prunes(self) -> bool:
+        """Whether pruning follows because the network is flagged."""
         assert self.case.judgement is not None
-        flagged = self.case.judgement.verdict == "backdoored"
-        return self._pruning if self.case.when == "flagged" and flagged else []
+        return self.case.when == "flagged" and self.case.judgement.verdict == "backdoored"
 
     def _further_runs(self) -> range:
-        """The runs to make before a verdict that hangs on an unclear pile-up: one for each part."""
+        """The runs to make before the next verdict.
+
+        The audit begins with one. The usual number is made if the verdict may hang on the pile-up,
+        and for greedy pruning, which looks at all of these suppressed networks. If the pile-up is
+        unclear even then, one more for each part follows.
+        """
         case, made = self.case, len(self.case.runs)
-        suppression = case.config.suppression
-        parts = suppression_parts(case.data, case.config)
-        constants = case.constants.of(VerdictConstants)
         # Of a network that is not judged in any case, more runs would say nothing.
-        judging = case.config.verdict.rule == "signals" and not case.doubts
-        unclear = judging and in_doubt(case.signals(), constants)
-        most = suppression.runs + suppression.more_runs
-        return range(made, min(made + parts, most) if unclear else made)
+        if not case.judges_by_signals or case.doubts:
+            return range(0)
+        suppression = case.config.suppression
+        constants, found = case.constants.of(VerdictConstants), case.signals()
+        if made < suppression.runs:
+            wanted = suppression.runs
+            traced = self._prunes and not case.ranks_by_masks
+            needed = traced or hangs_on_pile_up(found, constants)
+        else:
+            parts = suppression_parts(case.data, case.config)
+            wanted = min(made + parts, suppression.runs + suppression.more_runs)
+            needed = in_doubt(found, constants)
+        return range(made, wanted if needed else made)
 
     def report(self, report: DefenseReport) -> None:
         """Write the verdict with its signals and reasons."""

@@ -45,7 +45,7 @@ class Plan:
     def __init__(self, case: Case, audit: Callable[[nn.Module], SecondEngine]) -> None:
         self.case = case
         self._audit = audit
-        self.entries = [("reference", 0), *self._runs(case.when == "always")]
+        self.entries = [("reference", 0), *self._runs(case.first_runs, case.when == "always")]
         if case.wanted_signals:
             self.entries += self._searches({Screening.name: Screening})
         self.entries += self._searches(case.wanted_signals)
@@ -53,12 +53,12 @@ class Plan:
         if case.when == "always":
             self.entries += self._pruning()
 
-    def _runs(self, masks: bool) -> list[Entry]:
-        """All suppression runs, with the dual masks if pruning needs them."""
+    def _runs(self, count: int, masks: bool) -> list[Entry]:
+        """The first suppression runs, with the dual masks if pruning needs them."""
         names = ["suppression", "saliency", "masks"]
         if not (masks and self.case.ranks_by_masks):
             names.remove("masks")
-        return [(name, run) for run in range(self.case.config.suppression.runs) for name in names]
+        return [(name, run) for run in range(count) for name in names]
 
     def _searches(self, wanted: Mapping[str, type[Search]]) -> list[Entry]:
         """The searches that take steps."""
@@ -75,7 +75,8 @@ class Plan:
         """What follows a verdict: dual masks, on runs that are repeated exactly, and pruning."""
         if self.case.when != "flagged":
             return []
-        repeated = self._runs(masks=True) if self.case.ranks_by_masks else []
+        runs = self.case.config.suppression.runs
+        repeated = self._runs(runs, masks=True) if self.case.ranks_by_masks else []
         return [*repeated, *self._pruning()]
 
     def build(self, entry: Entry) -> Phase:
@@ -101,7 +102,8 @@ class Plan:
 
     def _audit_steps(self) -> int:
         """An upper bound on the steps of an audit, without further runs."""
-        case, runs = self.case, self.case.config.suppression.runs
+        case = self.case
+        runs = 1 if case.judges_by_signals else case.config.suppression.runs
         run = SuppressionPhase(case).most_steps() + case.passes
         searches = 0
         if case.config.verdict.rule == "signals":

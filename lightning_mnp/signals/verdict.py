@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from lightning_mnp.config import Constants, MNPConfig
 from lightning_mnp.report import RunResult, Signal, Verdict
 
-__all__ = ["Judgement", "VerdictConstants", "in_doubt", "judge", "rank_signals", "top_class"]
+__all__ = [
+    "Judgement",
+    "VerdictConstants",
+    "hangs_on_pile_up",
+    "in_doubt",
+    "judge",
+    "rank_signals",
+    "top_class",
+]
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,29 @@ def rank_signals(found: Sequence[Signal], threshold: float = 1.0) -> list[Signal
     return sorted(found, key=order)
 
 
+def hangs_on_pile_up(found: Sequence[Signal], constants: VerdictConstants | None = None) -> bool:
+    """Return whether the verdict hangs on the pile-up: the margin speaks, and nothing else counts.
+
+    Args:
+        found: All signals.
+        constants: From where on a network is not called clean.
+
+    Example:
+        >>> margin = Signal("margin", 0.0, 0, value=2.0, threshold=0.8, reason="")
+        >>> pile_up = Signal("pile-up", 0.1, 1, value=0.1, threshold=1.0, reason="", decides=False)
+        >>> patch = Signal("patch", 3.0, 0, value=4.5, threshold=1.5, reason="")
+        >>> hangs_on_pile_up([margin, pile_up]), hangs_on_pile_up([margin, pile_up, patch])
+        (True, False)
+    """
+    known = {signal.name: signal for signal in found}
+    if not {"margin", "pile-up"} <= known.keys():
+        return False
+    margin = known["margin"]
+    settled = any(each.counts for each in found if each is not margin)
+    least = (constants or VerdictConstants()).undecided_from * margin.threshold
+    return not settled and margin.value >= least
+
+
 def in_doubt(found: Sequence[Signal], constants: VerdictConstants | None = None) -> bool:
     """Return whether the score hangs on a pile-up that more suppression runs would make clearer.
 
@@ -114,13 +145,10 @@ def in_doubt(found: Sequence[Signal], constants: VerdictConstants | None = None)
         (True, False)
     """
     constants = constants or VerdictConstants()
-    known = {signal.name: signal for signal in found}
-    if not {"margin", "pile-up"} <= known.keys():
+    if not hangs_on_pile_up(found, constants):
         return False
-    margin, pile_up = known["margin"], known["pile-up"]
-    settled = any(each.counts for each in found if each is not margin)
-    unclear = constants.doubt_from <= pile_up.strength < constants.doubt_to
-    return not settled and unclear and margin.value >= margin.threshold
+    pile_up = next(signal for signal in found if signal.name == "pile-up")
+    return constants.doubt_from <= pile_up.strength < constants.doubt_to
 
 
 def judge(

@@ -70,9 +70,43 @@ def test_phases_of_the_published_procedure() -> None:
 @short
 def test_phases_of_an_audit() -> None:
     assert phases(new_defense(when="never", runs=2)) == [
-        "reference", "suppression", "saliency", "suppression", "saliency", "margin", "patch",
-        "warp", "permutation", "verdict",
+        "reference", "suppression", "saliency", "margin", "patch", "warp", "permutation",
+        "verdict",
     ]  # fmt: skip
+    by_ratio = new_defense(when="never", runs=2, verdict="ratio")
+    assert phases(by_ratio) == [
+        "reference", *("suppression", "saliency") * 2, "verdict",
+    ]  # fmt: skip
+
+
+@short
+@pytest.mark.parametrize("settled", [False, True])
+def test_the_usual_runs_are_made_if_the_verdict_hangs_on_the_pile_up(
+    monkeypatch: pytest.MonkeyPatch, settled: bool
+) -> None:
+    monkeypatch.setattr("lightning_mnp.engine.phases.hangs_on_pile_up", lambda *found: not settled)
+    defense = new_defense(when="never", runs=3)
+    again = ["suppression", "saliency"] * 2 + ["verdict"]
+    assert phases(defense)[7:] == ["verdict", *([] if settled else again)]
+    at_once = finished(new_defense(runs=3, rule="auto", amount=0.02, soft_mask_steps=0))
+    assert defense.case.runs == at_once.case.runs[: 1 if settled else 3]
+
+
+@short
+def test_a_flagged_network_gets_the_usual_runs_before_it_is_pruned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judgement = Judgement("backdoored", 0.5, 0.7, 0, ("a test says so",))
+    monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **options: judgement)
+    changes = {"rule": "auto", "amount": 0.05, "runs": 2}
+    defense = new_defense(when="flagged", **changes)
+    assert phases(defense)[7:] == [
+        "verdict", "suppression", "saliency", "verdict", "reach", "overlay", "pruning",
+        "soft_masks", "check",
+    ]  # fmt: skip
+    always = finished(new_defense(**changes))
+    assert defense.case.runs == always.case.runs
+    assert defense.report().pruned == always.report().pruned
 
 
 @short
@@ -132,14 +166,15 @@ def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> N
         judged.append([run.steps for run in defense.case.runs])
         return True
 
+    monkeypatch.setattr("lightning_mnp.engine.phases.hangs_on_pile_up", lambda *found: True)
     monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", unclear)
     defense = new_defense(when="never", more_runs=3)
-    assert phases(defense)[8:] == [
-        "permutation", "verdict", *("suppression", "saliency") * 2, "verdict", "suppression",
-        "saliency", "verdict",
+    assert phases(defense)[6:] == [
+        "permutation", "verdict", "suppression", "saliency", "verdict",
+        *("suppression", "saliency") * 2, "verdict", "suppression", "saliency", "verdict",
     ]  # fmt: skip
     assert [len(runs) for runs in judged] == [2, 4, 5]
-    at_once = finished(new_defense(when="never", runs=5))
+    at_once = finished(new_defense(runs=5))
     assert defense.case.runs == at_once.case.runs
     assert defense.judgement == at_once.judgement
 
@@ -177,7 +212,7 @@ def test_a_network_that_is_not_judged_gets_no_further_runs(
     monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", lambda *found: True)
     defense = finished(new_defense(when="never", constants=None, more_runs=2))
     assert defense.case.doubts
-    assert len(defense.case.runs) == 2
+    assert len(defense.case.runs) == 1
 
 
 @short
@@ -419,7 +454,7 @@ def test_a_rare_class_is_raised_for_the_audit(monkeypatch: pytest.MonkeyPatch) -
 
 @short
 def test_each_run_sees_its_part_of_the_defense_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    defense = new_defense(when="never", runs=3, suppression_parts=2, augment="none")
+    defense = new_defense(runs=3, suppression_parts=2, augment="none")
     seen: dict[int, set[bytes]] = {}
     step = defense.case.suppression.step
 
@@ -468,7 +503,8 @@ def test_purified_network_that_is_still_flagged_is_told() -> None:
 
 @short
 def test_nothing_pruned_nothing_audited_again() -> None:
-    defense = finished(new_defense(rule="auto", amount=0.05, harm=1e-9, runs=1, reaudit=True))
+    changes = {"rule": "auto", "amount": 0.05, "harm": 1e-9, "soft_mask_steps": 0}
+    defense = finished(new_defense(runs=1, reaudit=True, **changes))
     assert (len(defense.purification.removed) == 0) == (defense.report().reaudit is None)
     assert finished(new_defense(rule="count", amount=0, reaudit=True)).report().reaudit is None
 
