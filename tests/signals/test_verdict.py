@@ -11,11 +11,17 @@ from lightning_mnp import DefenseReport, MNPConfig, RunResult
 from lightning_mnp.report import Signal
 from lightning_mnp.signals import verdict
 from lightning_mnp.signals.base import SignalSearch
-from lightning_mnp.signals.margin import MarginSearch
+from lightning_mnp.signals.margin import MarginConstants, MarginSearch
 from lightning_mnp.signals.patch import PatchSearch
 from lightning_mnp.signals.permutation import PermutationSearch
 from lightning_mnp.signals.pile_up import PileUp
-from lightning_mnp.signals.verdict import Judgement, VerdictConstants, in_doubt, rank_signals
+from lightning_mnp.signals.verdict import (
+    Judgement,
+    VerdictConstants,
+    hangs_on_pile_up,
+    in_doubt,
+    rank_signals,
+)
 from lightning_mnp.signals.warp import WarpSearch
 
 # Ten classes of which none stands out: from the least to the greatest it is 0.9, or 9.
@@ -218,6 +224,26 @@ def test_a_pile_up_is_in_doubt_whatever_the_threshold(
     assert in_doubt(signals([piled(strength)], shown, threshold)) == expected
 
 
+@pytest.mark.parametrize("strength", [0.1, 1.2, 3.0])
+@pytest.mark.parametrize(
+    ("margin", "patch", "expected"),
+    [(40.0, 0.0, True), (10.0, 0.0, False), (40.0, 1.4, False), (40.0, 1.3, True)],
+)
+def test_a_verdict_hangs_on_any_pile_up_if_the_margin_alone_speaks(
+    margin: float, patch: float, expected: bool, strength: float
+) -> None:
+    shown = evidence(margins={**SURE, 7: margin}, patch_margins={**LEVELS, 3: patch})
+    assert hangs_on_pile_up(signals([piled(strength)], shown)) == expected
+
+
+def test_a_margin_just_below_what_counts_makes_a_verdict_hang() -> None:
+    shown = signals([piled(1.2)], evidence(margins={**SURE, 7: 40.0}))
+    value = next(signal.value for signal in shown if signal.name == "margin")
+    least = value / MarginConstants().counts_from
+    assert hangs_on_pile_up(shown, VerdictConstants(undecided_from=0.99 * least))
+    assert not hangs_on_pile_up(shown, VerdictConstants(undecided_from=1.01 * least))
+
+
 def test_what_is_in_doubt_can_be_varied() -> None:
     shown = signals([piled(1.2)], evidence(margins={**SURE, 7: 40.0}))
     assert in_doubt(shown)
@@ -228,7 +254,8 @@ def test_what_is_in_doubt_can_be_varied() -> None:
 @pytest.mark.parametrize("name", ["margin", "pile-up"])
 def test_without_the_margin_or_the_pile_up_nothing_is_in_doubt(name: str) -> None:
     shown = signals([piled(1.2)], evidence(margins={**SURE, 7: 40.0}))
-    assert not in_doubt([signal for signal in shown if signal.name != name])
+    rest = [signal for signal in shown if signal.name != name]
+    assert not in_doubt(rest) and not hangs_on_pile_up(rest)
 
 
 def test_score_is_the_strongest_signal_and_the_threshold_is_an_option() -> None:
