@@ -255,7 +255,8 @@ def test_what_is_in_doubt_can_be_varied() -> None:
 def test_without_the_margin_or_the_pile_up_nothing_is_in_doubt(name: str) -> None:
     shown = signals([piled(1.2)], evidence(margins={**SURE, 7: 40.0}))
     rest = [signal for signal in shown if signal.name != name]
-    assert not in_doubt(rest) and not hangs_on_pile_up(rest)
+    assert not in_doubt(rest)
+    assert not hangs_on_pile_up(rest)
 
 
 def test_score_is_the_strongest_signal_and_the_threshold_is_an_option() -> None:
