@@ -136,7 +136,9 @@ def test_the_modules_of_training_time_attacks_have_the_options_of_their_bases(
         ("all-to-all", 0.1, "all-to-all"),
     ],
 )
-@pytest.mark.parametrize("base", ["cifar10-2core", "imagenette-2core"])
+@pytest.mark.parametrize(
+    "base", ["cifar10-2core", pytest.param("imagenette-2core", marks=pytest.mark.slow)]
+)
 def test_badnets_at_other_rates_and_all_to_all(
     change: str, rate: float, mode: str, base: str, parser: ArgumentParser
 ) -> None:
@@ -201,7 +203,12 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("base", "attack"),
     [
         *(("cifar10-2core", attack) for attack in ["none", *ATTACKS]),
-        *(("imagenette-2core", attack) for attack in ["none", *ON_IMAGENETTE]),
+        ("imagenette-2core", "cl"),
+        *(
+            pytest.param("imagenette-2core", attack, marks=pytest.mark.slow)
+            for attack in ["none", *ON_IMAGENETTE]
+            if attack != "cl"
+        ),
     ],
 )
 def test_a_short_run(

@@ -11,7 +11,7 @@ import torch
 from commands import COMMON, DATA, MODEL, QUICK, TRAINER
 from helpers import same, snapshot
 
-from lightning_mnp.cli.command_line import MNPCLI, main
+from lightning_mnp.cli.command_line import MNPCLI, _named_command, main
 from lightning_mnp.models import Classifier
 from lightning_mnp.signals.verdict import Judgement
 
@@ -211,6 +211,36 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--data" in text
     if command in ("audit", "defend"):
         assert "The checkpoint: .ckpt, .pt, .pth or .safetensors." in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["audit", "--help"], "audit"),
+        (["--config=all.yaml", "audit"], None),
+        (["--version"], None),
+        (["--ckpt_path=audit"], None),
+        ([], None),
+        ({"audit": {}}, None),
+    ],
+)
+def test_a_parser_is_made_for_a_command_that_is_named(args: Any, named: str | None) -> None:
+    assert _named_command(args) == named
+
+
+def test_a_parser_is_made_for_the_command_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-mnp", "demo"])
+    assert _named_command(None) == "demo"
+
+
+@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("no-command", 2)])
+def test_all_commands_are_listed(word: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([word])
+    assert stop.value.code == code
+    told = capsys.readouterr()
+    for command in ("fit", "validate", "test", "audit", "defend", "calibrate", "demo"):
+        assert command in (told.err if code else told.out)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
