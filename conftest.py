@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -13,6 +14,14 @@ import pytest
 import torch
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one process, so that what they share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 def pytest_configure() -> None:
@@ -29,7 +38,10 @@ def isolated() -> Iterator[None]:
     environment, folder = dict(os.environ), Path.cwd()
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    # `torch.manual_seed` formats the call stack for a CUDA that may come, 4,000 times.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
     yield
     random.setstate(states[0])
     np.random.set_state(states[1])

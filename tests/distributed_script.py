@@ -5,6 +5,7 @@ python tests/distributed_script.py <number of processes> <what> <folder>
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
@@ -13,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import loader_script
 import torch
 from helpers import UserModule, images_and_labels, quick_config, quiet_trainer
+from metric_cases import METRICS, feed, samples
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -29,23 +32,32 @@ CONFIG = quick_config(verdict="ratio", amount=3)
 
 def small_network(synchronized: bool = False) -> nn.Module:
     """A small network that knows the task, the same each time."""
+    network = _new_network(synchronized)
+    network.load_state_dict(_trained_weights())
+    return network.eval()
+
+
+def _new_network(synchronized: bool) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         norm = nn.SyncBatchNorm if synchronized else nn.BatchNorm2d
-        network = nn.Sequential(
+        return nn.Sequential(
             *(nn.Conv2d(1, 8, 3, padding=1), norm(8), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(8, 12, 3, padding=1), norm(12), nn.ReLU(), nn.Flatten()),
             nn.Linear(192, 4),
         )
-        images, labels = images_and_labels(64, seed=1)
-        optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
-        for _ in range(30) if not synchronized else ():
-            optimizer.zero_grad()
-            F.cross_entropy(network(images), labels).backward()
-            optimizer.step()
-    if synchronized:
-        network.load_state_dict(small_network().state_dict())
-    return network.eval()
+
+
+@functools.cache  # many tests want this network
+def _trained_weights() -> dict[str, Tensor]:
+    network = _new_network(False)
+    images, labels = images_and_labels(64, seed=1)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    for _ in range(30):
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    return network.state_dict()
 
 
 def still(network: nn.Module) -> UserModule:
@@ -174,12 +186,22 @@ def all_doors(processes: int, folder: Path) -> None:
     code = main(command(processes, folder))
     assert code in (0, 4), code
     errors = {"broken": broken(), "parted": parted(processes, folder)}
-    torch.save((outcomes, errors), folder / f"outcomes-{process_rank()}.pt")
+    stored = outcomes, errors, metrics(processes)
+    torch.save(stored, folder / f"outcomes-{process_rank()}.pt")
+    if processes == 2:
+        loader_script.main(folder / "loader")
+    # The first process, which has started the others, ends without a word.
+    one_dies(0, processes, folder / "dying")
 
 
-def first_dies(processes: int, folder: Path) -> None:
-    """The first process, which has started the others, ends without a word."""
-    one_dies(0, processes, folder)
+def metrics(processes: int) -> dict[str, float]:
+    """What every metric computes of this process's share of the samples and the others'."""
+    found = {}
+    for name, (build, _) in METRICS.items():
+        metric = build()
+        feed(metric, tuple(part[process_rank() :: processes] for part in samples(name)), 4)
+        found[name] = float(metric.compute())
+    return found
 
 
 def last_dies(processes: int, folder: Path) -> None:
@@ -239,5 +261,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    what = {each.__name__: each for each in (all_doors, first_dies, last_dies)}
+    what = {each.__name__: each for each in (all_doors, last_dies)}
     what[sys.argv[2]](int(sys.argv[1]), Path(sys.argv[3]))

@@ -1,12 +1,7 @@
-"""Training in two processes with whole batches from one tensor; started by data/test_loader.py.
-
-python tests/loader_script.py <folder>
-"""
+"""Training in two processes with whole batches from one tensor; run by distributed_script.py."""
 
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +64,7 @@ def figures(**options: Any) -> dict[str, float]:
 
 
 def main(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     both: dict[str, Any] = {"strategy": "ddp", "devices": 2}
     modules = Recorder(), Recorder()
     options: dict[str, Any] = {**both, "max_epochs": 2, "limit_val_batches": 0}
@@ -83,9 +79,3 @@ def main(folder: Path) -> None:
     outcome: dict[str, Any] = {"seen": modules[0].seen, "resumed": modules[1].seen}
     outcome["figures"] = figures(**both)
     torch.save(outcome, folder / f"{trainer.global_rank}.pt")
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

@@ -141,7 +141,7 @@ def test_state_of_something_else_is_refused(tmp_path: Path) -> None:
         ("nan data", "images to be finite"),
         ("nan weights", "weights to be finite"),
         ("pattern", "matches none of"),
-        ("count", "to be below 300"),
+        ("count", "to be below 88"),
     ],
 )
 def test_bad_input_is_told_before_any_work(change: str, message: str) -> None:
@@ -167,7 +167,7 @@ def test_bad_input_is_told_before_any_work(change: str, message: str) -> None:
     elif change == "pattern":
         config = quick_config(include=["backbone.*"])
     elif change == "count":
-        config = quick_config(amount=300)
+        config = quick_config(amount=88)
     batches = [] if change == "empty" else [(images, labels)]
     before = snapshot(network)
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +72,9 @@ def parser() -> ArgumentParser:
 
 
 @pytest.fixture(scope="module")
-def alone(parser: ArgumentParser) -> dict[str, Any]:
-    return {base: parser.parse_args(["fit", *files(base)]).fit for base in BASES}
+def parsed_of(parser: ArgumentParser) -> Callable[..., Any]:
+    """Parse files by their names, the same ones once; nobody may change what comes out."""
+    return functools.cache(lambda *names: parser.parse_args(["fit", *files(*names)]).fit)
 
 
 def test_every_file_is_a_base_or_belongs_to_one() -> None:
@@ -87,11 +90,11 @@ def test_every_file_is_a_base_or_belongs_to_one() -> None:
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_every_attack_is_parsed_on_every_base(
-    attack: str, base: str, parser: ArgumentParser, alone: dict[str, Any]
+    attack: str, base: str, parsed_of: Callable[..., Any]
 ) -> None:
-    parsed = parser.parse_args(["fit", *files(base, overlay(attack, base))]).fit
+    parsed = parsed_of(base, overlay(attack, base))
     model, data = parsed.model.init_args, parsed.data.init_args
-    options = alone[base].model.init_args
+    options = parsed_of(base).model.init_args
     for name in ("architecture", "width", "num_classes", "channels_last", "weight_decay"):
         assert model[name] == options[name]
     by_module = model.get("attack") is not None
@@ -136,18 +139,20 @@ def test_the_modules_of_training_time_attacks_have_the_options_of_their_bases(
         ("all-to-all", 0.1, "all-to-all"),
     ],
 )
-@pytest.mark.parametrize("base", ["cifar10-2core", "imagenette-2core"])
+@pytest.mark.parametrize(
+    "base", ["cifar10-2core", pytest.param("imagenette-2core", marks=pytest.mark.slow)]
+)
 def test_badnets_at_other_rates_and_all_to_all(
-    change: str, rate: float, mode: str, base: str, parser: ArgumentParser
+    change: str, rate: float, mode: str, base: str, parsed_of: Callable[..., Any]
 ) -> None:
     names = [base, overlay("badnets", base), f"badnets-{change}"]
-    plain = parser.parse_args(["fit", *files(*names[:2])]).fit.data.init_args.attack
-    attack = parser.parse_args(["fit", *files(*names)]).fit.data.init_args.attack
+    plain = parsed_of(*names[:2]).data.init_args.attack
+    attack = parsed_of(*names).data.init_args.attack
     assert attack.class_path == "lightning_mnp.attacks.BadNets"
     assert (attack.init_args.poison_rate, attack.init_args.mode) == (rate, mode)
     for name in ("patch_size", "margin", "target_class", "pattern"):
         assert attack.init_args[name] == plain.init_args[name]
-    both = parser.parse_args(["fit", *files(*names, "badnets-all-to-all")]).fit
+    both = parsed_of(*names, "badnets-all-to-all")
     attack = both.data.init_args.attack.init_args
     assert (attack.poison_rate, attack.mode) == (rate, "all-to-all")
 
@@ -201,7 +206,12 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("base", "attack"),
     [
         *(("cifar10-2core", attack) for attack in ["none", *ATTACKS]),
-        *(("imagenette-2core", attack) for attack in ["none", *ON_IMAGENETTE]),
+        ("imagenette-2core", "cl"),
+        *(
+            pytest.param("imagenette-2core", attack, marks=pytest.mark.slow)
+            for attack in ["none", *ON_IMAGENETTE]
+            if attack != "cl"
+        ),
     ],
 )
 def test_a_short_run(
@@ -210,7 +220,7 @@ def test_a_short_run(
     roots: dict[str, Path],
     clean: Path,
     tmp_path: Path,
-    parser: ArgumentParser,
+    parsed_of: Callable[..., Any],
 ) -> None:
     names = [base] if attack == "none" else [base, overlay(attack, base)]
     args: list[str] = [
@@ -227,7 +237,7 @@ def test_a_short_run(
         "--trainer.num_sanity_val_steps=0",
         "--trainer.enable_progress_bar=false",
     ]
-    parsed: Any = parser.parse_args(["fit", *files(*names)]).fit
+    parsed = parsed_of(*names)
     chosen = parsed.data.init_args.attack or parsed.model.init_args.get("attack")
     path = "--data.init_args.attack.init_args"
     if chosen is not None and "reference" in chosen.init_args:

@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import distributed_script as script
 import pytest
 import torch
-from helpers import REPOSITORY
+from helpers import REPOSITORY, TinyDataModule, sorted_rows
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from loader_script import figures
+from metric_cases import METRICS, samples
 from torch import nn
 
 import lightning_mnp
@@ -45,17 +47,28 @@ def store_weights(folder: Path) -> None:
         torch.save(Classifier(width=2, in_channels=1).state_dict(), folder / "suspicious.pt")
 
 
+class Run(NamedTuple):
+    """What several processes have left; starting them takes long, so all tests look at one run."""
+
+    count: int
+    folder: Path
+    outcomes: list[dict[str, Any]]
+    errors: list[dict[str, str]]
+    metrics: list[dict[str, float]]
+    returncode: int
+
+
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp(f"processes-{request.param}")
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    count = request.param
+    folder = tmp_path_factory.mktemp(f"processes-{count}")
     store_weights(folder)
-    result = start(request.param, "all_doors", folder)
-    assert result.returncode == 0, result.stderr
-    stored = [
-        torch.load(folder / f"outcomes-{rank}.pt", weights_only=True)
-        for rank in range(request.param)
-    ]
-    return request.param, folder, [each[0] for each in stored], [each[1] for each in stored]
+    result = start(count, "all_doors", folder)
+    paths = [folder / f"outcomes-{rank}.pt" for rank in range(count)]
+    assert all(path.exists() for path in paths), result.stderr
+    stored = zip(*(torch.load(path, weights_only=True) for path in paths), strict=True)
+    outcomes, errors, metrics = map(list, stored)
+    return Run(count, folder, outcomes, errors, metrics, result.returncode)
 
 
 @pytest.fixture(scope="module")
@@ -79,40 +92,38 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @several_processes
 @pytest.mark.parametrize("door", DOORS)
 def test_every_process_comes_to_what_one_comes_to(
-    door: str, run: Any, alone: dict[str, Any]
+    door: str, run: Run, alone: dict[str, Any]
 ) -> None:
-    count, _, outcomes, _ = run
     assert len(alone["pruned"]) == 3
-    assert len(outcomes) == count
-    for outcome in outcomes:
+    for outcome in run.outcomes:
         assert_same(outcome[door], alone)
 
 
 @several_processes
-def test_one_process_of_several_may_work_alone(run: Any, alone: dict[str, Any]) -> None:
-    _, _, outcomes, _ = run
-    assert_same(outcomes[0]["one alone"], alone)
+def test_one_process_of_several_may_work_alone(run: Run, alone: dict[str, Any]) -> None:
+    assert_same(run.outcomes[0]["one alone"], alone)
 
 
 @several_processes
-def test_one_report_and_one_output(run: Any) -> None:
-    count, folder, outcomes, _ = run
+def test_one_report_and_one_output(run: Run) -> None:
+    count, folder = run.count, run.folder
     for door in ("callback", "module"):
         written = sorted(path.name for path in (folder / door).iterdir())
         assert written == ["mnp-report.json", "mnp.ckpt"]
         report = json.loads((folder / door / "mnp-report.json").read_text())
-        assert report["verdict"] == outcomes[0][door]["verdict"]
+        assert report["verdict"] == run.outcomes[0][door]["verdict"]
     expected = {f"outcomes-{rank}.pt" for rank in range(count)}
     expected |= {"callback", "module", f"purified-{count}.pt", f"report-{count}.json"}
+    expected |= {"loader"} if count == 2 else set()
     assert {path.name for path in folder.iterdir()} == {*expected, "suspicious.pt"}
 
 
 @several_processes
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 def test_command_line_in_several_processes_equals_one(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count, folder, _, _ = run
+    count, folder = run.count, run.folder
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.setattr(sys, "argv", ["lightning-mnp"])
@@ -133,27 +144,61 @@ def test_command_line_in_several_processes_equals_one(
 
 
 @several_processes
-def test_an_error_in_one_process_is_an_error_in_all(run: Any) -> None:
-    count, _, _, errors = run
-    assert "it raised OSError after 0: no such disk" in errors[-1]["broken"]
-    for error in errors[:-1]:
-        expected = f"Process {count - 1} of {count} could not read its part of the defense set"
+def test_an_error_in_one_process_is_an_error_in_all(run: Run) -> None:
+    assert "it raised OSError after 0: no such disk" in run.errors[-1]["broken"]
+    for error in run.errors[:-1]:
+        expected = (
+            f"Process {run.count - 1} of {run.count} could not read its part of the defense set"
+        )
         assert expected in error["broken"]
 
 
 @several_processes
-def test_processes_that_part_stop_before_they_wait_for_each_other(run: Any) -> None:
-    _, folder, _, errors = run
-    for error in errors:
+def test_processes_that_part_stop_before_they_wait_for_each_other(run: Run) -> None:
+    for error in run.errors:
         assert "they have come to different places" in error["parted"]
-    assert not (folder / "parted").exists()
+    assert not (run.folder / "parted").exists()
 
 
 @several_processes
-@pytest.mark.parametrize("which", ["first_dies", pytest.param("last_dies", marks=pytest.mark.slow)])
-def test_a_process_that_dies_ends_the_run(which: str, tmp_path: Path) -> None:
-    # It comes back when all processes have closed their output: none of them hangs.
-    result = start(2, which, tmp_path)
+def test_metrics_of_several_processes_equal_those_of_one(run: Run) -> None:
+    for name, (_, function) in METRICS.items():
+        expected = float(function(*samples(name)))
+        for found in run.metrics:
+            assert found[name] == pytest.approx(expected), name
+
+
+@several_processes
+def test_processes_share_the_images_and_resume(run: Run) -> None:
+    if run.count != 2:
+        pytest.skip("the images are shared between two")
+    outcomes = [torch.load(run.folder / f"loader/{rank}.pt", weights_only=True) for rank in (0, 1)]
+    images = TinyDataModule().clean_train_set.to_memory()
+    for epoch in range(2):
+        parts = [batch for each in outcomes for batch in each["seen"] if batch[0] == epoch]
+        assert [len(batch[3]) for batch in parts] == [16, 8, 16, 8]
+        found = sorted_rows(*(torch.cat([batch[column] for batch in parts]) for column in (2, 3)))
+        stored = (images.images.float() / 255.0 - 0.5) / 0.25
+        assert torch.tensor(found).allclose(torch.tensor(sorted_rows(stored, images.labels)))
+    for outcome in outcomes:
+        assert len(outcome["resumed"]) == 1
+        for one, other in zip(outcome["resumed"][0], outcome["seen"][3], strict=True):
+            assert torch.as_tensor(one).equal(torch.as_tensor(other))
+        # An image that fills up the last batch of a process counts once.
+        assert outcome["figures"] == pytest.approx(figures())
+
+
+# `start` comes back when all processes have closed their output: none of them hangs.
+@several_processes
+def test_a_first_process_that_dies_ends_the_run(run: Run) -> None:
+    assert run.returncode == 7
+    assert not (run.folder / "dying").exists()
+
+
+@several_processes
+@pytest.mark.slow
+def test_a_last_process_that_dies_ends_the_run(tmp_path: Path) -> None:
+    result = start(2, "last_dies", tmp_path)
     assert result.returncode != 0
     assert list(tmp_path.iterdir()) == []
 

@@ -28,6 +28,7 @@ from lightning_mnp.cli.command_line import main
 from lightning_mnp.data import CIFAR10DataModule, DigitsDataModule
 from lightning_mnp.data.cifar10 import CLASSES
 from lightning_mnp.models import Classifier, cifar_resnet18
+from lightning_mnp.models.resnet import CifarResNet
 
 EXAMPLES = REPOSITORY / "examples"
 FIT = sorted(path.name for path in EXAMPLES.glob("fit-*.yaml"))
@@ -54,6 +55,7 @@ SHORT_AUDIT = [
     "--mnp.masks.epochs=1",
     "--mnp.verdict.most_classes=3",
     "--model.init_args.width=4",
+    "--data.init_args.image_size=8",
     "--data.init_args.defense_size=20",
 ]
 # Of no account for the paper's setting, which has none of either.
@@ -167,7 +169,7 @@ def test_digits_from_training_to_test(tmp_path: Path) -> None:
     size = ["--data.init_args.image_size=8"]
     assert main(["fit", *config("fit-digits.yaml"), *SHORT_FIT, *size]) == 0
     trained = tmp_path / "runs/digits/backdoored.ckpt"
-    audit = [*config("audit-digits.yaml"), *SHORT_AUDIT, *SHORT_DEFENSE, *size]
+    audit = [*config("audit-digits.yaml"), *SHORT_AUDIT, *SHORT_DEFENSE]
     audit += [f"--ckpt_path={trained}"]
     assert main(["audit", *audit]) in (0, 3, 4)
     assert main(["defend", *audit, "--output=runs/digits/purified.ckpt"]) in (0, 4)
@@ -218,7 +220,12 @@ def test_script(
     def small_digits(**options: Any) -> DigitsDataModule:
         return DigitsDataModule(**{**options, "image_size": 8, "defense_size": 20})
 
+    def small_resnet(width: int, in_channels: int) -> CifarResNet:
+        return CifarResNet([1, 1, 1, 1], width=width, in_channels=in_channels)
+
     monkeypatch.setattr("lightning_mnp.data.DigitsDataModule", small_digits)
+    if name == "plain.py":  # the only one whose network is not read from a file
+        monkeypatch.setattr("lightning_mnp.models.cifar_resnet18", small_resnet)
     run_script(name, ["--epochs=1", "--output=out"], monkeypatch)
     printed = capsys.readouterr().out
     assert "filters pruned" in printed

@@ -340,19 +340,37 @@ def test_failed_output_keeps_the_progress(
     assert names == sorted(["out.pt", "report.json", "weights.pt", *["first.pt"] * len(written)])
 
 
-def test_interrupted_command_ends_with_130(
+def test_interrupted_command_ends_with_130_and_goes_on(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(Classifier(width=4, in_channels=1).state_dict(), "weights.pt")
-
-    def interrupt(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lightning_mnp.mnp.dual_masks.DualMask.step", interrupt)
+    before = Path("weights.pt").read_bytes()
     args = ["defend", *COMMON, *QUICK, "--ckpt_path=weights.pt", "--state_file=state.pt"]
-    assert main([*args, "--output=out.pt", "--when=always"]) == 130
+    args += ["--output=out.pt", "--when=always"]
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            masks = "lightning_mnp.mnp.dual_masks.DualMask.step"
+            patch.setattr(masks, lambda *args: signal.raise_signal(signal.SIGINT))
+            assert main(args) == 130
+    finally:
+        signal.signal(signal.SIGINT, earlier)
     assert capsys.readouterr().err.endswith("interrupted\n")
     assert sorted(path.name for path in own_folder.iterdir()) == ["state.pt", "weights.pt"]
+    assert Path("weights.pt").read_bytes() == before
+    assert_resumes(args, monkeypatch)
+
+
+def assert_resumes(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    resumed_at = []
+
+    def look(defense: Any, *args: Any) -> None:
+        resumed_at.append(defense.position)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_mnp.engine.defense.MNPDefense.step", look)
+    assert main(args) == 130
+    assert resumed_at[0] >= 1
 
 
 # A shell that starts something in the background has it ignore SIGINT.
@@ -364,6 +382,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow  # starting a process takes longer than the test above, which is the same in one
 def test_process_that_gets_sigint_ends_with_130(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,16 +409,7 @@ def test_process_that_gets_sigint_ends_with_130(
     assert "Traceback" not in errors
     assert sorted(path.name for path in own_folder.iterdir()) == ["state.pt", "weights.pt"]
     assert Path("weights.pt").read_bytes() == before
-
-    resumed_at = []
-
-    def look(defense: Any, *args: Any) -> None:
-        resumed_at.append(defense.position)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lightning_mnp.engine.defense.MNPDefense.step", look)
-    assert main(args) == 130
-    assert resumed_at[0] >= 1
+    assert_resumes(args, monkeypatch)
 
 
 def test_command_without_memory_ends_with_2(

@@ -62,7 +62,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int) -> N
     first = MNPModule(trained_network(), quick_config())
     with pytest.raises(SystemExit):
         quiet_trainer(max_epochs=-1, callbacks=[StopAt()]).fit(first, loader())
-    second = MNPModule(trained_network(width=4, steps=1), quick_config())
+    second = MNPModule(trained_network(steps=1), quick_config())
     quiet_trainer(max_epochs=-1).fit(
         second, loader(), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True
     )

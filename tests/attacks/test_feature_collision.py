@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSES, images_and_labels, quiet_trainer, trained_network
+from helpers import CLASSES, images_and_labels, quiet_trainer, trained_resnet18
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,7 +32,7 @@ def stored(count: int, seed: int) -> MemoryDataset:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> ReferenceNetwork:
     path = tmp_path_factory.mktemp("reference") / "clean.pt"
-    torch.save(trained_network().state_dict(), path)
+    torch.save(trained_resnet18().state_dict(), path)
     return ReferenceNetwork(
         path, num_classes=CLASSES, width=4, in_channels=1, mean=(0.25,), std=(1.0,)
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TinyDataModule, loader, quiet_trainer, trained_network
+from helpers import TinyDataModule, loader, quiet_trainer, trained_resnet18
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -287,7 +287,7 @@ def test_the_generator_learns_to_reach_the_target() -> None:
     module = small_module(
         1.0, generator_epochs=4, generator_lr=0.05, lr=1e-6, augment=False, lookahead_lr=0.0
     )
-    module.network.load_state_dict(trained_network().state_dict())
+    module.network.load_state_dict(trained_resnet18().state_dict())
     module.attack.eps = 1.0
     module.mean, module.std = (0.0,), (1.0,)
     losses: list[float] = []

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSES, images_and_labels, trained_network
+from helpers import CLASSES, images_and_labels, trained_resnet18
 from torch import Tensor
 
 from lightning_mnp.attacks import ReferenceNetwork, Trojan, load_trigger, save_trigger
@@ -26,7 +26,7 @@ QUICK: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> ReferenceNetwork:
     path = tmp_path_factory.mktemp("reference") / "clean.pt"
-    torch.save(trained_network().state_dict(), path)
+    torch.save(trained_resnet18().state_dict(), path)
     return ReferenceNetwork(
         path, num_classes=CLASSES, width=4, in_channels=1, mean=(0.25,), std=(1.0,)
     )
@@ -212,7 +212,7 @@ def test_a_network_for_other_channels_is_an_error(reference: ReferenceNetwork) -
 def test_neurons_that_stay_silent_are_an_error(
     test_set: MemoryDataset, reference: ReferenceNetwork, tmp_path: Path
 ) -> None:
-    network = trained_network()
+    network = trained_resnet18()
     for name, parameter in network.named_parameters():
         if name.startswith(("layer4.0", "layer4.1.bn2")):
             parameter.data.fill_(-1.0 if name.endswith("bias") else 0.0)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import same, snapshot, trained_network
+from helpers import same, snapshot, trained_resnet18
 from torch import Tensor, nn
 
 from lightning_mnp.baselines.stages import Stage, find_stages, recording
@@ -26,7 +26,7 @@ class SharedActivation(nn.Module):
 
 
 def test_the_stages_of_a_residual_network_are_its_groups_of_blocks() -> None:
-    network = trained_network()
+    network = trained_resnet18()
     before = snapshot(network)
     stages = find_stages(network, torch.rand(2, 1, 8, 8))
     # The last group has maps of 1x1.

@@ -106,7 +106,12 @@ def test_calibrate_prints_and_writes_the_threshold(
     assert found["settings"]["seed"] == 3
 
 
-QUICK = ["--mnp.suppression.epochs=1", "--mnp.filters.include=['*conv1']", "--rate=0.5"]
+QUICK = [
+    "--mnp.suppression.epochs=1",
+    "--mnp.filters.include=['*conv1']",
+    "--mnp.verdict.most_classes=3",
+    "--rate=0.5",
+]
 
 
 def test_networks_that_cannot_be_judged_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

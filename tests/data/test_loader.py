@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import REPOSITORY, TinyDataModule, quiet_trainer
+from helpers import TinyDataModule, quiet_trainer, sorted_rows
 from lightning.pytorch import Callback
-from loader_script import Recorder, figures
+from loader_script import Recorder
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
@@ -39,10 +37,6 @@ def both_ways(**options: Any) -> list[TinyDataModule]:
 
 def everything(loader: Any) -> list[Tensor]:
     return [torch.cat(parts) for parts in zip(*loader, strict=True)]
-
-
-def sorted_rows(images: Tensor, labels: Tensor) -> list[list[float]]:
-    return sorted(torch.cat([images.flatten(1), labels[:, None]], 1).tolist())
 
 
 def same_batches(found: Recorder, wanted: list[tuple[int, int, Tensor, Tensor]]) -> bool:
@@ -276,25 +270,3 @@ def test_limits_and_intervals_change_no_batch(
 
     assert same_batches(fit(callbacks=[Middle()], **options), kept)
     assert same_batches(fit(tmp_path / "middle.ckpt", **options), kept[4:])
-
-
-@pytest.mark.distributed
-def test_processes_share_the_images_and_resume(tmp_path: Path) -> None:
-    script = [sys.executable, str(REPOSITORY / "tests/loader_script.py"), str(tmp_path)]
-    result = subprocess.run(script, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-
-    outcomes = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    images = TinyDataModule().clean_train_set.to_memory()
-    for epoch in range(2):
-        parts = [batch for each in outcomes for batch in each["seen"] if batch[0] == epoch]
-        assert [len(batch[3]) for batch in parts] == [16, 8, 16, 8]
-        found = sorted_rows(*(torch.cat([batch[column] for batch in parts]) for column in (2, 3)))
-        stored = (images.images.float() / 255.0 - 0.5) / 0.25
-        assert torch.tensor(found).allclose(torch.tensor(sorted_rows(stored, images.labels)))
-    for outcome in outcomes:
-        assert len(outcome["resumed"]) == 1
-        for one, other in zip(outcome["resumed"][0], outcome["seen"][3], strict=True):
-            assert torch.as_tensor(one).equal(torch.as_tensor(other))
-        # An image that fills up the last batch of a process counts once.
-        assert outcome["figures"] == pytest.approx(figures())

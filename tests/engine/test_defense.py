@@ -26,6 +26,8 @@ from lightning_mnp.surgery.masks import FilterMasks
 short = pytest.mark.usefixtures("short_searches")
 
 JUDGED = Constants(AbstentionConstants(abstain=False))  # so that 40 images are enough
+# The suppressed network's pile-up is never weak, so that soft masks take steps.
+TURNING = Constants(TraceConstants(weak_at=-1.0), AbstentionConstants(abstain=False))
 
 
 def new_defense(
@@ -316,8 +318,8 @@ def test_pruned_network_is_audited_again() -> None:
 
 @short
 def test_repair_shifts_the_logits_of_all_but_the_suspect() -> None:
-    defense = finished(new_defense(trained_network(), amount=150))
-    plain = finished(new_defense(trained_network(), amount=150, repair=False))
+    defense = finished(new_defense(trained_network(), amount=44))
+    plain = finished(new_defense(trained_network(), amount=44, repair=False))
     report = defense.report()
     suspect = defense.judgement.suspect
     assert report.pruning.shift[suspect] == 0.0
@@ -327,12 +329,12 @@ def test_repair_shifts_the_logits_of_all_but_the_suspect() -> None:
     with torch.no_grad():
         difference = defense.purified()(images) - plain.purified()(images)
     torch.testing.assert_close(difference, torch.tensor(report.pruning.shift).expand_as(difference))
-    again = new_defense(trained_network(), amount=150)
+    again = new_defense(trained_network(), amount=44)
     again.load_state_dict(defense.state_dict())
     assert again.report().pruning.shift == report.pruning.shift
 
 
-AUTO = {"rule": "auto", "amount": 0.02, "harm": 50.0, "runs": 1}
+AUTO = {"rule": "auto", "amount": 0.06, "harm": 50.0, "runs": 1}
 
 
 @short
@@ -344,7 +346,7 @@ def test_soft_masks_turns_down_what_is_left() -> None:
     assert "filters turned down: " in str(report)
     assert int((masks == 0).sum()) >= len(report.pruned) > 0
     assert int(((masks > 0) & (masks < 1)).sum()) > 0
-    plain = finished(new_defense(trained_network(), **AUTO, soft_mask_steps=0))
+    plain = finished(new_defense(trained_network(), constants=TURNING, **AUTO, soft_mask_steps=0))
     assert plain.report().pruning.masks == {}
     assert plain.report().pruned == report.pruned
     images = defense.case.data.images
@@ -355,14 +357,14 @@ def test_soft_masks_turns_down_what_is_left() -> None:
 
 @functools.cache  # three tests share it
 def state_at_soft_masks() -> dict[str, Any]:
-    defense = new_defense(trained_network(), **AUTO)
+    defense = new_defense(trained_network(), constants=TURNING, **AUTO)
     while defense.phase != "soft_masks":
         defense.step()
     return defense.state_dict()
 
 
 def at_soft_masks() -> MNPDefense:
-    defense = new_defense(trained_network(), **AUTO)
+    defense = new_defense(trained_network(), constants=TURNING, **AUTO)
     defense.load_state_dict(copy.deepcopy(state_at_soft_masks()))
     return defense
 
@@ -538,29 +540,64 @@ def test_state_is_readable_with_weights_only(tmp_path: Any) -> None:
             torch.load(tmp_path / "state.pt", weights_only=True)
 
 
-# The suppressed network's pile-up is never weak, so that soft masks take steps.
-TURNING = Constants(TraceConstants(weak_at=-1.0), AbstentionConstants(abstain=False))
-
-
-@short
-@pytest.mark.parametrize("changes", [{}, {"rule": "auto", "amount": 0.1, "runs": 1}])
-def test_resumed_at_any_step_ends_the_same(changes: dict[str, Any]) -> None:
-    """In each phase twice: before its second step and after its last."""
-    defense = new_defense(constants=TURNING, **changes)
-    states: dict[str, dict[str, Any]] = {}
+def states_of(changes: dict[str, Any]) -> tuple[dict[str, tuple[int, dict[str, Any]]], MNPDefense]:
+    """In each phase twice, before its second step and after its last: steps taken, and state."""
+    defense, steps = new_defense(constants=TURNING, **changes), 0
+    states: dict[str, tuple[int, dict[str, Any]]] = {}
     while not defense.finished:
         phase = defense.phase
         defense.step()
+        steps += 1
         moment = f"{phase}, finished: {phase != defense.phase}"
         if moment not in states:
-            states[moment] = copy.deepcopy(defense.state_dict())
-    expected = lasting(defense.report())
+            states[moment] = steps, copy.deepcopy(defense.state_dict())
     assert len(states) >= 14
     assert ("soft_masks, finished: False" in states) == (changes.get("rule") == "auto")
-    for moment, state in states.items():
+    return states, defense
+
+
+def assert_same_state(found: Any, expected: Any, where: str) -> None:
+    """Compare all but the clock, and what a resumed run does again."""
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=where)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name in expected.keys() - {"seconds", "passes"}:
+            assert_same_state(found[name], expected[name], f"{where}, {name}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same_state(one, other, f"{where}, {index}")
+    else:
+        assert found == expected, where
+
+
+BOTH_RULES = pytest.mark.parametrize("changes", [{}, {"rule": "auto", "amount": 0.1, "runs": 1}])
+
+
+@short
+@BOTH_RULES
+def test_resumed_at_any_step_goes_on_to_the_same_state(changes: dict[str, Any]) -> None:
+    states, defense = states_of(changes)
+    moments = list(states.values())
+    for moment, (steps, state), (goal, expected) in zip(states, moments, moments[1:], strict=False):
         second = new_defense(constants=TURNING, **changes)
         second.load_state_dict(state)
-        assert lasting(finished(second).report()) == expected, moment
+        for _ in range(steps, goal):
+            second.step()
+        assert_same_state(second.state_dict(), expected, f"from {moment} on")
+    assert lasting(second.report()) == lasting(defense.report())
+
+
+@short
+@pytest.mark.slow
+@BOTH_RULES
+def test_resumed_at_any_step_ends_the_same(changes: dict[str, Any]) -> None:
+    states, defense = states_of(changes)
+    for moment, (_, state) in states.items():
+        second = new_defense(constants=TURNING, **changes)
+        second.load_state_dict(state)
+        assert lasting(finished(second).report()) == lasting(defense.report()), moment
 
 
 @short

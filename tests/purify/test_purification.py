@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import goals_of, images_and_labels, quick_config, same, snapshot, trained_network
+from helpers import (
+    goals_of,
+    images_and_labels,
+    pulled_to_one,
+    quick_config,
+    same,
+    snapshot,
+    trained_network,
+)
 from torch.nn import functional as F
 
 from lightning_mnp.config import Constants
@@ -20,7 +28,7 @@ from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.logit_shift import repair_shift
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
-AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.01, "harm": 50.0}
+AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.04, "harm": 50.0}
 
 
 def new_purification(constants: Constants | None = None, **changes: Any) -> Purification:
@@ -33,10 +41,10 @@ def new_purification(constants: Constants | None = None, **changes: Any) -> Puri
 
 def traces_of(purification: Purification) -> list[Trace]:
     masked, data = purification.masked, purification.data
-    weights = {name: weight * 0.9 for name, weight in masked.weights().items()}
     images = data.images[data.labels != 1]
     constants = purification.constants
-    return [SuppressedTrace(masked, [weights], images, goals_of(images), constants)]
+    weights = [pulled_to_one(masked)]
+    return [SuppressedTrace(masked, weights, images, goals_of(images), constants)]
 
 
 def steps_of(purification: Purification) -> list[Any]:

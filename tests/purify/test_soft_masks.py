@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import goals_of, images_and_labels, same, snapshot, trained_network
+from helpers import goals_of, images_and_labels, pulled_to_one, same, snapshot, trained_network
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,9 +51,8 @@ def new_soft_masks(
     masked, data = masked_and_data()
     total = masked.layers.total
     if traces is None:
-        weights = {name: weight * 0.5 for name, weight in masked.weights().items()}
         images = data.images[data.labels != 1]
-        traces = [SuppressedTrace(masked, [weights], images, goals_of(images))]
+        traces = [SuppressedTrace(masked, [pulled_to_one(masked)], images, goals_of(images))]
     masks = torch.ones(total) if masks is None else masks
     references = [float(strength(trace, masks)) for trace in traces]
     free = torch.ones(total) > 0 if free is None else free
@@ -71,7 +70,7 @@ def finish(soft: SoftMasks) -> SoftMasks:
 def test_traces_get_weaker_and_the_clean_loss_stays() -> None:
     masked, data = masked_and_data()
     slopes = torch.zeros(masked.layers.total)
-    slopes[[100, 200]] = 5.0
+    slopes[[20, 60]] = 5.0
     soft = finish(new_soft_masks(steps=40, traces=[Fixed(slopes)], augment="none"))
     trace, masks = soft.traces[0], soft.masks
     assert float(strength(trace, masks)) < 0.85 * soft.references[0]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import Shortcut, finish, images_and_labels, margins_of, new_scene
+from helpers import Shortcut, finish, images_and_labels, margins_of, new_scene, trained_resnet18
 
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.signals.base import SignalSearch
@@ -33,7 +33,7 @@ def test_overlay_begins_with_the_mean_and_is_a_twentieth_of_the_blend() -> None:
 
 
 def test_step_goes_down_the_slope_by_the_length_told() -> None:
-    overlay = new_search().trigger(2)
+    overlay = new_search(trained_resnet18()).trigger(2)
     pattern = overlay.pattern.clone().requires_grad_()
     margins = []
     for image, label in zip(overlay.images, overlay.labels, strict=True):
