@@ -47,6 +47,50 @@ def test_audit_ends_with_the_exit_code_of_its_verdict(
     assert json.loads(report.read_text())["verdict"] == verdict
 
 
+@pytest.mark.parametrize(("second", "code"), [("clean", 0), ("backdoored", 3), ("undecided", 4)])
+def test_defend_ends_with_the_verdict_on_what_it_has_written(
+    second: Any, code: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    verdicts = ["backdoored", second]
+    asked: list[int] = []
+
+    def judge(*args: Any, **options: Any) -> Judgement:
+        asked.append(0)
+        return Judgement(verdicts[len(asked) - 1], 0.5, 0.7, 0, ("a test says so",))
+
+    monkeypatch.setattr("lightning_mnp.engine.case.judge", judge)
+    report = tmp_path / "report.json"
+    args = ["defend", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", f"--report={report}"]
+    assert main([*args, "--output=purified.ckpt"]) == code
+    content = json.loads(report.read_text())
+    assert (content["verdict"], content["reaudit"]["verdict"]) == ("backdoored", second)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "extra", "code"),
+    [
+        ("clean", [], 0),  # nothing is pruned: the network is the one that was audited
+        ("backdoored", ["--when=never"], 3),
+        ("backdoored", ["--mnp.pruning.reaudit=false"], 4),
+        ("clean", ["--when=always", "--mnp.pruning.reaudit=false"], 4),
+    ],
+)
+def test_defend_without_a_second_audit(
+    verdict: Any,
+    extra: list[str],
+    code: int,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    judgement = Judgement(verdict, 0.5, 0.7, 0, ("a test says so",))
+    monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **kwargs: judgement)
+    args = ["defend", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", "--output=purified.ckpt"]
+    assert main([*args, *extra]) == code
+    told = "audited again: no, so the verdict on the purified network is undecided"
+    assert (told in capsys.readouterr().out) == (code == 4)
+
+
 @pytest.mark.parametrize(
     "suffix", [pytest.param(".pt", marks=pytest.mark.slow), ".ckpt", ".safetensors"]
 )
@@ -58,7 +102,7 @@ def test_defend_writes_weights_that_load_strictly(
     before = checkpoint.read_bytes()
     output = tmp_path / f"purified{suffix}"
     args = ["defend", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", f"--output={output}"]
-    assert main([*args, "--when=always"]) in (0, 4)
+    assert main([*args, "--when=always"]) in (0, 3, 4)
     assert checkpoint.read_bytes() == before
     purified = Classifier(width=4, in_channels=1)
     load_into(purified, read_state_dict(output))
@@ -186,7 +230,7 @@ def test_fit_then_audit_and_defend(tmp_path: Path) -> None:
     [trained] = tmp_path.rglob("*.ckpt")
     args = [*COMMON, *QUICK, f"--ckpt_path={trained}"]
     assert main(["audit", *args]) in (0, 3, 4)
-    assert main(["defend", *args, "--output=purified.ckpt"]) in (0, 4)
+    assert main(["defend", *args, "--output=purified.ckpt"]) in (0, 3, 4)
     assert (tmp_path / "purified.ckpt").exists()
 
 
