@@ -61,8 +61,8 @@ class ThresholdPhase(_Pruning, OneStepPhase):
         wanted = pruned_count(scores, options.rule, options.amount)
         if options.rule != "threshold" and count < wanted:
             self.case.warnings.append(
-                f"`pruning.amount` asks for {wanted} filters, but {count} are pruned: no more "
-                "can go if each layer is to keep one"
+                f"`pruning.amount` asks for {wanted} filters, of which only {count} can go: each "
+                "layer keeps one"
             )
         self.steps += 1
         return {"filters": float(count)}

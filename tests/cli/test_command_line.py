@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,14 +12,17 @@ import torch
 from commands import COMMON, DATA, MODEL, QUICK, TRAINER
 from helpers import same, snapshot
 
-from lightning_mnp.cli.command_line import MNPCLI, main
+from lightning_mnp.cli.command_line import MNPCLI, _exit_code, main
 from lightning_mnp.models import Classifier
+from lightning_mnp.report import DefenseReport, SecondAudit
 from lightning_mnp.signals.verdict import Judgement
 
 pytestmark = [
     pytest.mark.usefixtures("short_searches"),
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
 ]
+
+RATIO = "--mnp.verdict.rule=ratio"  # which needs no search
 
 
 @pytest.fixture(autouse=True)
@@ -48,45 +52,32 @@ def test_audit_ends_with_the_exit_code_of_its_verdict(
 
 
 @pytest.mark.parametrize(("second", "code"), [("clean", 0), ("backdoored", 3), ("undecided", 4)])
-def test_defend_ends_with_the_verdict_on_what_it_has_written(
-    second: Any, code: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    verdicts = ["backdoored", second]
-    asked: list[int] = []
-
-    def judge(*args: Any, **options: Any) -> Judgement:
-        asked.append(0)
-        return Judgement(verdicts[len(asked) - 1], 0.5, 0.7, 0, ("a test says so",))
-
-    monkeypatch.setattr("lightning_mnp.engine.case.judge", judge)
-    report = tmp_path / "report.json"
-    args = ["defend", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", f"--report={report}"]
-    assert main([*args, "--output=purified.ckpt"]) == code
-    content = json.loads(report.read_text())
-    assert (content["verdict"], content["reaudit"]["verdict"]) == ("backdoored", second)
+def test_defend_ends_with_the_verdict_on_what_it_has_written(second: Any, code: int) -> None:
+    again = SecondAudit(second, 0.1, None, False, 0.9, 0.2, [])
+    report = DefenseReport("backdoored", pruned=[("conv1", 0)], reaudit=again)
+    for command, expected in (("defend", code), ("demo", 0)):
+        cli = SimpleNamespace(subcommand=command, trainer=SimpleNamespace(report=report))
+        assert _exit_code(cli) == expected
 
 
 @pytest.mark.parametrize(
-    ("verdict", "extra", "code"),
+    ("extra", "code"),
     [
-        ("clean", [], 0),  # nothing is pruned: the network is the one that was audited
-        ("backdoored", ["--when=never"], 3),
-        ("backdoored", ["--mnp.pruning.reaudit=false"], 4),
-        ("clean", ["--when=always", "--mnp.pruning.reaudit=false"], 4),
+        ("--when=never", 3),  # the network is the one that was audited
+        ("--mnp.pruning.reaudit=false", 4),
     ],
 )
 def test_defend_without_a_second_audit(
-    verdict: Any,
-    extra: list[str],
+    extra: str,
     code: int,
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    judgement = Judgement(verdict, 0.5, 0.7, 0, ("a test says so",))
+    judgement = Judgement("backdoored", 0.5, 0.7, 0, ("a test says so",))
     monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **kwargs: judgement)
-    args = ["defend", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", "--output=purified.ckpt"]
-    assert main([*args, *extra]) == code
+    args = ["defend", *COMMON, *QUICK, RATIO, f"--ckpt_path={checkpoint}"]
+    assert main([*args, "--output=purified.ckpt", extra]) == code
     told = "audited again: no, so the verdict on the purified network is undecided"
     assert (told in capsys.readouterr().out) == (code == 4)
 
