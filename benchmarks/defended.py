@@ -137,9 +137,10 @@ def run(
         defended, row["pruned"] = result.model, len(result.pruned)
     else:
         config = MNPConfig(seed=seed).changed({"pruning.impurity": variant.impurity})
-        if preset == "paper":
-            config = MNPConfig.paper(seed=seed)
-        always = attack is not None or preset == "paper"
+        published = {"paper": MNPConfig.paper, "averaged-masks": MNPConfig.averaged_masks}
+        if preset in published:
+            config = published[preset](seed=seed)
+        always = attack is not None or preset in published
         report = defend(network, loader, when="always" if always else "flagged", config=config)
         assert report.model is not None
         defended, row["pruned"] = report.model, len(report.pruned)
@@ -233,7 +234,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the images")
     parser.add_argument("--networks", type=Path, default=Path("runs/attacks/cifar10-2core"))
     parser.add_argument("--imagenette", action="store_true", help="the data is Imagenette, 64 px")
-    presets = ("default", "paper", *baselines.names())
+    presets = ("default", "paper", "averaged-masks", *baselines.names())
     parser.add_argument("--preset", choices=presets, default="default")
     parser.add_argument("--only", nargs="*", help="names of networks; without it, all")
     parser.add_argument("--seeds", type=int, default=2, help="defense sets of each network")

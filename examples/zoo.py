@@ -14,6 +14,7 @@ import importlib.util
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,11 @@ from lightning_mnp.metrics.functional import attack_success_rate, clean_accuracy
 
 NETWORKS = ("badnets", "blend", "clean")
 TARGET = 0
+PRESETS: dict[str, Callable[..., MNPConfig]] = {
+    "default": MNPConfig,
+    "paper": MNPConfig.paper,
+    "averaged-masks": MNPConfig.averaged_masks,
+}
 
 
 def load_zoo(folder: Path) -> ModuleType:
@@ -85,7 +91,7 @@ def run(
     """Defend one network with one defense set and measure before and after."""
     network, info = zoo.load(f"{name}.pt")
     data = CIFAR10DataModule(root, defense_size=500, defense_seed=seed)
-    config = MNPConfig.paper(seed=seed) if preset == "paper" else MNPConfig(seed=seed)
+    config = PRESETS[preset](seed=seed)
     before = evaluate.untouched(name)
     started = time.perf_counter()
     report = defend(network, data.defense_dataloader(), when="always", config=config)
@@ -151,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--zoo", type=Path, required=True, help="folder with load.py")
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10's folder")
-    parser.add_argument("--preset", choices=("default", "paper"), default="default")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="default")
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--seeds", type=int, default=5, help="defense sets of each network")
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="where runs are kept")

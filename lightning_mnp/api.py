@@ -112,7 +112,7 @@ def defend(
         >>> import torch
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> batch = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
-        >>> options = MNPConfig.paper({"pruning.amount": 1})
+        >>> options = MNPConfig.paper({"pruning.rule": "count", "pruning.amount": 1})
         >>> report = defend(network, [batch], when="always", config=options)
         >>> len(report.pruned), report.model is network
         (1, False)

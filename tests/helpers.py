@@ -29,13 +29,13 @@ CLASSES = 4
 # Names of options in tests, which say in one word what they change.
 SHORT_NAMES = {
     **{name: name for name in ("seed", "batch_size", "augment")},
-    **{name: f"filters.{name}" for name in ("include", "exclude", "site", "statistics")},
+    **{name: f"filters.{name}" for name in ("include", "exclude", "linear", "site", "statistics")},
     **{name: f"suppression.{name}" for name in ("runs", "more_runs", "stop_accuracy", "mu")},
     **{f"suppression_{n}": f"suppression.{n}" for n in ("lr", "momentum", "epochs", "parts")},
     **{f"mask_{name}": f"masks.{name}" for name in ("lr", "momentum", "epochs")},
     "penalty": "masks.penalty",
     **{name: f"pruning.{name}" for name in ("rule", "amount", "harm", "impurity")},
-    **{name: f"pruning.{name}" for name in ("soft_mask_steps", "repair", "reaudit")},
+    **{name: f"pruning.{name}" for name in ("soft_mask_steps", "repair", "reaudit", "removes")},
     **{name: f"verdict.{name}" for name in ("threshold", "delta", "most_classes")},
     "verdict": "verdict.rule",
     "saliency": "verdict.saliency",

@@ -129,7 +129,7 @@ def test_command_line_in_several_processes_equals_one(
     monkeypatch.setattr(sys, "argv", ["lightning-mnp"])
     store_weights(tmp_path)
     # Not started from outside, one process does the work, also with `--trainer.devices 2`.
-    assert main(script.command(count, tmp_path)) in (0, 4)
+    assert main(script.command(count, tmp_path)) in (0, 3, 4)
     reports = [json.loads((f / f"report-{count}.json").read_text()) for f in (folder, tmp_path)]
     assert reports[0]["verdict"] == reports[1]["verdict"]
     assert reports[0]["pruned"] == reports[1]["pruned"]

@@ -274,7 +274,7 @@ def test_markup_in_paths_is_printed_as_it_is(
 ) -> None:
     torch.save(Classifier(width=4, in_channels=1).state_dict(), "weights.pt")
     args = ["defend", *COMMON, *QUICK, "--ckpt_path=weights.pt", "--output=[bold]:skull:.pt"]
-    assert main(args) in (0, 4)
+    assert main(args) in (0, 3, 4)
     assert "Weights written to [bold]:skull:.pt" in capsys.readouterr().out
 
 
@@ -335,7 +335,7 @@ def test_failed_output_keeps_the_progress(
     for name in written:
         Path(name).rename("first.pt")
     monkeypatch.setattr("lightning_mnp.mnp.suppression.CleanSuppression.step", None)
-    assert main(args) in (0, 4)
+    assert main(args) in (0, 3, 4)
     names = sorted(path.name for path in own_folder.iterdir())
     assert names == sorted(["out.pt", "report.json", "weights.pt", *["first.pt"] * len(written)])
 

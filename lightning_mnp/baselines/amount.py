@@ -13,7 +13,7 @@ AmountRule = Literal["own", "number", "share"]
 
 class _Options(Protocol):
     @property
-    def rule(self) -> AmountRule: ...
+    def rule(self) -> str: ...
 
     @property
     def amount(self) -> float: ...
@@ -23,7 +23,8 @@ def check_amount(options: _Options) -> None:
     """Check that the option `amount` fits the option `rule`.
 
     Args:
-        options: The options of a baseline.
+        options: The options of a baseline. By rules other than ``"number"`` and ``"share"``, the
+            amount counts nothing.
 
     Raises:
         ValueError: If the amount is no whole number of filters, or no share, as the rule has it.
@@ -36,9 +37,10 @@ def check_amount(options: _Options) -> None:
     if options.rule == "number":
         fits = amount >= 0 and float(amount).is_integer()
         expected = "a whole number of filters, at least 0"
-    else:
+    elif options.rule == "share":
         fits, expected = 0 <= amount < 1, "a share from 0 to below 1"
-    fits |= options.rule == "own"
+    else:
+        return
     require(fits, options, "amount", f"{expected} (`rule` is {options.rule!r})")
 
 
@@ -48,7 +50,8 @@ def filters_to_prune(options: _Options, total: int, available: int) -> int:
     Args:
         options: The options of a baseline, whose rule is one of the two.
         total: Number of filters of the network; a share is a share of these, whichever filters a
-            baseline may prune. So the same share is the same number for all baselines.
+            baseline may prune. So the same share is the same number for all baselines. A share
+            above 0 is at least one filter.
         available: Number of filters that the baseline may prune.
 
     Returns:
@@ -62,7 +65,9 @@ def filters_to_prune(options: _Options, total: int, available: int) -> int:
         >>> filters_to_prune(SimpleNamespace(rule="share", amount=0.01), 1200, available=128)
         12
     """
-    count = round(options.amount * (total if options.rule == "share" else 1))
+    count = int(options.amount)
+    if options.rule == "share":
+        count = max(int(options.amount > 0), round(options.amount * total))
     if count >= available:
         raise ValueError(
             f"Expected argument `amount` to leave one of the {available} filters that can be "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_mnp.baselines.amount import check_amount, filters_to_prune
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.baselines.workbench import Workbench
 from lightning_mnp.config import check_options, option
@@ -26,7 +27,7 @@ from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 
 __all__ = ["RNPConfig", "RNPRule", "default_rnp", "rnp"]
 
-RNPRule = Literal["threshold", "fixed"]
+RNPRule = Literal["threshold", "fixed", "number", "share"]
 
 _THRESHOLD_STEP = 0.05
 _MOST_STEPS = 18  # up to 0.9, as in the published code
@@ -53,7 +54,9 @@ class RNPConfig:
         recovering_epochs: Passes of recovering over the defense set.
         alpha: Factor of the loss in recovering.
         rule: ``"threshold"`` finds a threshold by clean images, ``"fixed"`` uses `threshold`; see
-            :func:`rnp`.
+            :func:`rnp`. ``"number"`` and ``"share"`` prune `amount`.
+        amount: For the rules ``"number"`` and ``"share"``: the number of filters, or the share of
+            all filters of the network.
         threshold: For the rule ``"fixed"``: channels whose mask is at most this number are pruned,
             from 0 to below 1.
         max_drop: For the rule ``"threshold"``: how much the accuracy on the defense set may fall,
@@ -82,11 +85,13 @@ class RNPConfig:
     recovering_epochs: int = option(20, at_least=1)
     alpha: float = option(0.2, above=0)
     rule: RNPRule = option("threshold", choices=get_args(RNPRule))
+    amount: float = option(0.0)
     threshold: float = option(0.2, at_least=0, below=1)
     max_drop: float = option(0.02, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_amount(self)
 
 
 def rnp(
@@ -112,8 +117,9 @@ def rnp(
     threshold from 0 to 0.9 in steps of 0.05, and its user chooses one. A defender has no triggered
     images and cannot choose in this way. The rule ``"threshold"`` takes the largest of these
     thresholds at which the accuracy on the defense set falls by at most ``max_drop``, and prunes
-    nothing if there is none; the rule ``"fixed"`` takes the threshold in the options. There is one
-    more difference: the published code clips gradients before it has computed them; here they are
+    nothing if there is none; the rule ``"fixed"`` takes the threshold in the options. The rules
+    ``"number"`` and ``"share"`` prune the channels with the lowest masks. There is one more
+    difference: the published code clips gradients before it has computed them; here they are
     clipped afterwards. If the accuracy does not fall to ``stop_accuracy``, the weights after the
     last pass are used.
 
@@ -132,8 +138,8 @@ def rnp(
 
     Returns:
         The defended copy, with the masks of the pruned channels as scores. The details are the
-        ``threshold`` (NaN if none of them keeps enough accuracy), the ``unlearning_epochs`` and the
-        ``unlearning_accuracy`` over the last of them.
+        ``threshold`` (NaN if none of them keeps enough accuracy, or if channels are counted), the
+        ``unlearning_epochs`` and the ``unlearning_accuracy`` over the last of them.
 
     Raises:
         ValueError: If the model, the data and the options do not fit each other, or no filter is
@@ -163,20 +169,23 @@ def rnp(
     )
     defended = copy.deepcopy(model)
     with running_alone(defended):
-        layers = _normalized_layers(defended, bench.sample, bench.call)
+        layers, total = _normalized_layers(defended, bench.sample, bench.call)
+    counted = config.rule in ("number", "share")
+    count = filters_to_prune(config, total, layers.total) if counted else 0
     with bench.training():  # the copy on the workbench is the one that unlearns
         details = _unlearn(bench, config)
         masks = _recover(bench, layers, config)
     before = bench.accuracy(defended)
-    threshold = config.threshold
+    threshold = math.nan if counted else config.threshold
     if config.rule == "threshold":
         masked = MaskedNetwork(defended, layers, bench.call, statistics="running")
         with running_alone(defended):
             threshold = _search_threshold(masked, masks, bench.data, config, before)
-    removed = masks <= threshold  # nothing if the threshold is NaN
+    order = masks.argsort(stable=True)
+    chosen = order[: count if counted else int((masks <= threshold).sum())]  # none if it is NaN
+    removed = torch.zeros_like(masks, dtype=torch.bool)
+    removed[chosen] = True
     _zero_scales(defended, layers, removed)
-    chosen = removed.nonzero().flatten()
-    chosen = chosen[masks[chosen].argsort(stable=True)]
     return BaselineResult(
         model=defended,
         pruned=[layers.locate(int(position)) for position in chosen],
@@ -211,8 +220,10 @@ def default_rnp(
     return rnp(network, images, config=RNPConfig(seed=seed))
 
 
-def _normalized_layers(model: nn.Module, images: Tensor, forward: Forward) -> FilterLayers:
-    """Find the layers whose filters are followed by batch normalization with a scale."""
+def _normalized_layers(
+    model: nn.Module, images: Tensor, forward: Forward
+) -> tuple[FilterLayers, int]:
+    """Find the layers whose filters have batch normalization with a scale; count all filters."""
     found = find_filter_layers(model, images, forward=forward, site="norm")
     layers = []
     for layer in found:
@@ -225,7 +236,7 @@ def _normalized_layers(model: nn.Module, images: Tensor, forward: Forward) -> Fi
             f"normalization with a scale, which is what RNP masks, but none of {len(found)} is. "
             "Use a defense that masks filters, such as `lightning_mnp.defend`."
         )
-    return FilterLayers(tuple(layers))
+    return FilterLayers(tuple(layers)), found.total
 
 
 def _unlearn(bench: Workbench, config: RNPConfig) -> dict[str, float]:

@@ -158,8 +158,9 @@ def main(args: list[str] | None = None) -> int:
         args: The arguments; those of the process if None.
 
     Returns:
-        The exit code: 0; for ``audit``, 3 for a backdoored network; for ``audit`` and
-        ``defend``, 4 for an undecided one; 130 after Ctrl-C, 2 for wrong use.
+        The exit code: 0; for ``audit`` and ``defend``, 3 for a backdoored network and 4 for an
+        undecided one; 130 after Ctrl-C, 2 for wrong use. ``defend`` goes by the network that it
+        has written.
     """
     try:
         cli = MNPCLI(args)
@@ -191,9 +192,5 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _exit_code(cli: Any) -> int:
-    report = cli.trainer.report
-    if cli.subcommand == "audit":
-        return int(report.exit_code)
-    if cli.subcommand == "defend" and report.verdict == "undecided":
-        return int(report.exit_code)
-    return 0
+    judges = cli.subcommand in ("audit", "defend")
+    return int(cli.trainer.report.exit_code) if judges else 0

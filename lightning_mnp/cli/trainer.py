@@ -125,8 +125,9 @@ class MNPTrainer(Trainer):
 
         Only the weights in the file are read; nothing in it is run, and it is never written to.
         The output loads strictly into the same class, and is written whatever the verdict. The
-        exit code is 0, or 4 if the verdict stays undecided, 2 for wrong use. What the second
-        audit says of the purified network is in the report, and no part of the exit code.
+        exit code tells the verdict on the network that was written: 0 for clean, 3 for backdoored,
+        4 for undecided, 2 for wrong use. It is that of the second audit; of the first one if
+        nothing was changed. A changed network that is not audited again is undecided.
 
         Args:
             model: The model that the weights belong to.

@@ -15,6 +15,7 @@ __all__ = [
     "MaskOptions",
     "PruningOptions",
     "PruningRule",
+    "Removal",
     "Saliency",
     "SuppressionOptions",
     "VerdictOptions",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 PruningRule = Literal["auto", "count", "share", "threshold"]
+Removal = Literal["map", "filter"]
 Saliency = Literal["map", "weight"]
 VerdictRule = Literal["signals", "ratio"]
 
@@ -31,14 +33,17 @@ class FilterOptions:
     """Which filters take part, and how they are masked.
 
     Args:
-        include: Name patterns of the convolutions to take.
-        exclude: Name patterns of the convolutions to leave out.
-        site: Where a mask acts: `norm`, behind the normalization layer, or `filter`.
+        include: Name patterns of the layers to take.
+        exclude: Name patterns of the layers to leave out.
+        linear: Whether hidden linear layers take part, as convolutions with 1x1 kernels.
+        site: Where a mask acts: `norm`, behind the normalization layer, or `filter`. The latter
+            needs `running` statistics for M1 and M2: those of the batch undo such masks.
         statistics: Suppression, saliency and masks normalize by `batch` or `running` statistics.
     """
 
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
+    linear: bool = option(False)
     site: Site = option("norm", choices=get_args(Site))
     statistics: Statistics = option("batch", choices=get_args(Statistics))
 
@@ -110,7 +115,8 @@ class PruningOptions:
     """Which filters go, how many, and what is done after that.
 
     The rule `auto` takes filters that carry the target class, one by one, as many as `harm` and
-    `amount` allow. The others take the filters with the lowest M1 + M2, as in the paper.
+    `amount` allow. The others take the filters with the lowest M1 + M2, as in the paper. By every
+    rule, at least one filter of each layer stays.
 
     Harm is counted in nats: the rise of the loss on clean images, and with fewer than 2,500 of
     them also how far predictions move.
@@ -123,6 +129,8 @@ class PruningOptions:
         soft_mask_steps: Most steps in which the rule `auto` turns down filters that are left.
         repair: Whether the logits are balanced again after pruning; the target's logit stays.
         reaudit: Whether a pruned network is audited again.
+        removes: What pruning sets to zero: the output `map`, or the weights of the `filter` alone,
+            to the letter of Sec. 3.2. A bias or normalization layer then leaves a constant map.
     """
 
     rule: PruningRule = option("auto", choices=get_args(PruningRule))
@@ -132,6 +140,7 @@ class PruningOptions:
     soft_mask_steps: int = option(150, at_least=0)
     repair: bool = option(True)
     reaudit: bool = option(True)
+    removes: Removal = option("map", choices=get_args(Removal))
 
     def __post_init__(self) -> None:
         check_options(self, "pruning")
@@ -146,6 +155,10 @@ class PruningOptions:
         else:
             fits, expected = 0 < amount < 1, "a share above 0 and below 1"
         require(fits, self, "amount", f"{expected} (`rule` is {self.rule!r})", "pruning")
+        known = self.removes == "map" or self.rule != "auto"
+        require(
+            known, self, "removes", "'map' with the rule 'auto', which measures maps", "pruning"
+        )
 
 
 @dataclass(frozen=True)

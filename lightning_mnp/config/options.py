@@ -132,10 +132,24 @@ class MNPConfig:
     def paper(
         cls, changes: Mapping[str, Any] | None = None, *, seed: int = 0, **flat: Any
     ) -> MNPConfig:
-        """Return the setting of Sec. 5.1: one run of T passes, 30 filters pruned, delta 0.2.
+        """Return the setting of Sec. 5.1: one run of T passes, 0.625% of the filters, delta 0.2.
 
-        The paper does not say where a mask acts or how normalization layers run; both are as in
-        the default.
+        The paper prunes 30 filters of its ResNet-18, which has 4,800. That is a share of 0.625%,
+        and this share is pruned of any network.
+
+        Three things are not to the letter. Each has an option that is:
+
+        - A mask acts on the output map, behind the normalization layer. ``{"filters.site":
+          "filter", "filters.statistics": "running"}`` masks the convolution instead. Normalization
+          by the statistics of the batch would undo such a mask.
+        - Pruning sets the output map to zero. ``{"pruning.removes": "filter"}`` sets only the
+          weights to zero, and a bias or normalization layer then leaves a constant map.
+        - Only convolutions have filters. ``{"filters.linear": True}`` adds hidden fully connected
+          layers, as convolutions with 1x1 kernels. The last layer never takes part: its units are
+          the classes.
+
+        The paper says nothing of normalization statistics. Those of the batch are used, as in the
+        default.
 
         Args:
             changes: Options that differ, by name, as for :meth:`changed`.
@@ -158,8 +172,8 @@ class MNPConfig:
             "suppression.epochs": 20,
             "suppression.parts": 1,
             "suppression.stop_accuracy": None,
-            "pruning.rule": "count",
-            "pruning.amount": 30,
+            "pruning.rule": "share",
+            "pruning.amount": 0.00625,
             "pruning.soft_mask_steps": 0,
             "pruning.repair": False,
             "pruning.reaudit": False,
@@ -168,6 +182,43 @@ class MNPConfig:
             "verdict.raise_rare_classes": False,
         }
         return cls(seed=seed).changed({**published, **(changes or {}), **flat})
+
+    @classmethod
+    def averaged_masks(
+        cls, changes: Mapping[str, Any] | None = None, *, seed: int = 0, **flat: Any
+    ) -> MNPConfig:
+        """Return the setting of the paper, with M1 + M2 averaged over three steadier runs.
+
+        It differs from :meth:`paper` in five things. Suppression has momentum 0.9 and stops when
+        the accuracy has fallen to 0.2, so that the backdoor is not unlearned as well. The masks
+        have momentum 0.9. Images are shifted and mirrored. M1 + M2 is averaged over three runs,
+        because a single run now and then ranks a filter low that clean images need. The detection
+        ratio takes the saliency of output maps.
+
+        The verdict is by this ratio, which tells little. Prune with ``when="always"``, or judge by
+        ``{"verdict.rule": "signals"}``, which takes longer than the masks.
+
+        Args:
+            changes: Options that differ, by name, as for :meth:`changed`.
+            seed: Seed of all that is drawn.
+            flat: Nothing; options without their group are refused by name.
+
+        Raises:
+            ValueError: If an option is unknown, without its group, or out of range.
+
+        Example:
+            >>> MNPConfig.averaged_masks({"suppression.runs": 1}).masks.momentum
+            0.9
+        """
+        steadier = {
+            "augment": "crop-flip",
+            "suppression.runs": 3,
+            "suppression.momentum": 0.9,
+            "suppression.stop_accuracy": 0.2,
+            "masks.momentum": 0.9,
+            "verdict.saliency": "map",
+        }
+        return cls.paper({**steadier, **(changes or {}), **flat}, seed=seed)
 
     def changed(self, changes: Mapping[str, Any]) -> MNPConfig:
         """Return a copy with some options changed.

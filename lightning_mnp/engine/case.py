@@ -35,7 +35,8 @@ from lightning_mnp.surgery.guards import (
     unchanged_on_error,
 )
 from lightning_mnp.surgery.layers import FilterLayers, find_filter_layers
-from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Statistics, Weights
+from lightning_mnp.surgery.masks import undone_masks
 from lightning_mnp.surgery.network import (
     check_copy,
     check_network,
@@ -337,10 +338,33 @@ def open_case(
             site=filters.site,
             include=filters.include,
             exclude=filters.exclude,
+            linear=filters.linear,
         )
     if pruning.rule != "auto":
         pruned_count(torch.ones(layers.total), pruning.rule, pruning.amount)
+        if when != "never" and filters.site == "filter":
+            _refuse_undone_masks(model, layers, filters.statistics)
     return Case(model, data, config, when, layers, call, classes, autocast, constants)
+
+
+def _refuse_undone_masks(model: nn.Module, layers: FilterLayers, statistics: Statistics) -> None:
+    """Raise if M1 and M2 would act where normalization undoes them.
+
+    Running such masks on stored statistics by itself would be another method than the options
+    say: suppression runs on those of the batch, and the suppressed weights fit no others.
+    """
+    undone = undone_masks(model, layers, statistics == "running")
+    if not undone:
+        return
+    remedy = "Set `filters.site` to 'norm'"
+    if statistics == "batch" and not undone_masks(model, layers, running=True):
+        remedy += ", or `filters.statistics` to 'running'"
+    raise ValueError(
+        f"Expected normalization behind masks on filters to go by stored statistics, but got "
+        f"`filters.site` = 'filter', `filters.statistics` = {statistics!r}, and {len(undone)} of "
+        f"{len(layers)} layers, {undone[0]!r} the first, where the scale of a filter is undone by "
+        f"that of the images at hand: M1 and M2 would have no gradient. {remedy}."
+    )
 
 
 def _coarse_weights(model: nn.Module) -> Iterator[str]:

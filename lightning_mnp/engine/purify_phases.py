@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_mnp.engine.base import OneStepPhase, Phase
 from lightning_mnp.engine.case import Case
-from lightning_mnp.mnp.thresholds import pruned_count, pruning_order
+from lightning_mnp.mnp.thresholds import choose_filters, pruned_count
 from lightning_mnp.mnp.updates import Updates
 from lightning_mnp.report import DefenseReport, PruningReport, SecondAudit
 from lightning_mnp.signals.verdict import Judgement
@@ -54,8 +54,16 @@ class ThresholdPhase(_Pruning, OneStepPhase):
     def step(self, updates: Updates) -> dict[str, float]:
         """Choose all filters at once."""
         scores, options = self.case.scores, self.case.config.pruning
-        count = pruned_count(scores, options.rule, options.amount)
-        self.case.purification.remove(pruning_order(scores)[:count])
+        choice = choose_filters(scores, self.case.layers.sizes, options.rule, options.amount)
+        purification, count = self.case.purification, len(choice.pruned)
+        purification.remove(choice.pruned)
+        purification.spare(choice.spared)
+        wanted = pruned_count(scores, options.rule, options.amount)
+        if options.rule != "threshold" and count < wanted:
+            self.case.warnings.append(
+                f"`pruning.amount` asks for {wanted} filters, of which only {count} can go: each "
+                "layer keeps one"
+            )
         self.steps += 1
         return {"filters": float(count)}
 

@@ -11,7 +11,7 @@ from lightning_mnp.report import RunResult, SecondAudit
 
 __all__ = ["case_state", "check_state", "identity", "load_case"]
 
-FORMAT = 13
+FORMAT = 14
 
 
 def identity(case: Case) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lightning_mnp.mnp.detection_ratio import detection_ratio, saliency_correlat
 from lightning_mnp.mnp.dual_masks import DualMask
 from lightning_mnp.mnp.saliency import approximate_clc, filter_magnitudes
 from lightning_mnp.mnp.suppression import CleanSuppression, RunImages
-from lightning_mnp.mnp.thresholds import pruned_count, pruning_order
+from lightning_mnp.mnp.thresholds import choose_filters
 from lightning_mnp.mnp.updates import PlainUpdates
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 
@@ -30,7 +30,7 @@ class Algorithm1Result:
     Attributes:
         m1: The mask M1 on the suppressed weights, from 0 to 1, shape (total filters,).
         m2: The mask M2 on the original weights, from 1 to 2, same shape.
-        pruned: Positions of the filters to prune, lowest M1 + M2 first.
+        pruned: Positions of the filters to prune, lowest M1 + M2 first; each layer keeps one.
         ratio: The detection ratio.
         backdoored: Whether the ratio is at most delta, as Eq. 8 has it. The listing's output has
             the opposite sign.
@@ -61,8 +61,7 @@ def algorithm_1(masked: MaskedNetwork, data: DefenseSet, config: MNPConfig) -> A
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> data = DefenseSet(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
         >>> masked = MaskedNetwork(network, find_filter_layers(network, data.images))
-        >>> config = MNPConfig.paper({"pruning.amount": 1})
-        >>> len(algorithm_1(masked, data, config).pruned)
+        >>> len(algorithm_1(masked, data, MNPConfig.paper()).pruned)  # no share is less than one
         1
     """
     size, device, updates = config.batch_size, masked.device, PlainUpdates()
@@ -93,7 +92,9 @@ def algorithm_1(masked: MaskedNetwork, data: DefenseSet, config: MNPConfig) -> A
             m1.step(*batch, updates)  # 9 and 11: a step of M_1 (Eq. 5), kept from 0 to 1
             m2.step(*batch, updates)  # 10 and 12: a step of M_2 (Eq. 7), kept from 1 to 2
     scores = (m1.values + m2.values).detach()  # 13: until training converged
-    count = pruned_count(scores, config.pruning.rule, config.pruning.amount)
-    pruned = pruning_order(scores)[:count]  # 14: filters with M_1 + M_2 <= epsilon go
+    # 14: filters with M_1 + M_2 <= epsilon go; the listing would take the last of a layer, too
+    choice = choose_filters(scores, masked.layers.sizes, config.pruning.rule, config.pruning.amount)
     backdoored = ratio <= config.verdict.delta
-    return Algorithm1Result(m1.values.detach(), m2.values.detach(), pruned, ratio, backdoored)
+    return Algorithm1Result(
+        m1.values.detach(), m2.values.detach(), choice.pruned, ratio, backdoored
+    )

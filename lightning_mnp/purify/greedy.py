@@ -55,7 +55,7 @@ class GreedyPruning:
     the best four is measured, best first, and the one with the most effect for its harm is taken,
     or the first that does none. It ends at the most filters, or when all that is left is
     too harmful: one filter may do half of the harm allowed, all of them as much as is allowed
-    above the least on the way.
+    above the least on the way. The last filter of a layer is never taken.
 
     Args:
         masked: The network.
@@ -70,6 +70,7 @@ class GreedyPruning:
 
     Attributes:
         taken: Positions of the filters taken so far, in their order.
+        spared: Positions of filters that were not tried, because each is the last of its layer.
         curve: For each number of filters from 0: the harm, then for each trace its mean margin
             as a share of that at the start.
         references: The strength of each trace at the start, or what it counts for at least.
@@ -99,6 +100,7 @@ class GreedyPruning:
         self.batch_size = batch_size
         self.seed = seed
         self.taken: list[int] = []
+        self.spared: list[int] = []
         self.curve: list[tuple[float, ...]] = []
         self.stopped = ""
         self._rejected: dict[int, int] = {}
@@ -175,6 +177,9 @@ class GreedyPruning:
         best: tuple[float, int, float] | None = None
         order = promise.argsort(descending=True, stable=True)[: self.constants.candidates].tolist()
         for index in (index for index in order if promise[index] > 0):
+            if self._is_last(index):
+                self.spared.append(index)
+                continue
             harm = self.harm_of(self.masks(without=[index]))
             if not harm <= most:  # not so if it is NaN
                 self._rejected[index] = len(self.taken)
@@ -189,6 +194,13 @@ class GreedyPruning:
                 self.stopped = f"more filters would do more harm than {self.harm:g} nats"
             return None
         return best[1], best[2]
+
+    def _is_last(self, position: int) -> bool:
+        """Whether all other filters of a filter's layer are taken."""
+        layers = self.masked.layers
+        name = layers.locate(position)[0]
+        [size] = [layer.filters for layer in layers if layer.name == name]
+        return size - sum(layers.locate(taken)[0] == name for taken in self.taken) == 1
 
     def _most_harm(self) -> float:
         """The most harm that the next filter may lead to."""
@@ -217,7 +229,7 @@ class GreedyPruning:
             with torch.enable_grad():
                 effect += torch.autograd.grad(strength(trace, masks), masks)[0] / reference
         effect = effect.nan_to_num(0.0, 0.0, 0.0)  # nothing is known of such filters
-        effect[self.taken] = 0.0
+        effect[[*self.taken, *self.spared]] = 0.0
         effect[self._waiting()] = 0.0
         constants = self.constants
         least = constants.least_effect * effect.max()
@@ -255,6 +267,7 @@ class GreedyPruning:
         """Return the state as tensors and primitives."""
         return {
             "taken": list(self.taken),
+            "spared": list(self.spared),
             "curve": [list(point) for point in self.curve],
             "stopped": self.stopped,
             "rejected": dict(self._rejected),
@@ -265,6 +278,7 @@ class GreedyPruning:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self.taken = [int(index) for index in state["taken"]]
+        self.spared = [int(index) for index in state["spared"]]
         self.curve = [tuple(float(value) for value in point) for point in state["curve"]]
         self.stopped = str(state["stopped"])
         self._rejected = {int(index): int(count) for index, count in state["rejected"].items()}

@@ -20,7 +20,7 @@ from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, repai
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 from lightning_mnp.surgery.masks import scalable_filters
 from lightning_mnp.surgery.network import copy_network
-from lightning_mnp.surgery.prune import Pruning, prune
+from lightning_mnp.surgery.prune import Pruning, prune, without_filters
 
 __all__ = ["Purification"]
 
@@ -106,6 +106,19 @@ class Purification:
         """
         self.removed = positions.to(self.masked.device)
 
+    def spare(self, positions: Sequence[int]) -> None:
+        """Warn of filters that would go, but stay as the last of their layers.
+
+        Args:
+            positions: Their positions among all filters.
+        """
+        names = [repr(self.masked.layers.locate(position)[0]) for position in positions]
+        if names:
+            self.warnings.append(
+                f"one filter stays in each of these layers, although it was to be pruned: "
+                f"{', '.join(names)}; a layer without filters would pass nothing on"
+            )
+
     def begin(self, traces: Sequence[Trace]) -> None:
         """Begin greedy pruning.
 
@@ -134,6 +147,7 @@ class Purification:
         metrics = greedy.step()
         if greedy.stopped:
             self.remove(torch.tensor(greedy.taken, dtype=torch.long))
+            self.spare(greedy.spared)
         return metrics
 
     def soft_mask_step(self) -> dict[str, float]:
@@ -226,6 +240,19 @@ class Purification:
         values[self.removed] = 0.0
         return values
 
+    @property
+    def _weights_only(self) -> bool:
+        return self.config.pruning.removes == "filter"
+
+    def _changed(self) -> dict[str, Any]:
+        """What a call of the network takes to run without the filters that go."""
+        if not self._weights_only:
+            return {"masks": self.factors()}
+        weights = self.masked.weights()
+        return {
+            "weights": {**weights, **without_filters(self.masked.layers, weights, self.removed)}
+        }
+
     def check(self, target: int | None) -> float:
         """Fit the repair, if one is wanted, and measure what is left.
 
@@ -235,17 +262,15 @@ class Purification:
         Returns:
             The accuracy on the defense set, from 0 to 1.
         """
-        factors, size = self.factors(), self.config.batch_size
+        changed, size = self._changed(), self.config.batch_size
         if self.config.pruning.repair and self.changes:
             # With rare classes raised: a target among them is to get back what pruning took from
             # it, but not, as clean images would have it, what it never had.
-            passed = [
-                clean_logits(self.raised, data, size, masks=factors) for data in self._clean.sets
-            ]
+            passed = [clean_logits(self.raised, data, size, **changed) for data in self._clean.sets]
             seen, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
             fixed = None if target in self.raised.raised else target
             self.shift = self._shift_of(repair_shift(seen, classes, fixed))
-        logits, labels = clean_logits(self.masked, self.data, size, masks=factors)
+        logits, labels = clean_logits(self.masked, self.data, size, **changed)
         if self.shift is not None:
             logits = logits + self.shift.values.to(logits)
         self.accuracy = accuracy(logits, labels)
@@ -266,7 +291,8 @@ class Purification:
         Returns:
             What was removed; its ``undo`` puts it back.
         """
-        return prune(network, self.masked.layers, self.removed, self.shift, self.masks)
+        layers, only = self.masked.layers, self._weights_only
+        return prune(network, layers, self.removed, self.shift, self.masks, only)
 
     def purified(self) -> nn.Module:
         """Return a changed copy of the network."""

@@ -108,9 +108,25 @@ class DefenseReport:
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
+    def verdict_after(self) -> Verdict:
+        """The verdict on the network that comes out: the purified one, if there is one.
+
+        That is the verdict of the second audit. Without a second audit, nobody has judged a
+        changed network: it is undecided. A network that was not changed has the first verdict.
+
+        Example:
+            >>> report = DefenseReport("backdoored", pruned=[("conv1", 3)])
+            >>> report.verdict, report.verdict_after
+            ('backdoored', 'undecided')
+        """
+        if not self.changes:
+            return self.verdict
+        return "undecided" if self.reaudit is None else self.reaudit.verdict
+
+    @property
     def exit_code(self) -> int:
-        """0 for clean, 3 for backdoored, 4 for undecided."""
-        return _EXIT_CODES[self.verdict]
+        """0 if :attr:`verdict_after` is clean, 3 for backdoored, 4 for undecided."""
+        return _EXIT_CODES[self.verdict_after]
 
     @property
     def changes(self) -> bool:
@@ -300,5 +316,7 @@ class DefenseReport:
             lines[-1] += f", after pruning {self.accuracy_after:.1%}"
         if self.reaudit is not None:
             lines.append(f"audited again: {self.reaudit.verdict}")
+        elif self.changes:
+            lines.append("audited again: no, so the verdict on the purified network is undecided")
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(printable(line, 10_000) for line in lines)

@@ -35,14 +35,15 @@ Site = Literal["norm", "filter"]
 
 @dataclass(frozen=True)
 class FilterLayer:
-    """A convolution whose filters can be masked and pruned.
+    """A convolution whose filters can be masked and pruned, or a linear layer taken for one.
 
     Attributes:
         name: Dotted name of the convolution in the network.
         filters: Number of filters, which is the number of output channels.
         site: Dotted name of the module whose output is masked: the normalization layer behind the
             convolution, or the convolution itself.
-        channel_dim: The dimension of that output that holds the channels, one for each filter.
+        channel_dim: The dimension of that output that holds the channels, one for each filter; -1
+            for the last one.
         norm: Dotted name of the normalization layer whose only input is this convolution, or None.
         transposed: Whether it is a transposed convolution, whose weight has the input channels
             first.
@@ -171,6 +172,7 @@ def find_filter_layers(
     site: Site = "norm",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    linear: bool = False,
 ) -> FilterLayers:
     """Find the convolutions of a network whose filters can be masked and pruned.
 
@@ -188,6 +190,8 @@ def find_filter_layers(
             masks the filter (weights and bias), as the paper writes it.
         include: Name patterns (``*`` and ``?``) of the convolutions to take.
         exclude: Name patterns of the convolutions to leave out.
+        linear: Whether linear layers count as convolutions with 1x1 kernels, as in Sec. 3.2 of
+            the paper, and their units as filters.
 
     Returns:
         The layers in the order of the network's modules, and those left out with a reason.
@@ -206,10 +210,11 @@ def find_filter_layers(
     """
     if site not in ("norm", "filter"):
         raise ValueError(f"Expected argument `site` to be 'norm' or 'filter', but got {site!r}.")
-    convolutions = {
-        name: module for name, module in network.named_modules() if isinstance(module, _ConvNd)
+    kinds = (_ConvNd, nn.Linear) if linear else (_ConvNd,)
+    convolutions: dict[str, Any] = {
+        name: module for name, module in network.named_modules() if isinstance(module, kinds)
     }
-    if not convolutions:
+    if not any(isinstance(module, _ConvNd) for module in convolutions.values()):
         raise ValueError(
             f"Expected argument `network` to hold at least one convolution, but "
             f"{type(network).__name__} has none. Filters are what this method prunes."
@@ -222,7 +227,7 @@ def find_filter_layers(
                     f"Expected the patterns in argument `{argument}` to match a convolution, but "
                     f"{pattern!r} matches none of {_shorten(list(convolutions))}."
                 )
-    tracer, logits = trace_run(network, images, forward)
+    tracer, logits = trace_run(network, images, forward, linear)
     heads = tracer.makers([logits])
     owners = _owners(network)
     layers, skipped = [], []
@@ -271,21 +276,25 @@ def _is_tied(module: nn.Module, owners: Counter[int]) -> bool:
 def _describe(
     network: nn.Module,
     name: str,
-    convolution: _ConvNd,
+    convolution: _ConvNd | nn.Linear,
     tracer: RunTracer,
     site: Site,
     owners: Counter[int],
 ) -> FilterLayer:
-    norm, dim, note = _paired_norm(network, name, convolution, tracer, owners)
+    if isinstance(convolution, nn.Linear):
+        filters, own_dim, groups = convolution.out_features, -1, 1
+    else:
+        filters, own_dim, groups = convolution.out_channels, 1, convolution.groups
+    norm, dim, note = _paired_norm(network, name, filters, tracer, owners)
     at_norm = norm is not None and site == "norm" and not note
     return FilterLayer(
         name=name,
-        filters=convolution.out_channels,
+        filters=filters,
         site=str(norm) if at_norm else name,
-        channel_dim=dim if at_norm else 1,
+        channel_dim=dim if at_norm else own_dim,
         norm=norm,
         transposed=isinstance(convolution, _ConvTransposeNd),
-        groups=convolution.groups,
+        groups=groups,
         note=note if site == "norm" else "",
         active=at_norm and tracer.kinds[str(norm)] == "active",
         scale=tracer.scales[name] or "",
@@ -295,7 +304,7 @@ def _describe(
 def _paired_norm(
     network: nn.Module,
     name: str,
-    convolution: _ConvNd,
+    filters: int,
     tracer: RunTracer,
     owners: Counter[int],
 ) -> tuple[str | None, int, str]:
@@ -316,7 +325,7 @@ def _paired_norm(
         return None, 1, f"the normalization layer {norm_name} is fed by other layers, too"
     norm = network.get_submodule(norm_name)
     weight = getattr(norm, "weight", None)
-    if weight is not None and weight.numel() != convolution.out_channels:
+    if weight is not None and weight.numel() != filters:
         return None, 1, f"the normalization layer {norm_name} has other channels"
     if norm_name in use.crossed:
         return None, 1, f"the normalization layer {norm_name} normalizes another dimension"

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_mnp.surgery.layers import FilterLayer, FilterLayers
 from lightning_mnp.surgery.scaling import scale_filters_
 from lightning_mnp.surgery.tracing import CHANNEL_NORMS
 
-__all__ = ["FilterMasks", "scalable_filters"]
+__all__ = ["FilterMasks", "scalable_filters", "undone_masks"]
 
 
 class FilterMasks:
@@ -161,6 +162,43 @@ def scalable_filters(network: nn.Module, layers: FilterLayers) -> Tensor:
     """
     parts = [torch.full((layer.filters,), _scales(network, layer)) for layer in layers]
     return torch.cat(parts)
+
+
+def undone_masks(network: nn.Module, layers: FilterLayers, running: bool) -> list[str]:
+    """Find the layers whose masks do nothing, because normalization behind them undoes any scale.
+
+    It does if it divides each channel by that channel's own spread over the images at hand.
+
+    Args:
+        network: The network.
+        layers: Its layers.
+        running: Whether it normalizes by stored statistics, as far as there are any.
+
+    Returns:
+        Names of the layers.
+
+    Example:
+        >>> from lightning_mnp.surgery.layers import find_filter_layers
+        >>> network = nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Flatten())
+        >>> network = network.append(nn.Linear(18, 2))
+        >>> layers = find_filter_layers(network, torch.rand(2, 1, 4, 4), site="filter")
+        >>> [undone_masks(network, layers, running) for running in (False, True)]
+        [['0'], []]
+    """
+    pairs = ((layer, layer.norm) for layer in layers if layer.site == layer.name)
+    return [
+        layer.name
+        for layer, norm in pairs
+        if norm is not None and _undoes_scale(network.get_submodule(norm), running)
+    ]
+
+
+def _undoes_scale(norm: nn.Module, running: bool) -> bool:
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_groups == norm.num_channels
+    if isinstance(norm, FrozenBatchNorm2d) or not isinstance(norm, CHANNEL_NORMS):
+        return False
+    return not running or norm.running_mean is None
 
 
 def _scales(network: nn.Module, layer: FilterLayer) -> bool:

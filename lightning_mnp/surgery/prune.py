@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from lightning_mnp.surgery.layers import FilterLayers
 from lightning_mnp.surgery.logit_shift import LogitShift
 from lightning_mnp.surgery.masks import FilterMasks
+from lightning_mnp.surgery.scaling import scale_filters_
 
-__all__ = ["Pruning", "prune"]
+__all__ = ["Pruning", "prune", "without_filters"]
 
 
 @dataclass
@@ -54,6 +56,7 @@ def prune(
     positions: Tensor,
     shift: LogitShift | None = None,
     masks: Tensor | None = None,
+    weights_only: bool = False,
 ) -> Pruning:
     """Remove filters from a network: their output maps are zero from then on.
 
@@ -64,6 +67,8 @@ def prune(
         shift: Constants that are added to the logits at the same time, or None.
         masks: Factors of the output maps of the other filters, shape (total filters,); all ones if
             None.
+        weights_only: Whether only the weights of the filters are set to zero, see
+            :func:`without_filters`. Masks other than 0 and 1 are not possible then.
 
     Returns:
         The removed filters, and what :meth:`Pruning.undo` needs.
@@ -98,7 +103,11 @@ def prune(
     }
     pruning = Pruning(pruned, saved)
     try:
-        FilterMasks(network, layers, values).bake()
+        if weights_only:
+            for name, weight in without_filters(layers, dict(tensors), positions).items():
+                tensors[name].data.copy_(weight)
+        else:
+            FilterMasks(network, layers, values).bake()
         if shift is not None:
             bias = tensors[shift.name]
             bias.data.add_(shift.values.to(bias))
@@ -106,3 +115,36 @@ def prune(
         pruning.undo(network)
         raise
     return pruning
+
+
+def without_filters(
+    layers: FilterLayers, weights: Mapping[str, Tensor], positions: Tensor
+) -> dict[str, Tensor]:
+    """Return the weights of convolutions with those of some filters set to zero (Sec. 3.2).
+
+    This is the letter of the paper. A bias, or a normalization layer behind the convolution, then
+    leaves a constant map.
+
+    Args:
+        layers: Layers of a network.
+        weights: Its parameters by name; they do not change.
+        positions: Positions of the filters.
+
+    Returns:
+        The changed weights, by name.
+
+    Example:
+        >>> from lightning_mnp.surgery.layers import FilterLayer
+        >>> layers = FilterLayers((FilterLayer("a", 2, "a", 1),))
+        >>> without_filters(layers, {"a.weight": torch.ones(2, 1)}, torch.tensor([1]))
+        {'a.weight': tensor([[1.], [0.]])}
+    """
+    kept = torch.ones(layers.total)
+    kept[positions.cpu()] = 0.0
+    changed = {}
+    for layer, part in zip(layers, kept.split(layers.sizes), strict=True):
+        if not bool(part.all()):
+            name = f"{layer.name}.weight"
+            copied = weights[name].detach().clone()
+            changed[name] = scale_filters_(copied, part, layer.transposed, layer.groups)
+    return changed

@@ -31,6 +31,7 @@ _PLAIN = frozenset(
         nn.ConvTranspose1d,
         nn.ConvTranspose2d,
         nn.ConvTranspose3d,
+        nn.Linear,
         _BatchNorm,
         SyncBatchNorm,
         _InstanceNorm,
@@ -70,11 +71,12 @@ def scale_filters_(weight: Tensor, factors: Tensor, transposed: bool, groups: in
     return weight
 
 
-def filter_scale(convolution: _ConvNd, args: Any, kwargs: dict[str, Any]) -> str | None:
+def filter_scale(convolution: _ConvNd | nn.Linear, args: Any, kwargs: dict[str, Any]) -> str | None:
     """Find the parameter that scales the output maps of a convolution, together with the bias.
 
     Args:
-        convolution: The convolution, whose weight is a parameter of its own.
+        convolution: The convolution, whose weight is a parameter of its own; or a linear layer,
+            which is not run again: only PyTorch's own is known.
         args: Positional arguments of a call of it.
         kwargs: Keyword arguments of that call.
 
@@ -90,6 +92,8 @@ def filter_scale(convolution: _ConvNd, args: Any, kwargs: dict[str, Any]) -> str
     inner = getattr(type(convolution), "_conv_forward", None)
     if _forward(convolution) in _PLAIN and (inner is None or inner in _PLAIN_INNER):
         return "weight"
+    if isinstance(convolution, nn.Linear):
+        return None
     transposed, groups = isinstance(convolution, _ConvTransposeNd), convolution.groups
     trial = _Trial(convolution, args, kwargs, 1)
 

@@ -103,6 +103,7 @@ class RunTracer(TorchFunctionMode):
 
     Args:
         network: The network that will run.
+        linear: Whether linear layers are followed like convolutions.
 
     Attributes:
         uses: How each convolution was used that was called, by name.
@@ -114,8 +115,9 @@ class RunTracer(TorchFunctionMode):
             :func:`~lightning_mnp.surgery.scaling.norm_kind`.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, linear: bool = False) -> None:
         super().__init__()
+        self._followed = (_ConvNd, nn.Linear) if linear else (_ConvNd,)
         self._names = {module: name for name, module in network.named_modules()}
         self.uses: dict[str, ConvolutionUse] = {}
         self.feeders: dict[str, set[str | None]] = {}
@@ -203,16 +205,19 @@ class RunTracer(TorchFunctionMode):
         if isinstance(module, _NORMS):
             makers = self.makers(all_tensors((args, kwargs)))
             self._try_norm(module, name, args, kwargs)
-        elif isinstance(module, _ConvNd) and name not in self.scales and _owns_weight(module):
+        elif (
+            isinstance(module, self._followed) and name not in self.scales and _owns_weight(module)
+        ):
             self.scales[name] = filter_scale(module, args, kwargs)
         self._inside -= 1
         for tensor in all_tensors(output):
             self._keep(tensor)
             self._makers[id(tensor)] = makers
             self._maps.pop(id(tensor), None)
-            if isinstance(module, _ConvNd):
+            if isinstance(module, self._followed):
                 self.uses.setdefault(name, ConvolutionUse()).calls += 1
-                self._maps[id(tensor)] = (name, 1)
+                last = tensor.ndim - 1  # where linear layers have their units
+                self._maps[id(tensor)] = (name, 1 if isinstance(module, _ConvNd) else last)
 
     def _try_norm(self, norm: nn.Module, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         dims = [self._maps[id(x)][1] for x in all_tensors((args, kwargs)) if id(x) in self._maps]
@@ -261,13 +266,16 @@ def _follow_channels(
     return None
 
 
-def trace_run(network: nn.Module, images: Tensor, forward: Forward) -> tuple[RunTracer, Tensor]:
+def trace_run(
+    network: nn.Module, images: Tensor, forward: Forward, linear: bool = False
+) -> tuple[RunTracer, Tensor]:
     """Run a network once, record which layer feeds which, and leave the network as it was.
 
     Args:
         network: The network.
         images: Shape (N, C, ...), on the network's device.
         forward: A function (network, images) that calls it.
+        linear: Whether linear layers are followed like convolutions.
 
     Returns:
         The tracer, with what it has recorded, and the logits.
@@ -282,7 +290,7 @@ def trace_run(network: nn.Module, images: Tensor, forward: Forward) -> tuple[Run
         >>> tracer.uses["0"].norms, tracer.makers([logits])
         ({('1', 1)}, frozenset({'0'}))
     """
-    tracer = RunTracer(network)
+    tracer = RunTracer(network, linear)
     with ExitStack() as stack:
         for module in network.modules():
             if isinstance(module, (_ConvNd, nn.Linear, *_NORMS)):

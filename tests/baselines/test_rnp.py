@@ -178,6 +178,25 @@ def test_nothing_is_pruned_where_every_threshold_costs_too_much() -> None:
     assert same(snapshot(result.model), snapshot(network))
 
 
+@pytest.mark.parametrize(("rule", "amount", "count"), [("number", 4, 4), ("share", 0.2, 3)])
+def test_a_number_or_share_of_the_lowest_masks(rule: Any, amount: float, count: int) -> None:
+    network = make_network()
+    network[1] = nn.GroupNorm(2, 6)  # RNP cannot prune its filters, but 20% are those of all 14
+    masks = rnp(network, DATA, config=quick(rule="fixed", threshold=0.9999))
+    result = rnp(network, DATA, config=quick(rule=rule, amount=amount))
+    assert result.pruned == masks.pruned[:count]
+    assert result.scores == masks.scores[:count]
+    assert math.isnan(result.details["threshold"])
+    assert not result.model[4].weight[[index for _, index in result.pruned]].any()
+
+
+def test_amounts_that_do_not_fit_are_refused_before_any_work() -> None:
+    with pytest.raises(ValueError, match=r"`amount` to be a whole number of filters.*'number'"):
+        quick(rule="number", amount=1.5)
+    with pytest.raises(ValueError, match="`amount` to leave one of the 14 filters"):
+        rnp(make_network(), DATA, config=quick(rule="number", amount=14, unlearning_lr=1e38))
+
+
 def test_unlearning_ends_with_the_first_pass_below_the_stop_accuracy() -> None:
     network = make_network()
     options = {"recovering_epochs": 1, "rule": "fixed"}
@@ -297,7 +316,7 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
     ("option", "value", "expected"),
     [
         ("augment", "mixup", "one of ('none', 'crop', 'crop-flip')"),
-        ("rule", "asr", "one of ('threshold', 'fixed')"),
+        ("rule", "asr", "one of ('threshold', 'fixed', 'number', 'share')"),
         ("unlearning_epochs", 0, "a whole number of at least 1"),
         ("decay_epochs", 1.5, "a whole number of at least 1"),
         ("recovering_epochs", 0, "a whole number of at least 1"),

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,14 +12,17 @@ import torch
 from commands import COMMON, DATA, MODEL, QUICK, TRAINER
 from helpers import same, snapshot
 
-from lightning_mnp.cli.command_line import MNPCLI, _named_command, main
+from lightning_mnp.cli.command_line import MNPCLI, _exit_code, _named_command, main
 from lightning_mnp.models import Classifier
+from lightning_mnp.report import DefenseReport, SecondAudit
 from lightning_mnp.signals.verdict import Judgement
 
 pytestmark = [
     pytest.mark.usefixtures("short_searches"),
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
 ]
+
+RATIO = "--mnp.verdict.rule=ratio"  # which needs no search
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +51,37 @@ def test_audit_ends_with_the_exit_code_of_its_verdict(
     assert json.loads(report.read_text())["verdict"] == verdict
 
 
+@pytest.mark.parametrize(("second", "code"), [("clean", 0), ("backdoored", 3), ("undecided", 4)])
+def test_defend_ends_with_the_verdict_on_what_it_has_written(second: Any, code: int) -> None:
+    again = SecondAudit(second, 0.1, None, False, 0.9, 0.2, [])
+    report = DefenseReport("backdoored", pruned=[("conv1", 0)], reaudit=again)
+    for command, expected in (("defend", code), ("demo", 0)):
+        cli = SimpleNamespace(subcommand=command, trainer=SimpleNamespace(report=report))
+        assert _exit_code(cli) == expected
+
+
+@pytest.mark.parametrize(
+    ("extra", "code"),
+    [
+        ("--when=never", 3),  # the network is the one that was audited
+        ("--mnp.pruning.reaudit=false", 4),
+    ],
+)
+def test_defend_without_a_second_audit(
+    extra: str,
+    code: int,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    judgement = Judgement("backdoored", 0.5, 0.7, 0, ("a test says so",))
+    monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **kwargs: judgement)
+    args = ["defend", *COMMON, *QUICK, RATIO, f"--ckpt_path={checkpoint}"]
+    assert main([*args, "--output=purified.ckpt", extra]) == code
+    told = "audited again: no, so the verdict on the purified network is undecided"
+    assert (told in capsys.readouterr().out) == (code == 4)
+
+
 @pytest.mark.parametrize(
     "suffix", [pytest.param(".pt", marks=pytest.mark.slow), ".ckpt", ".safetensors"]
 )
@@ -59,7 +94,7 @@ def test_defend_writes_weights_that_load_strictly(
     output = tmp_path / f"purified{suffix}"
     args = ["defend", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", f"--output={output}"]
     again = str(suffix == ".ckpt").lower()  # a second audit takes as long as the first
-    assert main([*args, "--when=always", f"--mnp.pruning.reaudit={again}"]) in (0, 4)
+    assert main([*args, "--when=always", f"--mnp.pruning.reaudit={again}"]) in (0, 3, 4)
     assert checkpoint.read_bytes() == before
     purified = Classifier(width=4, in_channels=1)
     load_into(purified, read_state_dict(output))
@@ -187,7 +222,7 @@ def test_fit_then_audit_and_defend(tmp_path: Path) -> None:
     [trained] = tmp_path.rglob("*.ckpt")
     args = [*COMMON, *QUICK, f"--ckpt_path={trained}"]
     assert main(["audit", *args]) in (0, 3, 4)
-    assert main(["defend", *args, "--output=purified.ckpt"]) in (0, 4)
+    assert main(["defend", *args, "--output=purified.ckpt"]) in (0, 3, 4)
     assert (tmp_path / "purified.ckpt").exists()
 
 

@@ -15,6 +15,8 @@ from lightning_mnp.config import MNPConfig
 # Option, values that it takes, values that it refuses, what the message says it expects.
 OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
     ("augment", ["none", "crop", "crop-flip"], ["flip", "", None], "'none', 'crop', 'crop-flip'"),
+    ("linear", [True, False], [1, None, "yes"], "True or False"),
+    ("removes", ["map"], ["norm", None], "'map', 'filter'"),
     ("site", ["norm", "filter"], ["weight", None], "'norm', 'filter'"),
     ("statistics", ["batch", "running"], ["eval", None], "'batch', 'running'"),
     ("rule", ["auto", "share"], ["best", None], "'auto', 'count', 'share', 'threshold'"),
@@ -162,7 +164,32 @@ def test_the_papers_setting() -> None:
     assert published == (0.001, 0.0005, 0.2)
     assert (config.suppression.runs, config.augment, config.verdict.rule) == (1, "none", "ratio")
     assert (config.verdict.saliency, MNPConfig().verdict.saliency) == ("weight", "map")
-    assert (config.pruning.rule, config.pruning.amount) == ("count", 30)
+    assert (config.pruning.rule, config.pruning.amount) == ("share", 30 / 4800)
+    assert (config.filters.linear, config.pruning.removes) == (False, "map")
+
+
+def test_averaged_masks_differ_from_the_papers_setting_in_this() -> None:
+    paper, steadier = MNPConfig.paper(seed=2).flat(), MNPConfig.averaged_masks(seed=2).flat()
+    assert {name: value for name, value in steadier.items() if value != paper[name]} == {
+        "augment": "crop-flip",
+        "suppression.runs": 3,
+        "suppression.momentum": 0.9,
+        "suppression.stop_accuracy": 0.2,
+        "masks.momentum": 0.9,
+        "verdict.saliency": "map",
+    }
+    changed = MNPConfig.averaged_masks({"suppression.runs": 1, "verdict.saliency": "weight"})
+    assert (changed.suppression.runs, changed.verdict.saliency) == (1, "weight")
+    assert changed.masks.momentum == 0.9
+    with pytest.raises(ValueError, match=r"The option `runs` is `suppression\.runs` now"):
+        MNPConfig.averaged_masks(runs=1)
+
+
+def test_only_the_papers_rules_remove_weights_alone() -> None:
+    assert PruningOptions(rule="count", amount=1, removes="filter").removes == "filter"
+    message = "`pruning.removes` to be 'map' with the rule 'auto', .*, but got 'filter'"
+    with pytest.raises(ValueError, match=message):
+        PruningOptions(removes="filter")
 
 
 def test_the_papers_setting_with_changes() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lightning_mnp.surgery.masked_network import MaskedNetwork
 CHANGES: dict[str, Any] = {
     "suppression.epochs": 4,
     "masks.epochs": 3,
+    "pruning.rule": "count",
     "pruning.amount": 7,
     "batch_size": 16,
 }
@@ -30,6 +32,7 @@ CHANGES: dict[str, Any] = {
         {"suppression.stop_accuracy": 0.9},
         {"pruning.rule": "threshold", "pruning.amount": 1.99, "augment": "crop"},
         {"suppression.momentum": 0.9, "masks.momentum": 0.9, "suppression.parts": 2, "seed": 5},
+        {"filters.site": "filter", "filters.statistics": "running", "pruning.removes": "filter"},
     ],
 )
 def test_the_engine_does_the_same(changes: dict[str, Any]) -> None:
@@ -41,8 +44,9 @@ def test_the_engine_does_the_same(changes: dict[str, Any]) -> None:
         defense.step()
     report = defense.report()
     before = snapshot(network)
-    layers = find_filter_layers(network, data.images[:2])
-    found = algorithm_1(MaskedNetwork(network, layers), data, config)
+    layers = find_filter_layers(network, data.images[:2], site=config.filters.site)
+    masked = MaskedNetwork(network, layers, statistics=config.filters.statistics)
+    found = algorithm_1(masked, data, config)
     assert same(before, snapshot(network))
     assert torch.equal(found.m1, defense.case.penalty.values.detach())
     assert torch.equal(found.m2, defense.case.preserving.values.detach())
@@ -66,6 +70,16 @@ def test_masks_are_in_their_ranges_and_the_lowest_sums_go() -> None:
     sums = (found.m1 + found.m2).tolist()
     expected = sorted(range(len(sums)), key=lambda index: (sums[index], index))[:7]
     assert found.pruned.tolist() == expected
+
+
+def test_each_layer_keeps_a_filter() -> None:
+    config = MNPConfig.paper({**CHANGES, "pruning.amount": 290})
+    network, data = trained_network(), DefenseSet(*images_and_labels())
+    masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
+    pruned = [masked.layers.locate(int(p)) for p in algorithm_1(masked, data, config).pruned]
+    gone = Counter(name for name, _ in pruned)
+    assert len(pruned) == masked.layers.total - len(masked.layers)
+    assert all(gone[layer.name] == layer.filters - 1 for layer in masked.layers)
 
 
 def test_the_automatic_rule_is_not_the_papers() -> None:

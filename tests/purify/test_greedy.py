@@ -145,6 +145,24 @@ def test_filter_whose_harm_cannot_be_told_is_not_taken(monkeypatch: pytest.Monke
     assert "more filters would do more harm" in search.stopped
 
 
+def test_the_last_filter_of_a_layer_is_never_taken() -> None:
+    search = new_search(most=1, harm=1e9)
+    search.step()
+    layers = search.masked.layers
+    best = search._best()
+    assert best is not None
+    name, _ = layers.locate(best[0])
+    others = [p for p in range(layers.total) if layers.locate(p)[0] == name and p != best[0]]
+    search.taken += others
+    search._promise = lambda: tuple(torch.eye(layers.total)[best[0]] for _ in range(2))  # type: ignore
+    assert search._best() is None
+    assert search.spared == [best[0]]
+    again = new_search()
+    again.load_state_dict(search.state_dict())
+    assert again.spared == [best[0]]
+    assert not again._promise()[1][best[0]]
+
+
 @pytest.mark.parametrize("unknown", [slice(0, 6), slice(None)])
 def test_filters_of_unknown_promise_do_not_hold_up_the_search(
     unknown: slice, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -219,3 +220,30 @@ def test_resumed_purification_ends_the_same(stop: int) -> None:
     assert reference.shift is not None
     assert finished.shift.values.equal(reference.shift.values)
     assert finished.accuracy == reference.accuracy
+
+
+def test_weights_alone_are_removed_to_the_letter() -> None:
+    purification = new_purification(rule="count", amount=2, removes="filter", repair=True)
+    network = purification.masked.network
+    positions = torch.tensor([1, 130])
+    purification.remove(positions)
+    found = purification.check(target=None)
+    purified, expected = purification.purified(), copy.deepcopy(network)
+    for name, index in (purification.masked.layers.locate(int(p)) for p in positions):
+        expected.get_submodule(name).weight.data[index] = 0.0
+    state = {**expected.state_dict(), "fc.bias": purified.state_dict()["fc.bias"]}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in purified.state_dict().items())
+    assert not torch.equal(state["fc.bias"], network.state_dict()["fc.bias"])  # the repair
+    images, labels = purification.data.images, purification.data.labels
+    with torch.no_grad():
+        assert found == float((purified(images).argmax(1) == labels).float().mean())
+
+
+def test_filters_that_are_spared_are_told() -> None:
+    purification = new_purification()
+    purification.spare([])
+    assert purification.warnings == []
+    purification.spare([0, 299])
+    [warning] = purification.warnings
+    assert "one filter stays in each of these layers" in warning
+    assert "although it was to be pruned: 'conv1', 'layer4.1.conv2'; a layer" in warning

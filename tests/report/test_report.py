@@ -57,7 +57,17 @@ def test_pile_up_of_a_run() -> None:
 
 @pytest.mark.parametrize(("verdict", "code"), [("clean", 0), ("backdoored", 3), ("undecided", 4)])
 def test_exit_codes(verdict: Any, code: int) -> None:
-    assert make(verdict=verdict).exit_code == code
+    unchanged = make(verdict=verdict, pruned=[], pruning=PruningReport())
+    assert (unchanged.verdict_after, unchanged.exit_code) == (verdict, code)
+    again = make(reaudit=SecondAudit(verdict, 0.1, None, False, 0.9, 0.2, []))
+    assert (again.verdict, again.verdict_after, again.exit_code) == ("backdoored", verdict, code)
+
+
+@pytest.mark.parametrize("changes", [{"pruned": []}, {"pruning": PruningReport()}])
+def test_a_changed_network_that_is_not_audited_again_is_undecided(changes: Any) -> None:
+    for verdict in ("clean", "backdoored"):
+        report = make(verdict=verdict, **changes)
+        assert (report.verdict_after, report.exit_code) == ("undecided", 4)
 
 
 def test_json_holds_everything_but_the_model() -> None:
@@ -160,6 +170,7 @@ def test_text() -> None:
         "filters pruned: 2 of 30",
         "filters turned down: 1; mean factor of all 0.25",
         "accuracy on the defense set: 85.0%, after pruning 84.0%",
+        "audited again: no, so the verdict on the purified network is undecided",
         "warning: M1 of run 1 stopped early",
     ]
 

@@ -24,6 +24,7 @@ from lightning_mnp.surgery.layers import (
     filter_rows,
     find_filter_layers,
 )
+from lightning_mnp.surgery.masks import FilterMasks
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -264,6 +265,66 @@ def test_what_scales_the_filters() -> None:
     assert only(chain(nn.Conv2d(3, 4, 3))).scale == "weight"
     assert only(chain(Standardized(3, 4, 3))).scale == ""
     assert only(chain(Standardized(3, 4, 3, gain=True))).scale == "factor"
+
+
+class Words(nn.Module):
+    """Linear layers along the last dimension, with a norm behind the first and one at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 4, 4, 4)
+        self.wide, self.norm = nn.Linear(4, 6), nn.LayerNorm(6)
+        self.narrow, self.head = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.norm(self.wide(x))
+        return self.head(F.relu(self.narrow(x)).mean(1))  # type: ignore[no-any-return]
+
+
+def test_hidden_linear_layers_take_part_if_asked_for() -> None:
+    network = Words()
+    assert [layer.name for layer in find_filter_layers(network, IMAGES)] == ["patches"]
+    layers = find_filter_layers(network, IMAGES, linear=True)
+    assert layers[1:] == (
+        FilterLayer("wide", 6, "norm", 2, "norm"),
+        FilterLayer("narrow", 5, "narrow", -1, note="no normalization layer follows"),
+    )
+    assert layers.skipped == (("head", "classifier head: its filters are classes"),)
+    own = find_filter_layers(network, IMAGES, linear=True, site="filter", include=["wide"])
+    assert own[0] == FilterLayer("wide", 6, "wide", -1, "norm")
+
+
+def test_units_of_linear_layers_are_masked_and_pruned_as_filters_are() -> None:
+    network = Words()
+    layers = find_filter_layers(network, IMAGES, linear=True)
+    masks = torch.ones(layers.total)
+    masks[[2, 5, 12]] = 0.0
+    with FilterMasks(network, layers, masks):
+        expected = network(IMAGES)
+    narrow = network.narrow.weight.detach().clone()
+    FilterMasks(network, layers, masks).bake()
+    torch.testing.assert_close(network(IMAGES), expected)
+    narrow[2] = 0.0
+    assert network.narrow.weight.equal(narrow)
+    assert network.narrow.bias[2] == network.norm.weight[1] == network.norm.bias[1] == 0
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_takes_no_part() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), Doubled(4, 4), nn.Linear(4, 2))
+    layers = find_filter_layers(network, IMAGES, linear=True)
+    assert [layer.name for layer in layers] == ["0"]
+    assert layers.skipped[0][0] == "2"
+
+
+def test_linear_layers_alone_are_not_enough() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="to hold at least one convolution"):
+        find_filter_layers(network, IMAGES, linear=True)
 
 
 # --- what is left out --------------------------------------------------------------------------

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d, Permute
 from unusual_layers import NormThen, Standardized
 
 from lightning_mnp.surgery.layers import FilterLayer, FilterLayers, find_filter_layers
-from lightning_mnp.surgery.masks import FilterMasks
+from lightning_mnp.surgery.masked_network import MaskedNetwork
+from lightning_mnp.surgery.masks import FilterMasks, undone_masks
 
 Build = Callable[[], nn.Sequential]
 
@@ -445,3 +447,22 @@ def test_layers_of_another_network(action: str) -> None:
     with pytest.raises(AttributeError, match="x"):
         getattr(FilterMasks(network, other, torch.zeros(9)), action)()
     assert traces(network) == before
+
+
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+@pytest.mark.parametrize("norm", [*NORMS, "batch, not tracked", "group of one"])
+def test_masks_are_undone_where_the_loss_has_no_slope(norm: str, statistics: Any) -> None:
+    norms = {
+        **NORMS,
+        "batch, not tracked": lambda: [nn.BatchNorm2d(4, track_running_stats=False)],
+        "group of one": lambda: [nn.GroupNorm(4, 4)],
+    }[norm]()
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), *norms, nn.Flatten(), nn.Linear(144, 2))
+    network.double()
+    images = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    layers = find_filter_layers(network, images, site="filter")
+    masks = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    logits = MaskedNetwork(network, layers, statistics=statistics)(images, masks=masks)
+    (slopes,) = torch.autograd.grad(F.cross_entropy(logits, torch.arange(4) % 2), masks)
+    found = undone_masks(network, layers, statistics == "running")
+    assert found == (["0"] if float(slopes.abs().max()) < 1e-3 else [])

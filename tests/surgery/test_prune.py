@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import images_and_labels, same, snapshot, trained_network
+from torch import nn
 
 from lightning_mnp.surgery.forward import call_network
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias
 from lightning_mnp.surgery.masks import FilterMasks
-from lightning_mnp.surgery.prune import prune
+from lightning_mnp.surgery.prune import prune, without_filters
 
 
 def test_pruned_network_computes_what_the_masked_one_does() -> None:
@@ -100,3 +101,29 @@ def test_an_interrupted_pruning_is_undone(
     with pytest.raises(error):
         prune(network, layers, torch.arange(40), LogitShift(name, torch.ones(4)))
     assert same(before, snapshot(network))
+
+
+def test_weights_alone_leave_what_stands_behind_them() -> None:
+    network = trained_network()
+    layers = find_filter_layers(network, images_and_labels()[0][:2])
+    before = snapshot(network)
+    pruning = prune(network, layers, torch.tensor([1, 2]), weights_only=True)
+    changed = {
+        name for name, t in network.state_dict().items() if not t.equal(before["tensors"][name])
+    }
+    assert changed == {"conv1.weight"}
+    assert not network.conv1.weight[[1, 2]].any()
+    assert network.conv1.weight[[0, 3]].equal(before["tensors"]["conv1.weight"][[0, 3]])
+    pruning.undo(network)
+    assert same(before, snapshot(network))
+
+
+def test_weights_without_filters_of_transposed_layers() -> None:
+    network = nn.Sequential(nn.ConvTranspose2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(36, 2))
+    layers = find_filter_layers(network, torch.rand(2, 2, 1, 1))
+    weights = dict(network.named_parameters())
+    [(name, weight)] = without_filters(layers, weights, torch.tensor([3])).items()
+    assert name == "0.weight"
+    assert not weight[1, 1].any()  # the second group's second filter
+    assert weight[0].equal(network[0].weight[0])
+    assert weight[1, 0].equal(network[0].weight[1, 0])
