@@ -200,14 +200,15 @@ class ReauditPhase(Phase):
         self.second = self.second or self._audit(self.case.purification.purified())
         metrics = {} if self.second.finished else self.second.step()
         if self.second.finished:
-            judgement = self.second.judgement
+            judgement, report = self.second.judgement, self.second.report()
+            self.case.masked.seen.add(sum(report.passes.values()))
             self.case.second_audit = SecondAudit(
                 verdict=judgement.verdict,
                 score=judgement.score,
                 target_class=judgement.target_class,
                 all_to_all=judgement.all_to_all,
                 detection_ratio=judgement.detection_ratio,
-                pile_up=self.second.report().pile_up,
+                pile_up=report.pile_up,
                 reasons=list(judgement.reasons),
             )
             if judgement.verdict != "clean":

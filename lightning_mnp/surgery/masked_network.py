@@ -49,10 +49,21 @@ class ImageCount:
         >>> seen = ImageCount(forward=300, both=100)
         >>> seen.take(), seen.take()
         (200.0, 0.0)
+        >>> seen.add(200.0)
+        >>> seen.take()
+        200.0
     """
 
     forward: int = 0
     both: int = 0
+
+    def add(self, passes: float) -> None:
+        """Count passes that another network has made.
+
+        Args:
+            passes: How many, a multiple of a third.
+        """
+        self.forward += round(3 * passes)
 
     def take(self) -> float:
         """Return the passes since the last call; forward and backward is one, forward a third."""

@@ -314,6 +314,7 @@ def test_pruned_network_is_audited_again() -> None:
     assert report.reaudit.score == pytest.approx(expected.score)
     assert report.reaudit.verdict == expected.verdict
     assert report.reaudit.reasons == expected.reasons
+    assert report.passes["reaudit"] == pytest.approx(sum(expected.passes.values()))
 
 
 @short
