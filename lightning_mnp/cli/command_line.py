@@ -1,4 +1,4 @@
-"""The command line: Lightning's commands, and audit, defend, calibrate and demo."""
+"""The command line: Lightning's commands, and audit, defend, calibrate, demo and benchmark."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightning_mnp.attacks import TriggerCheckpoint
 from lightning_mnp.checkpoints.printable import printable
+from lightning_mnp.cli.benchmark import main as benchmark
 from lightning_mnp.cli.trainer import MNPTrainer
 from lightning_mnp.config import grouped_message
 from lightning_mnp.hosting.checkpoint_io import use_checked_io
@@ -59,6 +60,7 @@ class MNPCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={
                 "description": "Tell whether a CNN carries a backdoor, and remove it.",
+                "epilog": "Another command, `lightning-mnp benchmark`, compares defenses.",
                 "version": version("lightning-mnp"),
                 "demo": {"default_config_files": [str(_DEMO)]},
             },
@@ -146,9 +148,13 @@ def main(args: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; for ``audit``, 3 for a backdoored network; for ``audit`` and
-        ``defend``, 4 for an undecided one; 130 after Ctrl-C, 2 for wrong use.
+        ``defend``, 4 for an undecided one; for ``benchmark``, 1 if a cell failed; 130 after
+        Ctrl-C, 2 for wrong use.
     """
+    words = sys.argv[1:] if args is None else args
     try:
+        if words[:1] == ["benchmark"]:
+            return benchmark(words[1:], fit=main)
         cli = MNPCLI(args)
     except _WRONG_INPUT as error:
         if os.environ.get("LIGHTNING_MNP_DEBUG"):
