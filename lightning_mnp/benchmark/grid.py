@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_mnp.benchmark.methods import Method, Task
 from lightning_mnp.benchmark.recipe import NetworkRecipe
@@ -93,6 +93,7 @@ class Cell:
         size: Number of clean images.
         seed: Seed of the method, which also draws the clean images.
         test_images: Most test images that CA and ASR are measured on; None for all.
+        suspects: Number of images for a detector that looks for poisoned ones.
     """
 
     network: NetworkRecipe
@@ -101,6 +102,12 @@ class Cell:
     size: int
     seed: int
     test_images: int | None
+    suspects: int = 2000
+
+    @property
+    def suspect_kind(self) -> Literal["training", "inputs"] | None:
+        """Which images a detector looks at that may be poisoned; None for none."""
+        return self.method.suspects if self.task == "detector" else None
 
     def described(self) -> dict[str, Any]:
         """Return all that the cell stands for, as primitives."""
@@ -112,6 +119,7 @@ class Cell:
             "defense_size": self.size,
             "defense_seed": self.seed,
             "test_images": self.test_images,
+            "suspects": self.suspects if self.suspect_kind else None,
         }
 
     @property
@@ -134,6 +142,7 @@ def cells_of(
     options: Mapping[str, Any] | None = None,
     device: str = "cpu",
     test_images: int | None = None,
+    suspects: int = 2000,
 ) -> list[Cell]:
     """Return the cells of grids, each once, network by network.
 
@@ -143,6 +152,7 @@ def cells_of(
         options: Options of `fit` that replace those of the base, by dotted name.
         device: ``"cpu"`` or ``"cuda"``.
         test_images: Most test images; None for all.
+        suspects: Number of images for detectors that look for poisoned ones.
 
     Raises:
         ValueError: If an attack, a method or an option is unknown.
@@ -166,6 +176,6 @@ def cells_of(
             )
             rest = itertools.product(grid.defense_sizes, grid.defense_seeds, chosen)
             for size, defense_seed, (task, method) in rest:
-                cell = Cell(recipe, task, method, size, defense_seed, test_images)
+                cell = Cell(recipe, task, method, size, defense_seed, test_images, suspects)
                 cells.setdefault(cell.digest, cell)
     return list(cells.values())

@@ -138,7 +138,7 @@ class CellImages:
         Raises:
             ValueError: If there are too few images.
         """
-        images, labels = self._drawn(size, seed)
+        images, labels, _ = self._drawn(size, seed, "defense_sizes")
         return DefenseSet(self._normalized(images), labels)
 
     def suspects(self, kind: Literal["training", "inputs"], size: int, seed: int) -> Suspects:
@@ -158,9 +158,8 @@ class CellImages:
                 labels = torch.cat([labels, test.triggered[1]])
             return Suspects(self._normalized(images), labels)
         attack = self.attack()
-        images, labels = self._drawn(size, seed)
+        images, labels, chosen = self._drawn(size, seed, "suspects")
         if attack is not None and self.trigger is not None:
-            chosen = self._chosen(size, seed)
             poisoned = read_poisoned_indices(self.trigger)
             places = torch.isin(chosen, poisoned).nonzero().flatten()
             if not len(poisoned):  # poisoned anew in each batch of the training
@@ -170,15 +169,11 @@ class CellImages:
             labels[places] = attack.poison_labels(labels[places], self.source.num_classes)
         return Suspects(self._normalized(images), labels)
 
-    def _chosen(self, size: int, seed: int) -> Tensor:
-        source = self.source
-        labels = _train_set(source).labels
-        return balanced_indices(labels, size, seed, source.num_classes, argument="defense_size")
-
-    def _drawn(self, size: int, seed: int) -> tuple[Tensor, Tensor]:
-        chosen = self._chosen(size, seed)
-        images = _train_set(self.source)
-        return images.fetch(chosen.tolist()), images.labels[chosen]
+    def _drawn(self, size: int, seed: int, argument: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return training images, their labels and their indices."""
+        stored, classes = _train_set(self.source), self.source.num_classes
+        chosen = balanced_indices(stored.labels, size, seed, classes, argument=argument)
+        return stored.fetch(chosen.tolist()), stored.labels[chosen], chosen
 
     def _normalized(self, images: Tensor) -> Tensor:
         return BatchTransform(self.source.mean, self.source.std).images(images)

@@ -203,9 +203,10 @@ class NetworkFolder:
 
 def _run_quietly(fit: Fit, arguments: list[str], log: IO[str]) -> int:
     """Run a command in this process, let it print to a file, and return its exit code."""
-    logger = logging.getLogger("lightning.pytorch")
-    level, words = logger.level, sys.argv
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels, words = [logger.level for logger in loggers], sys.argv
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     sys.argv = words[:1]  # Lightning warns if they are not those of the command
     try:
         with (
@@ -218,7 +219,8 @@ def _run_quietly(fit: Fit, arguments: list[str], log: IO[str]) -> int:
     except SystemExit as stop:  # by the parser
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         sys.argv = words
 
 

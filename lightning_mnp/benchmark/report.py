@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning_mnp.benchmark import side_tables, tables
 from lightning_mnp.benchmark.plots import draw_plots
-from lightning_mnp.benchmark.results import Machines, Result, paper_figures, read_results
+from lightning_mnp.benchmark.results import Marks, Result, paper_figures, read_results
 from lightning_mnp.benchmark.tables import Table
 
 __all__ = ["write_report"]
@@ -28,14 +28,14 @@ def write_report(results: Path, out: Path, plots: bool = True) -> list[Path]:
     Raises:
         ValueError: If there are no results, or a file is damaged.
     """
-    found, machines = read_results(results), Machines()
-    made = _tables(found, machines)
+    found, marks = read_results(results), Marks()
+    made = _tables(found, marks)
     out.mkdir(parents=True, exist_ok=True)
     drawn: list[Path] = []
     if plots and find_spec("matplotlib") is not None:
         drawn = draw_plots(found, out)
     page = out / "report.md"
-    page.write_text(_page(found, made, machines, drawn), "utf-8")
+    page.write_text(_page(found, made, marks, drawn), "utf-8")
     files = [page]
     for table in [*made, side_tables.every_cell(found)]:
         files.append(out / f"{table.name}.csv")
@@ -43,20 +43,20 @@ def write_report(results: Path, out: Path, plots: bool = True) -> list[Path]:
     return [*files, *drawn]
 
 
-def _tables(found: Sequence[Result], machines: Machines) -> list[Table]:
+def _tables(found: Sequence[Result], marks: Marks) -> list[Table]:
     made = [
-        *tables.mitigation(found, machines),
-        *tables.by_rate(found, machines),
-        *tables.detection(found, machines),
+        *tables.mitigation(found, marks),
+        *tables.by_rate(found, marks),
+        *tables.detection(found, marks),
     ]
     for make in (side_tables.harm, side_tables.cost, side_tables.spread, side_tables.failures):
-        table = make(found, machines)
+        table = make(found, marks)
         made += [] if table is None else [table]
     return made
 
 
 def _page(
-    found: Sequence[Result], made: Sequence[Table], machines: Machines, drawn: Sequence[Path]
+    found: Sequence[Result], made: Sequence[Table], marks: Marks, drawn: Sequence[Path]
 ) -> str:
     dates = sorted(str(each.content["date"])[:10] for each in found)
     failed = sum(not each.is_done for each in found)
@@ -67,7 +67,7 @@ def _page(
         "result yet.",
         *(table.markdown() for table in made),
         *(f"![{path.stem}]({path.name})" for path in drawn),
-        "## Measured on",
-        "\n".join(f"- {line}" for line in machines.lines()),
+        "## Settings and machines",
+        "\n".join(f"- {line}" for line in marks.lines()),
     ]
     return "\n\n".join(parts) + "\n"

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_mnp.benchmark.records import read_cells
 
-__all__ = ["MISSING", "Machines", "Result", "Setting", "paper_figures", "read_results"]
+__all__ = ["MISSING", "Marks", "Result", "Setting", "paper_figures", "read_results"]
 
 MISSING = "missing"
 
@@ -140,17 +140,18 @@ class Result:
         return 100 * figures["CA"], None if asr is None else 100 * asr
 
 
-class Machines:
-    """Gives each machine a short mark, for the last column of tables.
+class Marks:
+    """Gives machines and settings short marks, for the columns of tables.
 
     Example:
-        >>> machines = Machines()
-        >>> machines.lines()
+        >>> marks = Marks()
+        >>> marks.lines()
         []
     """
 
     def __init__(self) -> None:
-        self._marks: dict[str, str] = {}
+        self._machines: dict[str, str] = {}
+        self._settings: dict[str, str] = {}
 
     def mark(self, results: Iterable[Result]) -> str:
         """Return the marks of the machines that results come from.
@@ -167,12 +168,21 @@ class Machines:
                 f"{machine['name']}{threads}, {machine['system']}, Python {versions['python']}, "
                 f"torch {versions['torch']}, lightning-mnp {versions['lightning-mnp']}"
             )
-            marks[self._marks.setdefault(told, f"m{len(self._marks) + 1}")] = None
+            marks[self._machines.setdefault(told, f"m{len(self._machines) + 1}")] = None
         return ", ".join(marks)
+
+    def setting(self, setting: Setting) -> str:
+        """Return the mark of a setting.
+
+        Args:
+            setting: The setting.
+        """
+        return self._settings.setdefault(str(setting), f"s{len(self._settings) + 1}")
 
     def lines(self) -> list[str]:
         """Return a line for each mark that was given."""
-        return [f"{mark}: {told}" for told, mark in self._marks.items()]
+        given = [*self._settings.items(), *self._machines.items()]
+        return [f"{mark}: {told}" for told, mark in given]
 
 
 def read_results(folder: Path) -> list[Result]:

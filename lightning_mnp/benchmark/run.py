@@ -21,7 +21,6 @@ from lightning_mnp.hosting.memory import is_out_of_memory
 
 __all__ = ["Places", "Summary", "cell_version", "run_benchmark", "run_cell"]
 
-_SUSPECTS = 2000
 _TRACE_LINES = 8
 
 
@@ -126,8 +125,8 @@ def _measured(cell: Cell, places: Places, any_code: bool) -> dict[str, Any]:
     if trained.get("test_images") != cell.test_images:
         before = images.test(cell.test_images).measure(network, cell.network.device)
     clean = images.defense_set(cell.size, cell.seed)
-    kind = cell.method.suspects if cell.task == "detector" else None
-    suspects = None if kind is None else images.suspects(kind, _SUSPECTS, cell.seed)
+    kind = cell.suspect_kind
+    suspects = None if kind is None else images.suspects(kind, cell.suspects, cell.seed)
     with Meter(network, cell.network.device) as meter:
         if cell.task == "defense":
             outcome = cell.method.defend(network, clean, cell.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from lightning_mnp.benchmark.results import Machines, Result, Setting
+from lightning_mnp.benchmark.results import Marks, Result, Setting
 from lightning_mnp.benchmark.tables import Table, head, settings_of
 
 __all__ = ["cost", "every_cell", "failures", "harm", "spread"]
@@ -22,12 +22,12 @@ def _groups(results: Sequence[Result]) -> Iterator[tuple[Setting, str, list[Resu
             yield setting, label, [each for each in here if each.label == label]
 
 
-def harm(results: Sequence[Result], machines: Machines) -> Table | None:
+def harm(results: Sequence[Result], marks: Marks) -> Table | None:
     """Make a table of what defenses do to clean networks; None if there are no such results.
 
     Args:
         results: All results.
-        machines: Marks what rows were measured on.
+        marks: Names what rows were measured on.
     """
     lines = []
     wanted = [each for each in results if each.is_clean and each.task == "defense"]
@@ -45,8 +45,8 @@ def harm(results: Sequence[Result], machines: Machines) -> Table | None:
                 f"{statistics.mean(each.content['pruned'] for each in group):.1f}",
                 f"{flagged} of {len(group)}" if judged else "no verdict",
                 str(len(group)),
-                str(setting),
-                machines.mark(group),
+                marks.setting(setting),
+                marks.mark(group),
             ]
         )
     heads = ["defense", "CA before", "CA after", "mean drop", "largest drop", "filters pruned"]
@@ -55,18 +55,18 @@ def harm(results: Sequence[Result], machines: Machines) -> Table | None:
     return Table("harm", title, heads, lines) if lines else None
 
 
-def cost(results: Sequence[Result], machines: Machines) -> Table | None:
+def cost(results: Sequence[Result], marks: Marks) -> Table | None:
     """Make a table of time, passes and memory; None if there are no results.
 
     Args:
         results: All results.
-        machines: Marks what rows were measured on.
+        marks: Names what rows were measured on.
     """
     lines = []
     for task in ("defense", "detector"):
         for setting, label, group in _groups([each for each in results if each.task == task]):
-            for mark in dict.fromkeys(machines.mark([each]) for each in group):
-                part = [each for each in group if machines.mark([each]) == mark]
+            for mark in dict.fromkeys(marks.mark([each]) for each in group):
+                part = [each for each in group if marks.mark([each]) == mark]
                 memory = [r.content["peak_mib"] for r in part if r.content["peak_mib"] is not None]
                 lines.append(
                     [
@@ -76,7 +76,7 @@ def cost(results: Sequence[Result], machines: Machines) -> Table | None:
                         f"{statistics.median(r.content['passes'] for r in part):.0f}",
                         f"{max(memory):.0f}" if memory else "not known",
                         str(len(part)),
-                        str(setting),
+                        marks.setting(setting),
                         mark,
                     ]
                 )
@@ -88,12 +88,12 @@ def cost(results: Sequence[Result], machines: Machines) -> Table | None:
     return Table("cost", "Cost", heads, lines, notes) if lines else None
 
 
-def spread(results: Sequence[Result], machines: Machines) -> Table | None:
+def spread(results: Sequence[Result], marks: Marks) -> Table | None:
     """Make a table of how results differ between seeds; None if there is one seed only.
 
     Args:
         results: All results.
-        machines: Marks what rows were measured on.
+        marks: Names what rows were measured on.
     """
     lines = []
     for setting, label, group in _groups([each for each in results if each.task == "defense"]):
@@ -112,8 +112,8 @@ def spread(results: Sequence[Result], machines: Machines) -> Table | None:
                     _range([ca for ca, _ in pairs]),
                     _range(rates) if rates else "-",
                     f"{len(part)} cells, {len(seeds)} networks",
-                    str(setting),
-                    machines.mark(part),
+                    marks.setting(setting),
+                    marks.mark(part),
                 ]
             )
     heads = ["attack", "defense", "CA", "ASR", "over", "setting", "measured on"]
@@ -131,17 +131,17 @@ def _range(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def failures(results: Sequence[Result], machines: Machines) -> Table | None:
+def failures(results: Sequence[Result], marks: Marks) -> Table | None:
     """Make a table of cells that ended with an error; None if there is none.
 
     Args:
         results: All results.
-        machines: Marks what rows were measured on.
+        marks: Names what rows were measured on.
     """
     lines = []
     for each in (result for result in results if not result.is_done):
         error = each.content["error"]
-        lines.append([each.name, error["type"], error["message"][:300], machines.mark([each])])
+        lines.append([each.name, error["type"], error["message"][:300], marks.mark([each])])
     lines = [[cell.replace("\n", " ") for cell in line] for line in lines]
     heads = ["cell", "error", "message", "measured on"]
     return Table("errors", "Cells that failed", heads, lines) if lines else None

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_mnp.benchmark.results import MISSING, Machines, Result, Setting, paper_figures
+from lightning_mnp.benchmark.results import MISSING, Marks, Result, Setting, paper_figures
 
 __all__ = ["Table", "by_rate", "detection", "mitigation", "settings_of"]
 
@@ -134,12 +134,12 @@ def _cell(group: Sequence[Result]) -> str:
     return shown(mean_pair([each.percent("after") for each in done]) if done else None, len(done))
 
 
-def mitigation(results: Sequence[Result], machines: Machines) -> list[Table]:
+def mitigation(results: Sequence[Result], marks: Marks) -> list[Table]:
     """Make Tables 1 and 2: CA and ASR after each defense, a table for each setting.
 
     Args:
         results: All results.
-        machines: Marks what rows were measured on.
+        marks: Names what rows were measured on.
     """
     wanted = [r for r in results if r.task == "defense" and r.network["usual"] and not r.is_clean]
     tables = []
@@ -160,7 +160,7 @@ def mitigation(results: Sequence[Result], machines: Machines) -> list[Table]:
             none = mean_pair(list(before.values())) if before else None
             own = [_cell([each for each in group if each.label == label]) for label in labels]
             lines.append(
-                [attack, "ours", shown(none, len(before)), *own, machines.mark(group) or MISSING]
+                [attack, "ours", shown(none, len(before)), *own, marks.mark(group) or MISSING]
             )
             notes += _losses(attack, group)
         lines += _averages(here, attacks, labels, rows)
@@ -171,7 +171,7 @@ def mitigation(results: Sequence[Result], machines: Machines) -> list[Table]:
         notes.insert(0, "In brackets: how many networks or defense seeds a mean is over.")
         if len(notes) > 1:
             notes.insert(
-                1, f"To lose: no better in CA and ASR, and worse by {_POINTS} points in one."
+                1, f"To lose: no better in CA and ASR, and worse by over {_POINTS} points in one."
             )
         tables.append(Table(f"{name}-{number}", title, heads, lines, notes))
     return tables
@@ -237,12 +237,12 @@ def _is_better(rival: Pair, own: Pair) -> bool:
     return min(gain_ca, gain_asr) >= 0 and max(gain_ca, gain_asr) > _POINTS
 
 
-def by_rate(results: Sequence[Result], machines: Machines) -> list[Table]:
+def by_rate(results: Sequence[Result], marks: Marks) -> list[Table]:
     """Make Table 3: BadNets by poison rate and mode, a table for each setting and defense.
 
     Args:
         results: All results.
-        machines: Marks what rows were measured on.
+        marks: Names what rows were measured on.
     """
     wanted = [
         each
@@ -275,7 +275,7 @@ def by_rate(results: Sequence[Result], machines: Machines) -> list[Table]:
                 lines += _rate_rows(
                     [r for r in here if r.label == label and r.network["mode"] == mode],
                     (rates, short),
-                    machines,
+                    marks,
                 )
             heads = [f"{rate:.2%} {each}" for rate in rates for each in ("no defense", head(label))]
             tables.append(
@@ -291,7 +291,7 @@ def by_rate(results: Sequence[Result], machines: Machines) -> list[Table]:
 
 
 def _rate_rows(
-    here: Sequence[Result], which: tuple[Sequence[float], str], machines: Machines
+    here: Sequence[Result], which: tuple[Sequence[float], str], marks: Marks
 ) -> list[list[str]]:
     rates, short = which
     lines = []
@@ -305,16 +305,16 @@ def _rate_rows(
                 count = f" ({len(done)})" if len(done) > 1 and when == "after" else ""
                 without = "error" if group else MISSING
                 told.append(without if value is None else f"{value:.2f}{count}")
-        lines.append([f"BadNets-{short}", name, "ours", *told, machines.mark(here) or MISSING])
+        lines.append([f"BadNets-{short}", name, "ours", *told, marks.mark(here) or MISSING])
     return lines
 
 
-def detection(results: Sequence[Result], machines: Machines) -> list[Table]:
+def detection(results: Sequence[Result], marks: Marks) -> list[Table]:
     """Make Table 4: detection rates and, which the paper omits, false positive rates.
 
     Args:
         results: All results.
-        machines: Marks what rows were measured on.
+        marks: Names what rows were measured on.
     """
     wanted = [r for r in results if r.task == "detector" and (r.network["usual"] or r.is_clean)]
     published = paper_figures()["4"]["rows"]
@@ -337,7 +337,7 @@ def detection(results: Sequence[Result], machines: Machines) -> list[Table]:
             average += f", {len(known)} of {len(attacks)}" if 0 < len(known) < len(attacks) else ""
             told = [text for _, text in shares]
             alarms = _flagged([each for each in group if each.is_clean])[1]
-            mark = machines.mark(group) or MISSING
+            mark = marks.mark(group) or MISSING
             lines.append([head(label), "ours", *told, average, alarms, mark])
         heads = ["detector", "by", *attacks, "average", "clean networks flagged", "measured on"]
         note = (

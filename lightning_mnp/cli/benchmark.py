@@ -31,10 +31,11 @@ _FAILED = 1
 
 
 def run(
-    base: Path_fr,  # type: ignore[valid-type]
+    base: Path_fr,
     grids: list[Grid],
     options: dict[str, Any] | None = None,
     test_images: int | None = None,
+    suspects: int = 2000,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path = _RESULTS,
     networks: Path = Path("runs/benchmark"),
@@ -58,6 +59,7 @@ def run(
         grids: What is combined with what.
         options: Options of the training that replace those of the base, by dotted name.
         test_images: Most test images, and most triggered ones; null for all.
+        suspects: Number of images for detectors that look for poisoned ones.
         device: Where networks are trained and methods run; auto is cuda if there is a GPU.
         out: Folder of the results, a small JSON for each cell.
         networks: Folder of the trained networks.
@@ -184,6 +186,7 @@ def _run(
     grids: Sequence[Grid],
     options: dict[str, Any] | None,
     test_images: int | None,
+    suspects: int,
     device: str,
     out: Path,
     networks: Path,
@@ -197,7 +200,8 @@ def _run(
     progress: bool,
 ) -> int:
     seconds = parse_seconds(budget)
-    for name, value in (("threads", threads), ("test_images", test_images)):
+    counts = {"threads": threads, "test_images": test_images, "suspects": suspects}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"Expected argument `{name}` to be at least 1, but got {value}.")
     if device == "auto":
@@ -210,6 +214,7 @@ def _run(
         options=options,
         device=device,
         test_images=test_images,
+        suspects=suspects,
     )
     _check_networks(cells, places, fit, any_code)
     count = jobs if executor == "ray" else jobs or 1
