@@ -124,15 +124,19 @@ def _call(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 
 @contextmanager
 def open_executor(
-    name: ExecutorName = "processes", jobs: int | None = 1, address: str | None = None
+    name: ExecutorName = "processes",
+    jobs: int | None = 1,
+    address: str | None = None,
+    apart: bool = False,
 ) -> Iterator[Executor]:
     """Make an executor, and close it at the end of the context.
 
     Args:
         name: ``"processes"`` of this machine, or ``"ray"``.
-        jobs: Most pieces of work at a time. With one process, all is done in this one. None is for
-            Ray only: as many as the cluster has GPUs or, without any, cores.
+        jobs: Most pieces of work at a time. None is for Ray only: as many as the cluster has GPUs
+            or, without any, cores.
         address: Address of a Ray cluster; None starts one on this machine.
+        apart: Whether a single process is another one, too, and not this one.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -150,7 +154,7 @@ def open_executor(
             f"Expected argument `address` for the executor 'ray' only, but got {address!r} for "
             f"{name!r}. Leave it out, or set `executor` to 'ray'."
         )
-    if name != "ray" and (jobs or 1) == 1:
+    if name != "ray" and (jobs or 1) == 1 and not apart:
         yield HereExecutor()
         return
     executor = _Ray(jobs, address) if name == "ray" else Processes(jobs or 1)
