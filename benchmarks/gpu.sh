@@ -26,8 +26,9 @@ pack() {
     # What the machine has is left out: its torch fits its driver.
     pip download --quiet --only-binary :all: --no-deps --python-version "${PYTHON:-3.11}" \
         --dest "$bundle/wheels" \
-        docstring-parser iniconfig jsonargparse lightning-utilities markdown-it-py mdurl pluggy \
-        pygments pytest pyyaml rich typeshed-client importlib-resources hypothesis sortedcontainers
+        docstring-parser hypothesis importlib-resources iniconfig joblib jsonargparse \
+        lightning-utilities markdown-it-py mdurl pluggy pygments pytest pyyaml rich scikit-learn \
+        sortedcontainers threadpoolctl typeshed-client
     pip wheel --quiet --no-deps --wheel-dir "$bundle/wheels" "$here"
     du -sh "$bundle"
 }
@@ -47,7 +48,7 @@ run() {
     cd "$here"
     if [ -n "${TESTS--m cuda}" ]; then
         # shellcheck disable=SC2086
-        timeout $((limit / 4)) python -m pytest -q -n 0 -p no:cacheprovider ${TESTS--m cuda} tests \
+        timeout $((limit / 4)) python -m pytest -q -p no:cacheprovider ${TESTS--m cuda} tests \
             2>&1 | tee "$out/tests.log" | tail -n 5 || echo "tests failed, see $out/tests.log"
     fi
     # Thirty seconds are kept for the last cell to be longer than thought, and for the archive.

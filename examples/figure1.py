@@ -14,14 +14,25 @@ import argparse
 import csv
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
+from torch.utils.data import DataLoader, Subset
 
 from lightning_mnp import load_into, read_state_dict
 from lightning_mnp.attacks import SavedTrigger
 from lightning_mnp.benchmark import LossChanges, loss_changes
 from lightning_mnp.data import CIFAR10DataModule
 from lightning_mnp.models import cifar_resnet18
+
+
+def spaced(loader: DataLoader[Any], most: int) -> DataLoader[Any]:
+    """Return a loader of every n-th image, so that there are at most so many, of all classes."""
+    images: Any = loader.dataset
+    rows = range(0, len(images), -(-len(images) // most))
+    return DataLoader(
+        Subset(images, rows), batch_size=loader.batch_size, collate_fn=loader.collate_fn
+    )
 
 
 def write_figures(changes: LossChanges, path: Path) -> None:
@@ -71,15 +82,15 @@ def main() -> None:
     network = cifar_resnet18(width=stem.shape[0])
     load_into(network, weights)
     attack = SavedTrigger(options.network / "trigger.safetensors")
-    data = CIFAR10DataModule(options.data, attack, batch_size=options.images)
-    clean, triggered = (next(iter(loader)) for loader in data.test_dataloader())
+    data = CIFAR10DataModule(options.data, attack, on_device=False)
+    clean, triggered = (spaced(loader, options.images) for loader in data.test_dataloader())
 
     with Progress() as bar:
         task = bar.add_task("filters, clean and triggered")
         changes = loss_changes(
             network.eval(),
-            [clean],
-            [triggered],
+            clean,
+            triggered,
             include=options.layers,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

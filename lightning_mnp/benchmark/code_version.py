@@ -35,6 +35,11 @@ def code_version(modules: Iterable[str]) -> str:
         >>> code_version(["lightning_mnp.metrics.share"]) == code_version([])
         False
     """
+    return _digest(frozenset(modules))
+
+
+@cache
+def _digest(modules: frozenset[str]) -> str:
     found = hashlib.sha256()
     for name in sorted(imported_modules(modules)):
         found.update(f"{name}\0{_code(name)}\0".encode())

@@ -118,7 +118,8 @@ class CellImages:
         """Return the test images.
 
         Args:
-            most: Most clean images, and most triggered ones: every n-th is taken. None for all.
+            most: Most clean images, and most triggered ones, drawn at random but always the same;
+                None for all.
         """
         attack, source = self.attack(), self.source
         triggered = None
@@ -192,7 +193,9 @@ def _train_set(source: BackdoorDataModule) -> ImageDataset:
 
 
 def _tensors(images: ImageDataset, most: int | None) -> tuple[Tensor, ...]:
-    """Return images and their labels; every n-th, so that at most so many are left."""
-    step = 1 if most is None else -(-len(images) // most)
-    rows = list(range(0, len(images), step))
-    return images.fetch(rows), *(column[rows] for column in images.label_columns())
+    """Return images and their labels; at most so many, drawn at random, the same each time."""
+    rows = torch.arange(len(images))
+    if most is not None and most < len(images):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        rows = order[:most].sort().values
+    return images.fetch(rows.tolist()), *(column[rows] for column in images.label_columns())

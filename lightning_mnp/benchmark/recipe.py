@@ -180,7 +180,7 @@ class NetworkRecipe:
     def _starts_from_clean(self) -> bool:
         return "checkpoint" in self.content["model"].get("init_args", {})
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Twelve hexadecimal digits that stand for all that decides on the weights."""
         content = copy.deepcopy(self.content)
@@ -251,10 +251,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _overlay(base: Path, name: str) -> Path:
-    path = base.with_name(f"{name}.yaml")
-    if not path.is_file() or "/" in name:
+    known = {path.stem: path for path in base.parent.glob("*.yaml")}
+    if name not in known:
         raise ValueError(_unknown(base, name))
-    return path
+    return known[name]
 
 
 def _unknown(base: Path, name: str) -> str:

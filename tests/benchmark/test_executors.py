@@ -40,9 +40,9 @@ def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
 
 def test_ray_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "lightning-mnp\[ray\]"'):
-        with open_executor("ray"):
-            pass
+    missing = pytest.raises(ModuleNotFoundError, match=r'pip install "lightning-mnp\[ray\]"')
+    with missing, open_executor("ray"):
+        pass
 
 
 class Pool:

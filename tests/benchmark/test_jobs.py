@@ -85,7 +85,7 @@ def test_what_needs_a_failed_job_fails_as_it_did(clock: list[float]) -> None:
     [broken] = make(clock, [-1.0])
     one = Job("one", 0.0, len, ("abc",), needs=("job 0",))
     two = Job("two", 0.0, len, ("abc",), needs=("one",))
-    found = dict((job.name, result) for job, result in run_jobs([one, two, broken], HereExecutor()))
+    found = {job.name: result for job, result in run_jobs([one, two, broken], HereExecutor())}
     assert {str(each) for each in found.values()} == {"broken"}
     assert set(found) == {"job 0", "one", "two"}
 
