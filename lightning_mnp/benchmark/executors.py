@@ -154,7 +154,7 @@ def open_executor(
             f"Expected argument `address` for the executor 'ray' only, but got {address!r} for "
             f"{name!r}. Leave it out, or set `executor` to 'ray'."
         )
-    if name != "ray" and (jobs or 1) == 1 and not apart:
+    if name != "ray" and jobs in (None, 1) and not apart:
         yield HereExecutor()
         return
     executor = _Ray(jobs, address) if name == "ray" else Processes(jobs or 1)

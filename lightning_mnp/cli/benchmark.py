@@ -217,7 +217,7 @@ def _run(
         suspects=suspects,
     )
     _check_networks(cells, places, fit, any_code)
-    count = jobs if executor == "ray" else jobs or 1
+    count = 1 if jobs is None and executor != "ray" else jobs
     with open_executor(executor, count, address) as opened, _progress(progress) as say:
         summary: Summary = run_benchmark(
             *(cells, places, opened, fit),

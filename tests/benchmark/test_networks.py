@@ -133,7 +133,6 @@ def test_threads_are_as_before() -> None:
 
 def test_a_configuration_that_fit_does_not_understand(base: Path) -> None:
     folder = folder_of(base)
-    folder.check(main, None)
     text = base.read_text().replace("lr: 0.05", "lr: fast")
     base.write_text(text)
     with pytest.raises(ValueError, match=r"network 'badnets', seed 0, to be one for .*fast"):
