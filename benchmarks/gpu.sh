@@ -9,7 +9,7 @@
 # `run` first runs the tests that need a GPU, then trains the networks and runs the defenses on them,
 # as far as the time goes, and leaves OUT/cells.tar.gz. With RESULTS, a folder of earlier cells, it
 # goes on behind these. For a trial elsewhere: CONFIG (benchmarks/configs/gpu.yaml), DEVICE (cuda),
-# LIMIT (480), JOBS (4), TESTS ("-m cuda"; "" for none).
+# LIMIT (480), JOBS (4), TESTS (those that need a GPU; "" for none).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 limit=${LIMIT:-480}
@@ -26,19 +26,22 @@ pack() {
     # What the machine has is left out: its torch fits its driver.
     pip download --quiet --only-binary :all: --no-deps --python-version "${PYTHON:-3.11}" \
         --dest "$bundle/wheels" \
-        docstring-parser hypothesis importlib-resources iniconfig joblib jsonargparse \
-        lightning-utilities markdown-it-py mdurl pluggy pygments pytest pyyaml rich scikit-learn \
+        cloudpickle docstring-parser hypothesis importlib-resources iniconfig joblib jsonargparse \
+        markdown-it-py mdurl narwhals pluggy pygments pytest rich scikit-learn \
         sortedcontainers threadpoolctl typeshed-client
     pip wheel --quiet --no-deps --wheel-dir "$bundle/wheels" "$here"
     du -sh "$bundle"
 }
 
 run() {
-    local bundle=$1 out=$2 work
+    local bundle out work
+    mkdir -p "$2"
+    bundle=$(realpath "$1")
+    out=$(realpath "$2")
     work=$(mktemp -d)
     # shellcheck disable=SC2064
     trap "rm -rf '$work'" EXIT
-    mkdir -p "$out" "$work/data" "$work/cells"
+    mkdir -p "$work/data" "$work/cells"
     tar -C "$work/data" -xf "$bundle/data.tar"
     if compgen -G "$bundle/wheels/*.whl" >/dev/null; then
         pip install --quiet --no-index --no-deps --target "$work/site" "$bundle"/wheels/*.whl
@@ -46,9 +49,10 @@ run() {
     export PYTHONPATH="$here:$work/site${PYTHONPATH:+:$PYTHONPATH}"
     if [ -n "${RESULTS:-}" ]; then cp "$RESULTS"/*.json "$work/cells/"; fi
     cd "$here"
-    if [ -n "${TESTS--m cuda}" ]; then
+    local tests=${TESTS--m cuda tests/test_cuda.py}
+    if [ -n "$tests" ]; then
         # shellcheck disable=SC2086
-        timeout $((limit / 4)) python -m pytest -q -p no:cacheprovider ${TESTS--m cuda} tests \
+        timeout $((limit / 4)) python -m pytest -q -p no:cacheprovider $tests \
             2>&1 | tee "$out/tests.log" | tail -n 5 || echo "tests failed, see $out/tests.log"
     fi
     # Thirty seconds are kept for the last cell to be longer than thought, and for the archive.

@@ -130,10 +130,10 @@ class Method:
             ValueError: If the name or an option is unknown, or a value is out of range.
 
         Example:
-            >>> Method("anp", {"amout": 3}).check("defense")
+            >>> Method("anp", {"amounts": 3}).check("defense")
             Traceback (most recent call last):
             ...
-            ValueError: Expected an option of 'anp', ..., but got 'amout'. Did you mean 'amount'?
+            ValueError: Expected an option of 'anp', ..., but got 'amounts'. Did you mean 'amount'?
         """
         known = method_names(task)
         if self.name not in known:

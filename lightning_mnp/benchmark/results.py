@@ -168,6 +168,8 @@ class Marks:
                 f"{machine['name']}{threads}, {machine['system']}, Python {versions['python']}, "
                 f"torch {versions['torch']}, lightning-mnp {versions['lightning-mnp']}"
             )
+            beside = result.content.get("at_a_time", 1)
+            told += f", {beside} cells at a time" if beside > 1 else ""
             marks[self._machines.setdefault(told, f"m{len(self._machines) + 1}")] = None
         return ", ".join(marks)
 

@@ -206,6 +206,7 @@ def run_benchmark(
             cell = left.pop(job.name)
             if isinstance(result, BaseException):  # of the training, or of the process
                 result = {**_head(cell), **_failure(result)}
+            result["at_a_time"] = executor.slots  # cells beside each other slow each other down
             write_json(cell_file(places.results, cell.name), result)
             failed = result["status"] == "failed"
             summary.failed, summary.done = summary.failed + failed, summary.done + (not failed)

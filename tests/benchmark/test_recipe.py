@@ -123,11 +123,11 @@ def test_a_recipe_that_needs_a_clean_network(base: Path) -> None:
         ),
         ({"attack": "cl", "mode": "all-to-all"}, "takes one mode only. Give it a grid of its own"),
         (
-            {"options": {"model.widht": 3}},
-            r"Classifier takes, but got 'model.widht'. Did you mean 'w",
+            {"options": {"model.widths": 3}},
+            r"Classifier takes, but got 'model.widths'. Did you mean 'w",
         ),
         ({"options": {"trainer.max_epoch": 3}}, "Trainer takes.*Did you mean 'max_epochs'"),
-        ({"options": {"modle.width": 3}}, "begin with trainer., model. or data., but got 'modle"),
+        ({"options": {"models.width": 3}}, "begin with trainer., model. or data., but got 'models"),
     ],
 )
 def test_mistakes(base: Path, changes: dict[str, Any], message: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from cell_results import MACHINE, result, write
 
-from lightning_mnp.benchmark.results import Marks, paper_figures, read_results
+from lightning_mnp.benchmark.results import Marks, Result, paper_figures, read_results
 
 
 def test_paper_figures_are_whole() -> None:
@@ -62,10 +62,14 @@ def test_marks() -> None:
     assert marks.mark([result()]) == "m1"
     assert marks.mark([result(), result(machine=other), result()]) == "m1, m2"
     assert marks.mark([]) == ""
+    crowded = result()
+    crowded = Result(crowded.name, {**crowded.content, "at_a_time": 4})
+    assert marks.mark([crowded]) == "m3"
+    assert marks.lines()[-1].endswith("lightning-mnp 0.1.0, 4 cells at a time")
     assert marks.setting(result().setting) == marks.setting(result(seed=2).setting) == "s1"
     assert marks.setting(result(width=8).setting) == "s2"
     lines = marks.lines()
-    assert lines[2:] == [
+    assert lines[2:4] == [
         "m1: A processor, threads: 1, Linux, Python 3.11, torch 2.6, lightning-mnp 0.1.0",
         "m2: A GPU, Linux, Python 3.11, torch 2.6, lightning-mnp 0.1.0",
     ]

@@ -88,6 +88,7 @@ def test_a_cell_has_figures_costs_and_origin(base: Path, places: Places) -> None
     assert content["code"] == cell_version(cell)
     assert content["machine"]["versions"]["torch"]
     assert content["training"]["seconds"] >= 0
+    assert content["at_a_time"] == 1
     assert {"seconds", "passes", "peak_mib", "date", "verdict"} <= content.keys()
 
 

@@ -81,7 +81,7 @@ def test_the_exit_code_tells_of_a_failed_cell(
         ("name: clp", "name: clpp", r"Expected a defense out of .*Did you mean 'clp'\?"),
         ("amount: 1", "amuont: 1", r"Expected an option of 'clp'.*Did you mean 'amount'\?"),
         ("defenses:", "defences:", r"Expected a key of a grid .*'defences'. Did you mean 'defens"),
-        ("grids:", "options: {model.widht: 3}\ngrids:", r"Classifier takes.*Did you mean 'width"),
+        ("grids:", "options: {model.widths: 3}\ngrids:", r"Classifier takes.*Did you mean 'width"),
         ("grids:", "test_image: 3\ngrids:", r"Expected an option .*Did you mean 'test_images'\?"),
         ("grids:", "test_images: 0\ngrids:", "`test_images` to be at least 1, but got 0"),
         ("grids:", "budget: soon\ngrids:", "`budget` to be a time above 0, .* but got 'soon'"),
