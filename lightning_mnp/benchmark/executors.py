@@ -13,14 +13,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-__all__ = ["Executor", "ExecutorName", "HereExecutor", "Processes", "open_executor"]
+__all__ = ["ENVIRONMENT", "Executor", "ExecutorName", "HereExecutor", "Processes", "open_executor"]
 
 ExecutorName = Literal["processes", "ray"]
 
 # For processes: one core each. Memory that tensors leave is kept for the next ones: to give it
 # back to the system each time, as glibc does by default, costs a thin network's training up to a
 # fifth of its time.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
@@ -73,7 +73,7 @@ class Processes:
         self._pool = self._open()
 
     def _open(self) -> ProcessPoolExecutor:
-        os.environ.update(_ENVIRONMENT)  # processes that are started get it
+        os.environ.update(ENVIRONMENT)  # processes that are started get it
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(self.slots, context, _prepare)
 

@@ -17,6 +17,7 @@ _PAPER_DETECTORS = ("nc", "ac", "sc", "strip", "mnp")
 _HEADS = {"none": "Backdoored", "i-bau": "I-BAU", "default": "default", "ft": "fine-tuning"}
 # A rival is better if it is so by more than this, in CA or ASR, and no worse in the other.
 _POINTS = 0.5
+_LEARNED = 50.0  # ASR in percent
 
 Pair = tuple[float, float | None]
 
@@ -162,7 +163,7 @@ def mitigation(results: Sequence[Result], marks: Marks) -> list[Table]:
             lines.append(
                 [attack, "ours", shown(none, len(before)), *own, marks.mark(group) or MISSING]
             )
-            notes += _losses(attack, group)
+            notes += [*_not_learned(attack, group), *_losses(attack, group)]
         lines += _averages(here, attacks, labels, rows)
         what = f"Table {setting.paper_table}" if setting.paper_table else "Defenses"
         title = f"{what}: CA / ASR in percent; {setting}"
@@ -206,6 +207,16 @@ def _averages(
         short = "" if len(pairs) == len(attacks) else f", {len(pairs)} of {len(attacks)} attacks"
         own.append(shown(mean_pair(pairs)) + short if pairs else MISSING)
     return [*lines, ["Average", "ours", "", *own, ""]]
+
+
+def _not_learned(attack: str, group: Sequence[Result]) -> list[str]:
+    """Say in words if networks have not learned the attack: then there is little to find."""
+    rates = {r.network["digest"]: r.percent("before")[1] for r in group if r.is_done}
+    weak = [rate for rate in rates.values() if rate is not None and rate < _LEARNED]
+    if not weak:
+        return []
+    found = f"{len(weak)} of {len(rates)} networks have an ASR below {_LEARNED:.0f}% before any"
+    return [f"{attack}: {found} defense, so the attack was not learned."]
 
 
 def _losses(attack: str, group: Sequence[Result]) -> list[str]:
@@ -344,9 +355,11 @@ def detection(results: Sequence[Result], marks: Marks) -> list[Table]:
             "In percent: networks that are called backdoored; undecided is not. AC, SC and STRIP "
             "see images with the trigger, see the documentation; the others see clean images only."
         )
-        tables.append(
-            Table(f"table4-{number}", f"Table 4: detection; {setting}", heads, lines, [note])
-        )
+        notes = [note]
+        for attack in attacks:
+            notes += _not_learned(attack, [each for each in here if each.attack == attack])
+        title = f"Table 4: detection; {setting}"
+        tables.append(Table(f"table4-{number}", title, heads, lines, notes))
     return tables
 
 

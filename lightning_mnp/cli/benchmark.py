@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -109,7 +109,8 @@ def main(args: Sequence[str], fit: Fit) -> int:
         part = ArgumentParser(description=str(command.__doc__).partition("\n\n    Args:")[0])
         part.add_argument("--config", action="config", help="a YAML file with these options")
         part.add_function_arguments(command, as_group=False)
-        commands.add_subcommand(command.__name__, part)
+        first = str(command.__doc__).partition("\n")[0].rstrip(".")
+        commands.add_subcommand(command.__name__, part, help=first)
     _check_names(args)
     chosen = parser.instantiate_classes(parser.parse_args(list(args)))
     values = dict(vars(getattr(chosen, chosen.subcommand)))
@@ -120,36 +121,39 @@ def main(args: Sequence[str], fit: Fit) -> int:
 
 
 def _check_names(args: Sequence[str]) -> None:
-    """Raise for an unknown name in a configuration file, and suggest the nearest one."""
-    known = run.__annotations__.keys() - {"return"}
-    for word, path in _configurations(args):
-        content = yaml.safe_load(path.read_text("utf-8"))
-        if word != "run" or not isinstance(content, Mapping):
-            continue
-        grids = content.get("grids")
-        parts = [("an option", content, known)]
-        parts += [
-            ("a key of a grid", grid, {each.name for each in fields(Grid)})
-            for grid in (grids if isinstance(grids, list) else [])
-            if isinstance(grid, Mapping)
-        ]
-        for what, given, names in parts:
-            for name in given:
-                if name not in names:
-                    raise ValueError(
-                        f"Expected {what} out of {', '.join(sorted(names))}, but {path} has "
-                        f"{name!r}.{nearest(str(name), names)}"
-                    )
-
-
-def _configurations(args: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Raise for an unknown name of an option or in a configuration, and suggest the nearest one."""
+    command = {"run": run, "report": report}.get(str(args[0]) if args else "")
+    if command is None:
+        return
+    options = command.__annotations__.keys() - {"return"}
+    words = [str(word)[2:].partition("=")[0] for word in args if str(word).startswith("--")]
+    _require_known(
+        "an option of the command",
+        [word.partition(".")[0].rstrip("+") for word in words],
+        options | {"config", "help", "print_config"},
+    )
     for place, word in enumerate(args):
-        name, equals, value = str(word).partition("=")
-        if name == "--config":
-            given = value if equals else next(iter(args[place + 1 : place + 2]), "")
-            path = Path(given)
-            if path.is_file():
-                yield args[0], path
+        name, _, value = str(word).partition("=")
+        path = Path(value or next(iter(args[place + 1 : place + 2]), ""))
+        if name != "--config" or not path.is_file():
+            continue
+        content = yaml.safe_load(path.read_text("utf-8"))
+        if not isinstance(content, Mapping):
+            continue
+        _require_known(f"an option in {path}", content, options)
+        grids = content.get("grids")
+        for grid in grids if isinstance(grids, list) else []:
+            if isinstance(grid, Mapping):
+                _require_known(f"a key of a grid in {path}", grid, {f.name for f in fields(Grid)})
+
+
+def _require_known(what: str, names: Iterable[Any], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"Expected {what} to be one of {', '.join(sorted(known))}, but got {name!r}."
+                f"{nearest(str(name), known)}"
+            )
 
 
 def parse_seconds(text: str | None) -> float | None:

@@ -65,7 +65,7 @@ class Pool:
 
 def test_a_killed_process_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(executors, "_ENVIRONMENT", {})
+    monkeypatch.setattr(executors, "ENVIRONMENT", {})
     with open_executor(jobs=2) as executor:
         assert executor.slots == 2
         assert executor.submit(len, "four").result() == 4

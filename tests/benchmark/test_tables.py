@@ -80,6 +80,16 @@ def test_it_is_said_in_words_where_ours_loses() -> None:
     ]
 
 
+def test_an_attack_that_was_not_learned_is_told() -> None:
+    results = [result("anp", before=(0.9, 0.4)), result("anp", seed=1), result("rnp", seed=1)]
+    [table] = mitigation(results, Marks())
+    told = "BadNets: 1 of 2 networks have an ASR below 50% before any defense, so the attack was"
+    assert [note for note in table.notes if note.startswith(told)]
+    judged = result("nc", None, task="detector", verdict="clean", before=(0.9, 0.1))
+    [table] = detection([judged], Marks())
+    assert table.notes[1].startswith("BadNets: 1 of 1 networks have an ASR below 50%")
+
+
 def test_each_setting_has_a_table_and_other_data_has_no_paper() -> None:
     other = {**MACHINE, "name": "Other"}
     results = [result(), result(width=64, machine=other), result(data="DigitsDataModule")]

@@ -36,6 +36,8 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Write a configuration to another folder than that of the command."""
     monkeypatch.setattr(networks, "build_network", tiny_network)
+    monkeypatch.setattr(networks, "training_version", lambda recipe: "0123456789ab")
+    monkeypatch.setattr("lightning_mnp.benchmark.run.cell_version", lambda cell: "version")
     make_site(tmp_path / "elsewhere" / "site")
 
     def write(text: str) -> Path:
@@ -80,9 +82,17 @@ def test_the_exit_code_tells_of_a_failed_cell(
         ("badnets]", "badnet]", r"Expected an attack out of clean, .*Did you mean 'badnets'\?"),
         ("name: clp", "name: clpp", r"Expected a defense out of .*Did you mean 'clp'\?"),
         ("amount: 1", "amuont: 1", r"Expected an option of 'clp'.*Did you mean 'amount'\?"),
-        ("defenses:", "defences:", r"Expected a key of a grid .*'defences'. Did you mean 'defens"),
+        (
+            "defenses:",
+            "defences:",
+            r"Expected a key of a grid in .*'defences'. Did you mean 'defens",
+        ),
         ("grids:", "options: {model.widths: 3}\ngrids:", r"Classifier takes.*Did you mean 'width"),
-        ("grids:", "test_image: 3\ngrids:", r"Expected an option .*Did you mean 'test_images'\?"),
+        (
+            "grids:",
+            "test_image: 3\ngrids:",
+            r"Expected an option in .*Did you mean 'test_images'\?",
+        ),
         ("grids:", "test_images: 0\ngrids:", "`test_images` to be at least 1, but got 0"),
         ("grids:", "budget: soon\ngrids:", "`budget` to be a time above 0, .* but got 'soon'"),
         ("grids:", "jobs: 0\ngrids:", "`jobs` to be at least 1, but got 0"),
@@ -97,6 +107,21 @@ def test_mistakes_are_told_before_any_training(
         run("--config", str(path))
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "benchmarks").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["run", "--budgt", "3s"],
+            r"option of the command .* got 'budgt'. Did you mean 'budget'\?",
+        ),
+        (["report", "--jobs=2"], "an option of the command to be one of config, help, out, plots"),
+    ],
+)
+def test_unknown_options_of_the_command(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module.main(words, quick_fit)
 
 
 def test_a_mistake_is_an_error_of_the_command(
