@@ -276,14 +276,10 @@ def test_figure_1(
     torch.save(cifar_resnet18(width=2).state_dict(), tmp_path / "last.ckpt")
     save_trigger(tmp_path / "trigger.safetensors", BadNets())
     options = [f"--network={tmp_path}", f"--data={cifar10}", "--output=out", "--images=10"]
-    run_script("figure1.py", [*options, "--layers", "conv1", "layer1.0.*"], monkeypatch)
+    run_script("figure1.py", [*options, "--layers", "conv1", "layer1.0.conv1"], monkeypatch)
     lines = (tmp_path / "out" / "changes.csv").read_text().splitlines()
     assert lines[0] == "layer,filter,CLC,BLC,l2 norm,kind"
-    assert [line.split(",")[0] for line in lines[1::2]] == [
-        "conv1",
-        "layer1.0.conv1",
-        "layer1.0.conv2",
-    ]
+    assert [line.split(",")[0] for line in lines[1::2]] == ["conv1", "layer1.0.conv1"]
     drawn = (tmp_path / "out" / "figure1.png").exists()
     assert drawn != ("No picture" in capsys.readouterr().out)
 

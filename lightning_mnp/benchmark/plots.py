@@ -11,6 +11,7 @@ from lightning_mnp.benchmark.tables import head, mean_pair, settings_of
 
 __all__ = ["draw_plots"]
 
+_MARKERS = "os^Dv"
 # Options of MNP that Figure 3 varies, and their names there.
 _VARIED = {"masks.penalty": "lambda", "suppression.mu": "mu"}
 
@@ -49,9 +50,11 @@ def draw_plots(results: Sequence[Result], folder: Path) -> list[Path]:
         figure = Figure(figsize=(7, 5))
         axes = figure.subplots()
         here = [each for each in wanted if each.setting == setting]
-        for label in sorted({each.label for each in here}):
+        for place, label in enumerate(sorted({each.label for each in here})):
             pairs = [each.percent("after") for each in here if each.label == label]
-            axes.scatter([r or 0.0 for _, r in pairs], [ca for ca, _ in pairs], label=head(label))
+            both = [asr or 0.0 for _, asr in pairs], [ca for ca, _ in pairs]
+            marker = _MARKERS[place // 10 % len(_MARKERS)]  # colors repeat after ten
+            axes.scatter(*both, label=head(label), marker=marker)
         axes.set(xlabel="ASR (%)", ylabel="CA (%)", title=str(setting))
         axes.title.set_fontsize(7)
         axes.legend(fontsize=7)

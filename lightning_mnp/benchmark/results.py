@@ -141,7 +141,7 @@ class Result:
 
 
 class Marks:
-    """Gives machines and settings short marks, for the columns of tables.
+    """Short marks of machines and settings, for the columns of tables.
 
     Example:
         >>> marks = Marks()
