@@ -24,14 +24,9 @@ from typing import Any
 
 from rich.console import Console
 
+from lightning_mnp.benchmark.executors import ENVIRONMENT
+
 EXAMPLES = Path(__file__).parents[1] / "examples" / "attacks"
-# One core; and memory that tensors leave is kept for the next ones: to give it back to the system
-# each time, as glibc does by default, costs a thin network's training up to a fifth of its time.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-}
 NOTED_EVERY = 30.0  # seconds between two notes of the time that a training has taken
 
 

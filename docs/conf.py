@@ -141,12 +141,18 @@ GROUPS: list[tuple[str, str, str, list[str]]] = [
         "Published defenses to compare with. [](../baselines.md) describes them.",
         ["lightning_mnp.baselines.*"],
     ),
+    (
+        "benchmark",
+        "Benchmark",
+        "What each filter is worth. [](../benchmark.md) compares defenses.",
+        ["lightning_mnp.benchmark.*"],
+    ),
 ]
 PACKAGES = [
     "lightning_mnp",
     *(
         f"lightning_mnp.{room}"
-        for room in ("signals", "attacks", "data", "models", "metrics", "baselines")
+        for room in ("signals", "attacks", "data", "models", "metrics", "baselines", "benchmark")
     ),
 ]
 

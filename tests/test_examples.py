@@ -24,6 +24,7 @@ from lightning_mnp import (
     VerdictOptions,
     read_state_dict,
 )
+from lightning_mnp.attacks import BadNets, save_trigger
 from lightning_mnp.cli.command_line import main
 from lightning_mnp.data import CIFAR10DataModule, DigitsDataModule
 from lightning_mnp.data.cifar10 import CLASSES
@@ -133,7 +134,7 @@ def run_script(name: str, options: Sequence[str], monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_example_is_left_out() -> None:
-    scripts = {"callback.py", "module.py", "plain.py", "zoo.py"}
+    scripts = {"callback.py", "figure1.py", "module.py", "plain.py", "zoo.py"}
     others = {"callback.yaml", "mnp-paper.yaml", "mnp-averaged-masks.yaml"}
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {
         *FIT,
@@ -273,6 +274,23 @@ def test_zoo(
         assert {row["pruned"] for row in rows} == {1}  # of 150 filters
     run_script("zoo.py", options, monkeypatch)
     assert "done" not in capsys.readouterr().out  # finished runs are kept
+
+
+def test_figure_1(
+    cifar10: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.save(cifar_resnet18(width=2).state_dict(), tmp_path / "last.ckpt")
+    save_trigger(tmp_path / "trigger.safetensors", BadNets())
+    options = [f"--network={tmp_path}", f"--data={cifar10}", "--output=out", "--images=10"]
+    run_script("figure1.py", [*options, "--layers", "conv1", "layer1.0.conv1"], monkeypatch)
+    lines = (tmp_path / "out" / "changes.csv").read_text().splitlines()
+    assert lines[0] == "layer,filter,CLC,BLC,l2 norm,kind"
+    assert [line.split(",")[0] for line in lines[1::2]] == ["conv1", "layer1.0.conv1"]
+    drawn = (tmp_path / "out" / "figure1.png").exists()
+    assert drawn != ("No picture" in capsys.readouterr().out)
 
 
 ZOO = """

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,13 +27,14 @@ from benchmarks.population.audits import (
     result_file,
 )
 from benchmarks.population.data import load_images
-from benchmarks.population.jobs import Job, run_jobs
 from benchmarks.population.networks import RECIPES
 from benchmarks.population.rates import training_rate
 from benchmarks.population.recipes import Recipe
 from benchmarks.population.split import split_of, write_split
 from benchmarks.population.table import write_table
 from benchmarks.population.training import is_trained, read_row, train_network
+from lightning_mnp.benchmark.executors import open_executor
+from lightning_mnp.benchmark.jobs import Job, run_jobs
 
 COMMANDS = ("train", "list", "audit", "table", "rates", "split")
 _AUDIT_PASSES = 65_000  # of a network of ten classes with 500 images
@@ -112,6 +112,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("choosing", "reporting"), help="without it, both")
     parser.add_argument("--only", nargs="*", help="names of networks; without it, all")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--executor", choices=("processes", "ray"), default="processes")
+    parser.add_argument("--address", help="of a Ray cluster; without it, one is started here")
     parser.add_argument("--budget", type=float, help="seconds; begin nothing that takes longer")
     parser.add_argument("--sets", type=int, default=2, help="defense sets of each network")
     parser.add_argument(
@@ -149,14 +151,19 @@ def _train(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
     later = [recipe for recipe in missing if recipe not in first]
     for name in sorted({recipe.data for recipe in [*first, *later]}):
         load_images(name, options.data, options.folder / "data")  # once, not in each process
-    failed, started = 0, time.monotonic()
-    for part in (first, later):
-        budget = options.budget and options.budget - (time.monotonic() - started)
-        jobs = [
-            Job(each.name, 60 * each.minutes, train_network, (each, options.data, options.folder))
-            for each in part
-        ]
-        for job, row in run_jobs(jobs, options.jobs, budget):
+    jobs = [
+        Job(
+            each.name,
+            60 * each.minutes,
+            train_network,
+            (each, options.data, options.folder),
+            needs=() if each.needs is None else (each.needs,),
+        )
+        for each in (*first, *later)
+    ]
+    failed = 0
+    with open_executor(options.executor, options.jobs, options.address, apart=True) as executor:
+        for job, row in run_jobs(jobs, executor, options.budget):
             if isinstance(row, BaseException):
                 failed += 1
                 print(f"{job.name}: {row!r}", file=sys.stderr, flush=True)
@@ -185,13 +192,14 @@ def _audit(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
                 name = result_file(recipe, number).stem
                 jobs.append(Job(name, seconds, audit_network, arguments))
     failed = 0
-    for job, row in run_jobs(jobs, options.jobs, options.budget):
-        if isinstance(row, BaseException):
-            failed += 1
-            print(f"{job.name}: {row!r}", file=sys.stderr, flush=True)
-            continue
-        figures = f"{row['verdict']}, class {row['target_class']}, score {row['score']}"
-        print(f"{job.name} ({row['kind']}): {figures}, {row['wall_seconds']:.0f} s", flush=True)
+    with open_executor(options.executor, options.jobs, options.address, apart=True) as executor:
+        for job, row in run_jobs(jobs, executor, options.budget):
+            if isinstance(row, BaseException):
+                failed += 1
+                print(f"{job.name}: {row!r}", file=sys.stderr, flush=True)
+                continue
+            figures = f"{row['verdict']}, class {row['target_class']}, score {row['score']}"
+            print(f"{job.name} ({row['kind']}): {figures}, {row['wall_seconds']:.0f} s", flush=True)
     return int(failed > 0)
 
 

@@ -1,4 +1,4 @@
-"""The command line: Lightning's commands, and audit, defend, calibrate and demo."""
+"""The command line: Lightning's commands, and audit, defend, calibrate, demo and benchmark."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightning_mnp.attacks import TriggerCheckpoint
 from lightning_mnp.checkpoints.printable import printable
+from lightning_mnp.cli.benchmark import main as benchmark
 from lightning_mnp.cli.trainer import MNPTrainer
 from lightning_mnp.config import grouped_message
 from lightning_mnp.hosting.checkpoint_io import use_checked_io
@@ -53,6 +54,7 @@ class MNPCLI(LightningCLI):
         self._named = _named_command(args)
         options: dict[str, Any] = {
             "description": "Tell whether a CNN carries a backdoor, and remove it.",
+            "epilog": "Another command, `lightning-mnp benchmark`, compares defenses.",
             "version": version("lightning-mnp"),
         }
         if "demo" in self.subcommands():
@@ -159,10 +161,13 @@ def main(args: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; for ``audit`` and ``defend``, 3 for a backdoored network and 4 for an
-        undecided one; 130 after Ctrl-C, 2 for wrong use. ``defend`` goes by the network that it
-        has written.
+        undecided one; for ``benchmark``, 1 if a cell failed; 130 after Ctrl-C, 2 for wrong use.
+        ``defend`` goes by the network that it has written.
     """
+    words = sys.argv[1:] if args is None else args
     try:
+        if words[:1] == ["benchmark"]:
+            return benchmark(words[1:], fit=main)
         cli = MNPCLI(args)
     except _WRONG_INPUT as error:
         if os.environ.get("LIGHTNING_MNP_DEBUG"):

@@ -283,9 +283,9 @@ def test_commands_reach_their_functions(
     main_module = __import__("benchmarks.population.__main__", fromlist=["main"])
     done: list[tuple[Any, ...]] = []
 
-    def here(jobs: Any, processes: int, budget: float | None) -> Any:
+    def here(jobs: Any, executor: Any, budget: float | None) -> Any:
         for job in jobs:
-            done.append((job.name, processes, budget))
+            done.append((job.name, executor.slots, budget))
             yield job, ValueError("full") if job.name.startswith("vgg") else results[job.work]
 
     results = {

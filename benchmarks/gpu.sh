@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# The benchmark at full width on a GPU machine without network, in two steps:
+#
+#   benchmarks/gpu.sh pack BUNDLE ~/data/cifar10   # here, with network: all that is needed, in a folder
+#   benchmarks/gpu.sh run BUNDLE OUT               # there: one call, at most LIMIT seconds
+#
+# `pack` puts the images into an archive and collects the wheels that a bare CUDA machine with torch,
+# torchvision, lightning, torchmetrics, scipy and safetensors lacks. PYTHON (3.11) is the version there.
+# `run` first runs the tests that need a GPU, then trains the networks and runs the defenses on them,
+# as far as the time goes, and leaves OUT/cells.tar.gz. With RESULTS, a folder of earlier cells, it
+# goes on behind these. For a trial elsewhere: CONFIG (benchmarks/configs/gpu.yaml), DEVICE (cuda),
+# LIMIT (480), JOBS (4), TESTS (those that need a GPU; "" for none).
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+limit=${LIMIT:-480}
+
+usage() {
+    sed -n '2,5p' "$0" >&2
+    exit 2
+}
+
+pack() {
+    local bundle=$1 data=$2
+    mkdir -p "$bundle/wheels"
+    tar -C "$data" -chf "$bundle/data.tar" .
+    # What the machine has is left out: its torch fits its driver.
+    pip download --quiet --only-binary :all: --no-deps --python-version "${PYTHON:-3.11}" \
+        --dest "$bundle/wheels" \
+        cloudpickle docstring-parser hypothesis importlib-resources iniconfig joblib jsonargparse \
+        markdown-it-py mdurl narwhals pluggy pygments pytest rich scikit-learn \
+        sortedcontainers threadpoolctl typeshed-client
+    pip wheel --quiet --no-deps --wheel-dir "$bundle/wheels" "$here"
+    du -sh "$bundle"
+}
+
+run() {
+    local bundle out work
+    mkdir -p "$2"
+    bundle=$(realpath "$1")
+    out=$(realpath "$2")
+    work=$(mktemp -d)
+    # shellcheck disable=SC2064
+    trap "rm -rf '$work'" EXIT
+    mkdir -p "$work/data" "$work/cells"
+    tar -C "$work/data" -xf "$bundle/data.tar"
+    if compgen -G "$bundle/wheels/*.whl" >/dev/null; then
+        pip install --quiet --no-index --no-deps --target "$work/site" "$bundle"/wheels/*.whl
+    fi
+    export PYTHONPATH="$here:$work/site${PYTHONPATH:+:$PYTHONPATH}"
+    if [ -n "${RESULTS:-}" ]; then cp "$RESULTS"/*.json "$work/cells/"; fi
+    cd "$here"
+    local tests=${TESTS--m cuda tests/test_cuda.py}
+    if [ -n "$tests" ]; then
+        # shellcheck disable=SC2086
+        timeout $((limit / 4)) python -m pytest -q -p no:cacheprovider $tests \
+            2>&1 | tee "$out/tests.log" | tail -n 5 || echo "tests failed, see $out/tests.log"
+    fi
+    # Thirty seconds are kept for the last cell to be longer than thought, and for the archive.
+    local left=$((limit - SECONDS - 30))
+    timeout $((left + 20)) python -m lightning_mnp.cli benchmark run --progress false \
+        --config "${CONFIG:-benchmarks/configs/gpu.yaml}" --device "${DEVICE:-cuda}" \
+        --data "$work/data" --networks "$work/networks" --out "$work/cells" \
+        --jobs "${JOBS:-4}" --budget "${left}s" 2>&1 | tee "$out/run.log" || true
+    tar -C "$work" -czf "$out/cells.tar.gz" cells
+    tar -tzf "$out/cells.tar.gz" | grep -c '\.json$' || true
+}
+
+case "${1:-} $#" in
+    "pack 3") pack "$2" "$3" ;;
+    "run 3") run "$2" "$3" ;;
+    *) usage ;;
+esac

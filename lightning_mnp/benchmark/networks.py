@@ -1,0 +1,249 @@
+"""The networks of a benchmark: trained once for each recipe, measured, and loaded again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+from torch import nn
+
+from lightning_mnp.benchmark.code_version import code_version
+from lightning_mnp.benchmark.images import CellImages
+from lightning_mnp.benchmark.machine import describe_machine
+from lightning_mnp.benchmark.recipe import NetworkRecipe, find_class
+from lightning_mnp.benchmark.records import read_json, write_json
+from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.checkpoints.state_dict import load_into
+from lightning_mnp.models import CifarResNet, build_network
+from lightning_mnp.surgery.network import weights_digest
+
+__all__ = ["Fit", "NetworkFolder", "training_version", "using_threads"]
+
+# Runs the command `fit` with these arguments and returns its exit code.
+Fit = Callable[[list[str]], int]
+
+_INTERRUPTED = 130
+_LAST_LINES = 6
+
+
+def training_version(recipe: NetworkRecipe) -> str:
+    """Return the version of the code that trains a network and measures it.
+
+    Args:
+        recipe: The network.
+    """
+    paths = [recipe.content[part]["class_path"] for part in ("data", "model")]
+    paths += [recipe.attack_options["class_path"]] if recipe.attack_options else []
+    own = ["lightning_mnp.attacks.callback", "lightning_mnp.metrics.success"]
+    return code_version([*(find_class(path).__module__ for path in paths), *own])
+
+
+@dataclass(frozen=True)
+class NetworkFolder:
+    """Where a network is kept: checkpoint, trigger, log and figures.
+
+    Its name holds the recipe and the version of the code that trains it, so networks that other
+    code has trained stay where they are.
+
+    Args:
+        root: Folder of all networks.
+        recipe: How the network is trained.
+        any_code: Whether a network that other code has trained will do.
+    """
+
+    root: Path
+    recipe: NetworkRecipe
+    any_code: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        if self.any_code:
+            for figures in sorted(self.root.glob(f"{self.recipe.name}-*/network.json")):
+                return figures.parent
+        return self.root / f"{self.recipe.name}-{training_version(self.recipe)}"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The weights, and all that a training needs to go on."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def trigger(self) -> Path | None:
+        """The trigger file; None for a clean network."""
+        return self.checkpoint.with_name("trigger.safetensors") if self._is_attacked else None
+
+    @property
+    def _is_attacked(self) -> bool:
+        return bool(self.recipe.attack_options)
+
+    @property
+    def clean(self) -> NetworkFolder | None:
+        """The clean network that the attack is made with; None if it needs none."""
+        recipe = self.recipe.clean
+        return None if recipe is None else NetworkFolder(self.root, recipe, self.any_code)
+
+    def figures(self) -> dict[str, Any] | None:
+        """Return what was measured; None if the network is not trained yet."""
+        path = self.path / "network.json"
+        return read_json(path) if path.exists() else None
+
+    def images(self, data: Path | None) -> CellImages:
+        """Return the images that belong to the network.
+
+        Args:
+            data: Their folder; as configured if None.
+        """
+        clean = self.clean
+        return CellImages(
+            self.recipe, data, self.trigger, None if clean is None else clean.checkpoint
+        )
+
+    def train(self, fit: Fit, data: Path | None, test_images: int | None) -> dict[str, Any]:
+        """Train the network and measure it, or return what was measured before.
+
+        A training that was stopped goes on from its last checkpoint.
+
+        Args:
+            fit: Trains.
+            data: Folder of the images; as configured if None.
+            test_images: Most test images; None for all.
+
+        Returns:
+            CA and ASR from 0 to 1, the seconds of training, and what it was trained on.
+
+        Raises:
+            RuntimeError: If the training fails.
+        """
+        known = self.figures()
+        if known is not None:
+            return known
+        self.path.mkdir(parents=True, exist_ok=True)
+        going_on = self.checkpoint.exists()
+        started = time.perf_counter()
+        self._fit(fit, data, going_on)
+        seconds = time.perf_counter() - started
+        network = self.load()
+        measured = self.images(data).test(test_images).measure(network, self.recipe.device)
+        content = {
+            **measured,
+            "seconds": round(seconds, 1),
+            "test_images": test_images,
+            "went_on": going_on,  # then the seconds are those of the last part
+            "weights_sha256": weights_digest(network),
+            "code": training_version(self.recipe),
+            "machine": describe_machine(self.recipe.device),
+        }
+        write_json(self.path / "network.json", content)
+        return content
+
+    def check(self, fit: Fit, data: Path | None) -> None:
+        """Check that the configuration is one that `fit` understands, without training.
+
+        Args:
+            fit: Trains.
+            data: Folder of the images; as configured if None.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            arguments = self._arguments(Path(place), data)
+            with (Path(place) / "fit.log").open("w+", encoding="utf-8") as log:
+                code = _run_quietly(fit, [*arguments, "--print_config"], log)
+                log.seek(0)
+                said = _last_lines(log.read())
+        if code:
+            raise ValueError(
+                f"Expected the configuration of the network {self.recipe.attack!r}, seed "
+                f"{self.recipe.seed}, to be one for `lightning-mnp fit`, but: {said}"
+            )
+
+    def _arguments(self, place: Path, data: Path | None) -> list[str]:
+        """Write the configuration to a folder, and return the command that trains with it."""
+        clean = None if self.clean is None else self.clean.checkpoint
+        content = self.recipe.configuration(self.path, data, clean)
+        configuration = place / "recipe.yaml"
+        configuration.write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
+        return ["fit", "--config", str(configuration)]
+
+    def _fit(self, fit: Fit, data: Path | None, going_on: bool) -> None:
+        arguments = self._arguments(self.path, data)
+        if going_on:
+            arguments += ["--ckpt_path", str(self.checkpoint)]
+        else:  # a training before its first checkpoint leaves this, and is begun anew
+            (self.path / "config.yaml").unlink(missing_ok=True)
+        log = self.path / "fit.log"
+        with log.open("a", encoding="utf-8") as file:
+            code = _run_quietly(fit, arguments, file)
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:
+            said = _last_lines(log.read_text("utf-8"))
+            raise RuntimeError(f"Training {self.recipe.name} failed: {said} The log is {log}.")
+
+    def load(self) -> nn.Module:
+        """Return the trained network, in evaluation mode, on the recipe's device."""
+        network = build_network(**{"architecture": "cifar_resnet18", **self.recipe.network})
+        load_into(network, read_state_dict(self.checkpoint))
+        if isinstance(network, CifarResNet):
+            network = network.to(memory_format=torch.channels_last)
+        return network.eval().to(self.recipe.device)
+
+
+def _run_quietly(fit: Fit, arguments: list[str], log: IO[str]) -> int:
+    """Run a command in this process, let it print to a file, and return its exit code."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels, words = [logger.level for logger in loggers], sys.argv
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    sys.argv = words[:1]  # Lightning warns if they are not those of the command
+    try:
+        with (
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            return fit(arguments)
+    except SystemExit as stop:  # by the parser
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        sys.argv = words
+
+
+def _last_lines(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[-_LAST_LINES:])
+
+
+@contextlib.contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Compute with so many threads until the context ends.
+
+    Args:
+        count: Their number.
+
+    Example:
+        >>> with using_threads(1):
+        ...     torch.get_num_threads()
+        1
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,330 @@
+"""How a network is trained: configuration files of `fit`, merged into one, with its digest."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Trainer
+
+__all__ = ["CLEAN", "NetworkRecipe", "find_class", "nearest"]
+
+CLEAN = "clean"
+_SAVE_LAST = {
+    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+    "init_args": {
+        "filename": "last",
+        "enable_version_counter": False,
+        "save_on_train_epoch_end": True,
+    },
+}
+# What says where things are and how loud the training is, not what comes out of it.
+_NOT_PART = {
+    "trainer": ("default_root_dir", "logger", "enable_progress_bar", "enable_model_summary"),
+    "data": ("root", "download", "defense_size", "defense_seed", "defense_batch_size"),
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that suggests the known name nearest to an unknown one; "" if none is near.
+
+    Args:
+        name: The unknown name.
+        known: The known ones.
+
+    Example:
+        >>> nearest("badnet", ["badnets", "blend"])
+        " Did you mean 'badnets'?"
+    """
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def find_class(path: str) -> type[Any]:
+    """Return the class of a dotted path.
+
+    Args:
+        path: Such as ``"lightning_mnp.attacks.BadNets"``.
+
+    Raises:
+        ValueError: If there is no such class.
+
+    Example:
+        >>> find_class("lightning_mnp.attacks.BadNets").__name__
+        'BadNets'
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"Expected a `class_path` of a known class, but got {path!r}.") from error
+    if not isinstance(found, type):
+        raise ValueError(f"Expected a `class_path` of a class, but {path!r} is none.")
+    return found
+
+
+@dataclass(frozen=True)
+class NetworkRecipe:
+    """One network of a benchmark: what `lightning-mnp fit` trains it with.
+
+    Attributes:
+        base: The configuration that a clean network is trained with.
+        attack: ``"clean"``, or the name of a configuration in the folder of the base, without its
+            ending, which goes on top of it. Several are joined by ``+``: ``"blend+adaptive"``.
+        seed: Seed of the weights, the order, the augmentation and the attack.
+        architecture: Name of the architecture; that of the configurations if None.
+        width: Channels of the first stage; as configured if None.
+        poison_rate: Share of the training images that are poisoned; as configured if None.
+        mode: ``"all-to-one"`` or ``"all-to-all"``; as configured if None.
+        device: ``"cpu"`` or ``"cuda"``.
+        options: Options of `fit` by dotted name, such as ``"trainer.max_epochs"``, that replace
+            those of the base. What the attack's configuration says has the last word.
+
+    Raises:
+        ValueError: From its properties, if an attack is unknown or does not take an option.
+    """
+
+    base: Path
+    attack: str = CLEAN
+    seed: int = 0
+    architecture: str | None = None
+    width: int | None = None
+    poison_rate: float | None = None
+    mode: str | None = None
+    device: str = "cpu"
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """The merged configuration, without places of files."""
+        content = _read(self.base)
+        for name, value in self.options.items():
+            _check_option(content, name)
+            _set(content, name, value)
+        parts = [] if self.attack == CLEAN else self.attack.split("+")
+        for place, part in enumerate(parts):
+            overlay = _read(_overlay(self.base, part))
+            if place == 0 and _attack_of(overlay) is None:
+                raise ValueError(_unknown(self.base, part))
+            content = _merged(content, overlay)
+        _set(content, "seed_everything", self.seed)
+        _set(content, "data.seed", self.seed)
+        _set(content, "trainer.accelerator", "gpu" if self.device == "cuda" else "cpu")
+        _set(content, "trainer.devices", 1)
+        for name in ("architecture", "width"):
+            if getattr(self, name) is not None:
+                _set(content, f"model.{name}", getattr(self, name))
+        self._change_attack(content)
+        callbacks = content["trainer"].setdefault("callbacks", [])
+        if not any("ModelCheckpoint" in str(each.get("class_path")) for each in callbacks):
+            callbacks.append(copy.deepcopy(_SAVE_LAST))
+        return content
+
+    def _change_attack(self, content: dict[str, Any]) -> None:
+        """Set seed, rate and mode of the attack; and its clean network's shape."""
+        attack = _attack_of(content)
+        if attack is None:
+            return
+        arguments = attack.setdefault("init_args", {})
+        taken = inspect.signature(find_class(attack["class_path"])).parameters
+        changes = {"seed": self.seed, "poison_rate": self.poison_rate, "mode": self.mode}
+        for name, value in changes.items():
+            if value is None or (name == "seed" and name not in taken):
+                continue
+            if name not in taken:
+                rates = [each for each in taken if "rate" in each or "poisons" in each]
+                raise ValueError(
+                    f"Expected attack {self.attack!r} to take the option `{name}`, but it takes "
+                    f"{', '.join(rates) if name == 'poison_rate' else 'one mode only'}. Give it a "
+                    f"grid of its own, without `{name}s`."
+                )
+            arguments[name] = value
+        if "reference" in arguments:
+            reference = arguments["reference"].setdefault("init_args", {})
+            reference.update(_network_of(content))
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """Architecture, width, classes and channels, as far as they are configured."""
+        return _network_of(self.content)
+
+    @property
+    def attack_options(self) -> dict[str, Any]:
+        """The attack's class path and arguments; empty for a clean network."""
+        return _attack_of(self.content) or {}
+
+    @property
+    def attack_name(self) -> str:
+        """The name of the attack's class, such as ``"BadNets"``; ``"clean"`` without an attack."""
+        return str(self.attack_options.get("class_path", CLEAN)).rpartition(".")[2]
+
+    @property
+    def clean(self) -> NetworkRecipe | None:
+        """The clean network that the attack is made with or starts from; None if it needs none."""
+        options = self.attack_options.get("init_args", {})
+        if "reference" not in options and not self._starts_from_clean:
+            return None
+        return replace(self, attack=CLEAN, poison_rate=None, mode=None)
+
+    @property
+    def _starts_from_clean(self) -> bool:
+        return "checkpoint" in self.content["model"].get("init_args", {})
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that stand for all that decides on the weights."""
+        content = copy.deepcopy(self.content)
+        for part, names in _NOT_PART.items():
+            arguments = content[part].get("init_args", content[part])
+            for name in names:
+                arguments.pop(name, None)
+        if (clean := self.clean) is not None:
+            content["clean"] = clean.digest
+            for name in ("data.attack.reference.checkpoint", "model.checkpoint"):
+                _set(content, name, None, only_known=True)
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """A name for files and messages, such as ``"badnets-seed0-1f0c2ab93d4e"``."""
+        return f"{self.attack}-seed{self.seed}-{self.digest}"
+
+    def configuration(
+        self, folder: Path, data: Path | None, clean_checkpoint: Path | None
+    ) -> dict[str, Any]:
+        """Return the whole configuration of `fit`, with the places of files.
+
+        Args:
+            folder: Where checkpoint, trigger and log go.
+            data: Folder of the images; as configured if None.
+            clean_checkpoint: Weights of the network :attr:`clean`; None if there is none.
+        """
+        content = copy.deepcopy(self.content)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        content["trainer"].update(default_root_dir=str(folder), **quiet)
+        if data is not None:
+            _set(content, "data.root", str(data))
+        if clean_checkpoint is not None:
+            for name in ("data.attack.reference.checkpoint", "model.checkpoint"):
+                _set(content, name, str(clean_checkpoint), only_known=True)
+        return content
+
+    def described(self) -> dict[str, Any]:
+        """Return what a row of a table says about the network, as primitives."""
+        arguments = self.attack_options.get("init_args", {})
+        rates = ("poison_rate", "class_rate")
+        return {
+            "name": self.name,
+            "digest": self.digest,
+            "base": self.base.stem,
+            "data": str(self.content["data"]["class_path"]).rpartition(".")[2],
+            "attack": self.attack,
+            "attack_class": self.attack_name,
+            "mode": arguments.get("mode", "all-to-one") if arguments else None,
+            "rate": next((arguments[name] for name in rates if name in arguments), None),
+            "usual": self.poison_rate is None and self.mode is None and "+" not in self.attack,
+            "seed": self.seed,
+            "architecture": self.network.get("architecture", "cifar_resnet18"),
+            "width": self.network.get("width", 64),
+            "epochs": self.content["trainer"].get("max_epochs"),
+            "options": self.options,
+            "device": self.device,
+        }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = yaml.safe_load(path.read_text("utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected {path} to hold options of `fit`, but got {content!r}.")
+    return content
+
+
+def _overlay(base: Path, name: str) -> Path:
+    known = {path.stem: path for path in base.parent.glob("*.yaml")}
+    if name not in known:
+        raise ValueError(_unknown(base, name))
+    return known[name]
+
+
+def _unknown(base: Path, name: str) -> str:
+    known = [CLEAN]
+    for path in sorted(base.parent.glob("*.yaml")):
+        if _attack_of(_read(path)) is not None:
+            known.append(path.stem)
+    return (
+        f"Expected an attack out of {', '.join(known)}, but got {name!r}."
+        f"{nearest(name, known)} Each is a file in {base.parent}."
+    )
+
+
+def _attack_of(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the part of a configuration that names the attack, the same object."""
+    for owner in ("data", "model"):
+        attack = content.get(owner, {}).get("init_args", {}).get("attack")
+        if isinstance(attack, dict) and "class_path" in attack:
+            return attack
+    return None
+
+
+def _network_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = content["model"].get("init_args", {})
+    names = ("architecture", "width", "num_classes", "in_channels")
+    return {name: arguments[name] for name in names if name in arguments}
+
+
+def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one configuration over another: mappings are merged, all else is replaced."""
+    merged = copy.deepcopy(below)
+    for name, value in above.items():
+        old = merged.get(name)
+        merged[name] = _merged(old, value) if isinstance(old, dict) and value else value
+    return copy.deepcopy(merged)
+
+
+def _set(content: dict[str, Any], name: str, value: Any, only_known: bool = False) -> None:
+    """Set an option by its dotted name, which leaves `init_args` out."""
+    *path, last = name.split(".")
+    for step in path:
+        content = _arguments(content)
+        if only_known and not isinstance(content.get(step), dict):
+            return
+        content = content.setdefault(step, {})
+    content = _arguments(content)
+    if not only_known or last in content:
+        content[last] = value
+
+
+def _check_option(content: Mapping[str, Any], name: str) -> None:
+    """Raise if an option names no argument of the trainer, the model or the data."""
+    part, _, rest = name.partition(".")
+    parts = ("trainer", "model", "data")
+    if part not in parts or not rest:
+        raise ValueError(
+            f"Expected an option of the training to begin with trainer., model. or data., but got "
+            f"{name!r}.{nearest(part, parts)}"
+        )
+    kind = Trainer if part == "trainer" else find_class(content[part]["class_path"])
+    known = [each for each in inspect.signature(kind).parameters if each != "self"]
+    if rest.partition(".")[0] not in known:
+        raise ValueError(
+            f"Expected an option of the training that {kind.__name__} takes, but got {name!r}."
+            f"{nearest(rest, known)}"
+        )
+
+
+def _arguments(content: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = (
+        content.setdefault("init_args", {}) if "class_path" in content else (content)
+    )
+    return found

@@ -1,0 +1,73 @@
+"""The report of a benchmark: Markdown, CSV and plots, made of the files of cells alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightning_mnp.benchmark import side_tables, tables
+from lightning_mnp.benchmark.plots import draw_plots
+from lightning_mnp.benchmark.results import Marks, Result, paper_figures, read_results
+from lightning_mnp.benchmark.tables import Table
+
+__all__ = ["write_report"]
+
+
+def write_report(results: Path, out: Path, plots: bool = True) -> list[Path]:
+    """Write the report.
+
+    Args:
+        results: Folder of the results of cells.
+        out: Folder of the report; files of an earlier one are replaced.
+        plots: Whether to draw plots, if matplotlib is installed.
+
+    Returns:
+        The files: `report.md` first, then a CSV for each table, then plots.
+
+    Raises:
+        ValueError: If there are no results, or a file is damaged.
+    """
+    found, marks = read_results(results), Marks()
+    made = _tables(found, marks)
+    out.mkdir(parents=True, exist_ok=True)
+    drawn: list[Path] = []
+    if plots and find_spec("matplotlib") is not None:
+        drawn = draw_plots(found, out)
+    page = out / "report.md"
+    page.write_text(_page(found, made, marks, drawn), "utf-8")
+    files = [page]
+    for table in [*made, side_tables.every_cell(found)]:
+        files.append(out / f"{table.name}.csv")
+        files[-1].write_text(table.csv(), "utf-8")
+    return [*files, *drawn]
+
+
+def _tables(found: Sequence[Result], marks: Marks) -> list[Table]:
+    made = [
+        *tables.mitigation(found, marks),
+        *tables.by_rate(found, marks),
+        *tables.detection(found, marks),
+    ]
+    for make in (side_tables.harm, side_tables.cost, side_tables.spread, side_tables.failures):
+        table = make(found, marks)
+        made += [] if table is None else [table]
+    return made
+
+
+def _page(
+    found: Sequence[Result], made: Sequence[Table], marks: Marks, drawn: Sequence[Path]
+) -> str:
+    dates = sorted(str(each.content["date"])[:10] for each in found)
+    failed = sum(not each.is_done for each in found)
+    parts = [
+        "# Benchmark",
+        f"{len(found)} cells, of which {failed} failed, measured from {dates[0]} to {dates[-1]}. "
+        f"Rows of the paper are from {paper_figures()['source']}. *missing* means that there is no "
+        "result yet.",
+        *(table.markdown() for table in made),
+        *(f"![{path.stem}]({path.name})" for path in drawn),
+        "## Settings and machines",
+        "\n".join(f"- {line}" for line in marks.lines()),
+    ]
+    return "\n\n".join(parts) + "\n"

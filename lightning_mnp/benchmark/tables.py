@@ -1,0 +1,372 @@
+"""The paper's tables, the paper's figures beside ours."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lightning_mnp.benchmark.results import MISSING, Marks, Result, Setting, paper_figures
+
+__all__ = ["Table", "by_rate", "detection", "mitigation", "settings_of"]
+
+_PAPER_DEFENSES = ("fp", "anp", "clp", "rnp", "nc", "nad", "i-bau", "mnp")
+_PAPER_DETECTORS = ("nc", "ac", "sc", "strip", "mnp")
+_HEADS = {"none": "Backdoored", "i-bau": "I-BAU", "default": "default", "ft": "fine-tuning"}
+# A rival is better if it is so by more than this, in CA or ASR, and no worse in the other.
+_POINTS = 0.5
+_LEARNED = 50.0  # ASR in percent
+
+Pair = tuple[float, float | None]
+
+
+@dataclass
+class Table:
+    """A table of text.
+
+    Attributes:
+        name: For file names.
+        title: What it shows.
+        header: Heads of the columns.
+        rows: The cells, row by row.
+        notes: Sentences below it.
+    """
+
+    name: str
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """Return it as Markdown, with a heading.
+
+        Example:
+            >>> print(Table("x", "A title", ["a", "b"], [["1", "2"]]).markdown())
+            ## A title
+            <BLANKLINE>
+            | a | b |
+            | --- | --- |
+            | 1 | 2 |
+        """
+        lines = [f"## {self.title}", "", _line(self.header), _line(["---"] * len(self.header))]
+        lines += map(_line, self.rows)
+        if self.notes:
+            lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+    def csv(self) -> str:
+        """Return it as CSV."""
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerows([self.header, *self.rows])
+        return file.getvalue()
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(each.replace('|', chr(92) + '|') for each in cells)} |"
+
+
+def settings_of(results: Sequence[Result]) -> list[Setting]:
+    """Return the settings of results, sorted.
+
+    Args:
+        results: The results.
+    """
+    return sorted({result.setting for result in results})
+
+
+def mean_pair(pairs: Sequence[Pair]) -> Pair:
+    """Return the means of CA and ASR; None for ASR if it is None everywhere.
+
+    Args:
+        pairs: At least one pair.
+
+    Example:
+        >>> mean_pair([(90.0, 2.0), (80.0, 4.0)])
+        (85.0, 3.0)
+    """
+    rates = [rate for _, rate in pairs if rate is not None]
+    return statistics.mean(ca for ca, _ in pairs), statistics.mean(rates) if rates else None
+
+
+def shown(pair: Pair | None, count: int = 1) -> str:
+    """Write CA and ASR, with the number of results behind them if these are several.
+
+    Args:
+        pair: CA and ASR in percent; None if there are none.
+        count: Number of results.
+
+    Example:
+        >>> shown((92.11, 0.47)), shown((91.0, 2.5), 3), shown(None)
+        ('92.11 / 0.47', '91.00 / 2.50 (3)', 'missing')
+    """
+    if pair is None:
+        return MISSING
+    rate = "-" if pair[1] is None else f"{pair[1]:.2f}"
+    return f"{pair[0]:.2f} / {rate}" + (f" ({count})" if count > 1 else "")
+
+
+def head(name: str) -> str:
+    """Return the head of a method's column.
+
+    Args:
+        name: Its name or label.
+
+    Example:
+        >>> head("anp"), head("default"), head("anp (amount=30)")
+        ('ANP', 'default', 'anp (amount=30)')
+    """
+    return _HEADS.get(name, name.upper() if "(" not in name else name)
+
+
+def _columns(results: Sequence[Result], published: Sequence[str]) -> list[str]:
+    """Return the paper's methods, then all others that were measured."""
+    others = dict.fromkeys(each.label for each in results if each.label not in published)
+    return [*published, *sorted(others, key=lambda label: (label != "default", label))]
+
+
+def _cell(group: Sequence[Result]) -> str:
+    """Write the results of a method on an attack."""
+    done = [each for each in group if each.is_done]
+    if group and not done:
+        return "error"
+    return shown(mean_pair([each.percent("after") for each in done]) if done else None, len(done))
+
+
+def mitigation(results: Sequence[Result], marks: Marks) -> list[Table]:
+    """Make Tables 1 and 2: CA and ASR after each defense, a table for each setting.
+
+    Args:
+        results: All results.
+        marks: Names what rows were measured on.
+    """
+    wanted = [r for r in results if r.task == "defense" and r.network["usual"] and not r.is_clean]
+    tables = []
+    for number, setting in enumerate(settings_of(wanted), 1):
+        here = [each for each in wanted if each.setting == setting]
+        published = {} if setting.paper_table is None else paper_figures()[setting.paper_table]
+        rows, labels = published.get("rows", {}), _columns(here, _PAPER_DEFENSES)
+        attacks = [each for each in rows if each != "Average"]
+        attacks += sorted({each.attack for each in here} - set(attacks))
+        lines, notes = [], []
+        for attack in attacks:
+            if attack in rows:
+                pairs = [rows[attack].get(label) for label in ("none", *labels)]
+                told = ["" if pair is None else shown(tuple(pair)) for pair in pairs]
+                lines.append([attack, "paper", *told, "as printed"])
+            group = [each for each in here if each.attack == attack]
+            before = {r.network["digest"]: r.percent("before") for r in group if r.is_done}
+            none = mean_pair(list(before.values())) if before else None
+            own = [_cell([each for each in group if each.label == label]) for label in labels]
+            lines.append(
+                [attack, "ours", shown(none, len(before)), *own, marks.mark(group) or MISSING]
+            )
+            notes += [*_not_learned(attack, group), *_losses(attack, group)]
+        lines += _averages(here, attacks, labels, rows)
+        what = f"Table {setting.paper_table}" if setting.paper_table else "Defenses"
+        title = f"{what}: CA / ASR in percent; {setting}"
+        heads = ["attack", "by", *map(head, ("none", *labels)), "measured on"]
+        name = f"table{setting.paper_table}" if setting.paper_table else "defenses"
+        notes.insert(0, "In brackets: how many networks or defense seeds a mean is over.")
+        if len(notes) > 1:
+            notes.insert(
+                1, f"To lose: no better in CA and ASR, and worse by over {_POINTS} points in one."
+            )
+        tables.append(Table(f"{name}-{number}", title, heads, lines, notes))
+    return tables
+
+
+def _averages(
+    here: Sequence[Result],
+    attacks: Sequence[str],
+    labels: Sequence[str],
+    rows: dict[str, dict[str, list[float]]],
+) -> list[list[str]]:
+    lines = []
+    if rows:
+        published: dict[str, list[Pair]] = {}
+        for name, row in rows.items():
+            for label, (ca, asr) in row.items():
+                published.setdefault(label, []).extend([(ca, asr)] if name != "Average" else [])
+        printed = rows["Average"]
+        for told, source in (
+            ({label: (pair[0], pair[1]) for label, pair in printed.items()}, "as printed"),
+            ({label: mean_pair(pairs) for label, pairs in published.items()}, "mean of its rows"),
+        ):
+            cells = [shown(told[label]) if label in told else "" for label in ("none", *labels)]
+            lines.append(["Average", "paper", *cells, source])
+    own = []
+    for label in labels:
+        pairs = []
+        for attack in attacks:
+            group = [r for r in here if (r.attack, r.label) == (attack, label) and r.is_done]
+            if group:
+                pairs.append(mean_pair([each.percent("after") for each in group]))
+        short = "" if len(pairs) == len(attacks) else f", {len(pairs)} of {len(attacks)} attacks"
+        own.append(shown(mean_pair(pairs)) + short if pairs else MISSING)
+    return [*lines, ["Average", "ours", "", *own, ""]]
+
+
+def _not_learned(attack: str, group: Sequence[Result]) -> list[str]:
+    """Say in words if networks have not learned the attack: then there is little to find."""
+    rates = {r.network["digest"]: r.percent("before")[1] for r in group if r.is_done}
+    weak = [rate for rate in rates.values() if rate is not None and rate < _LEARNED]
+    if not weak:
+        return []
+    found = f"{len(weak)} of {len(rates)} networks have an ASR below {_LEARNED:.0f}% before any"
+    return [f"{attack}: {found} defense, so the attack was not learned."]
+
+
+def _losses(attack: str, group: Sequence[Result]) -> list[str]:
+    """Say in words where this package's settings lose."""
+    pairs: dict[str, Pair] = {}
+    for label in dict.fromkeys(each.label for each in group):
+        done = [r.percent("after") for r in group if r.label == label and r.is_done]
+        if done:
+            pairs[label] = mean_pair(done)
+    notes = []
+    for own in ("mnp", "default"):
+        if own not in pairs or pairs[own][1] is None:
+            continue
+        better = [
+            f"{head(label)} ({shown(pair)})"
+            for label, pair in pairs.items()
+            if label != own and _is_better(pair, pairs[own])
+        ]
+        if better:
+            rivals = " and ".join(better)
+            notes.append(f"{attack}: {head(own)} ({shown(pairs[own])}) loses to {rivals}.")
+    return notes
+
+
+def _is_better(rival: Pair, own: Pair) -> bool:
+    if rival[1] is None or own[1] is None:
+        return False
+    gain_ca, gain_asr = rival[0] - own[0], own[1] - rival[1]
+    return min(gain_ca, gain_asr) >= 0 and max(gain_ca, gain_asr) > _POINTS
+
+
+def by_rate(results: Sequence[Result], marks: Marks) -> list[Table]:
+    """Make Table 3: BadNets by poison rate and mode, a table for each setting and defense.
+
+    Args:
+        results: All results.
+        marks: Names what rows were measured on.
+    """
+    wanted = [
+        each
+        for each in results
+        if each.task == "defense" and each.attack == "BadNets" and "+" not in each.network["attack"]
+    ]
+    published = paper_figures()["3"]
+    tables = []
+    for number, setting in enumerate(settings_of(wanted), 1):
+        here = [each for each in wanted if each.setting == setting]
+        rates = sorted({float(each.network["rate"]) for each in here})
+        if len(rates) == 1 and {each.network["mode"] for each in here} == {"all-to-one"}:
+            continue  # Table 1 has it
+        on_cifar10 = setting.paper_table == "1"
+        if on_cifar10:
+            rates = sorted({*rates, *map(float, published["rows"]["all-to-one"])})
+        for label in sorted({each.label for each in here}):
+            lines = []
+            for mode, short in (("all-to-one", "A2O"), ("all-to-all", "A2A")):
+                if label == "mnp" and on_cifar10:
+                    paper = published["rows"][mode]
+                    groups = [paper.get(f"{rate:g}") for rate in rates]
+                    for place, name in enumerate(("CA", "ASR")):
+                        told = [
+                            "" if each is None else f"{each[which][place]:.2f}"
+                            for each in groups
+                            for which in ("none", "mnp")
+                        ]
+                        lines.append([f"BadNets-{short}", name, "paper", *told, "as printed"])
+                lines += _rate_rows(
+                    [r for r in here if r.label == label and r.network["mode"] == mode],
+                    (rates, short),
+                    marks,
+                )
+            heads = [f"{rate:.2%} {each}" for rate in rates for each in ("no defense", head(label))]
+            tables.append(
+                Table(
+                    f"table3-{number}-{label.replace(' ', '-')}",
+                    f"Table 3: BadNets by poison rate, {head(label)}; {setting}",
+                    ["attack", "in percent", "by", *heads, "measured on"],
+                    lines,
+                    [published["note"]] if label == "mnp" and on_cifar10 else [],
+                )
+            )
+    return tables
+
+
+def _rate_rows(
+    here: Sequence[Result], which: tuple[Sequence[float], str], marks: Marks
+) -> list[list[str]]:
+    rates, short = which
+    lines = []
+    for place, name in enumerate(("CA", "ASR")):
+        told = []
+        for rate in rates:
+            group = [each for each in here if each.network["rate"] == rate]
+            done = [each for each in group if each.is_done]
+            for when in ("before", "after"):
+                value = mean_pair([each.percent(when) for each in done])[place] if done else None
+                count = f" ({len(done)})" if len(done) > 1 and when == "after" else ""
+                without = "error" if group else MISSING
+                told.append(without if value is None else f"{value:.2f}{count}")
+        lines.append([f"BadNets-{short}", name, "ours", *told, marks.mark(here) or MISSING])
+    return lines
+
+
+def detection(results: Sequence[Result], marks: Marks) -> list[Table]:
+    """Make Table 4: detection rates and, which the paper omits, false positive rates.
+
+    Args:
+        results: All results.
+        marks: Names what rows were measured on.
+    """
+    wanted = [r for r in results if r.task == "detector" and (r.network["usual"] or r.is_clean)]
+    published = paper_figures()["4"]["rows"]
+    tables = []
+    for number, setting in enumerate(settings_of(wanted), 1):
+        here = [each for each in wanted if each.setting == setting]
+        attacks = [name for name in published["mnp"] if name != "Avg"]
+        attacks += sorted({each.attack for each in here if not each.is_clean} - set(attacks))
+        lines = []
+        for label in _columns(here, _PAPER_DETECTORS):
+            if label in published and setting.paper_table == "1":
+                rates = published[label]
+                told = [f"{rates[each]:.2f}" if each in rates else "" for each in attacks]
+                average = f"{rates['Avg']:.2f}"
+                lines.append([head(label), "paper", *told, average, "not given", "as printed"])
+            group = [each for each in here if each.label == label]
+            shares = [_flagged([each for each in group if each.attack == a]) for a in attacks]
+            known = [share for share, _ in shares if share is not None]
+            average = f"{statistics.mean(known):.2f}" if known else MISSING
+            average += f", {len(known)} of {len(attacks)}" if 0 < len(known) < len(attacks) else ""
+            told = [text for _, text in shares]
+            alarms = _flagged([each for each in group if each.is_clean])[1]
+            mark = marks.mark(group) or MISSING
+            lines.append([head(label), "ours", *told, average, alarms, mark])
+        heads = ["detector", "by", *attacks, "average", "clean networks flagged", "measured on"]
+        note = (
+            "In percent: networks that are called backdoored; undecided is not. AC, SC and STRIP "
+            "see images with the trigger, see the documentation; the others see clean images only."
+        )
+        notes = [note]
+        for attack in attacks:
+            notes += _not_learned(attack, [each for each in here if each.attack == attack])
+        title = f"Table 4: detection; {setting}"
+        tables.append(Table(f"table4-{number}", title, heads, lines, notes))
+    return tables
+
+
+def _flagged(group: Sequence[Result]) -> tuple[float | None, str]:
+    """Return the share of networks that are called backdoored, in percent, and how to write it."""
+    done = [each for each in group if each.is_done]
+    if not done:
+        return None, "error" if group else MISSING
+    count = sum(each.content["verdict"] == "backdoored" for each in done)
+    return 100 * count / len(done), f"{100 * count / len(done):.2f} ({count} of {len(done)})"

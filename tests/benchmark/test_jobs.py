@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_mnp.benchmark import jobs as jobs_module
+from lightning_mnp.benchmark.executors import HereExecutor
+from lightning_mnp.benchmark.jobs import Job, run_jobs
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let work take time by this clock only."""
+    now = [0.0]
+    monkeypatch.setattr(jobs_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def make(clock: list[float], seconds: list[float], estimate: float = 10.0) -> list[Job]:
+    def work(spent: float) -> float:
+        if spent < 0:
+            raise ValueError("broken")
+        clock[0] += spent
+        return spent
+
+    return [Job(f"job {place}", estimate, work, (s,)) for place, s in enumerate(seconds)]
+
+
+def names(jobs: list[Job], budget: float | None = None) -> list[str]:
+    return [job.name for job, _ in run_jobs(jobs, HereExecutor(), budget)]
+
+
+def test_all_are_done_and_errors_are_told(clock: list[float]) -> None:
+    found = list(run_jobs(make(clock, [1.0, -1.0, 2.0]), HereExecutor()))
+    assert [job.name for job, _ in found] == ["job 0", "job 1", "job 2"]
+    assert [found[0][1], found[2][1]] == [1.0, 2.0]
+    assert isinstance(found[1][1], ValueError)
+
+
+@pytest.mark.parametrize(
+    ("taken", "budget", "count"),
+    [
+        (10.0, 35.0, 3),  # the fourth would end after 40 s
+        (20.0, 45.0, 2),  # they take twice as long as estimated
+        (5.0, 9.0, 0),
+        (10.0, None, 5),
+    ],
+)
+def test_what_does_not_fit_is_not_begun(
+    clock: list[float], taken: float, budget: float | None, count: int
+) -> None:
+    assert len(names(make(clock, [taken] * 5), budget)) == count
+
+
+def of_kind(clock: list[float], kind: str, seconds: float, place: int, **more: Any) -> Job:
+    def work() -> None:
+        clock[0] += seconds
+
+    return Job(f"{kind} {place}", 0.0, work, (), kind, **more)
+
+
+def test_time_is_learned_from_jobs_of_the_same_kind(clock: list[float]) -> None:
+    jobs = [
+        of_kind(clock, kind, s, n) for n in range(3) for kind, s in (("x/a", 40.0), ("y/b", 1.0))
+    ]
+    # After x/a 0 and y/b 0, another x/a would end after 81 s, but the others of y/b fit.
+    assert names(jobs, budget=80.0) == ["x/a 0", "y/b 0", "y/b 1", "y/b 2"]
+
+
+def test_the_first_of_its_kind_is_expected_to_take_as_long_as_its_wider_kind(
+    clock: list[float],
+) -> None:
+    jobs = [of_kind(clock, f"x/{letter}", 30.0, 0) for letter in "abc"]
+    assert names(jobs, budget=70.0) == ["x/a 0", "x/b 0"]
+
+
+def test_a_job_waits_for_what_it_needs(clock: list[float]) -> None:
+    first, second = make(clock, [1.0, 1.0])
+    waiting = Job("waiting", 0.0, len, ("abc",), needs=("job 1", "not among them"))
+    assert names([waiting, first, second]) == ["job 0", "job 1", "waiting"]
+
+
+def test_what_needs_a_failed_job_fails_as_it_did(clock: list[float]) -> None:
+    [broken] = make(clock, [-1.0])
+    one = Job("one", 0.0, len, ("abc",), needs=("job 0",))
+    two = Job("two", 0.0, len, ("abc",), needs=("one",))
+    found = {job.name: result for job, result in run_jobs([one, two, broken], HereExecutor())}
+    assert {str(each) for each in found.values()} == {"broken"}
+    assert set(found) == {"job 0", "one", "two"}
+
+
+def test_what_needs_a_job_that_does_not_fit_is_not_begun(clock: list[float]) -> None:
+    jobs = [Job("long", 100.0, len, ("a",)), Job("short", 1.0, len, ("a",), needs=("long",))]
+    assert names(jobs, budget=50.0) == []

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mnp.benchmark import machine as module
+from lightning_mnp.benchmark.machine import Meter, describe_machine
+
+
+def test_a_machine_is_described_by_primitives() -> None:
+    told = describe_machine("cpu")
+    assert json.loads(json.dumps(told)) == told
+    assert told["threads"] == torch.get_num_threads()
+    assert told["name"]
+    assert set(told["versions"]) == {"python", "lightning-mnp", "torch", "torchvision", "lightning"}
+
+
+def test_a_machine_without_a_list_of_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "Path", lambda path: Path("/nowhere"))
+    assert module._processor()
+
+
+def test_passes_of_the_network_and_its_copies_are_counted() -> None:
+    network, images = nn.Sequential(nn.Linear(2, 3), nn.ReLU()), torch.zeros(6, 2)
+    network(images)
+    with Meter(network, "cpu") as meter:
+        network(images)
+        changed = copy.deepcopy(network)
+        with torch.no_grad():
+            changed(images)
+            changed(images[:3])
+        network[0](images)  # a part is no pass
+        network.requires_grad_(False)
+        network(images)
+    assert meter.passes == pytest.approx(6 + (6 + 3 + 6) / 3)
+    changed(images)
+    network(images)
+    assert meter.passes == pytest.approx(11)
+    assert not network._forward_hooks
+
+
+def test_outputs_that_are_no_tensor_count_as_forward_alone() -> None:
+    class Pair(nn.Module):
+        def forward(self, *, images: Any = None) -> tuple[Any, Any]:
+            return images, images
+
+    with Meter(Pair(), "cpu") as meter:
+        meter.network(images=torch.zeros(2, 2))
+    assert meter.passes == 0
+
+
+@pytest.mark.skipif(not module._forget_peak(), reason="this system does not tell the peak memory")
+def test_the_peak_is_that_of_the_context() -> None:
+    large = torch.ones(2**24)  # 64 MiB, which are gone before the context
+    del large
+    with Meter(nn.Linear(2, 2), "cpu") as meter:
+        held = torch.ones(2**23)
+    assert meter.peak_mib is not None
+    assert meter.start_mib is not None
+    assert held.numel() * 4 / 2**20 * 0.9 < meter.peak_mib - meter.start_mib < 60
+    assert meter.seconds > 0
+
+
+def test_a_system_that_does_not_tell_the_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PROCESS", tmp_path / "nowhere")
+    with Meter(nn.Linear(2, 2), "cpu") as meter:
+        pass
+    assert (meter.start_mib, meter.peak_mib) == (None, None)

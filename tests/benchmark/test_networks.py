@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from benchmark_site import make_site, quick_fit, tiny_network
+
+from lightning_mnp.benchmark import networks as module
+from lightning_mnp.benchmark.networks import NetworkFolder, training_version, using_threads
+from lightning_mnp.benchmark.recipe import NetworkRecipe
+from lightning_mnp.cli.command_line import main
+from lightning_mnp.surgery.network import weights_digest
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build the smallest networks."""
+    monkeypatch.setattr(module, "build_network", tiny_network)
+    monkeypatch.setattr(module, "training_version", lambda recipe: "0" * 12)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_site(tmp_path / "site")
+
+
+def folder_of(base: Path, attack: str = "badnets", **options: object) -> NetworkFolder:
+    recipe = NetworkRecipe(base, attack)
+    return NetworkFolder(base.parents[1] / "networks", recipe, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_network_is_trained_and_measured_once(base: Path) -> None:
+    calls: list[list[str]] = []
+
+    def fit(arguments: list[str]) -> int:
+        calls.append(arguments)
+        print("said")
+        print("told", file=sys.stderr)
+        return quick_fit(arguments)
+
+    folder = folder_of(base)
+    assert folder.figures() is None
+    figures = folder.train(fit, None, None)
+    assert calls == [["fit", "--config", str(folder.path / "recipe.yaml")]]
+    assert (folder.path / "fit.log").read_text() == "said\ntold\n"
+    network = folder.load()
+    assert not network.training
+    assert figures["weights_sha256"] == weights_digest(network)
+    assert figures["CA"] == folder.images(None).test().measure(network)["CA"]
+    assert folder.figures() == json.loads((folder.path / "network.json").read_text())
+    assert folder.train(fit, None, None)["weights_sha256"] == figures["weights_sha256"]
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("small")
+def test_a_training_goes_on_from_its_checkpoint(base: Path) -> None:
+    folder = folder_of(base)
+    folder.checkpoint.parent.mkdir(parents=True)
+    folder.checkpoint.touch()
+    calls: list[list[str]] = []
+
+    def fit(arguments: list[str]) -> int:
+        calls.append(arguments)
+        return quick_fit(arguments)
+
+    assert folder.train(fit, None, None)["went_on"]
+    assert calls[0][3:] == ["--ckpt_path", str(folder.checkpoint)]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_training_without_a_checkpoint_begins_anew(base: Path) -> None:
+    folder = folder_of(base)
+    folder.path.mkdir(parents=True)
+    (folder.path / "config.yaml").write_text("left by a killed training")
+    folder.train(quick_fit, None, None)
+    assert not (folder.path / "config.yaml").exists()
+
+
+def test_a_training_that_fails(base: Path) -> None:
+    def fit(arguments: list[str]) -> int:
+        print("no space left")
+        return 2
+
+    folder = folder_of(base)
+    with pytest.raises(RuntimeError, match=r"Training badnets-.* failed: no space left The log is"):
+        folder.train(fit, None, None)
+    assert folder.figures() is None
+
+
+def test_a_training_that_is_interrupted(base: Path) -> None:
+    level, words = logging.getLogger("lightning.pytorch").level, sys.argv
+    with pytest.raises(KeyboardInterrupt):
+        folder_of(base).train(lambda arguments: 130, None, None)
+    assert (logging.getLogger("lightning.pytorch").level, sys.argv) == (level, words)
+
+
+@pytest.mark.usefixtures("small")
+def test_other_code_trains_another_network(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of(base).train(quick_fit, None, None)
+    monkeypatch.setattr(module, "training_version", lambda recipe: "0123456789ab")
+    assert folder_of(base).figures() is None
+    assert folder_of(base, any_code=True).figures() is not None
+
+
+def test_the_clean_network_of_an_attack_is_found(base: Path) -> None:
+    folder = folder_of(base, "cl")
+    assert folder.clean == folder_of(base, "clean")
+    assert folder_of(base).clean is None
+    images = folder.images(Path("data"))
+    assert images.clean == folder_of(base, "clean").checkpoint
+    assert images.trigger == folder.checkpoint.with_name("trigger.safetensors")
+    assert folder_of(base, "clean").trigger is None
+
+
+def test_the_version_of_a_training_covers_attack_data_and_model(base: Path) -> None:
+    versions = {
+        name: training_version(NetworkRecipe(base, name)) for name in ("clean", "badnets", "wanet")
+    }
+    assert len(set(versions.values())) == 3
+
+
+def test_threads_are_as_before() -> None:
+    before = torch.get_num_threads()
+    with using_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_a_configuration_that_fit_does_not_understand(base: Path) -> None:
+    folder = folder_of(base)
+    text = base.read_text().replace("lr: 0.05", "lr: fast")
+    base.write_text(text)
+    with pytest.raises(ValueError, match=r"network 'badnets', seed 0, to be one for .*fast"):
+        folder_of(base).check(main, None)
+    assert not folder.root.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_that_fit_trains(base: Path) -> None:
+    folder = folder_of(base)
+    figures = folder.train(main, None, None)
+    assert yaml.safe_load((folder.path / "config.yaml").read_text())["seed_everything"] == 0
+    assert 0 <= figures["CA"] <= 1
+    assert 0 <= figures["ASR"] <= 1

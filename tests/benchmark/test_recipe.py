@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark_site import BASE, make_site
+
+from lightning_mnp.benchmark.recipe import NetworkRecipe, find_class, nearest
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_site(tmp_path / "site")
+
+
+def test_overlays_are_laid_over_the_base(base: Path) -> None:
+    content = NetworkRecipe(base, "badnets", seed=3).content
+    attack = content["data"]["init_args"]["attack"]
+    assert attack["class_path"] == "lightning_mnp.attacks.BadNets"
+    assert attack["init_args"] == {"patch_size": 2, "poison_rate": 0.25, "seed": 3}
+    assert content["seed_everything"] == content["data"]["init_args"]["seed"] == 3
+    assert content["model"]["init_args"]["width"] == 2
+    assert content["trainer"]["accelerator"] == "cpu"
+    [callback] = content["trainer"]["callbacks"]
+    assert callback["init_args"]["filename"] == "last"
+
+
+def test_an_overlay_may_change_the_class_and_keeps_the_arguments(base: Path) -> None:
+    model = NetworkRecipe(base, "wanet").content["model"]
+    assert model["class_path"] == "lightning_mnp.attacks.WaNetModule"
+    assert model["init_args"]["width"] == 2
+
+
+def test_several_overlays(base: Path) -> None:
+    recipe = NetworkRecipe(base, "badnets+badnets-all-to-all")
+    assert recipe.described()["mode"] == "all-to-all"
+    assert not recipe.described()["usual"]
+
+
+def test_axes_replace_what_is_configured(base: Path) -> None:
+    recipe = NetworkRecipe(
+        base, "badnets", 1, "cifar_resnet34", 6, 0.5, "all-to-all", options={"model.lr": 0.2}
+    )
+    told = recipe.described()
+    assert (told["architecture"], told["width"]) == ("cifar_resnet34", 6)
+    assert (told["rate"], told["mode"], told["usual"]) == (0.5, "all-to-all", False)
+    assert recipe.content["model"]["init_args"]["lr"] == 0.2
+
+
+def test_described(base: Path) -> None:
+    told = NetworkRecipe(base, "badnets").described()
+    assert (told["attack"], told["attack_class"], told["data"]) == (
+        "badnets",
+        "BadNets",
+        "SiteData",
+    )
+    assert (told["mode"], told["rate"], told["usual"], told["base"]) == (
+        "all-to-one",
+        0.25,
+        True,
+        "base",
+    )
+    clean = NetworkRecipe(base).described()
+    assert (clean["attack_class"], clean["mode"], clean["rate"]) == ("clean", None, None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attack": "badnets"},
+        {"seed": 1},
+        {"width": 3},
+        {"architecture": "cifar_resnet34"},
+        {"device": "cuda"},
+        {"options": {"trainer.max_epochs": 2}},
+    ],
+)
+def test_what_decides_on_the_weights_changes_the_digest(
+    base: Path, changes: dict[str, Any]
+) -> None:
+    assert NetworkRecipe(base, **changes).digest != NetworkRecipe(base).digest
+
+
+def test_what_does_not_decide_on_the_weights_leaves_the_digest(base: Path, tmp_path: Path) -> None:
+    other = make_site(tmp_path / "elsewhere")
+    other.write_text(f"# A comment\n{BASE}    root: elsewhere\n".replace("lr: 0.05", "lr:   0.05"))
+    assert NetworkRecipe(other).digest == NetworkRecipe(base).digest
+    quiet = NetworkRecipe(base, options={"trainer.logger": False})
+    assert quiet.digest == NetworkRecipe(base).digest
+
+
+def test_a_recipe_that_needs_a_clean_network(base: Path) -> None:
+    recipe = NetworkRecipe(base, "cl", width=4)
+    assert recipe.clean == NetworkRecipe(base, width=4)
+    reference = recipe.attack_options["init_args"]["reference"]["init_args"]
+    assert (reference["width"], reference["num_classes"]) == (4, 4)
+    content = recipe.configuration(Path("out"), Path("images"), Path("some/last.ckpt"))
+    placed = content["data"]["init_args"]["attack"]["init_args"]["reference"]["init_args"]
+    assert placed["checkpoint"] == "some/last.ckpt"
+    assert content["data"]["init_args"]["root"] == "images"
+    assert content["trainer"]["default_root_dir"] == "out"
+    # The place of the clean network is no part of the digest, its own recipe is.
+    (base.parent / "cl.yaml").write_text(
+        (base.parent / "cl.yaml").read_text().replace("clean.ckpt", "other.ckpt")
+    )
+    assert NetworkRecipe(base, "cl", width=4).digest == recipe.digest
+    assert NetworkRecipe(base, "badnets").clean is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"attack": "badnet"},
+            r"out of clean, badnets, cl, wanet, but got 'badnet'. Did you mean 'b",
+        ),
+        ({"attack": "badnets-all-to-all"}, "Expected an attack out of"),
+        ({"attack": "../site/badnets"}, "Expected an attack out of"),
+        (
+            {"attack": "cl", "poison_rate": 0.1},
+            r"'cl' to take the option `poison_rate`.*class_rate",
+        ),
+        ({"attack": "cl", "mode": "all-to-all"}, "takes one mode only. Give it a grid of its own"),
+        (
+            {"options": {"model.widths": 3}},
+            r"Classifier takes, but got 'model.widths'. Did you mean 'w",
+        ),
+        ({"options": {"trainer.max_epoch": 3}}, "Trainer takes.*Did you mean 'max_epochs'"),
+        ({"options": {"models.width": 3}}, "begin with trainer., model. or data., but got 'models"),
+    ],
+)
+def test_mistakes(base: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _ = NetworkRecipe(base, **changes).content
+
+
+def test_a_file_without_options(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("3")
+    with pytest.raises(ValueError, match="to hold options of `fit`, but got 3"):
+        _ = NetworkRecipe(tmp_path / "base.yaml").content
+
+
+@pytest.mark.parametrize("path", ["lightning_mnp.attacks.Nothing", "no_such.Thing", "Thing"])
+def test_unknown_classes(path: str) -> None:
+    with pytest.raises(ValueError, match="Expected a `class_path` of a known class, but got"):
+        find_class(path)
+
+
+def test_what_is_no_class() -> None:
+    with pytest.raises(ValueError, match=r"of a class, but 'json\.dumps' is none"):
+        find_class("json.dumps")
+
+
+def test_no_suggestion_if_nothing_is_near() -> None:
+    assert nearest("xyz", ["badnets"]) == ""

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cell_results import result, write
+
+from lightning_mnp.benchmark import report as module
+from lightning_mnp.benchmark.report import write_report
+
+
+def test_a_report_of_all_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "draw_plots", lambda found, out: [out / "some.png"])
+    monkeypatch.setattr(module, "find_spec", lambda name: True)
+    results = [
+        result("anp"),
+        result("anp", seed=1),
+        result("mnp", (0.85, 0.1), rate=0.01, usual=False),
+        result("mnp", (0.9, None), attack="clean"),
+        result("nc", None, task="detector", verdict="clean"),
+        result("rnp", error="broken"),
+    ]
+    files = write_report(write(results, tmp_path / "cells"), tmp_path / "report")
+    names = [path.name for path in files]
+    assert names[0] == "report.md"
+    assert names[-1] == "some.png"
+    assert {"table1-1.csv", "table3-1-anp.csv", "table3-1-mnp.csv", "table4-1.csv"} <= set(names)
+    assert {"harm.csv", "cost.csv", "spread.csv", "errors.csv", "cells.csv"} <= set(names)
+    page = files[0].read_text()
+    assert "6 cells, of which 1 failed, measured from 2026-01-02 to 2026-01-02" in page
+    assert "![some](some.png)" in page
+    assert "- m1: A processor" in page
+    assert "Magnitude-based Neuron Pruning" in page
+
+
+def test_without_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write([result()], tmp_path / "cells")
+    monkeypatch.setattr(module, "draw_plots", None)  # would fail
+    assert write_report(tmp_path / "cells", tmp_path / "report", plots=False)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert write_report(tmp_path / "cells", tmp_path / "report")
+
+
+def test_no_results(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`results` to be a folder with results of cells"):
+        write_report(tmp_path / "cells", tmp_path / "report")
+    assert not (tmp_path / "report").exists()

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from benchmark_site import make_site, quick_fit, tiny_network
+from cell_results import result, write
+
+from lightning_mnp.benchmark import networks
+from lightning_mnp.benchmark.records import read_cells
+from lightning_mnp.cli import benchmark as module
+from lightning_mnp.cli.benchmark import parse_seconds
+from lightning_mnp.cli.command_line import main
+
+CONFIG = """
+base: site/base.yaml
+grids:
+  - attacks: [clean, badnets]
+    defenses: [{name: clp, options: {rule: number, amount: 1}}]
+    defense_sizes: [8]
+"""
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setattr(sys, "argv", ["lightning-mnp"])
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Write a configuration to another folder than that of the command."""
+    monkeypatch.setattr(networks, "build_network", tiny_network)
+    monkeypatch.setattr(networks, "training_version", lambda recipe: "0123456789ab")
+    monkeypatch.setattr("lightning_mnp.benchmark.run.cell_version", lambda cell: "version")
+    make_site(tmp_path / "elsewhere" / "site")
+
+    def write(text: str) -> Path:
+        path = tmp_path / "elsewhere" / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def run(*words: str) -> int:
+    return module.main(["run", *words], quick_fit)
+
+
+def test_cells_are_measured_and_kept(
+    config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config(CONFIG)
+    assert run("--config", str(path)) == 0
+    told = capsys.readouterr().out
+    assert "2 cells measured, 0 kept; results are in benchmarks/results/cells" in told
+    assert "trained, CA " in told
+    assert (tmp_path / "runs" / "benchmark").is_dir()
+    assert len(read_cells(Path("benchmarks/results/cells"))) == 2
+    assert run(f"--config={path}", "--progress=false") == 0
+    assert "0 cells measured, 2 kept" in capsys.readouterr().out
+
+
+def test_the_exit_code_tells_of_a_failed_cell(
+    config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config(CONFIG.replace("amount: 1", "amount: 400"))
+    assert run("--config", str(path), "--out", "other") == 1
+    assert "0 cells measured, 0 kept, 2 failed; results are in other" in capsys.readouterr().out
+    [content, _] = read_cells(Path("other")).values()
+    assert "Lower `amount`" in content["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("badnets]", "badnet]", r"Expected an attack out of clean, .*Did you mean 'badnets'\?"),
+        ("name: clp", "name: clpp", r"Expected a defense out of .*Did you mean 'clp'\?"),
+        ("amount: 1", "amuont: 1", r"Expected an option of 'clp'.*Did you mean 'amount'\?"),
+        (
+            "defenses:",
+            "defences:",
+            r"Expected a key of a grid in .*'defences'. Did you mean 'defens",
+        ),
+        ("grids:", "options: {model.widths: 3}\ngrids:", r"Classifier takes.*Did you mean 'width"),
+        (
+            "grids:",
+            "test_image: 3\ngrids:",
+            r"Expected an option in .*Did you mean 'test_images'\?",
+        ),
+        ("grids:", "test_images: 0\ngrids:", "`test_images` to be at least 1, but got 0"),
+        ("grids:", "budget: soon\ngrids:", "`budget` to be a time above 0, .* but got 'soon'"),
+        ("grids:", "jobs: 0\ngrids:", "`jobs` to be at least 1, but got 0"),
+        ("[8]", "[1]", "`defense_sizes` of a grid to be at least 2"),
+    ],
+)
+def test_mistakes_are_told_before_any_training(
+    config: Write, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    path = config(CONFIG.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        run("--config", str(path))
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "benchmarks").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["run", "--budgt", "3s"],
+            r"option of the command .* got 'budgt'. Did you mean 'budget'\?",
+        ),
+        (["report", "--jobs=2"], "an option of the command to be one of config, help, out, plots"),
+    ],
+)
+def test_unknown_options_of_the_command(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module.main(words, quick_fit)
+
+
+def test_a_mistake_is_an_error_of_the_command(
+    config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config(CONFIG.replace("badnets]", "badnet]"))
+    assert main(["benchmark", "run", "--config", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "error: Expected an attack out of clean, badnets" in told
+    assert "LIGHTNING_MNP_DEBUG" in told
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write([result()], tmp_path / "cells")
+    command = ["benchmark", "report", "--results", "cells", "--out", "page", "--plots", "false"]
+    assert main(command) == 0
+    assert "files written: page/report.md and others beside it" in capsys.readouterr().out
+    assert "| BadNets | ours | 95.00 / 100.00 |" in (tmp_path / "page" / "report.md").read_text()
+
+
+def test_a_report_without_matplotlib_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write([result()], tmp_path / "cells")
+    monkeypatch.setattr("lightning_mnp.benchmark.report.find_spec", lambda name: None)
+    assert main(["benchmark", "report", "--results", "cells"]) == 0
+    assert 'No plots: `pip install "lightning-mnp[plots]"`' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("500s", 500.0), ("8m", 480.0), ("1.5h", 5400.0), ("7", 7.0), (None, None)],
+)
+def test_times(text: str | None, seconds: float | None) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-3s", "0", "nan", "inf", "3 days"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(ValueError, match="`budget` to be a time above 0"):
+        parse_seconds(text)
