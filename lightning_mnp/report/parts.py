@@ -1,4 +1,4 @@
-"""The parts of a report: runs, signals, pruning, the second audit, the clean images."""
+"""The parts of a report: runs, signals, triggers, pruning, the second audit, files and images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ __all__ = [
     "RunResult",
     "SecondAudit",
     "Signal",
+    "SurrogateTrigger",
+    "TriggerExample",
     "Verdict",
+    "WeightsFile",
 ]
 
 Verdict = Literal["clean", "backdoored", "undecided"]
@@ -29,6 +32,7 @@ class RunResult:
         steps: Optimizer steps of clean suppression.
         accuracy: Accuracy over the last pass of clean suppression.
         stopped: Why clean suppression ended.
+        curve: Accuracy over each pass of clean suppression, from 0 to 1.
     """
 
     detection_ratio: float
@@ -37,6 +41,7 @@ class RunResult:
     steps: int
     accuracy: float
     stopped: str
+    curve: tuple[float, ...] = ()
 
     @property
     def top_class(self) -> int:
@@ -81,6 +86,62 @@ class Signal:
     def counts(self) -> bool:
         """Whether the signal decides, and counts fully."""
         return self.decides and self.strength >= 1
+
+
+@dataclass(frozen=True)
+class TriggerExample:
+    """One clean image, without and with a surrogate trigger.
+
+    Attributes:
+        label: Its true class.
+        before: The class that the network predicts for it.
+        after: The class that the network predicts with the surrogate trigger.
+        clean: The image, as a base64-encoded PNG.
+        triggered: The image with the surrogate trigger, as a base64-encoded PNG.
+    """
+
+    label: int
+    before: int
+    after: int
+    clean: str
+    triggered: str
+
+
+@dataclass(frozen=True)
+class SurrogateTrigger:
+    """What a search has found: a change of images that stands in for an unknown trigger.
+
+    Attributes:
+        signal: The search that found it, such as ``"patch"``.
+        target_class: The class that it takes images to; None for an exchange of classes.
+        success: The share of clean images of other classes that it takes there, from 0 to 1.
+        images: Number of images that this was measured on.
+        pattern: What it changes in an image, as a base64-encoded PNG: gray where nothing is
+            changed, the strongest change drawn with full contrast.
+        examples: A few images without and with it.
+    """
+
+    signal: str
+    target_class: int | None
+    success: float
+    images: int
+    pattern: str
+    examples: tuple[TriggerExample, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """The file that the audited weights were read from.
+
+    Attributes:
+        name: Its path, as it was given.
+        sha256: Digest of its bytes.
+        bytes: Its size.
+    """
+
+    name: str
+    sha256: str
+    bytes: int
 
 
 @dataclass(frozen=True)
