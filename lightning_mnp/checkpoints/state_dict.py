@@ -19,6 +19,7 @@ __all__ = [
     "check_finite",
     "find_state_dict",
     "first_names",
+    "fits",
     "load_into",
     "strip_wrappers",
 ]
@@ -252,7 +253,7 @@ def load_into(
         >>> load_into(nn.Linear(2, 1), weights)
         PrefixMatch(file='net.', module='')
     """
-    own = {name: value for name, value in module.state_dict().items() if torch.is_tensor(value)}
+    own = _own_tensors(module)
     if prefix is None:
         match = _match_prefixes(_essential(own), _essential(state_dict))
     else:
@@ -263,9 +264,7 @@ def load_into(
                 f"with {prefix!r}."
             )
         match = PrefixMatch(file=prefix)
-    incoming = {
-        match.module + name.removeprefix(match.file): value for name, value in state_dict.items()
-    }
+    incoming = _renamed(state_dict, match)
     _check_fit(own, incoming)
     before = {name: value.clone() for name, value in own.items()}
     try:
@@ -282,6 +281,37 @@ def load_into(
             f"{type(module).__name__} refused the weights: {printable(str(error), 300)}"
         ) from error
     return match
+
+
+def fits(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
+    """Return whether weights could be loaded into a module, by their names and shapes.
+
+    Args:
+        module: The module, which may be without values (on the device ``meta``).
+        state_dict: Tensors by name.
+
+    Example:
+        >>> fits(nn.Linear(2, 1), {"net.weight": torch.ones(1, 2), "net.bias": torch.zeros(1)})
+        True
+    """
+    own = _own_tensors(module)
+    match = _match_prefixes(_essential(own), _essential(state_dict))
+    try:
+        _check_fit(own, _renamed(state_dict, match))
+    except CheckpointError:
+        return False
+    return True
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in module.state_dict().items() if torch.is_tensor(value)}
+
+
+def _renamed(state_dict: Mapping[str, Tensor], match: PrefixMatch) -> dict[str, Tensor]:
+    """Return tensors under the names that the module has for them."""
+    return {
+        match.module + name.removeprefix(match.file): value for name, value in state_dict.items()
+    }
 
 
 def _essential(tensors: Mapping[str, Tensor]) -> list[str]:
