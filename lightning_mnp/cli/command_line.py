@@ -16,6 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightning_mnp.attacks import TriggerCheckpoint
 from lightning_mnp.checkpoints.printable import printable
+from lightning_mnp.cli.parser import MNPParser
 from lightning_mnp.cli.trainer import MNPTrainer
 from lightning_mnp.config import grouped_message
 from lightning_mnp.hosting.checkpoint_io import use_checked_io
@@ -53,6 +54,7 @@ class MNPCLI(LightningCLI):
             LightningModule,
             LightningDataModule,
             trainer_class=MNPTrainer,
+            parser_class=MNPParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,

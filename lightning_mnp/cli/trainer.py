@@ -24,7 +24,7 @@ from lightning_mnp.calibration.run import (
 from lightning_mnp.calibration.threshold import Calibration, calibrate_threshold
 from lightning_mnp.checkpoints.atomic_write import OutputError, check_new, check_writable
 from lightning_mnp.checkpoints.printable import printable
-from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.checkpoints.read import read_weights
 from lightning_mnp.checkpoints.state_dict import PrefixMatch, check_finite, load_into
 from lightning_mnp.checkpoints.write import check_output, write_state_dict
 from lightning_mnp.config import MNPConfig
@@ -100,10 +100,10 @@ class MNPTrainer(Trainer):
         """
         self._meet()
         self._check_places(report, state_file)
-        self._load(model, ckpt_path, key)
+        notes = self._load(model, ckpt_path, key)[1]
         data = self._defense_set(model, datamodule)
         defense = self._defense(model, data, mnp, network)
-        outcome = self._carry_out(defense, state_file)
+        outcome = self._carry_out(defense, state_file, notes)
         self._save_report(outcome, report)
         forget_state(state_file)
         return outcome
@@ -147,10 +147,10 @@ class MNPTrainer(Trainer):
         self._meet()
         self._check_places(report, state_file, output)
         check_output(output, model.state_dict(), "output")
-        names = self._load(model, ckpt_path, key)
+        names, notes = self._load(model, ckpt_path, key)
         data = self._defense_set(model, datamodule)
         defense = self._defense(model, data, mnp, network, when)
-        outcome = self._carry_out(defense, state_file)
+        outcome = self._carry_out(defense, state_file, notes)
         if outcome.changes:
             defense.prune_()
         weights = {
@@ -327,10 +327,11 @@ class MNPTrainer(Trainer):
 
     def _load(
         self, model: LightningModule, path: Path, key: str | None, argument: str = "ckpt_path"
-    ) -> PrefixMatch:
-        weights = read_state_dict(path, key=key, argument=argument)
-        check_finite(weights)
-        return load_into(model, weights)
+    ) -> tuple[PrefixMatch, list[str]]:
+        """Load weights; return how their names differ, and what to say of the file."""
+        weights = read_weights(path, key=key, argument=argument)
+        check_finite(weights.tensors)
+        return load_into(model, weights.tensors), weights.warnings()
 
     def _defense_set(
         self, model: LightningModule, datamodule: LightningDataModule | None
@@ -363,10 +364,13 @@ class MNPTrainer(Trainer):
             autocast=engine_autocast(self),
         )
 
-    def _carry_out(self, defense: MNPDefense, state_file: Path | None) -> DefenseReport:
+    def _carry_out(
+        self, defense: MNPDefense, state_file: Path | None, notes: list[str]
+    ) -> DefenseReport:
         bar = self.progress_bar_callback is not None and self.is_global_zero
         run_defense(defense, state_file=state_file, progress=bar)
         self.report = outcome = follow_first(defense)
+        outcome.warnings[:0] = notes
         for logger in self.loggers:
             logger.log_metrics(outcome.metrics(), step=self.global_step)
         if self.is_global_zero:
