@@ -14,6 +14,7 @@ from helpers import REPOSITORY
 
 from lightning_mnp import MNPConfig
 from lightning_mnp.cli.command_line import main
+from lightning_mnp.cli.scan.options import parse_options
 
 DOCS = REPOSITORY / "docs"
 PAGES = [DOCS / "index.md", *sorted((DOCS / "tutorial").glob("*.md"))]
@@ -140,6 +141,9 @@ def test_command_is_understood(
         "examples/audit-cifar10.yaml" if word == "audit.yaml" else word
         for word in shlex.split(command)[1:]
     ]
+    if words[0] == "scan":
+        assert parse_options(words[1:]).images
+        return
     with pytest.raises(SystemExit) as stop:
         main([*words, "--print_config"])
     assert stop.value.code == 0, capsys.readouterr().err

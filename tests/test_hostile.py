@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import RunsCommand, rewrite_member
+from checkpoint_files import RunsCommand, RunsFunction, rewrite_member
 from commands import COMMON
 from commands import QUICK as SHORT
 from helpers import CLASSES, loader, quick_config
@@ -24,6 +24,7 @@ from torch import nn
 import lightning_mnp
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.cli import entry
 from lightning_mnp.cli.command_line import main
 from lightning_mnp.cli.trainer import MNPTrainer
 from lightning_mnp.models import Classifier
@@ -118,9 +119,14 @@ CORPUS: list[Callable[[Path], None]] = [
 ]
 
 
-def assert_refused(args: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_refused(
+    args: list[str],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    run: Callable[[list[str]], int] = main,
+) -> None:
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    assert main(args) == 2
+    assert run(args) == 2
     captured = capsys.readouterr()
     message = captured.err[captured.err.index("error: ") :]
     assert all(line.isprintable() for line in message.splitlines())
@@ -174,6 +180,26 @@ def test_refused_by_audit_and_defend(
     args = [command, *COMMON, *QUICK, "--ckpt_path=hostile.ckpt", "--report=report.json"]
     args += ["--output=purified.ckpt"] if command == "defend" else []
     assert_refused(args, own_folder, capsys)
+
+
+@pytest.mark.parametrize("make", [make for make in CORPUS if make is not huge_shape])
+def test_refused_by_scan(
+    make: Callable[[Path], None], own_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(own_folder / "hostile.ckpt")
+    args = ["scan", "hostile.ckpt", "--images=images", "--arch=cifar_resnet18"]
+    assert_refused(args, own_folder, capsys, run=entry.main)
+
+
+def test_calls_of_unknown_functions_are_skipped_and_told_by_audit(own_folder: Path) -> None:
+    """They are not run, whatever their name is, and the weights are audited all the same."""
+    canary = own_folder / "executed"
+    save(own_folder / "hostile.ckpt", callbacks={"state": RunsFunction(canary)})
+    args = ["audit", *COMMON, *QUICK, "--ckpt_path=hostile.ckpt", "--report=report.json"]
+    assert main(args) in (0, 3, 4)
+    warning = json.loads(Path("report.json").read_text())["warnings"][0]
+    assert "objects of checkpoint_files.leave_a_mark. They were skipped" in warning
+    assert not canary.exists()
 
 
 @pytest.mark.parametrize("doublings", [25, 60, 5000])
@@ -357,6 +383,7 @@ def test_interrupted_command_ends_with_130(
 COMMAND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+from lightning_mnp.cli import entry
 from lightning_mnp.cli.command_line import main
 sys.exit(main())
 """

@@ -128,6 +128,8 @@ def _hint(message: str, parser: argparse.ArgumentParser) -> str:
     options = {name for action in parser._actions for name in action.option_strings}
     if found := re.search(r"(?:unrecognized arguments:|subcommand) \W?(--[\w.]+)", message):
         return similar(found[1], options)
+    if found := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
+        return similar(found[2], _arguments(found[1]))
     public = {
         name.rpartition(".")[2]: name
         for room in _ROOMS
@@ -137,8 +139,6 @@ def _hint(message: str, parser: argparse.ArgumentParser) -> str:
         if word not in public.values() and (hint := similar(word.rpartition(".")[2], public)):
             meant = hint.removeprefix(" Did you mean ").removesuffix("?")
             return f" Did you mean {public[meant]}?"
-    if found := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
-        return similar(found[2], _arguments(found[1]))
     return ""
 
 

@@ -123,9 +123,12 @@ def test_wrong_option_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
         in capsys.readouterr().err
     )
     with pytest.raises(SystemExit) as stop:
-        main(["audit", *COMMON, "--mnp.walks=3", "--ckpt_path=suspicious.pt"])
+        main(["audit", *COMMON, "--mnp.supression.runs=3", "--ckpt_path=suspicious.pt"])
     assert stop.value.code == 2
-    assert "walks" in capsys.readouterr().err
+    error, hint, usage = capsys.readouterr().err.splitlines()
+    assert error == "error: unrecognized arguments: --mnp.supression.runs=3"
+    assert hint == "Did you mean --mnp.suppression.runs?"
+    assert usage.startswith("usage: lightning-mnp audit --config FILE [options]")
 
 
 def test_hyperparameters_in_a_checkpoint_are_not_used(tmp_path: Path) -> None:
@@ -203,13 +206,20 @@ def test_demo_writes_networks_and_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command", ["fit", "validate", "test", "audit", "defend", "calibrate", "demo"]
 )
-def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--data" in text
+    if command == "audit":
+        assert len(text.splitlines()) <= 120
     if command in ("audit", "defend"):
+        assert "--trainer.precision" in text
+        assert "--trainer.max_epochs" not in text
         assert "The checkpoint: .ckpt, .pt, .pth or .safetensors." in " ".join(text.split())
 
 

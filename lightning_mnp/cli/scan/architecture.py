@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.checkpoints.read import Weights
 from lightning_mnp.checkpoints.state_dict import fits
-from lightning_mnp.cli.scan.source import Source
+from lightning_mnp.cli.scan.source import Source, read_json
 from lightning_mnp.models.build import build_network
 
 __all__ = ["Architecture", "find_architecture"]
@@ -27,14 +25,24 @@ __all__ = ["Architecture", "find_architecture"]
 _FORMS = "torchvision/NAME, timm/NAME, hf/FOLDER or module:function"
 # Where training scripts write the name of the architecture.
 _NAMES = ("arch", "model_name", "architecture", "model", "network", "backbone")
-# What is tried if the file gives no name; names and shapes of all weights have to fit.
-_ORDINARY = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"),
-    *("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
-    *("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "densenet121", "alexnet"),
-    *("efficientnet_b0", "squeezenet1_0", "squeezenet1_1", "shufflenet_v2_x1_0", "resnext50_32x4d"),
-    *("googlenet", "mnasnet1_0", "regnet_y_400mf", "convnext_tiny"),
-)
+# What is tried if the file gives no name, by a weight that tells the family. All names and shapes
+# have to fit.
+_FAMILIES = {
+    "layer1.0.conv1.weight": (
+        *("cifar_resnet18", "cifar_resnet34", "resnet18", "resnet34", "resnet50", "resnet101"),
+        *("resnet152", "wide_resnet50_2", "resnext50_32x4d"),
+    ),
+    "features.0.0.weight": (
+        *("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0"),
+        "convnext_tiny",
+    ),
+    "features.0.weight": (
+        *("squeezenet1_0", "squeezenet1_1", "alexnet", "vgg11", "vgg13", "vgg16", "vgg19"),
+        *("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
+    ),
+    "features.conv0.weight": ("densenet121", "densenet169"),
+    "stage2.0.branch1.0.weight": ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0"),
+}
 
 
 @dataclass(frozen=True)
@@ -87,23 +95,27 @@ def find_architecture(
     if arch is not None:
         return _build(arch, weights.tensors, classes)
     told = _told_by(source, weights)
-    for name, how in (
-        *told,
-        *((name, "the only fit of names and shapes") for name in _ordinary(weights)),
-    ):
-        if name.startswith("hf/"):
-            return _build(name, weights.tensors, classes, how)
-        with _quick():
-            try:
-                built = _build(name, weights.tensors, classes).network
-            except (ValueError, ImportError):
-                continue
-        if fits(built, weights.tensors):
-            return _build(name, weights.tensors, classes, how)
+    for name, how in told:
+        try:
+            found = _build(name, weights.tensors, classes, how)
+        except ImportError:
+            if len(told) == 1:
+                raise
+        except ValueError:
+            if name.startswith("hf/"):
+                raise
+        else:
+            if fits(found.network, weights.tensors):
+                return found
+    for ordinary in _ordinary(weights.tensors):
+        with torch.device("meta"):  # without numbers, which would take time
+            empty = _build(ordinary, weights.tensors, classes).network
+        if fits(empty, weights.tensors):
+            return _build(ordinary, weights.tensors, classes, "the fit of all names and shapes")
     names = ", ".join(printable(name) for name, _ in told)
-    found = f"the file names {names}, which is none that fits" if told else "the file names none"
+    said = f"the file names {names}, which is none that fits" if told else "the file names none"
     raise ValueError(
-        f"Expected the architecture to be found from the file, but {found}. Give it as `--arch`: "
+        f"Expected the architecture to be found from the file, but {said}. Give it as `--arch`: "
         f"{_FORMS}."
     )
 
@@ -123,16 +135,11 @@ def _told_by(source: Source, weights: Weights) -> list[tuple[str, str]]:
     ]
 
 
-def _ordinary(weights: Weights) -> Iterator[str]:
-    yield from ("cifar_resnet18", "cifar_resnet34")
-    yield from (f"torchvision/{name}" for name in _ORDINARY)
-
-
-@contextmanager
-def _quick() -> Iterator[None]:
-    """Build networks without weights: names and shapes take no time."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        yield
+def _ordinary(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield ordinary architectures of the family that the weights' names tell."""
+    for mark, names in _FAMILIES.items():
+        if any(f".{name}".endswith(f".{mark}") for name in tensors):
+            yield from names
 
 
 def _build(arch: str, tensors: Mapping[str, Tensor], classes: int, how: str = "") -> Architecture:
@@ -190,8 +197,7 @@ def _from_folder(folder: Path, how: str) -> Architecture:
             f"Expected argument `--arch` to name a folder with config.json after hf/, but {shown} "
             "holds none."
         )
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    if "auto_map" in config:
+    if "auto_map" in read_json(folder / "config.json"):
         raise CheckpointError(
             f"{shown} is refused: its config.json asks for code of its own (auto_map), which is "
             "not run. Give a function of yours as `--arch` module:function."

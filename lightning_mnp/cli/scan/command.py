@@ -24,7 +24,7 @@ from lightning_mnp.cli.scan.preparation import Preparation, find_preparation
 from lightning_mnp.cli.scan.source import find_weights
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.report import DefenseReport, WeightsFile
+from lightning_mnp.report import DefenseReport, ReportError, WeightsFile
 from lightning_mnp.reporting import html, sarif, text
 from lightning_mnp.surgery.forward import call_network, evaluating
 
@@ -34,7 +34,6 @@ _WRONG_USE, _INTERRUPTED = 2, 130
 _WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError)
 _PART = 64  # images in a batch for predictions
 _REPORTS = ("report.html", "report.json")
-_OURS = "lightning-mnp"
 
 
 def main(options: ScanOptions) -> int:
@@ -118,15 +117,19 @@ def scan(options: ScanOptions, config: MNPConfig | None = None) -> DefenseReport
 
 def _check_places(options: ScanOptions) -> None:
     """Check where files are to be written, before anything is read."""
-    for name in _REPORTS:
-        path = options.out / name
+    paths = [options.out / name for name in _REPORTS]
+    for path in paths:
         check_writable(path, "--out")
-        if path.exists() and _OURS not in path.read_text("utf-8", "replace"):
+    there = [printable(str(path)) for path in paths if path.exists()]
+    if there:
+        try:
+            DefenseReport.load(options.out / "report.json")
+        except ReportError as error:
             raise OutputError(
-                f"Expected `--out` to be a folder without a {name} of another program, but "
-                f"{printable(str(path))} is none of ours. Nothing is overwritten: name another "
-                "folder, or move the file away."
-            )
+                f"Expected `--out` to be a folder without reports of other programs, but it holds "
+                f"{' and '.join(there)}. Nothing of theirs is overwritten: name another folder, or "
+                "move the files away."
+            ) from error
     if options.purify is not None:
         check_output(options.purify, {}, "--purify")
 

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.printable import printable
 
-__all__ = ["Source", "find_weights"]
+__all__ = ["Source", "find_weights", "read_json"]
 
 _HUB = "hf://"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -61,10 +61,10 @@ def find_weights(weights: str) -> Source:
                 f"{' or '.join(_WEIGHTS)}, but {printable(weights)} holds neither. Name the file."
             )
         path = found[0]
-    config = _read_json(path.with_name(_CONFIG))
+    config = read_json(path.with_name(_CONFIG))
     if not config.keys() & {"architecture", "architectures"}:
         return Source(path)  # a file of some other program
-    return Source(path, config, _read_json(path.with_name(_PREPARATION)))
+    return Source(path, config, read_json(path.with_name(_PREPARATION)))
 
 
 def _fetch(name: str) -> Path:
@@ -93,8 +93,12 @@ def _fetch(name: str) -> Path:
     return Path(folder)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a small JSON file; nothing if there is none."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a small JSON file; an empty one if there is none.
+
+    Args:
+        path: The file.
+    """
     if not path.is_file() or path.stat().st_size > _MOST_BYTES:
         return {}
     try:
