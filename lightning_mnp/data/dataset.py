@@ -96,6 +96,7 @@ class MemoryDataset(ImageDataset):
     Args:
         images: Shape (N, C, H, W), ``uint8``.
         labels: Classes, shape (N,), integers.
+        classes: Names of the classes, in the order of the labels; empty if they are not known.
 
     Raises:
         ValueError: If shapes or dtypes are others.
@@ -107,7 +108,7 @@ class MemoryDataset(ImageDataset):
         (torch.Size([3, 8, 8]), 2)
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str] = ()) -> None:
         if images.ndim != 4 or images.dtype != torch.uint8:
             raise ValueError(
                 "Expected argument `images` to be uint8 of shape (N, C, H, W), but got "
@@ -120,6 +121,7 @@ class MemoryDataset(ImageDataset):
             )
         super().__init__(labels)
         self.images = images
+        self.classes = tuple(classes)
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
         """Return new images of these indices, shape (n, C, H, W), uint8."""

@@ -21,7 +21,7 @@ from lightning_mnp.mnp.suppression import CleanSuppression
 from lightning_mnp.mnp.thresholds import pruned_count
 from lightning_mnp.purify.purification import Purification
 from lightning_mnp.purify.traces import find_traces
-from lightning_mnp.report import DefenseReport, RunResult, SecondAudit, Signal
+from lightning_mnp.report import DefenseReport, RunResult, SecondAudit, Signal, SurrogateTrigger
 from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.registry import registered
 from lightning_mnp.signals.screening import Screening
@@ -69,8 +69,10 @@ class Case:
         raised: The same network with the logits of rare classes raised, once these are known.
         scene: What the searches share; it holds the suppression runs.
         searches: The searches that have been reached, by name.
+        found: What the finished searches have to show, by name; None if nothing.
         correlation: Rank correlation of magnitude and saliency of the network as it is.
         accuracy: Its accuracy on the defense set.
+        class_accuracy: The same for each class that has images.
         doubts: Why it cannot be judged, in words; empty if it can.
         suppressed: Suppressed weights of the runs before the latest, as far as pruning needs them.
         masks_sum: Sum of M1 + M2 over the runs so far.
@@ -105,8 +107,10 @@ class Case:
         self.raised = self.masked.with_raised({})
         self.scene = Scene(self.raised, data, config, classes, constants)
         self.searches: dict[str, Search] = {}
+        self.found: dict[str, SurrogateTrigger | None] = {}
         self.correlation = math.nan
         self.accuracy = math.nan
+        self.class_accuracy: dict[int, float] = {}
         self.doubts: tuple[str, ...] = ()
         self.suppressed: list[Weights] = []
         self.masks_sum = torch.zeros(layers.total, device=self.masked.device)
@@ -261,6 +265,7 @@ class Case:
         return DefenseReport(
             verdict=self.judgement.verdict,
             warnings=[*self.purification.warnings, *self.warnings],
+            class_names=list(self.data.class_names),
             weights_sha256=self.weights_sha256,
             config=self.config.to_dict(),
             versions={name: version(name) for name in ("lightning-mnp", "torch", "torchvision")},

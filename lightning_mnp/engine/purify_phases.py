@@ -116,6 +116,7 @@ class CheckPhase(OneStepPhase):
     def report(self, report: DefenseReport) -> None:
         """Write the accuracy."""
         report.accuracy_after = self.case.purification.accuracy
+        report.class_accuracy_after = dict(self.case.purification.class_accuracy)
 
 
 class SecondEngine(Protocol):

@@ -18,7 +18,7 @@ from lightning_mnp.report.parts import (
     WeightsFile,
 )
 
-__all__ = ["primitive", "read_fields"]
+__all__ = ["primitive", "read_fields", "read_trigger"]
 
 
 def primitive(value: Any) -> Any:
@@ -62,7 +62,7 @@ def read_fields(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
         read[name] = _number(read[name])
     read["runs"] = [_read_run(run) for run in read["runs"]]
     read["signals"] = [_read_signal(signal) for signal in read["signals"]]
-    read["triggers"] = [_read_trigger(trigger) for trigger in read["triggers"]]
+    read["triggers"] = [read_trigger(trigger) for trigger in read["triggers"]]
     read["class_names"] = [str(name) for name in read["class_names"]]
     for name in ("rare_classes", "class_accuracy_before", "class_accuracy_after"):
         read[name] = _by_class(read[name])
@@ -114,7 +114,22 @@ def _read_signal(content: Mapping[str, Any]) -> Signal:
     )
 
 
-def _read_trigger(content: Mapping[str, Any]) -> SurrogateTrigger:
+def read_trigger(content: Mapping[str, Any]) -> SurrogateTrigger:
+    """Read a surrogate trigger from primitives.
+
+    Args:
+        content: The primitives by name.
+
+    Raises:
+        KeyError: If a field is missing.
+        TypeError: If a value is of another type.
+
+    Example:
+        >>> from dataclasses import asdict
+        >>> trigger = SurrogateTrigger("patch", 3, 0.9, 64, "")
+        >>> read_trigger(asdict(trigger)) == trigger
+        True
+    """
     examples = tuple(TriggerExample(**example) for example in content["examples"])
     return SurrogateTrigger(
         **{**content, "success": _number(content["success"]), "examples": examples}

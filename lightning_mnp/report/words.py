@@ -182,6 +182,8 @@ class Words:
         Args:
             signal: One of the report's signals.
         """
+        if not self.report.judged:
+            return "means nothing"
         if not signal.decides:
             return "only confirms"
         return "counts" if signal.strength >= self.flagged_from else "does not count"
