@@ -19,7 +19,7 @@ from lightning_mnp.cli.scan.options import parse_options
 DOCS = REPOSITORY / "docs"
 PAGES = [DOCS / "index.md", *sorted((DOCS / "tutorial").glob("*.md"))]
 PAGES += sorted((DOCS / "how-to").glob("*.md"))
-TEXTS = [*PAGES, *sorted((DOCS / "explanation").glob("*.md"))]
+TEXTS = [*PAGES, *sorted((DOCS / "explanation").glob("*.md")), DOCS / "reference/exit-codes.md"]
 TEXTS += [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "research").glob("*.md"))]
 
 # An HTML comment `<!-- setup ... -->` has what a page takes for granted; blocks after a comment
@@ -106,7 +106,10 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_pages_with_code_are_found() -> None:
     without = [name(page) for page in PAGES if page not in WITH_CODE]
-    assert without == ["docs/how-to/audit-a-checkpoint.md", "docs/how-to/index.md"]
+    assert without == [
+        *("docs/how-to/audit-a-checkpoint.md", "docs/how-to/index.md"),
+        "docs/how-to/scan-a-file.md",
+    ]
 
 
 @pytest.mark.parametrize("text", SHORTER)

@@ -29,8 +29,10 @@ from lightning_mnp.signals.trace import Trace
 from lightning_mnp.signals.verdict import Judgement, judge, rank_signals
 from lightning_mnp.surgery.forward import Forward
 from lightning_mnp.surgery.guards import (
+    refuse_quantized,
     refuse_scripts,
     refuse_wrappers,
+    require_module,
     running_alone,
     unchanged_on_error,
 )
@@ -308,6 +310,7 @@ def open_case(
         raise ValueError(
             f"Expected argument `when` to be one of {get_args(When)}, but got {when!r}."
         )
+    require_module(model)
     filters, pruning = config.filters, config.pruning
     call = network_forward(model, network, forward)
     parameter = next(model.parameters(), None)
@@ -316,6 +319,7 @@ def open_case(
     remedy = "The model needs more than there is even for so few."
     refuse_wrappers(model)
     refuse_scripts(model)
+    refuse_quantized(model)
     told = explain_out_of_memory(f"on {len(sample)} images", remedy)
     with told, unchanged_on_error(model), running_alone(model):
         if when != "never" and pruning.reaudit:
