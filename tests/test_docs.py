@@ -122,7 +122,7 @@ def commands() -> list[Any]:
     for page in TEXTS:
         for block in _COMMANDS.findall(page.read_text("utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
-                for part in line.split("&&"):
+                for part in re.split(r"&&|\|\||>", line):
                     words = shlex.split(part, comments=True)
                     if words[:1] == ["lightning-mnp"]:
                         found.setdefault(shlex.join(words), page)

@@ -123,10 +123,10 @@ def test_wrong_option_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
         in capsys.readouterr().err
     )
     with pytest.raises(SystemExit) as stop:
-        main(["audit", *COMMON, "--mnp.supression.runs=3", "--ckpt_path=suspicious.pt"])
+        main(["audit", *COMMON, "--mnp.suppressions.runs=3", "--ckpt_path=suspicious.pt"])
     assert stop.value.code == 2
     error, hint, usage = capsys.readouterr().err.splitlines()
-    assert error == "error: unrecognized arguments: --mnp.supression.runs=3"
+    assert error == "error: unrecognized arguments: --mnp.suppressions.runs=3"
     assert hint == "Did you mean --mnp.suppression.runs?"
     assert usage.startswith("usage: lightning-mnp audit --config FILE [options]")
 

@@ -24,8 +24,8 @@ def parser() -> MNPParser:
     ("word", "hint"),
     [
         ("--ckpt_pth=a", "Did you mean --ckpt_path?"),
-        ("--model=lightning_mnp.models.Classifer", "Did you mean lightning_mnp.models.Classifier?"),
-        ("--model=Classifer", "Did you mean lightning_mnp.models.Classifier?"),
+        ("--model=lightning_mnp.models.Classifierr", "Did you mean lightning_mnp.models.Classifier?"),
+        ("--model=Classifierr", "Did you mean lightning_mnp.models.Classifier?"),
         ("--mnp.runs=many", ""),
         ("--nothing_like_it=1", ""),
     ],
@@ -47,7 +47,7 @@ def test_a_misspelled_argument_of_a_class(
 ) -> None:
     name = f"{Classifier.__module__}.{Classifier.__qualname__}"
     with pytest.raises(SystemExit):
-        parser.parse_args([f"--model={name}", "--model.widht=3"])
+        parser.parse_args([f"--model={name}", "--model.widthh=3"])
     assert "\nDid you mean width?\n" in capsys.readouterr().err
 
 
