@@ -99,7 +99,7 @@ def test_one_report_and_one_output(run: Any) -> None:
     count, folder, outcomes, _ = run
     for door in ("callback", "module"):
         written = sorted(path.name for path in (folder / door).iterdir())
-        assert written == ["mnp-report.json", "mnp.ckpt"]
+        assert written == ["mnp-report.html", "mnp-report.json", "mnp.ckpt"]
         report = json.loads((folder / door / "mnp-report.json").read_text())
         assert report["verdict"] == outcomes[0][door]["verdict"]
     expected = {f"outcomes-{rank}.pt" for rank in range(count)}

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_mnp.attacks import TriggerCheckpoint
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.cli.parser import MNPParser
+from lightning_mnp.cli.quiet import without_tips
 from lightning_mnp.cli.trainer import MNPTrainer
 from lightning_mnp.config import grouped_message
 from lightning_mnp.hosting.checkpoint_io import use_checked_io
@@ -151,7 +152,8 @@ def main(args: list[str] | None = None) -> int:
         ``defend``, 4 for an undecided one; 130 after Ctrl-C, 2 for wrong use.
     """
     try:
-        cli = MNPCLI(args)
+        with without_tips():
+            cli = MNPCLI(args)
     except _WRONG_INPUT as error:
         if os.environ.get("LIGHTNING_MNP_DEBUG"):
             raise

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mnp.checkpoints.atomic_write import check_writable, write_atomically
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack
+from lightning_mnp.defense_data.names import find_class_names
 from lightning_mnp.engine.defense import MNPDefense
 from lightning_mnp.hosting.processes import do_in_first, gather_objects, process_count
 from lightning_mnp.report import DefenseReport
+from lightning_mnp.reporting.files import save_report
 from lightning_mnp.surgery.logit_shift import LogitShift
 
 __all__ = [
@@ -121,7 +125,13 @@ def find_defense_set(
                 "LightningModule. The training set is not used: it may be poisoned."
             )
         given = hook()
-    return DefenseSet.from_loader(given, unpack, gather=True)
+    data = DefenseSet.from_loader(given, unpack, gather=True)
+    owners = (getattr(trainer, "datamodule", None), module)
+    names = next(filter(None, map(find_class_names, owners)), ())
+    if names and not data.class_names:
+        data = copy.copy(data)  # it may be the user's own
+        data.class_names = names
+    return data
 
 
 def output_folder(trainer: Trainer, given: Path | str | None) -> Path:
@@ -164,8 +174,8 @@ def write_outcome(
 ) -> tuple[Path, Path | None]:
     """Write the report and, if filters were pruned, a checkpoint of what the Trainer trained.
 
-    The files are ``mnp-report.json`` and ``mnp.ckpt``, or, if one of the names is taken,
-    ``mnp-v1-report.json`` and ``mnp-v1.ckpt``, and so on. Where there are several processes, all
+    The files are ``mnp-report.html``, ``mnp-report.json`` and ``mnp.ckpt``, or, if one of the names
+    is taken, ``mnp-v1-report.html`` and so on. Where there are several processes, all
     of them have to call this, and the first writes.
 
     Args:
@@ -174,32 +184,34 @@ def write_outcome(
         folder: Where to write.
 
     Returns:
-        The file of the report, and that of the checkpoint, or None if no filter was pruned.
+        The page of the report, and the file of the checkpoint, or None if no filter was pruned.
 
     Raises:
         OutputError: If a file cannot be written; there is no partial one then.
     """
     name, number = "mnp", 0
-    while (folder / f"{name}-report.json").exists() or (folder / f"{name}.ckpt").exists():
+    endings = ("-report.html", "-report.json", ".ckpt")
+    while any((folder / f"{name}{ending}").exists() for ending in endings):
         number += 1
         name = f"mnp-v{number}"
     name = trainer.strategy.broadcast(name)
-    written, purified = folder / f"{name}-report.json", folder / f"{name}.ckpt"
-    do_in_first(lambda: report.save(written, argument="output_dir"))
+    page, numbers, purified = (folder / f"{name}{ending}" for ending in endings)
+    for path in (page, numbers):
+        do_in_first(partial(save_report, report, path, argument="output_dir"))
     if not report.changes:
-        return written, None
-    partial = folder / f".{name}.ckpt.unfinished"
+        return page, None
+    unfinished = folder / f".{name}.ckpt.unfinished"
     # The user's own way of saving may be to another place, or later.
     users = trainer.strategy.checkpoint_io
     trainer.strategy.checkpoint_io = TorchCheckpointIO()
     try:
-        trainer.save_checkpoint(partial, weights_only=False)
-        do_in_first(lambda: _publish(partial, purified))
+        trainer.save_checkpoint(unfinished, weights_only=False)
+        do_in_first(lambda: _publish(unfinished, purified))
     finally:
         trainer.strategy.checkpoint_io = users
         if trainer.is_global_zero:
-            partial.unlink(missing_ok=True)
-    return written, purified
+            unfinished.unlink(missing_ok=True)
+    return page, purified
 
 
 def _publish(finished: Path, path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 __all__ = [
@@ -143,6 +145,28 @@ class WeightsFile:
     sha256: str
     bytes: int
 
+    @classmethod
+    def of(cls, path: Path | str) -> WeightsFile:
+        """Read a file's size and digest.
+
+        Args:
+            path: The file.
+
+        Example:
+            >>> import tempfile
+            >>> path = Path(tempfile.mkdtemp(), "a.pt")
+            >>> _ = path.write_bytes(b"abc")
+            >>> file = WeightsFile.of(path)
+            >>> file.bytes, file.sha256[:8]
+            (3, 'ba7816bf')
+        """
+        digest, size = hashlib.sha256(), 0
+        with Path(path).open("rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+                size += len(part)
+        return cls(str(path), digest.hexdigest(), size)
+
 
 @dataclass(frozen=True)
 class PruningReport:
@@ -153,6 +177,7 @@ class PruningReport:
             ``DefenseReport.pruned``; empty if the rule does not rank by them.
         curve: The rule ``auto``: one entry for each number of filters from 0, with the harm to
             clean images in nats and, for each trace, how much of it is left, as a share.
+        traces: The names of these traces, in the order of the curve.
         masks: What the output of every filter is multiplied by, from 0 to 1, by layer; empty if
             no filter was turned down.
         shift: What was added to each class's logit; empty if nothing was.
@@ -160,6 +185,7 @@ class PruningReport:
 
     scores: list[float] = field(default_factory=list)
     curve: list[list[float]] = field(default_factory=list)
+    traces: list[str] = field(default_factory=list)
     masks: dict[str, list[float]] = field(default_factory=dict)
     shift: list[float] = field(default_factory=list)
 

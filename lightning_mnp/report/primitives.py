@@ -72,6 +72,7 @@ def read_fields(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
     read["pruning"] = PruningReport(
         scores=[_number(value) for value in pruning["scores"]],
         curve=[[_number(value) for value in point] for point in pruning["curve"]],
+        traces=[str(name) for name in pruning["traces"]],
         masks={n: [_number(value) for value in part] for n, part in pruning["masks"].items()},
         shift=[_number(value) for value in pruning["shift"]],
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.report.words import Words
@@ -11,7 +12,7 @@ from lightning_mnp.report.words import Words
 if TYPE_CHECKING:  # only for annotations: a report is told by this text
     from lightning_mnp.report.report import DefenseReport
 
-__all__ = ["text"]
+__all__ = ["text", "wants_color"]
 
 _COLORS = {"clean": "32", "backdoored": "31", "undecided": "33"}  # green, red, yellow
 _MOST_LETTERS = 10_000  # of a line: a reason may list many classes
@@ -70,3 +71,15 @@ def _table(words: Words) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def wants_color(stream: TextIO) -> bool:
+    """Return whether what is written to a stream may be colored.
+
+    Only a terminal is, unless ``NO_COLOR`` is set (https://no-color.org) or ``TERM`` is ``dumb``.
+
+    Args:
+        stream: Such as ``sys.stdout``.
+    """
+    refused = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not refused

@@ -49,9 +49,10 @@ class Words:
         """
         if index is None:
             return "-"
-        if not 0 <= index < len(self.names):
+        name = str(self.names[index]) if 0 <= index < len(self.names) else ""
+        if name in ("", str(index)):
             return str(index)
-        return f"{index} ({printable(str(self.names[index]), _MOST_LETTERS)})"
+        return f"{index} ({printable(name, _MOST_LETTERS)})"
 
     def named(self, sentence: str) -> str:
         """Return a sentence with names behind the numbers of classes.

@@ -18,7 +18,7 @@ _MARKS = {
 }
 # Of a line chart, in its own unit, which is a pixel if it is not made smaller.
 _WIDTH, _HEIGHT = 360.0, 190.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 12.0, 10.0, 36.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 12.0, 10.0, 36.0
 
 
 def _color(name: str) -> str:
@@ -209,5 +209,5 @@ def _legend(names: Sequence[str]) -> Markup:
             stroke_dasharray=_DASHES[number % len(_DASHES)],
         )
         sample = tag("svg", line, width="28", height="10", style="width:28px;display:inline")
-        parts.append(join(sample, " ", name, "   "))
-    return tag("p", *parts, class_="muted small")
+        parts.append(tag("span", sample, " ", name))
+    return tag("p", *parts, class_="legend muted small")

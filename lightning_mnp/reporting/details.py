@@ -73,10 +73,9 @@ def _pruning(report: DefenseReport) -> Iterator[Markup]:
     if len(curve) < 2:
         return
     harm = [point[0] for point in curve]
-    traces = [
-        (f"trace {number}", list(levels))
-        for number, levels in enumerate(zip(*(point[1:] for point in curve), strict=False), 1)
-    ]
+    levels = [list(line) for line in zip(*(point[1:] for point in curve), strict=False)]
+    names = [*report.pruning.traces, *["trace"] * len(levels)]
+    traces = list(zip(names, levels, strict=False))
     last = len(curve) - 1
     if traces:
         ends = ", ".join(f"{levels[-1]:.0%}" for _, levels in traces)

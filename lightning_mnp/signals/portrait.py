@@ -54,7 +54,7 @@ def portray(
             )
             label, was, became = (int(found[row]) for found in (labels, before, after))
             examples.append(TriggerExample(label, was, became, clean, changed))
-    success = float(arrived.float().mean())
+    success = int(arrived.sum()) / len(images)
     return SurrogateTrigger(trigger.name, target, success, len(images), pattern, tuple(examples))
 
 

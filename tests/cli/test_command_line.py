@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,12 @@ def test_audit_ends_with_the_exit_code_of_its_verdict(
     report = tmp_path / "report.json"
     args = ["audit", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", f"--report={report}"]
     assert main(args) == code
-    assert json.loads(report.read_text())["verdict"] == verdict
+    written = json.loads(report.read_text())
+    assert written["verdict"] == verdict
+    assert written["class_names"] == [str(digit) for digit in range(10)]
+    assert written["weights_file"]["name"] == str(checkpoint)
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert written["weights_file"]["sha256"] == digest
 
 
 @pytest.mark.parametrize(
@@ -70,7 +77,10 @@ def test_defend_writes_weights_that_load_strictly(
         if not torch.equal(tensor, purified.state_dict()[name])
     ]
     assert changed
-    assert "filters pruned: 3" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert re.search(r"Purified: 3 of [\d,]+ filters pruned", told.out)
+    assert "\x1b" not in told.out  # no terminal, no colors
+    assert "Tip" not in told.err
 
 
 def test_output_keeps_the_names_of_the_input(tmp_path: Path) -> None:
@@ -198,7 +208,7 @@ def test_demo_writes_networks_and_report(tmp_path: Path) -> None:
     quick += ["--model.width=4", "--data.image_size=8", "--trainer.enable_progress_bar=false"]
     assert main(["demo", *quick, f"--output_dir={tmp_path / 'demo'}"]) == 0
     names = sorted(path.name for path in (tmp_path / "demo").iterdir())
-    assert names == ["backdoored.ckpt", "purified.ckpt", "report.json"]
+    assert names == ["backdoored.ckpt", "purified.ckpt", "report.html", "report.json"]
     assert main(["demo", *quick, f"--output_dir={tmp_path / 'demo'}"]) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
 

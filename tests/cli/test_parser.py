@@ -24,7 +24,10 @@ def parser() -> MNPParser:
     ("word", "hint"),
     [
         ("--ckpt_pth=a", "Did you mean --ckpt_path?"),
-        ("--model=lightning_mnp.models.Classifierr", "Did you mean lightning_mnp.models.Classifier?"),
+        (
+            "--model=lightning_mnp.models.Classifierr",
+            "Did you mean lightning_mnp.models.Classifier?",
+        ),
         ("--model=Classifierr", "Did you mean lightning_mnp.models.Classifier?"),
         ("--mnp.runs=many", ""),
         ("--nothing_like_it=1", ""),

@@ -223,7 +223,11 @@ AGAIN = SecondAudit("clean", 0.5, None, False, 0.9, 0.2, ["nothing stands out"])
         {"score": 0.5, "accuracy_after": None, "defense_set": None, "signals": []},
         {"triggers": [], "class_names": [], "weights_file": None, "class_accuracy_after": {}},
         {"target_class": None, "all_to_all": True, "signals": [EXCHANGE, PILE_UP]},
-        {"pruning": PruningReport([1.5], [[0.0, 1.0], [0.1, 0.5]], {"a": [1.0, 0.5]}, [0.0, 0.1])},
+        {
+            "pruning": PruningReport(
+                [1.5], [[0.0, 1.0], [0.1, 0.5]], ["patch"], {"a": [1.0, 0.5]}, [0.0, 0.1]
+            )
+        },
     ],
 )
 def test_what_is_saved_is_read_back(changes: dict[str, Any], tmp_path: Path) -> None:

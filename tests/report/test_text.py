@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from lightning_mnp.report import DefenseReport, DefenseSetSummary, Signal
-from lightning_mnp.report.text import text
+from lightning_mnp.report.text import text, wants_color
 
 SIGNALS = [
     Signal("patch", 4.6, 1, 6.9, 1.5, "a patch reaches class 1"),
@@ -58,3 +60,23 @@ def test_names_cannot_steer_a_terminal() -> None:
     told = text(REPORT, class_names=hostile)
     assert all(line.isprintable() for line in told.splitlines())
     assert r"1 (c\nd\u202e)" in told
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
+)
+def test_only_a_terminal_is_colored(
+    variables: dict[str, str], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert wants_color(Terminal()) is wanted
+    assert not wants_color(io.StringIO())

@@ -62,6 +62,8 @@ def test_names_of_classes() -> None:
     assert (
         told.named("class 1 beats class 7, subclass 1") == "class 1 (dog) beats class 7, subclass 1"
     )
+    assert Words(DefenseReport("clean"), ["0", ""]).name(0) == "0"
+    assert Words(DefenseReport("clean"), ["0", ""]).name(1) == "1"
     others = Words(DefenseReport("clean", class_names=NAMES), ["a\x1b[2J"])
     assert others.name(0) == r"0 (a\x1b[2J)"
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mnp.api import audit, defend
-from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable, write_atomically
+from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.checkpoints.read import read_weights
 from lightning_mnp.checkpoints.state_dict import PrefixMatch, check_finite, load_into
@@ -25,7 +25,8 @@ from lightning_mnp.cli.scan.source import find_weights
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.report import DefenseReport, ReportError, WeightsFile
-from lightning_mnp.reporting import html, sarif, text
+from lightning_mnp.reporting import sarif, text
+from lightning_mnp.reporting.files import save_report
 from lightning_mnp.surgery.forward import call_network, evaluating
 
 __all__ = ["main", "scan"]
@@ -105,10 +106,13 @@ def scan(options: ScanOptions, config: MNPConfig | None = None) -> DefenseReport
         else audit(network, data, seed=options.seed, config=config, progress=progress)
     )
     report.class_names = found.class_names
-    report.weights_file = _described(options.weights, source.path)
+    report.weights_file = WeightsFile.of(source.path)
+    if "://" in options.weights:
+        report.weights_file = replace(report.weights_file, name=options.weights)
     notes = _notes(architecture, preparation, size)
     report.warnings = [*notes, *weights.warnings(), *found.notes, *report.warnings]
-    _write_reports(report, options)
+    for name in _REPORTS:
+        save_report(report, options.out / name, argument="--out")
     if options.purify is not None and report.model is not None and report.verdict == "backdoored":
         _write_weights(report, options.purify, match)
     _print(report, options)
@@ -183,25 +187,6 @@ def _notes(architecture: Architecture, preparation: Preparation, size: int) -> l
 
 def _row(numbers: tuple[float, ...]) -> str:
     return ", ".join(f"{number:g}" for number in numbers)
-
-
-def _described(given: str, path: Path) -> WeightsFile:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    name = given if "://" in given else str(path)
-    return WeightsFile(name, digest.hexdigest(), path.stat().st_size)
-
-
-def _write_reports(report: DefenseReport, options: ScanOptions) -> None:
-    page, data = (options.out / name for name in _REPORTS)
-    options.out.mkdir(parents=True, exist_ok=True)
-    content = html(report)
-    write_atomically(
-        page, lambda partial: partial.write_text(content, "utf-8"), argument="--out", replace=True
-    )
-    report.save(data, argument="--out")
 
 
 def _write_weights(report: DefenseReport, path: Path, match: PrefixMatch) -> None:
