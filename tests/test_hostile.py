@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import RunsCommand, RunsFunction, rewrite_member
+from checkpoint_files import RunsCommand, rewrite_member
 from commands import COMMON
 from commands import QUICK as SHORT
 from helpers import CLASSES, loader, quick_config
@@ -189,17 +189,6 @@ def test_refused_by_scan(
     make(own_folder / "hostile.ckpt")
     args = ["scan", "hostile.ckpt", "--images=images", "--arch=cifar_resnet18"]
     assert_refused(args, own_folder, capsys, run=entry.main)
-
-
-def test_calls_of_unknown_functions_are_skipped_and_told_by_audit(own_folder: Path) -> None:
-    """They are not run, whatever their name is, and the weights are audited all the same."""
-    canary = own_folder / "executed"
-    save(own_folder / "hostile.ckpt", callbacks={"state": RunsFunction(canary)})
-    args = ["audit", *COMMON, *QUICK, "--ckpt_path=hostile.ckpt", "--report=report.json"]
-    assert main(args) in (0, 3, 4)
-    warning = json.loads(Path("report.json").read_text())["warnings"][0]
-    assert "objects of checkpoint_files.leave_a_mark. They were skipped" in warning
-    assert not canary.exists()
 
 
 @pytest.mark.parametrize("doublings", [25, 60, 5000])

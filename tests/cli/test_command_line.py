@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import RunsFunction
 from commands import COMMON, DATA, MODEL, QUICK, TRAINER
 from helpers import same, snapshot
 
@@ -33,7 +34,8 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "suspicious.pt"
-    torch.save(Classifier(width=4, in_channels=1).state_dict(), path)
+    weights = Classifier(width=4, in_channels=1).state_dict()
+    torch.save({"state_dict": weights, "note": RunsFunction(tmp_path / "executed")}, path)
     return path
 
 
@@ -49,6 +51,8 @@ def test_audit_ends_with_the_exit_code_of_its_verdict(
     written = json.loads(report.read_text())
     assert written["verdict"] == verdict
     assert written["class_names"] == [str(digit) for digit in range(10)]
+    assert "objects of checkpoint_files.leave_a_mark. They were skipped" in written["warnings"][0]
+    assert not (tmp_path / "executed").exists()
     assert written["weights_file"]["name"] == str(checkpoint)
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert written["weights_file"]["sha256"] == digest

@@ -98,7 +98,10 @@ def scan(options: ScanOptions, config: MNPConfig | None = None) -> DefenseReport
     labels = chosen.labels if chosen.labels is not None else _predicted(network, images)
 
     data = DefenseSet(images, torch.as_tensor(labels))
-    progress = options.format == "text" and sys.stderr.isatty()
+    if options.format == "text":  # it may take minutes: say at once what was understood
+        shown = f"{len(data)} images of {size} x {size} pixels, {classes} classes"
+        print(f"Scanning {printable(architecture.name)}: {shown}", file=sys.stderr)
+    progress = options.format == "text" and sys.stdout.isatty()
     purifies = options.purify is not None
     report = (
         defend(network, data, seed=options.seed, config=config, progress=progress)
@@ -172,7 +175,7 @@ def _notes(architecture: Architecture, preparation: Preparation, size: int) -> l
     """Return how the network was found and the images prepared, if nobody has said it."""
     notes = []
     if architecture.how:
-        notes.append(f"the architecture is {architecture.name}, as {architecture.how} says")
+        notes.append(f"the architecture, {architecture.name}, was taken from {architecture.how}")
     origins = preparation.origins
     if preparation.assumed:
         notes.append(

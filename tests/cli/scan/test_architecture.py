@@ -57,7 +57,6 @@ def test_a_name_that_is_asked_for(asked: str, name: str, channels: int) -> None:
     [
         ("squeezenet1_1", {"arch": "squeezenet1_1"}, "torchvision/squeezenet1_1", "the file"),
         ("timm/test_resnet", {"model": "test_resnet"}, "timm/test_resnet", "the file"),
-        ("squeezenet1_0", {}, "torchvision/squeezenet1_0", "the fit of all names and shapes"),
         ("squeezenet1_0", {"arch": "resnet18"}, "torchvision/squeezenet1_0", "the fit of"),
         ("cifar_resnet34", {}, "cifar_resnet34", "the fit of all names and shapes"),
     ],

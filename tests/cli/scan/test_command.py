@@ -56,7 +56,7 @@ def test_from_a_file_and_a_folder_to_a_report(
     assert (report.weights_file.name, report.weights_file.bytes) == ("model.ckpt", len(before))
     assert report.accuracy_before > 0.9
     assert report.warnings[0] == (
-        "the architecture is cifar_resnet18, as the fit of all names and shapes says"
+        "the architecture, cifar_resnet18, was taken from the fit of all names and shapes"
     )
     assert "the images have 8 x 8 pixels" in report.warnings[1]
     assert f"objects of {leave_a_mark.__module__}.leave_a_mark" in report.warnings[2]
@@ -202,7 +202,8 @@ def test_an_interrupt_ends_with_130(
     assert (
         main(["scan", "model.ckpt", "--images", "images", "--mean", "0.33", "--std", "0.33"]) == 130
     )
-    assert capsys.readouterr().err == "interrupted\n"
+    told = "Scanning cifar_resnet18: 40 images of 8 x 8 pixels, 4 classes\ninterrupted\n"
+    assert capsys.readouterr().err == told
 
 
 def test_debugging_shows_where_an_error_comes_from(
