@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -95,23 +96,18 @@ def find_architecture(
     if arch is not None:
         return _build(arch, weights.tensors, classes)
     told = _told_by(source, weights)
-    for name, how in told:
+    if told and told[0][0].startswith("hf/"):
+        return _build(told[0][0], weights.tensors, classes, told[0][1])
+    ordinary = [(name, "the fit of all names and shapes") for name in _ordinary(weights.tensors)]
+    for name, how in (*told, *ordinary):
         try:
-            found = _build(name, weights.tensors, classes, how)
+            if _would_fit(name, weights.tensors, classes):
+                return _build(name, weights.tensors, classes, how)
         except ImportError:
             if len(told) == 1:
                 raise
-        except ValueError:
-            if name.startswith("hf/"):
-                raise
-        else:
-            if fits(found.network, weights.tensors):
-                return found
-    for ordinary in _ordinary(weights.tensors):
-        with torch.device("meta"):  # without numbers, which would take time
-            empty = _build(ordinary, weights.tensors, classes).network
-        if fits(empty, weights.tensors):
-            return _build(ordinary, weights.tensors, classes, "the fit of all names and shapes")
+        except ValueError:  # the file tells a name that the library does not know
+            continue
     names = ", ".join(printable(name) for name, _ in told)
     said = f"the file names {names}, which is none that fits" if told else "the file names none"
     raise ValueError(
@@ -122,17 +118,22 @@ def find_architecture(
 
 def _told_by(source: Source, weights: Weights) -> list[tuple[str, str]]:
     """Return the architectures that the file or its configuration names, and where they stand."""
-    config = source.config
-    if isinstance(config.get("architecture"), str):
-        return [(f"timm/{config['architecture']}", "config.json beside the file")]
-    if "architectures" in config:
-        return [(f"hf/{source.path.parent}", "config.json beside the file")]
-    names = [weights.facts[key] for key in _NAMES if isinstance(weights.facts.get(key), str)]
+    beside = "config.json beside the file"
+    if "architectures" in source.config:
+        return [(f"hf/{source.path.parent}", beside)]
+    if _is_name(name := source.config.get("architecture")):
+        return [(f"timm/{name}", beside)]
+    names = [weights.facts[key] for key in _NAMES if _is_name(weights.facts.get(key))]
     return [
         (f"{library}/{name}", "the file")
         for name in dict.fromkeys(names)
         for library in ("torchvision", "timm")
     ]
+
+
+def _is_name(told: Any) -> bool:
+    """Return whether an untrusted file tells a plain name: no path, and no function to call."""
+    return isinstance(told, str) and re.fullmatch(r"[A-Za-z][\w.-]{0,99}", told) is not None
 
 
 def _ordinary(tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -142,11 +143,21 @@ def _ordinary(tensors: Mapping[str, Tensor]) -> Iterator[str]:
             yield from names
 
 
+def _would_fit(name: str, tensors: Mapping[str, Tensor], classes: int) -> bool:
+    """Return whether all names and shapes of a network are those of the weights."""
+    try:
+        with torch.device("meta"):  # without numbers: a file may name the largest network there is
+            network = _build(name, tensors, classes).network
+    except (NotImplementedError, RuntimeError):  # some networks compute with numbers when built
+        network = _build(name, tensors, classes).network
+    return fits(network, tensors)
+
+
 def _build(arch: str, tensors: Mapping[str, Tensor], classes: int, how: str = "") -> Architecture:
-    if ":" in arch and not arch.startswith("hf/"):
-        return Architecture(_from_function(arch, classes), arch, how)
     if arch.startswith("hf/"):
         return _from_folder(Path(arch.removeprefix("hf/")), how)
+    if ":" in arch and "/" not in arch:
+        return Architecture(_from_function(arch, classes), arch, how)
     first = next((tensor for tensor in tensors.values() if tensor.ndim == 4), None)
     channels = 3 if first is None else first.shape[1]
     if arch.startswith("timm/"):
@@ -215,7 +226,9 @@ def _from_folder(folder: Path, how: str) -> Architecture:
             folder, local_files_only=True, trust_remote_code=False
         )
         network = transformers.AutoModelForImageClassification.from_config(
-            settings, trust_remote_code=False
+            settings,
+            trust_remote_code=False,
+            attn_implementation="eager",  # a configuration can name others, which are fetched
         )
     except Exception as error:
         raise ValueError(

@@ -17,6 +17,7 @@ __all__ = ["Preparation", "find_preparation"]
 
 _IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _USUAL_SIZE = 224
+_MOST_SIDE = 1024  # that a file may ask for: larger ones could take all memory
 _SIZES = ("img_size", "image_size", "input_size", "val_crop_size")  # names in training scripts
 
 
@@ -142,7 +143,7 @@ def _of_transformers(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _side(value: Any) -> int | None:
     """Return the side of an image whose shape is given in any order."""
     sides = value if isinstance(value, (list, tuple)) else [value]
-    whole = [side for side in sides if type(side) is int and 0 < side < 10_000]
+    whole = [side for side in sides if type(side) is int and 0 < side <= _MOST_SIDE]
     return max(whole, default=None)
 
 

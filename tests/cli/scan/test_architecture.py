@@ -92,6 +92,24 @@ def test_what_cannot_be_found_is_told() -> None:
         find_architecture(None, Weights({"bias": torch.zeros(3)}), NOWHERE)
 
 
+@pytest.mark.parametrize("name", ["evil:run", "../evil:run", "hf/evil", "a" * 999, "\x1b[2J", 7])
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_file_cannot_name_code(
+    name: Any, beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the user may name a function, or a folder."""
+    for folder in ("", "torchvision", "timm"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "evil.py").write_text("open('executed', 'w')\ndef run(): pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    source = Source(Path("model.pt"), {"architecture": name}) if beside else NOWHERE
+    weights = weights_of(own_network(3), **({} if beside else {"arch": name}))
+    with pytest.raises(ValueError, match="the file names none"):
+        find_architecture(None, weights, source)
+    assert not (tmp_path / "executed").exists()
+
+
 def test_a_function_of_the_user() -> None:
     weights = weights_of(own_network(6))
     found = find_architecture(f"{__name__}:own_network", weights, NOWHERE)
