@@ -52,7 +52,7 @@ class MNPModule(LightningModule):
         forward: A function (network, images) that calls it and returns the logits.
         unpack: A function (batch) that gives images and labels.
         output_dir: Folder for the report and, where filters are pruned, a checkpoint of the
-            purified network: ``mnp-report.json`` and ``mnp.ckpt``, as
+            purified network: ``mnp-report.html``, ``mnp-report.json`` and ``mnp.ckpt``, as
             :class:`~lightning_mnp.callback.MNPCallback` writes them. If None, nothing is
             written.
 
