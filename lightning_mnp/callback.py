@@ -30,6 +30,7 @@ from lightning_mnp.hosting.lightning_host import (
     saved_checkpoints,
     write_outcome,
 )
+from lightning_mnp.hosting.loggers import log_outcome
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.report.notice import notice
 from lightning_mnp.surgery.forward import Forward
@@ -182,8 +183,8 @@ class MNPCallback(Callback):
             bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
             run_defense(defense, progress=bar and not _is_trial(trainer))
             self.report = report = follow_first(defense)
-        for logger in trainer.loggers:
-            logger.log_metrics(report.metrics(), step=trainer.global_step)
+        if trainer.is_global_zero:
+            log_outcome(trainer.loggers, report, trainer.global_step)
         rank_zero_info(f"MNP audit\n{report}")
         earlier = saved_checkpoints(trainer)
         files: tuple[Path | None, Path | None] = (None, None)

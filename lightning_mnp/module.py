@@ -25,6 +25,7 @@ from lightning_mnp.hosting.lightning_host import (
     refuse_other_processes,
     write_outcome,
 )
+from lightning_mnp.hosting.loggers import log_outcome
 from lightning_mnp.hosting.processes import gather_objects, process_count, whole_loader
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.surgery.forward import Forward
@@ -211,11 +212,16 @@ class MNPModule(LightningModule):
         if self.report.changes:
             defense.prune_()
         self.report.model = self.network
-        self.log_dict(self.report.metrics(), batch_size=1)
+        # The loggers get them when training ends.
+        self.log_dict(self.report.metrics(), batch_size=1, logger=False)
 
     def on_train_end(self) -> None:
         """Write the outcome."""
-        if self.report is not None and self._folder is not None:
+        if self.report is None:
+            return
+        if self.trainer.is_global_zero:
+            log_outcome(self.trainer.loggers, self.report, self.trainer.global_step)
+        if self._folder is not None:
             write_outcome(self.trainer, self.report, self._folder)
 
     def on_fit_end(self) -> None:
