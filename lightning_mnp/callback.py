@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelPruning
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn.utils.prune import is_pruned
@@ -30,7 +29,7 @@ from lightning_mnp.hosting.lightning_host import (
     saved_checkpoints,
     write_outcome,
 )
-from lightning_mnp.hosting.loggers import log_outcome
+from lightning_mnp.hosting.loggers import is_a, log_outcome
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.report.notice import notice
 from lightning_mnp.surgery.forward import Forward
@@ -53,7 +52,7 @@ def _is_trial(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))  # set outside of the typed attributes
 
 
-def _ends_in_weights(pruning: ModelPruning) -> bool:
+def _ends_in_weights(pruning: Any) -> bool:
     """Whether its masks become part of the weights when training ends, as is the default."""
     return bool(getattr(pruning, "_make_pruning_permanent", True))
 
@@ -142,7 +141,7 @@ class MNPCallback(Callback):
         refuse_other_processes(trainer)
         host: Any = trainer  # its callbacks are not among the typed attributes
         for callback in host.callbacks:
-            if isinstance(callback, ModelPruning) and not _ends_in_weights(callback):
+            if is_a(callback, "ModelPruning") and not _ends_in_weights(callback):
                 raise MisconfigurationException(
                     "Expected weights that are parameters when training ends, but ModelPruning "
                     "has `make_pruning_permanent=False`, which leaves masks beside them. Set it to "
@@ -150,7 +149,7 @@ class MNPCallback(Callback):
                 )
         # A new list: the Trainer is going through the old one.
         others = [callback for callback in host.callbacks if callback is not self]
-        savers = [callback for callback in others if isinstance(callback, Checkpoint)]
+        savers = [callback for callback in others if is_a(callback, "Checkpoint")]
         host.callbacks = [c for c in others if c not in savers] + [self] + savers
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,14 +13,13 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mnp.checkpoints.atomic_write import check_writable, write_atomically
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack
 from lightning_mnp.defense_data.names import find_class_names
 from lightning_mnp.engine.defense import MNPDefense
-from lightning_mnp.hosting.loggers import log_files, run_name
+from lightning_mnp.hosting.loggers import is_a, log_files, run_name
 from lightning_mnp.hosting.processes import do_in_first, gather_objects, process_count
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.reporting.files import save_report
@@ -37,7 +36,7 @@ __all__ = [
     "write_outcome",
 ]
 
-_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -51,7 +50,7 @@ def check_host(trainer: Trainer) -> None:
         MisconfigurationException: If the strategy shards the weights, or the precision is none of
             ``"32-true"``, ``"bf16-mixed"`` and ``"16-mixed"``.
     """
-    if isinstance(trainer.strategy, _SHARDED):
+    if is_a(trainer.strategy, *_SHARDED):
         raise MisconfigurationException(
             f"Expected a strategy that keeps the whole network in every process, such as 'auto' "
             f"or 'ddp', but got {type(trainer.strategy).__name__}. Train with it, save the full "
