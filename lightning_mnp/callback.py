@@ -30,10 +30,11 @@ from lightning_mnp.hosting.lightning_host import (
     write_outcome,
 )
 from lightning_mnp.hosting.loggers import is_a, log_outcome
+from lightning_mnp.hosting.rates import check_triggered, find_test_loaders, measure_rates
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.report.notice import notice
 from lightning_mnp.surgery.forward import Forward
-from lightning_mnp.surgery.network import weights_digest
+from lightning_mnp.surgery.network import network_forward, weights_digest
 
 __all__ = ["MNPCallback"]
 
@@ -81,8 +82,12 @@ class MNPCallback(Callback):
             folder, or the Trainer's ``default_root_dir``.
         in_place: Whether the network in memory is pruned, too. It makes no difference with
             ``when="never"``.
+        triggered_loader: Triggered test images, to measure attack success before and after: yields
+            (images, attacker's labels, true labels). If None, a datamodule of this package with an
+            attack gives it, and clean test images as well. No part of the audit.
 
     Attributes:
+        rates: CA and ASR before and after, as they are logged, if they were measured.
         report: The outcome, after training; None before.
         purified_path: The checkpoint of the purified network; None if none was written.
 
@@ -104,6 +109,7 @@ class MNPCallback(Callback):
         unpack: Unpack = unpack_batch,
         output_dir: Path | str | None = None,
         in_place: bool = False,
+        triggered_loader: Iterable[Any] | None = None,
     ) -> None:
         if when not in get_args(When):
             raise ValueError(
@@ -117,6 +123,8 @@ class MNPCallback(Callback):
         self.unpack = unpack
         self.output_dir = output_dir
         self.in_place = in_place
+        self.triggered_loader = triggered_loader
+        self.rates: dict[str, float] = {}
         self.report: DefenseReport | None = None
         self.purified_path: Path | None = None
         self._data: DefenseSet | None = None
@@ -155,10 +163,12 @@ class MNPCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the defense set and try it on the network, so that mistakes show before training."""
         self.report = self.purified_path = self._failure = self._left = None
+        self.rates = {}
         self._is_pruned = False
         if not _is_trial(trainer):
             self._folder = output_folder(trainer, self.output_dir)
         with isolate_rng():
+            check_triggered(self.triggered_loader)
             self._data = find_defense_set(trainer, pl_module, self.defense_loader, self.unpack)
             if not is_pruned(pl_module):  # by ModelPruning, until training ends
                 self._defense(trainer, pl_module)
@@ -182,24 +192,38 @@ class MNPCallback(Callback):
             bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
             run_defense(defense, progress=bar and not _is_trial(trainer))
             self.report = report = follow_first(defense)
-        if trainer.is_global_zero:
-            log_outcome(trainer.loggers, report, trainer.global_step)
+            self._measure(trainer, pl_module, "before")
         rank_zero_info(f"MNP audit\n{report}")
         earlier = saved_checkpoints(trainer)
         files: tuple[Path | None, Path | None] = (None, None)
-        unwritten = (
-            "Nothing was written: `fast_dev_run` only tries the steps, its verdict means nothing."
-        )
+        unwritten = "Writing the outcome failed, as the error says."
+        if self._folder is None:
+            unwritten = (
+                "Nothing was written: `fast_dev_run` only tries the steps, its verdict means "
+                "nothing."
+            )
         try:
             with self._purified(defense, pl_module, report.changes):
+                if report.changes:
+                    self._measure(trainer, pl_module, "after")
+                if trainer.is_global_zero:
+                    log_outcome(trainer.loggers, report, trainer.global_step, self.rates)
                 if self._folder is not None:
-                    unwritten = "Writing the outcome failed, as the error says."
                     files, unwritten = write_outcome(trainer, report, self._folder), ""
         finally:
             self.purified_path = files[1]
             if trainer.is_global_zero:
                 self._tell(report, files, earlier, unwritten)
         self._left = weights_digest(pl_module) if self._is_pruned else report.weights_sha256
+
+    def _measure(self, trainer: Trainer, module: LightningModule, ending: str) -> None:
+        """Measure CA and ASR, where there are triggered images."""
+        if _is_trial(trainer):
+            return
+        loaders = find_test_loaders(getattr(trainer, "datamodule", None), self.triggered_loader)
+        call = network_forward(module, self.network, self.forward)
+        with isolate_rng():
+            self.rates |= measure_rates(module, call, loaders, ending)
 
     @contextmanager
     def _purified(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,12 @@ def is_a(thing: object, *names: str) -> bool:
     return any(base.__name__ in names for base in type(thing).__mro__)
 
 
-def log_outcome(loggers: Sequence[Any], report: DefenseReport, step: int) -> None:
+def log_outcome(
+    loggers: Sequence[Any],
+    report: DefenseReport,
+    step: int,
+    rates: Mapping[str, float] | None = None,
+) -> None:
     """Log the numbers, the verdict as a word, and the pictures.
 
     TensorBoard gets images and the report as text, W&B images and the page, MLflow images and
@@ -43,10 +48,11 @@ def log_outcome(loggers: Sequence[Any], report: DefenseReport, step: int) -> Non
         loggers: The loggers, of the first process.
         report: The outcome.
         step: The Trainer's global step.
+        rates: Further numbers, such as CA and ASR.
     """
     drawn = pictures(report) if loggers else {}
     for logger in loggers:
-        logger.log_metrics(report.metrics(), step=step)
+        logger.log_metrics({**report.metrics(), **(rates or {})}, step=step)
         if is_a(logger, "TensorBoardLogger"):
             logger.experiment.add_text("mnp/report", markdown(report), step)
             for name, picture in drawn.items():
