@@ -185,6 +185,28 @@ def test_loggers_tell_the_verdicts_apart(tmp_path: Path, verdict: str) -> None:
     assert float(logged["mnp/undecided"]) == (verdict == "undecided")
 
 
+def test_ca_and_asr_are_measured_before_and_after(tmp_path: Path, verdict: str) -> None:
+    images, labels = next(iter(loader()))
+    triggered = [(images, 0 * labels, labels)]
+    logger = CSVLogger(str(tmp_path / "logs"))
+    callback = MNPCallback("always", loader(), CONFIG, triggered_loader=triggered)
+    module, _ = fit(callback, logger=logger)
+    assert set(callback.rates) == {"mnp/ASR_before", "mnp/ASR_after"}
+    module.eval()
+    others = labels != 0
+    hits = (module.net(images[others]).argmax(1) == 0).float().mean()
+    assert callback.rates["mnp/ASR_before"] == pytest.approx(float(hits))
+    assert "mnp/ASR_after" in Path(logger.log_dir, "metrics.csv").read_text()
+
+
+def test_triggered_images_are_looked_at_before_training(tmp_path: Path) -> None:
+    callback = MNPCallback(
+        "never", loader(), CONFIG, output_dir=tmp_path, triggered_loader=loader()
+    )
+    with pytest.raises(ValueError, match="true labels"):
+        fit(callback)
+
+
 @pytest.mark.parametrize("verdict", ["undecided"], indirect=True)
 def test_undecided_is_told_with_its_reason(tmp_path: Path, verdict: str) -> None:
     callback = MNPCallback(defense_loader=loader(), config=CONFIG, output_dir=tmp_path)

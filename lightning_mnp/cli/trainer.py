@@ -39,6 +39,7 @@ from lightning_mnp.hosting.lightning_host import (
     follow_first,
     refuse_other_processes,
 )
+from lightning_mnp.hosting.loggers import log_outcome
 from lightning_mnp.hosting.processes import do_in_first, process_count
 from lightning_mnp.report import DefenseReport, WeightsFile
 from lightning_mnp.report.text import text, wants_color
@@ -372,9 +373,8 @@ class MNPTrainer(Trainer):
         self.report = outcome = follow_first(defense)
         outcome.weights_file = file
         outcome.warnings[:0] = notes
-        for logger in self.loggers:
-            logger.log_metrics(outcome.metrics(), step=self.global_step)
         if self.is_global_zero:
+            log_outcome(self.loggers, outcome, self.global_step)
             print(text(outcome, color=wants_color(sys.stdout)), flush=True)
         return outcome
 

@@ -270,6 +270,8 @@ class DefenseReport:
         """Return the numbers that loggers take, under the prefix ``mnp/``.
 
         ``mnp/backdoored`` and ``mnp/undecided`` are 1 or 0. Both are 0 for a clean network.
+        ``mnp/target_class`` is there if one is suspected, ``mnp/strength/<signal>`` for each
+        signal.
 
         Example:
             >>> numbers = DefenseReport("undecided").metrics()
@@ -281,10 +283,14 @@ class DefenseReport:
             "mnp/pile_up": self.pile_up,
             "mnp/backdoored": float(self.verdict == "backdoored"),
             "mnp/undecided": float(self.verdict == "undecided"),
+            "mnp/judged": float(self.judged),
             **({} if math.isnan(self.score) else {"mnp/score": self.score}),
+            **{f"mnp/strength/{signal.name}": signal.strength for signal in self.signals},
             "mnp/pruned_filters": float(len(self.pruned)),
             "mnp/defense_accuracy_before": self.accuracy_before,
         }
+        if self.target_class is not None:
+            numbers["mnp/target_class"] = float(self.target_class)
         if self.accuracy_after is not None:
             numbers["mnp/defense_accuracy_after"] = self.accuracy_after
         return numbers

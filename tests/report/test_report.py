@@ -176,11 +176,18 @@ def test_metrics() -> None:
         "mnp/pile_up": (0.625 + 1.0) / 2,
         "mnp/backdoored": 1.0,
         "mnp/undecided": 0.0,
+        "mnp/judged": 1.0,
+        "mnp/strength/patch": 1.5,
+        "mnp/target_class": 1.0,
         "mnp/pruned_filters": 2.0,
         "mnp/defense_accuracy_before": 0.85,
         "mnp/defense_accuracy_after": 0.84,
     }
-    audit = make(verdict="undecided", accuracy_after=None, pruned=[]).metrics()
+    audit = make(
+        verdict="undecided", judged=False, target_class=None, accuracy_after=None, pruned=[]
+    ).metrics()
+    assert audit["mnp/judged"] == 0.0
+    assert "mnp/target_class" not in audit
     assert audit["mnp/backdoored"] == audit["mnp/pruned_filters"] == 0.0
     assert audit["mnp/undecided"] == 1.0
     clean = make(verdict="clean").metrics()

@@ -25,7 +25,8 @@ from lightning_mnp.cli.scan.source import find_weights
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.report import DefenseReport, ReportError, WeightsFile
-from lightning_mnp.reporting import sarif, text
+from lightning_mnp.report.text import text, wants_color
+from lightning_mnp.reporting import sarif
 from lightning_mnp.reporting.files import save_report
 from lightning_mnp.surgery.forward import call_network, evaluating
 
@@ -207,8 +208,7 @@ def _print(report: DefenseReport, options: ScanOptions) -> None:
         assert report.weights_file is not None
         print(json.dumps(sarif(report, artifact=report.weights_file.name), indent=2))
     else:
-        colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print(text(report, color=colored))
+        print(text(report, color=wants_color(sys.stdout)))
         places = [printable(str(options.out / name)) for name in _REPORTS]
         if options.purify is not None:
             written = report.verdict == "backdoored"
