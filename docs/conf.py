@@ -65,15 +65,19 @@ GROUPS: list[tuple[str, str, str, list[str]]] = [
     (
         "report",
         "Report",
-        "What an audit or a defense found.",
+        "What an audit or a defense found, and how it is shown.",
         [
             "lightning_mnp.DefenseReport",
             "lightning_mnp.Signal",
             "lightning_mnp.RunResult",
             "lightning_mnp.PruningReport",
+            "lightning_mnp.SurrogateTrigger",
+            "lightning_mnp.TriggerExample",
             "lightning_mnp.SecondAudit",
             "lightning_mnp.DefenseSetSummary",
+            "lightning_mnp.WeightsFile",
             "lightning_mnp.ReportError",
+            "lightning_mnp.reporting.*",
         ],
     ),
     (
@@ -152,7 +156,16 @@ PACKAGES = [
     "lightning_mnp",
     *(
         f"lightning_mnp.{room}"
-        for room in ("signals", "attacks", "data", "models", "metrics", "baselines", "benchmark")
+        for room in (
+            "reporting",
+            "signals",
+            "attacks",
+            "data",
+            "models",
+            "metrics",
+            "baselines",
+            "benchmark",
+        )
     ),
 ]
 

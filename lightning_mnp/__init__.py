@@ -34,6 +34,9 @@ if TYPE_CHECKING:
         RunResult,
         SecondAudit,
         Signal,
+        SurrogateTrigger,
+        TriggerExample,
+        WeightsFile,
     )
     from lightning_mnp.surgery.layers import FilterLayer, FilterLayers, find_filter_layers
     from lightning_mnp.surgery.masks import FilterMasks
@@ -63,7 +66,10 @@ _HOMES = {
     "SecondAudit": "report",
     "Signal": "report",
     "SuppressionOptions": "config",
+    "SurrogateTrigger": "report",
+    "TriggerExample": "report",
     "VerdictOptions": "config",
+    "WeightsFile": "report",
     "audit": "api",
     "calibrate_threshold": "calibration.threshold",
     "defend": "api",
@@ -98,7 +104,10 @@ __all__ = [
     "SecondAudit",
     "Signal",
     "SuppressionOptions",
+    "SurrogateTrigger",
+    "TriggerExample",
     "VerdictOptions",
+    "WeightsFile",
     "audit",
     "calibrate_threshold",
     "defend",

@@ -16,6 +16,7 @@ from lightning_mnp.engine.defense import MNPDefense, When
 from lightning_mnp.engine.runner import forget_state, run_defense
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.surgery.forward import Forward
+from lightning_mnp.surgery.guards import require_module
 from lightning_mnp.surgery.network import check_copy
 
 __all__ = ["audit", "defend"]
@@ -64,6 +65,7 @@ def audit(
         >>> audit(network, [batch], seed=0).verdict in ("clean", "backdoored", "undecided")
         True
     """
+    require_module(model, loader)
     data = DefenseSet.from_loader(loader, unpack)
     config = _seeded(config, seed)
     defense = MNPDefense(model, data, config, when="never", network=network, forward=forward)
@@ -117,6 +119,7 @@ def defend(
         >>> len(report.pruned), report.model is network
         (1, False)
     """
+    require_module(model, loader)
     config = _seeded(config, seed)
     if when == "never" or not config.pruning.reaudit:  # else the engine does
         check_copy(model)

@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelPruning
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn.utils.prune import is_pruned
@@ -30,10 +29,12 @@ from lightning_mnp.hosting.lightning_host import (
     saved_checkpoints,
     write_outcome,
 )
+from lightning_mnp.hosting.loggers import is_a, log_outcome
+from lightning_mnp.hosting.rates import check_triggered, find_test_loaders, measure_rates
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.report.notice import notice
 from lightning_mnp.surgery.forward import Forward
-from lightning_mnp.surgery.network import weights_digest
+from lightning_mnp.surgery.network import network_forward, weights_digest
 
 __all__ = ["MNPCallback"]
 
@@ -52,7 +53,7 @@ def _is_trial(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))  # set outside of the typed attributes
 
 
-def _ends_in_weights(pruning: ModelPruning) -> bool:
+def _ends_in_weights(pruning: Any) -> bool:
     """Whether its masks become part of the weights when training ends, as is the default."""
     return bool(getattr(pruning, "_make_pruning_permanent", True))
 
@@ -81,8 +82,12 @@ class MNPCallback(Callback):
             folder, or the Trainer's ``default_root_dir``.
         in_place: Whether the network in memory is pruned, too. It makes no difference with
             ``when="never"``.
+        triggered_loader: Triggered test images, to measure attack success before and after: yields
+            (images, attacker's labels, true labels). If None, a datamodule of this package with an
+            attack gives it, and clean test images as well. No part of the audit.
 
     Attributes:
+        rates: CA and ASR before and after, as they are logged, if they were measured.
         report: The outcome, after training; None before.
         purified_path: The checkpoint of the purified network; None if none was written.
 
@@ -104,6 +109,7 @@ class MNPCallback(Callback):
         unpack: Unpack = unpack_batch,
         output_dir: Path | str | None = None,
         in_place: bool = False,
+        triggered_loader: Iterable[Any] | None = None,
     ) -> None:
         if when not in get_args(When):
             raise ValueError(
@@ -117,6 +123,8 @@ class MNPCallback(Callback):
         self.unpack = unpack
         self.output_dir = output_dir
         self.in_place = in_place
+        self.triggered_loader = triggered_loader
+        self.rates: dict[str, float] = {}
         self.report: DefenseReport | None = None
         self.purified_path: Path | None = None
         self._data: DefenseSet | None = None
@@ -141,7 +149,7 @@ class MNPCallback(Callback):
         refuse_other_processes(trainer)
         host: Any = trainer  # its callbacks are not among the typed attributes
         for callback in host.callbacks:
-            if isinstance(callback, ModelPruning) and not _ends_in_weights(callback):
+            if is_a(callback, "ModelPruning") and not _ends_in_weights(callback):
                 raise MisconfigurationException(
                     "Expected weights that are parameters when training ends, but ModelPruning "
                     "has `make_pruning_permanent=False`, which leaves masks beside them. Set it to "
@@ -149,16 +157,18 @@ class MNPCallback(Callback):
                 )
         # A new list: the Trainer is going through the old one.
         others = [callback for callback in host.callbacks if callback is not self]
-        savers = [callback for callback in others if isinstance(callback, Checkpoint)]
+        savers = [callback for callback in others if is_a(callback, "Checkpoint")]
         host.callbacks = [c for c in others if c not in savers] + [self] + savers
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the defense set and try it on the network, so that mistakes show before training."""
         self.report = self.purified_path = self._failure = self._left = None
+        self.rates = {}
         self._is_pruned = False
         if not _is_trial(trainer):
             self._folder = output_folder(trainer, self.output_dir)
         with isolate_rng():
+            check_triggered(self.triggered_loader)
             self._data = find_defense_set(trainer, pl_module, self.defense_loader, self.unpack)
             if not is_pruned(pl_module):  # by ModelPruning, until training ends
                 self._defense(trainer, pl_module)
@@ -182,24 +192,38 @@ class MNPCallback(Callback):
             bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
             run_defense(defense, progress=bar and not _is_trial(trainer))
             self.report = report = follow_first(defense)
-        for logger in trainer.loggers:
-            logger.log_metrics(report.metrics(), step=trainer.global_step)
+            self._measure(trainer, pl_module, "before")
         rank_zero_info(f"MNP audit\n{report}")
         earlier = saved_checkpoints(trainer)
         files: tuple[Path | None, Path | None] = (None, None)
-        unwritten = (
-            "Nothing was written: `fast_dev_run` only tries the steps, its verdict means nothing."
-        )
+        unwritten = "Writing the outcome failed, as the error says."
+        if self._folder is None:
+            unwritten = (
+                "Nothing was written: `fast_dev_run` only tries the steps, its verdict means "
+                "nothing."
+            )
         try:
             with self._purified(defense, pl_module, report.changes):
+                if report.changes:
+                    self._measure(trainer, pl_module, "after")
+                if trainer.is_global_zero:
+                    log_outcome(trainer.loggers, report, trainer.global_step, self.rates)
                 if self._folder is not None:
-                    unwritten = "Writing the outcome failed, as the error says."
                     files, unwritten = write_outcome(trainer, report, self._folder), ""
         finally:
             self.purified_path = files[1]
             if trainer.is_global_zero:
                 self._tell(report, files, earlier, unwritten)
         self._left = weights_digest(pl_module) if self._is_pruned else report.weights_sha256
+
+    def _measure(self, trainer: Trainer, module: LightningModule, ending: str) -> None:
+        """Measure CA and ASR, where there are triggered images."""
+        if _is_trial(trainer):
+            return
+        loaders = find_test_loaders(getattr(trainer, "datamodule", None), self.triggered_loader)
+        call = network_forward(module, self.network, self.forward)
+        with isolate_rng():
+            self.rates |= measure_rates(module, call, loaders, ending)
 
     @contextmanager
     def _purified(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -25,44 +24,26 @@ from lightning_mnp.hosting.lightning_host import (
     refuse_other_processes,
     write_outcome,
 )
+from lightning_mnp.hosting.loggers import is_a, log_outcome
 from lightning_mnp.hosting.processes import gather_objects, process_count, whole_loader
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.surgery.forward import Forward
 from lightning_mnp.surgery.network import network_forward
 
-__all__ = ["MNPModule"]
+__all__ = ["MNPModule", "MNPSteps"]
 
 
-class MNPModule(LightningModule):
-    """Wraps a network so that ``Trainer.fit`` audits and defends it.
+# In ``pytorch_lightning`` the same class has another name, and its Trainer takes no other one.
+if TYPE_CHECKING:
+    _Base = LightningModule
+else:
+    _Base = object
 
-    ``Trainer(max_epochs=-1).fit(MNPModule(network), defense_loader)`` reads the loader once, then
-    takes one step of the engine for every batch the Trainer counts, with the Trainer's precision,
-    progress bar, loggers and checkpoints, and stops the Trainer when the defense has finished.
-    What the loader yields after the first reading is not used: the engine draws its own batches,
-    the same as through every other door. A run resumed with ``ckpt_path`` goes on where the
-    checkpoint was written. Of several processes, each takes the same steps on the images of all.
 
-    Args:
-        network: The network. At the end it is pruned in place. ``ModelCheckpoint`` does not save
-            it then: it goes by optimizer steps, and the last of these come before pruning.
-        config: Options of the method.
-        when: ``"never"`` audits only, ``"flagged"`` prunes if the verdict is ``"backdoored"``,
-            ``"always"`` prunes in any case.
-        forward: A function (network, images) that calls it and returns the logits.
-        unpack: A function (batch) that gives images and labels.
-        output_dir: Folder for the report and, where filters are pruned, a checkpoint of the
-            purified network: ``mnp-report.json`` and ``mnp.ckpt``, as
-            :class:`~lightning_mnp.callback.MNPCallback` writes them. If None, nothing is
-            written.
+class MNPSteps(_Base):
+    """What :class:`MNPModule` does; a LightningModule of either package is the other base.
 
-    Attributes:
-        report: The outcome, after the fit; None before.
-
-    Example:
-        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
-        >>> MNPModule(network, when="never")(torch.zeros(3, 1, 2, 2)).shape
-        torch.Size([3, 2])
+    The arguments are those of :class:`MNPModule`.
     """
 
     def __init__(
@@ -190,8 +171,8 @@ class MNPModule(LightningModule):
     def _without_synchronization(self) -> AbstractContextManager[Any]:
         """Keep DDP from waiting for gradients of the network's own weights: there are none."""
         strategy = self.trainer.strategy
-        if isinstance(strategy, ParallelStrategy):
-            return cast("AbstractContextManager[Any]", strategy.block_backward_sync())
+        if is_a(strategy, "ParallelStrategy"):
+            return cast("AbstractContextManager[Any]", cast(Any, strategy).block_backward_sync())
         return nullcontext()
 
     @staticmethod
@@ -211,11 +192,16 @@ class MNPModule(LightningModule):
         if self.report.changes:
             defense.prune_()
         self.report.model = self.network
-        self.log_dict(self.report.metrics(), batch_size=1)
+        # The loggers get them when training ends.
+        self.log_dict(self.report.metrics(), batch_size=1, logger=False)
 
     def on_train_end(self) -> None:
         """Write the outcome."""
-        if self.report is not None and self._folder is not None:
+        if self.report is None:
+            return
+        if self.trainer.is_global_zero:
+            log_outcome(self.trainer.loggers, self.report, self.trainer.global_step)
+        if self._folder is not None:
             write_outcome(self.trainer, self.report, self._folder)
 
     def on_fit_end(self) -> None:
@@ -241,10 +227,44 @@ class MNPModule(LightningModule):
             checkpoint["optimizer_states"] = []
 
 
+class MNPModule(MNPSteps, LightningModule):
+    """Wraps a network so that ``Trainer.fit`` audits and defends it.
+
+    ``Trainer(max_epochs=-1).fit(MNPModule(network), defense_loader)`` reads the loader once, then
+    takes one step of the engine for every batch the Trainer counts, with the Trainer's precision,
+    progress bar, loggers and checkpoints, and stops the Trainer when the defense has finished.
+    What the loader yields after the first reading is not used: the engine draws its own batches,
+    the same as through every other door. A run resumed with ``ckpt_path`` goes on where the
+    checkpoint was written. Of several processes, each takes the same steps on the images of all.
+    For a Trainer of ``pytorch_lightning``, import it from ``lightning_mnp.pytorch_lightning``.
+
+    Args:
+        network: The network. At the end it is pruned in place. ``ModelCheckpoint`` does not save
+            it then: it goes by optimizer steps, and the last of these come before pruning.
+        config: Options of the method.
+        when: ``"never"`` audits only, ``"flagged"`` prunes if the verdict is ``"backdoored"``,
+            ``"always"`` prunes in any case.
+        forward: A function (network, images) that calls it and returns the logits.
+        unpack: A function (batch) that gives images and labels.
+        output_dir: Folder for the report and, where filters are pruned, a checkpoint of the
+            purified network: ``mnp-report.html``, ``mnp-report.json`` and ``mnp.ckpt``, as
+            :class:`~lightning_mnp.callback.MNPCallback` writes them. If None, nothing is
+            written.
+
+    Attributes:
+        report: The outcome, after the fit; None before.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        >>> MNPModule(network, when="never")(torch.zeros(3, 1, 2, 2)).shape
+        torch.Size([3, 2])
+    """
+
+
 class _TrainerUpdates:
     """Backward passes and steps through the Trainer: precision, scaling and step counts."""
 
-    def __init__(self, module: MNPModule) -> None:
+    def __init__(self, module: MNPSteps) -> None:
         self._module = module
 
     def _wrapped(self, optimizer: torch.optim.Optimizer) -> LightningOptimizer:

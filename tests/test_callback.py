@@ -119,7 +119,7 @@ def test_by_default_a_flagged_network_stays_as_it_was_trained(
         "verdict BACKDOORED, target class 3\n",
         "- NOT changed: the network in memory and the checkpoints of this training.\n",
         f"- Purified network (filters pruned: 5, turned down: 0): {path}\n",
-        f"- Report: {tmp_path / 'mnp-report.json'}\n",
+        f"- Report: {tmp_path / 'mnp-report.html'}\n",
         f"load_into(module, lightning_mnp.read_state_dict({str(path)!r}))",
         "MNPCallback(in_place=True)",
     ):
@@ -154,7 +154,10 @@ def test_never_audits_only_also_in_place(tmp_path: Path, verdict: str) -> None:
     plain = UserModule(small_network().train())
     quiet_trainer().fit(plain, loader())
     assert equal(module.state_dict(), plain.state_dict())
-    assert [path.name for path in tmp_path.iterdir()] == ["mnp-report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "mnp-report.html",
+        "mnp-report.json",
+    ]
     assert callback.purified_path is None
 
 
@@ -182,13 +185,35 @@ def test_loggers_tell_the_verdicts_apart(tmp_path: Path, verdict: str) -> None:
     assert float(logged["mnp/undecided"]) == (verdict == "undecided")
 
 
+def test_ca_and_asr_are_measured_before_and_after(tmp_path: Path, verdict: str) -> None:
+    images, labels = next(iter(loader()))
+    triggered = [(images, 0 * labels, labels)]
+    logger = CSVLogger(str(tmp_path / "logs"))
+    callback = MNPCallback("always", loader(), CONFIG, triggered_loader=triggered)
+    module, _ = fit(callback, logger=logger)
+    assert set(callback.rates) == {"mnp/ASR_before", "mnp/ASR_after"}
+    module.eval()
+    others = labels != 0
+    hits = (module.net(images[others]).argmax(1) == 0).float().mean()
+    assert callback.rates["mnp/ASR_before"] == pytest.approx(float(hits))
+    assert "mnp/ASR_after" in Path(logger.log_dir, "metrics.csv").read_text()
+
+
+def test_triggered_images_are_looked_at_before_training(tmp_path: Path) -> None:
+    callback = MNPCallback(
+        "never", loader(), CONFIG, output_dir=tmp_path, triggered_loader=loader()
+    )
+    with pytest.raises(ValueError, match="true labels"):
+        fit(callback)
+
+
 @pytest.mark.parametrize("verdict", ["undecided"], indirect=True)
 def test_undecided_is_told_with_its_reason(tmp_path: Path, verdict: str) -> None:
     callback = MNPCallback(defense_loader=loader(), config=CONFIG, output_dir=tmp_path)
     with pytest.warns(UserWarning, match="verdict UNDECIDED, .*: a test says so$") as told:
         fit(callback)
     [text] = texts(told)
-    assert str(tmp_path / "mnp-report.json") in text
+    assert str(tmp_path / "mnp-report.html") in text
 
 
 @pytest.mark.parametrize("error", [OutputError("the disk is full"), KeyboardInterrupt()])
@@ -236,7 +261,10 @@ def test_audit_only_changes_nothing_of_the_training(tmp_path: Path) -> None:
     quiet_trainer().fit(plain, loader())
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, module.state_dict()[name])
-    assert [path.name for path in tmp_path.iterdir()] == ["mnp-report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "mnp-report.html",
+        "mnp-report.json",
+    ]
 
 
 def test_always_prunes_in_place_logs_and_writes(tmp_path: Path) -> None:
@@ -259,13 +287,15 @@ def test_always_prunes_in_place_logs_and_writes(tmp_path: Path) -> None:
         assert torch.equal(tensor, stored["state_dict"][name])
     assert stored["callbacks"]
     assert trainer.state.finished
+    assert "<!DOCTYPE html>" in (tmp_path / "mnp-report.html").read_text("utf-8")
 
 
 def test_a_second_run_overwrites_nothing(tmp_path: Path) -> None:
     for _ in range(2):
         fit(MNPCallback("always", loader(), CONFIG, output_dir=tmp_path))
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["mnp-report.json", "mnp-v1-report.json", "mnp-v1.ckpt", "mnp.ckpt"]
+    endings = ("-report.html", "-report.json", ".ckpt")
+    assert names == sorted(f"{name}{end}" for name in ("mnp", "mnp-v1") for end in endings)
 
 
 def test_defense_set_from_the_datamodule_hook(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_one_report_and_one_output(run: Run) -> None:
     count, folder = run.count, run.folder
     for door in ("callback", "module"):
         written = sorted(path.name for path in (folder / door).iterdir())
-        assert written == ["mnp-report.json", "mnp.ckpt"]
+        assert written == ["mnp-report.html", "mnp-report.json", "mnp.ckpt"]
         report = json.loads((folder / door / "mnp-report.json").read_text())
         assert report["verdict"] == run.outcomes[0][door]["verdict"]
     expected = {f"outcomes-{rank}.pt" for rank in range(count)}

@@ -14,11 +14,12 @@ from helpers import REPOSITORY
 
 from lightning_mnp import MNPConfig
 from lightning_mnp.cli.command_line import main
+from lightning_mnp.cli.scan.options import parse_options
 
 DOCS = REPOSITORY / "docs"
 PAGES = [DOCS / "index.md", *sorted((DOCS / "tutorial").glob("*.md"))]
 PAGES += sorted((DOCS / "how-to").glob("*.md"))
-TEXTS = [*PAGES, *sorted((DOCS / "explanation").glob("*.md"))]
+TEXTS = [*PAGES, *sorted((DOCS / "explanation").glob("*.md")), DOCS / "reference/exit-codes.md"]
 TEXTS += [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "research").glob("*.md"))]
 
 # An HTML comment `<!-- setup ... -->` has what a page takes for granted; blocks after a comment
@@ -105,7 +106,10 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_pages_with_code_are_found() -> None:
     without = [name(page) for page in PAGES if page not in WITH_CODE]
-    assert without == ["docs/how-to/audit-a-checkpoint.md", "docs/how-to/index.md"]
+    assert without == [
+        *("docs/how-to/audit-a-checkpoint.md", "docs/how-to/index.md"),
+        "docs/how-to/scan-a-file.md",
+    ]
 
 
 @pytest.mark.parametrize("text", SHORTER)
@@ -118,7 +122,7 @@ def commands() -> list[Any]:
     for page in TEXTS:
         for block in _COMMANDS.findall(page.read_text("utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
-                for part in line.split("&&"):
+                for part in re.split(r"&&|\|\||>", line):
                     words = shlex.split(part, comments=True)
                     if words[:1] == ["lightning-mnp"]:
                         found.setdefault(shlex.join(words), page)
@@ -140,6 +144,9 @@ def test_command_is_understood(
         "examples/audit-cifar10.yaml" if word == "audit.yaml" else word
         for word in shlex.split(command)[1:]
     ]
+    if words[0] == "scan":
+        assert parse_options(words[1:]).images
+        return
     with pytest.raises(SystemExit) as stop:
         main([*words, "--print_config"])
     assert stop.value.code == 0, capsys.readouterr().err

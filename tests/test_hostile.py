@@ -24,6 +24,7 @@ from torch import nn
 import lightning_mnp
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.cli import entry
 from lightning_mnp.cli.command_line import main
 from lightning_mnp.cli.trainer import MNPTrainer
 from lightning_mnp.models import Classifier
@@ -118,9 +119,14 @@ CORPUS: list[Callable[[Path], None]] = [
 ]
 
 
-def assert_refused(args: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_refused(
+    args: list[str],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    run: Callable[[list[str]], int] = main,
+) -> None:
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    assert main(args) == 2
+    assert run(args) == 2
     captured = capsys.readouterr()
     message = captured.err[captured.err.index("error: ") :]
     assert all(line.isprintable() for line in message.splitlines())
@@ -174,6 +180,15 @@ def test_refused_by_audit_and_defend(
     args = [command, *COMMON, *QUICK, "--ckpt_path=hostile.ckpt", "--report=report.json"]
     args += ["--output=purified.ckpt"] if command == "defend" else []
     assert_refused(args, own_folder, capsys)
+
+
+@pytest.mark.parametrize("make", [make for make in CORPUS if make is not huge_shape])
+def test_refused_by_scan(
+    make: Callable[[Path], None], own_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(own_folder / "hostile.ckpt")
+    args = ["scan", "hostile.ckpt", "--images=images", "--arch=cifar_resnet18"]
+    assert_refused(args, own_folder, capsys, run=entry.main)
 
 
 @pytest.mark.parametrize("doublings", [25, 60, 5000])
@@ -302,9 +317,7 @@ def test_places_are_tried_before_the_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.save(Classifier(width=4, in_channels=1).state_dict(), "weights.pt")
-    monkeypatch.setattr(
-        "lightning_mnp.cli.trainer.read_state_dict", None
-    )  # the first work there is
+    monkeypatch.setattr("lightning_mnp.cli.trainer.read_weights", None)  # the first work there is
     assert main(["defend", *COMMON, *QUICK, "--ckpt_path=weights.pt", *extra]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in own_folder.iterdir()] == ["weights.pt"]
@@ -377,6 +390,7 @@ def assert_resumes(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 COMMAND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+from lightning_mnp.cli import entry
 from lightning_mnp.cli.command_line import main
 sys.exit(main())
 """

@@ -65,7 +65,7 @@ def test_types_are_published() -> None:
 
 def test_command_leads_to_a_function() -> None:
     [command] = entry_points(group="console_scripts", name="lightning-mnp")
-    assert command.value == "lightning_mnp.cli.command_line:main"
+    assert command.value == "lightning_mnp.cli.entry:main"
     assert callable(command.load())
 
 

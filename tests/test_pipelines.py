@@ -31,6 +31,7 @@ from lightning_mnp import MNPCallback, MNPDefense, MNPModule
 from lightning_mnp.checkpoints.atomic_write import OutputError
 from lightning_mnp.defense_data.defense_set import DefenseSet
 
+WRITTEN = {"mnp-report.html", "mnp-report.json", "mnp.ckpt"}
 NOT_AUDITED = "MNPCallback has not audited the network: there was nothing to train"
 
 pytestmark = [
@@ -401,7 +402,7 @@ def test_a_limit_of_batches_cuts_the_defense_set_of_the_module(amount: float) ->
 def test_barebones_for_the_module(tmp_path: Path) -> None:
     module = MNPModule(small_network(), CONFIG, output_dir=tmp_path)
     L.Trainer(accelerator="cpu", max_epochs=-1, barebones=True).fit(module, data())
-    assert {path.name for path in tmp_path.iterdir()} == {"mnp-report.json", "mnp.ckpt"}
+    assert {path.name for path in tmp_path.iterdir()} == WRITTEN
 
 
 def test_fast_dev_run_for_the_module_writes_nothing(tmp_path: Path) -> None:
@@ -415,7 +416,7 @@ def test_module_writes_what_model_checkpoint_does_not_see(tmp_path: Path) -> Non
     module = MNPModule(small_network(), CONFIG, output_dir=tmp_path)
     quiet_trainer(max_epochs=-1).fit(module, data())
     assert module.report is not None
-    assert {path.name for path in tmp_path.iterdir()} == {"mnp-report.json", "mnp.ckpt"}
+    assert {path.name for path in tmp_path.iterdir()} == WRITTEN
     fresh = small_network()
     lightning_mnp.load_into(fresh, lightning_mnp.read_state_dict(tmp_path / "mnp.ckpt"))
     for name, tensor in module.network.state_dict().items():

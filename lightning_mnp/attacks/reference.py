@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_mnp.checkpoints.read import read_state_dict
 from lightning_mnp.checkpoints.state_dict import load_into
-from lightning_mnp.models.classifier import build_network
+from lightning_mnp.models.build import build_network
 
 __all__ = ["ReferenceNetwork"]
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lightning_mnp.checkpoints.printable import printable
 
-__all__ = ["CheckpointError", "inspect_checkpoint"]
+__all__ = ["CheckpointError", "belongs_to_weights", "inspect_checkpoint"]
 
 ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_MAGIC = b"\x80"
@@ -46,11 +46,38 @@ _ALLOWED_TORCH_NAMES = frozenset(
 )
 
 
+# Modules whose functions run commands or code, and what is harmless of Python's own names.
+_CODE_MODULES = (
+    "_posixsubprocess asyncio bdb cProfile cloudpickle code codeop commands ctypes dill doctest "
+    "ftplib http importlib marshal multiprocessing nt os pdb pickle pip pkgutil posix profile pty "
+    "pydoc requests runpy shelve shutil smtplib socket subprocess sys timeit urllib urllib2 venv "
+    "webbrowser"
+)
+_CODE_OF_TORCH = ("torch load", "torch.serialization load", "torch.hub load", "torch.jit load")
+_PLAIN_BUILTINS = (
+    "bool bytes complex dict float frozenset int list long object range set slice str tuple "
+    "unicode xrange"
+)
+
+
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why, and what to do about it."""
 
 
-def inspect_checkpoint(path: Path, max_bytes: int) -> bool:
+def belongs_to_weights(name: str) -> bool:
+    """Return whether tensors and plain containers are made of a class or function.
+
+    Args:
+        name: Its full name, such as ``"collections.OrderedDict"``.
+
+    Example:
+        >>> belongs_to_weights("torch.FloatStorage"), belongs_to_weights("argparse.Namespace")
+        (True, False)
+    """
+    return _belongs_to_weights(" ".join(name.rsplit(".", 1)))
+
+
+def inspect_checkpoint(path: Path, max_bytes: int, *, foreign: bool = False) -> bool:
     """Check a file written by ``torch.save`` without unpickling it.
 
     The file must be undamaged (check sums), uncompressed, and not larger than it declares or than
@@ -61,6 +88,9 @@ def inspect_checkpoint(path: Path, max_bytes: int) -> bool:
     Args:
         path: An existing file.
         max_bytes: Largest accepted size in bytes.
+        foreign: Whether the pickle may name other classes, for a reader that imports none of them.
+            Names of what runs commands or code are refused all the same: such a file was made to
+            attack whoever loads it.
 
     Returns:
         Whether it is a zip archive, the format of ``torch.save`` since PyTorch 1.6.
@@ -82,7 +112,7 @@ def inspect_checkpoint(path: Path, max_bytes: int) -> bool:
     with path.open("rb") as file:
         magic = file.read(len(ZIP_MAGIC))
         if magic == ZIP_MAGIC:
-            _check_zip(path, max_bytes)
+            _check_zip(path, max_bytes, foreign)
             return True
         if not magic.startswith(PICKLE_MAGIC):
             raise CheckpointError(
@@ -92,11 +122,11 @@ def inspect_checkpoint(path: Path, max_bytes: int) -> bool:
         file.seek(0)
         head = io.BytesIO(file.read(MAX_PICKLE_BYTES))
         for _ in range(LEGACY_PICKLES):
-            _check_pickle(head, path)
+            _check_pickle(head, path, foreign)
     return False
 
 
-def _check_zip(path: Path, max_bytes: int) -> None:
+def _check_zip(path: Path, max_bytes: int, foreign: bool) -> None:
     """Check the sizes, the check sums and the pickle of a zip archive."""
     shown = printable(str(path))
     try:
@@ -134,7 +164,7 @@ def _check_zip(path: Path, max_bytes: int) -> None:
                     f"{shown} is damaged: the check sum of its member {printable(damaged)} is "
                     "wrong. Get the file again."
                 )
-            _check_pickle(io.BytesIO(archive.read(pickles[0])), path)
+            _check_pickle(io.BytesIO(archive.read(pickles[0])), path, foreign)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged directory breaks zipfile in many ways
@@ -144,7 +174,7 @@ def _check_zip(path: Path, max_bytes: int) -> None:
         ) from error
 
 
-def _check_pickle(stream: io.BytesIO, path: Path) -> None:
+def _check_pickle(stream: io.BytesIO, path: Path, foreign: bool) -> None:
     """Check the instructions of one pickle, without running any of them."""
     shown = printable(str(path))
     tuples = _Tuples()
@@ -162,14 +192,8 @@ def _check_pickle(stream: io.BytesIO, path: Path) -> None:
                     f"{shown} is refused: its pickle puts tuples into tuples again and again, "
                     "which would take for ever to read and which checkpoints do not need."
                 )
-            if opcode.name in ("GLOBAL", "INST") and not (
-                argument in _ALLOWED_GLOBALS or argument in _ALLOWED_TORCH_NAMES
-            ):
-                raise CheckpointError(
-                    f"{shown} is refused and nothing in it was run: besides weights it holds "
-                    f"{printable(str(argument).replace(' ', '.'))}, which unpickling would import "
-                    "and could call. Ask for a file with the state dict alone, or .safetensors."
-                )
+            if opcode.name in ("GLOBAL", "INST"):
+                _check_name(str(argument), foreign, shown)
             if opcode.name == "PROTO" and argument != 2:
                 raise CheckpointError(
                     f"{shown} is refused: expected pickle protocol 2, the default of `torch.save`, "
@@ -187,6 +211,37 @@ def _check_pickle(stream: io.BytesIO, path: Path) -> None:
             f"{shown} is damaged or no checkpoint: its pickle cannot be read "
             f"({printable(str(error))}). Get the file again."
         ) from error
+
+
+def _check_name(pickled: str, foreign: bool, shown: str) -> None:
+    """Check the module and the name of a class or function that a pickle mentions."""
+    if _belongs_to_weights(pickled) or (foreign and not _runs_code(*pickled.split(" ", 1))):
+        return
+    remedy = (
+        "No ordinary training writes that: do not load the file with anything else."
+        if foreign
+        else "Ask for a file with the state dict alone, or .safetensors."
+    )
+    raise CheckpointError(
+        f"{shown} is refused and nothing in it was run: besides weights it holds "
+        f"{printable(pickled.replace(' ', '.'))}, which unpickling would import and could call. "
+        f"{remedy}"
+    )
+
+
+def _belongs_to_weights(pickled: str) -> bool:
+    return pickled in _ALLOWED_GLOBALS or pickled in _ALLOWED_TORCH_NAMES
+
+
+def _runs_code(module: str, name: str) -> bool:
+    if module in ("builtins", "__builtin__"):
+        return name not in _PLAIN_BUILTINS.split()
+    # A name with dots leads to whatever a module has imported itself.
+    return (
+        "." in name
+        or module.split(".")[0] in _CODE_MODULES.split()
+        or f"{module} {name}" in _CODE_OF_TORCH
+    )
 
 
 class _Size(NamedTuple):

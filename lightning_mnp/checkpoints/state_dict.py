@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_mnp.checkpoints.inert import Foreign, StoredTensor
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.printable import printable
 
@@ -17,6 +19,7 @@ __all__ = [
     "check_finite",
     "find_state_dict",
     "first_names",
+    "fits",
     "load_into",
     "strip_wrappers",
 ]
@@ -78,7 +81,9 @@ def all_tensors(content: object) -> Iterator[Tensor]:
             waiting.extend(reversed(list(items)))
 
 
-def find_state_dict(content: object, key: str | None, shown: str) -> dict[str, Tensor]:
+def find_state_dict(
+    content: object, key: str | None, shown: str
+) -> dict[str, Tensor | StoredTensor]:
     """Find the state dict in the content of a file.
 
     Args:
@@ -91,7 +96,8 @@ def find_state_dict(content: object, key: str | None, shown: str) -> dict[str, T
         Tensors by name; other entries are left out.
 
     Raises:
-        CheckpointError: If there is none, or it is not clear which of several is meant.
+        CheckpointError: If there is none, it is not clear which of several is meant, or weights
+            hang on an object that was not read.
 
     Example:
         >>> find_state_dict({"epoch": 3, "model": {"weight": torch.ones(1)}}, None, "last.pt")
@@ -121,33 +127,50 @@ def find_state_dict(content: object, key: str | None, shown: str) -> dict[str, T
             break
         content = content[nested[0]]
     tensors = _named_tensors(content)
+    parts = content if isinstance(content, dict) else {"": content}
+    candidates = [name for name, value in parts.items() if _named_tensors(value)]
+    if candidates and not tensors:
+        raise CheckpointError(
+            f"{shown} holds no state dict under a usual key. Choose one with the option `key`: "
+            f"{first_names(candidates)}."
+        )
+    _refuse_foreign(parts, shown)
     if tensors:
         return tensors
-    if isinstance(content, dict):
-        candidates = [name for name, value in content.items() if _named_tensors(value)]
-        if candidates:
-            raise CheckpointError(
-                f"{shown} holds no state dict under a usual key. Choose one with the option `key`: "
-                f"{first_names(candidates)}."
-            )
     raise CheckpointError(
         f"{shown} holds no weights by name. Expected a state dict, also under one of "
         f"{NESTING_KEYS}; save `model.state_dict()`."
     )
 
 
-def _named_tensors(content: object) -> dict[str, Tensor]:
+def _refuse_foreign(parts: Mapping[str, object], shown: str) -> None:
+    """Raise if one of the weights, or all of them, are objects that were not made."""
+    for name, value in parts.items():
+        if isinstance(value, Foreign):
+            where = f"{printable(name)} in it is" if name else "it is"
+            raise CheckpointError(
+                f"{shown} is refused and nothing in it was run: {where} an object of "
+                f"{printable(value.name)}, on which its weights hang, and which only that class "
+                "could read. Ask for a file with the state dict alone (`model.state_dict()`), or "
+                ".safetensors."
+            )
+
+
+def _named_tensors(content: object) -> dict[str, Tensor | StoredTensor]:
     """Return the tensors of a dict that have names; nothing for any other content."""
     if not isinstance(content, dict):
         return {}
     return {
         name: value
         for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
+        if isinstance(name, str) and isinstance(value, (Tensor, StoredTensor))
     }
 
 
-def strip_wrappers(tensors: dict[str, Tensor], shown: str) -> dict[str, Tensor]:
+AnyTensor = TypeVar("AnyTensor", Tensor, Tensor | StoredTensor)
+
+
+def strip_wrappers(tensors: dict[str, AnyTensor], shown: str) -> dict[str, AnyTensor]:
     """Remove what ``torch.compile``, ``DataParallel`` and ``AveragedModel`` add to names.
 
     Args:
@@ -230,7 +253,7 @@ def load_into(
         >>> load_into(nn.Linear(2, 1), weights)
         PrefixMatch(file='net.', module='')
     """
-    own = {name: value for name, value in module.state_dict().items() if torch.is_tensor(value)}
+    own = _own_tensors(module)
     if prefix is None:
         match = _match_prefixes(_essential(own), _essential(state_dict))
     else:
@@ -241,9 +264,7 @@ def load_into(
                 f"with {prefix!r}."
             )
         match = PrefixMatch(file=prefix)
-    incoming = {
-        match.module + name.removeprefix(match.file): value for name, value in state_dict.items()
-    }
+    incoming = _renamed(state_dict, match)
     _check_fit(own, incoming)
     before = {name: value.clone() for name, value in own.items()}
     try:
@@ -260,6 +281,37 @@ def load_into(
             f"{type(module).__name__} refused the weights: {printable(str(error), 300)}"
         ) from error
     return match
+
+
+def fits(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
+    """Return whether weights could be loaded into a module, by their names and shapes.
+
+    Args:
+        module: The module, which may be without values (on the device ``meta``).
+        state_dict: Tensors by name.
+
+    Example:
+        >>> fits(nn.Linear(2, 1), {"net.weight": torch.ones(1, 2), "net.bias": torch.zeros(1)})
+        True
+    """
+    own = _own_tensors(module)
+    match = _match_prefixes(_essential(own), _essential(state_dict))
+    try:
+        _check_fit(own, _renamed(state_dict, match))
+    except CheckpointError:
+        return False
+    return True
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in module.state_dict().items() if torch.is_tensor(value)}
+
+
+def _renamed(state_dict: Mapping[str, Tensor], match: PrefixMatch) -> dict[str, Tensor]:
+    """Return tensors under the names that the module has for them."""
+    return {
+        match.module + name.removeprefix(match.file): value for name, value in state_dict.items()
+    }
 
 
 def _essential(tensors: Mapping[str, Tensor]) -> list[str]:

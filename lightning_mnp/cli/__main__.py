@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_mnp.cli.command_line import main
+from lightning_mnp.cli.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

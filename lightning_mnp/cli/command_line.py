@@ -17,6 +17,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_mnp.attacks import TriggerCheckpoint
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.cli.benchmark import main as benchmark
+from lightning_mnp.cli.parser import MNPParser
+from lightning_mnp.cli.quiet import without_tips
 from lightning_mnp.cli.trainer import MNPTrainer
 from lightning_mnp.config import grouped_message
 from lightning_mnp.hosting.checkpoint_io import use_checked_io
@@ -54,7 +56,6 @@ class MNPCLI(LightningCLI):
         self._named = _named_command(args)
         options: dict[str, Any] = {
             "description": "Tell whether a CNN carries a backdoor, and remove it.",
-            "epilog": "Another command, `lightning-mnp benchmark`, compares defenses.",
             "version": version("lightning-mnp"),
         }
         if "demo" in self.subcommands():
@@ -63,6 +64,7 @@ class MNPCLI(LightningCLI):
             LightningModule,
             LightningDataModule,
             trainer_class=MNPTrainer,
+            parser_class=MNPParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
@@ -168,7 +170,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         if words[:1] == ["benchmark"]:
             return benchmark(words[1:], fit=main)
-        cli = MNPCLI(args)
+        with without_tips():
+            cli = MNPCLI(args)
     except _WRONG_INPUT as error:
         if os.environ.get("LIGHTNING_MNP_DEBUG"):
             raise

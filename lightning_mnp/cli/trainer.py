@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +12,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
-from rich.table import Table
 
 from lightning_mnp.calibration.file import CalibrationFile
 from lightning_mnp.calibration.run import (
@@ -24,9 +23,10 @@ from lightning_mnp.calibration.run import (
 from lightning_mnp.calibration.threshold import Calibration, calibrate_threshold
 from lightning_mnp.checkpoints.atomic_write import OutputError, check_new, check_writable
 from lightning_mnp.checkpoints.printable import printable
-from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.checkpoints.read import read_weights
 from lightning_mnp.checkpoints.state_dict import PrefixMatch, check_finite, load_into
 from lightning_mnp.checkpoints.write import check_output, write_state_dict
+from lightning_mnp.cli.scores import Scores, scores_table
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.data import BackdoorDataModule
 from lightning_mnp.defense_data.defense_set import DefenseSet, unpack_batch
@@ -39,21 +39,16 @@ from lightning_mnp.hosting.lightning_host import (
     follow_first,
     refuse_other_processes,
 )
+from lightning_mnp.hosting.loggers import log_outcome
 from lightning_mnp.hosting.processes import do_in_first, process_count
-from lightning_mnp.report import DefenseReport
+from lightning_mnp.report import DefenseReport, WeightsFile
+from lightning_mnp.report.text import text, wants_color
+from lightning_mnp.reporting.files import save_report
 from lightning_mnp.surgery.network import weights_digest
 
 __all__ = ["MNPTrainer"]
 
 _DEFAULTS = MNPConfig()
-
-
-@dataclass
-class _Scores:
-    """Clean accuracy and attack success rate of one state of a network, from 0 to 1."""
-
-    accuracy: float
-    success: float
 
 
 class MNPTrainer(Trainer):
@@ -90,7 +85,8 @@ class MNPTrainer(Trainer):
             ckpt_path: The checkpoint: .ckpt, .pt, .pth or .safetensors.
             datamodule: Its ``defense_dataloader`` gives the clean images.
             mnp: Options of the method.
-            report: File to write the report to, as JSON; must not exist.
+            report: File for the report, as its ending says: .html, .md, .sarif, else JSON; must not
+                exist.
             key: Where in the file the weights are, if they are not found by themselves.
             network: Name of the submodule that classifies, if the model has no ``forward``.
             state_file: File that keeps the progress, so that a killed run goes on.
@@ -100,10 +96,11 @@ class MNPTrainer(Trainer):
         """
         self._meet()
         self._check_places(report, state_file)
-        self._load(model, ckpt_path, key)
+        notes = self._load(model, ckpt_path, key)[1]
+        file = WeightsFile.of(ckpt_path)
         data = self._defense_set(model, datamodule)
         defense = self._defense(model, data, mnp, network)
-        outcome = self._carry_out(defense, state_file)
+        outcome = self._carry_out(defense, state_file, file, notes)
         self._save_report(outcome, report)
         forget_state(state_file)
         return outcome
@@ -137,7 +134,8 @@ class MNPTrainer(Trainer):
             when: ``flagged`` prunes if the verdict is backdoored, ``always`` in any case,
                 ``never`` audits only.
             mnp: Options of the method.
-            report: File to write the report to, as JSON; must not exist.
+            report: File for the report, as its ending says: .html, .md, .sarif, else JSON; must not
+                exist.
             key: Where in the file the weights are, if they are not found by themselves.
             network: Name of the submodule that classifies, if the model has no ``forward``.
             state_file: File that keeps the progress, so that a killed run goes on.
@@ -148,10 +146,11 @@ class MNPTrainer(Trainer):
         self._meet()
         self._check_places(report, state_file, output)
         check_output(output, model.state_dict(), "output")
-        names = self._load(model, ckpt_path, key)
+        names, notes = self._load(model, ckpt_path, key)
+        file = WeightsFile.of(ckpt_path)
         data = self._defense_set(model, datamodule)
         defense = self._defense(model, data, mnp, network, when)
-        outcome = self._carry_out(defense, state_file)
+        outcome = self._carry_out(defense, state_file, file, notes)
         if outcome.changes:
             defense.prune_()
         weights = {
@@ -265,7 +264,8 @@ class MNPTrainer(Trainer):
             )
         folder = Path(output_dir or tempfile.mkdtemp(prefix="lightning-mnp-demo-"))
         files = {name: folder / name for name in ("backdoored.ckpt", "purified.ckpt")}
-        for path in (*files.values(), folder / "report.json"):
+        page = folder / "report.html"
+        for path in (*files.values(), folder / "report.json", page):
             check_new(path, "output_dir")
             check_writable(path, "output_dir")
         folder.mkdir(parents=True, exist_ok=True)
@@ -284,15 +284,16 @@ class MNPTrainer(Trainer):
             mnp=mnp,
             report=folder / "report.json",
         )
-        Console().print(_table(before, self._scores(model, datamodule), outcome))
-        _say(f"Networks and report are in {folder}")
+        Console().print(scores_table(before, self._scores(model, datamodule), outcome))
+        save_report(outcome, page, argument="output_dir")
+        _say(f"Networks and report are in {folder}; open report.html in a browser")
         return outcome
 
-    def _scores(self, model: LightningModule, datamodule: BackdoorDataModule) -> _Scores:
+    def _scores(self, model: LightningModule, datamodule: BackdoorDataModule) -> Scores:
         numbers: dict[str, float] = {}
         for result in self.test(model, datamodule=datamodule, verbose=False):
             numbers.update(result)
-        return _Scores(numbers["test/CA"], numbers.get("test/ASR", math.nan))
+        return Scores(numbers["test/CA"], numbers.get("test/ASR", math.nan))
 
     def _meet(self) -> None:
         """Meet the other processes, if the command was started in several.
@@ -328,10 +329,11 @@ class MNPTrainer(Trainer):
 
     def _load(
         self, model: LightningModule, path: Path, key: str | None, argument: str = "ckpt_path"
-    ) -> PrefixMatch:
-        weights = read_state_dict(path, key=key, argument=argument)
-        check_finite(weights)
-        return load_into(model, weights)
+    ) -> tuple[PrefixMatch, list[str]]:
+        """Load weights; return how their names differ, and what to say of the file."""
+        weights = read_weights(path, key=key, argument=argument)
+        check_finite(weights.tensors)
+        return load_into(model, weights.tensors), weights.warnings()
 
     def _defense_set(
         self, model: LightningModule, datamodule: LightningDataModule | None
@@ -364,32 +366,25 @@ class MNPTrainer(Trainer):
             autocast=engine_autocast(self),
         )
 
-    def _carry_out(self, defense: MNPDefense, state_file: Path | None) -> DefenseReport:
+    def _carry_out(
+        self, defense: MNPDefense, state_file: Path | None, file: WeightsFile, notes: list[str]
+    ) -> DefenseReport:
         bar = self.progress_bar_callback is not None and self.is_global_zero
         run_defense(defense, state_file=state_file, progress=bar)
         self.report = outcome = follow_first(defense)
-        for logger in self.loggers:
-            logger.log_metrics(outcome.metrics(), step=self.global_step)
+        outcome.weights_file = file
+        outcome.warnings[:0] = notes
         if self.is_global_zero:
-            _say(str(outcome))
+            log_outcome(self.loggers, outcome, self.global_step)
+            print(text(outcome, color=wants_color(sys.stdout)), flush=True)
         return outcome
 
     def _save_report(self, outcome: DefenseReport, report: Path | None) -> None:
         if report is not None:
-            do_in_first(lambda: outcome.save(report, argument="report"))
+            do_in_first(lambda: save_report(outcome, report, argument="report"))
 
 
 def _say(text: str) -> None:
     """Print lines that may hold names of all kinds, as they are but without control characters."""
     lines = [printable(line, 10_000) for line in text.splitlines()]
     Console().print("\n".join(lines), highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def _table(before: _Scores, after: _Scores, outcome: DefenseReport) -> Table:
-    table = Table(title=f"verdict: {outcome.verdict}; filters pruned: {len(outcome.pruned)}")
-    table.add_column("network")
-    table.add_column("clean accuracy (CA)", justify="right")
-    table.add_column("attack success rate (ASR)", justify="right")
-    for name, scores in (("as trained", before), ("purified", after)):
-        table.add_row(name, f"{scores.accuracy:.1%}", f"{scores.success:.1%}")
-    return table

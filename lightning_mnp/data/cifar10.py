@@ -11,8 +11,9 @@ from torchvision.datasets import CIFAR10
 
 from lightning_mnp.attacks import Attack
 from lightning_mnp.data.datamodule import BackdoorDataModule, Split
-from lightning_mnp.data.dataset import FolderDataset, ImageDataset, MemoryDataset, resize_and_crop
+from lightning_mnp.data.dataset import FolderDataset, ImageDataset, MemoryDataset
 from lightning_mnp.data.folder import class_folders
+from lightning_mnp.defense_data.resizing import resize_and_crop
 
 __all__ = ["CIFAR10DataModule"]
 

@@ -249,7 +249,7 @@ class BackdoorDataModule(LightningDataModule, ABC):
         # Out of the stored images, so that an audit does not read the whole training set.
         chosen = self.defense_indices
         images = self._stored_train_set.fetch(chosen.tolist())
-        return MemoryDataset(images, self._stored_train_set.labels[chosen])
+        return MemoryDataset(images, self._stored_train_set.labels[chosen], self.class_names)
 
     def setup(self, stage: str) -> None:
         """Read and poison what the stage needs; what was read before is kept.

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
-from torchvision.transforms.v2 import functional as V
 
 from lightning_mnp.attacks import Attack
+from lightning_mnp.defense_data.resizing import resize_and_crop
 
 __all__ = [
     "FolderDataset",
@@ -23,38 +23,10 @@ __all__ = [
     "MemoryDataset",
     "PoisonedDataset",
     "TriggeredDataset",
-    "resize_and_crop",
 ]
 
 # A trigger works on float32 images, four times the bytes: never on all of them at once.
 _PART = 1024
-
-# An image whose longer side is more than this many times the shorter one is cut first.
-_STRIP = 4
-
-
-def resize_and_crop(images: Tensor, size: int) -> Tensor:
-    """Scale images until the shorter side fits, then cut out the center square.
-
-    Args:
-        images: Shape (..., C, H, W), ``uint8`` or floating point.
-        size: Side of the square in pixels, at least 1.
-
-    Returns:
-        Images of shape (..., C, size, size); the argument itself if it has that size.
-
-    Example:
-        >>> resize_and_crop(torch.zeros(3, 20, 40, dtype=torch.uint8), 10).shape
-        torch.Size([3, 10, 10])
-    """
-    if tuple(images.shape[-2:]) == (size, size):
-        return images
-    # A long strip is cut before it is scaled, well outside of the center square: scaled whole, it
-    # could take all memory.
-    most = _STRIP * min(images.shape[-2:])
-    images = V.center_crop(images, [min(side, most) for side in images.shape[-2:]])
-    scaled: Tensor = V.center_crop(V.resize(images, [size], antialias=True), [size, size])
-    return scaled
 
 
 class ImageDataset(Dataset[Any], ABC):
@@ -124,6 +96,7 @@ class MemoryDataset(ImageDataset):
     Args:
         images: Shape (N, C, H, W), ``uint8``.
         labels: Classes, shape (N,), integers.
+        classes: Names of the classes, in the order of the labels; empty if they are not known.
 
     Raises:
         ValueError: If shapes or dtypes are others.
@@ -135,7 +108,7 @@ class MemoryDataset(ImageDataset):
         (torch.Size([3, 8, 8]), 2)
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str] = ()) -> None:
         if images.ndim != 4 or images.dtype != torch.uint8:
             raise ValueError(
                 "Expected argument `images` to be uint8 of shape (N, C, H, W), but got "
@@ -148,6 +121,7 @@ class MemoryDataset(ImageDataset):
             )
         super().__init__(labels)
         self.images = images
+        self.classes = tuple(classes)
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
         """Return new images of these indices, shape (n, C, H, W), uint8."""

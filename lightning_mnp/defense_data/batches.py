@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_mnp.hosting.memory import is_out_of_memory
@@ -24,7 +25,9 @@ def unpack_batch(batch: Any) -> tuple[Tensor, Tensor]:
     Args:
         batch: A tuple or list that starts with images and labels, or a dict with one of the usual
             keys for each (``image``, ``pixel_values``, ``x`` and others; ``label``, ``y``,
-            ``target`` and others).
+            ``target`` and others). Without a usual key, the only entry of floating point with
+            three dimensions or more holds the images, and the only one with a row of integers the
+            labels.
 
     Returns:
         Images (N, C, ...) and labels (N,).
@@ -41,18 +44,49 @@ def unpack_batch(batch: Any) -> tuple[Tensor, Tensor]:
     if isinstance(batch, (tuple, list)):
         pair = tuple(batch[:2])
     elif hasattr(batch, "keys"):
-        found = [next((k for k in keys if k in batch), None) for keys in (_IMAGE_KEYS, _LABEL_KEYS)]
-        pair = tuple(batch[key] for key in found if key is not None)
+        images = _choose(batch, _IMAGE_KEYS, _holds_images)
+        labels = _choose(batch, _LABEL_KEYS, _holds_classes)
+        pair = (*images, *labels)
     if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-        what = type(batch).__name__
-        if hasattr(batch, "keys"):
-            what += f" with the keys {sorted(map(str, batch.keys()))}"
         raise TypeError(
             "Expected every batch to be a pair (images, labels) of tensors, or a dict that names "
-            f"them, but got {what}. Pass as argument `unpack` a function that returns the images "
-            "and labels of a batch."
+            f"them, but got {_described(batch)}"
         )
     return pair[0], pair[1]
+
+
+def _choose(batch: Any, keys: Sequence[str], fits: Callable[[Any], bool]) -> list[Any]:
+    """Return the value of the first usual key of a batch, or the only value that fits."""
+    usual = [batch[key] for key in keys if key in batch]
+    return usual[:1] or [batch[key] for key in batch.keys() if fits(batch[key])]  # noqa: SIM118 (a UserDict)
+
+
+def _holds_images(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim >= 3 and value.is_floating_point()
+
+
+def _holds_classes(value: Any) -> bool:
+    whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+    return bool(whole and value.ndim == 1 and value.dtype != torch.bool)
+
+
+def _described(batch: Any) -> str:
+    """Say what a batch is instead of images and labels, and what to do about it."""
+    pass_unpack = (
+        "Pass as argument `unpack` a function that returns the images and labels of a batch."
+    )
+    if hasattr(batch, "keys"):
+        keys = sorted(map(str, batch.keys()))
+        return f"{type(batch).__name__} with the keys {keys}. {pass_unpack}"
+    if not isinstance(batch, (tuple, list)):
+        return f"{type(batch).__name__}. {pass_unpack}"
+    kinds = ", ".join(type(part).__name__ for part in batch[:2])
+    found = f"{type(batch).__name__} of {kinds or 'nothing'}"
+    if any(type(part).__module__ == "numpy" for part in batch[:2]):
+        return f"{found}. Turn the arrays into tensors by `torch.from_numpy`."
+    if len(batch) == 2 and isinstance(batch[0], Tensor) and isinstance(batch[1], int):
+        return f"{found}, a single image. Pass `DataLoader(images, batch_size=100)`."
+    return f"{found}. {pass_unpack}"
 
 
 def read_batches(
@@ -150,8 +184,7 @@ def check_batch(images: Tensor, labels: Tensor, earlier: list[Tensor], number: i
         raise ValueError(
             "Expected every batch to hold one label for each image, but got images of shape "
             f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)} in batch {number}. "
-            "Correct the data set, or pass as argument `unpack` a function that returns the images "
-            "and labels of a batch."
+            f"{_remedy(labels)}"
         )
     if earlier and images.shape[1:] != earlier[0].shape[1:]:
         raise ValueError(
@@ -165,3 +198,12 @@ def check_batch(images: Tensor, labels: Tensor, earlier: list[Tensor], number: i
             f"{earlier[0].dtype} and, in batch {number}, {images.dtype}. Convert them in the data "
             "set's transform."
         )
+
+
+def _remedy(labels: Tensor) -> str:
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        return "If they are one-hot or shares of classes, pass `labels.argmax(1)`."
+    return (
+        "Correct the data set, or pass as argument `unpack` a function that returns the images and "
+        "labels of a batch."
+    )

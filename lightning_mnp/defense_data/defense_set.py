@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_mnp.defense_data.augment import random_crop_flip, usual_padding
 from lightning_mnp.defense_data.batches import Unpack, check_batch, read_batches, unpack_batch
+from lightning_mnp.defense_data.names import find_class_names
 from lightning_mnp.defense_data.subset import balanced_indices
 from lightning_mnp.hosting.memory import explain_out_of_memory
 from lightning_mnp.hosting.processes import process_count, read_together, whole_loader
@@ -79,6 +80,7 @@ class DefenseSet:
     Args:
         images: Shape (N, C, ...), floating point, as the network takes them.
         labels: True classes, shape (N,), integers.
+        class_names: Names of the classes, in the order of the labels; empty if they are not known.
 
     Attributes:
         images: The images in their order, on the CPU.
@@ -97,8 +99,9 @@ class DefenseSet:
         True
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, class_names: Sequence[str] = ()) -> None:
         _check(images, labels)
+        self.class_names = tuple(class_names)
         labels = labels.detach().cpu().long()
         images = images.detach().cpu()
         hashes: dict[bytes, int] = {}
@@ -189,7 +192,7 @@ class DefenseSet:
                 )
             for number in range(len(images)) if several else ():
                 check_batch(images[number], labels[number], images[:1], number)
-            return cls(torch.cat(images), torch.cat(labels))
+            return cls(torch.cat(images), torch.cat(labels), find_class_names(loader))
 
     @classmethod
     def from_dataset(

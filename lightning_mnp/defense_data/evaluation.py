@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 
-__all__ = ["accuracy", "clean_logits"]
+__all__ = ["accuracy", "class_accuracy", "clean_logits"]
 
 
 @torch.no_grad()
@@ -61,3 +61,21 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
         0.5
     """
     return int((logits.argmax(1) == labels).sum()) / len(labels)
+
+
+def class_accuracy(logits: Tensor, labels: Tensor) -> dict[int, float]:
+    """Compute the accuracy on the images of each class that occurs, from 0 to 1.
+
+    Args:
+        logits: Shape (N, K).
+        labels: Shape (N,).
+
+    Example:
+        >>> class_accuracy(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
+        {0: 1.0, 1: 0.0}
+    """
+    right = logits.argmax(1) == labels
+    return {
+        index: int(right[labels == index].sum()) / int((labels == index).sum())
+        for index in labels.unique().tolist()
+    }

@@ -21,7 +21,7 @@ from lightning_mnp.mnp.suppression import CleanSuppression
 from lightning_mnp.mnp.thresholds import pruned_count
 from lightning_mnp.purify.purification import Purification
 from lightning_mnp.purify.traces import find_traces
-from lightning_mnp.report import DefenseReport, RunResult, SecondAudit, Signal
+from lightning_mnp.report import DefenseReport, RunResult, SecondAudit, Signal, SurrogateTrigger
 from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.registry import registered
 from lightning_mnp.signals.screening import Screening
@@ -29,8 +29,10 @@ from lightning_mnp.signals.trace import Trace
 from lightning_mnp.signals.verdict import Judgement, judge, rank_signals
 from lightning_mnp.surgery.forward import Forward
 from lightning_mnp.surgery.guards import (
+    refuse_quantized,
     refuse_scripts,
     refuse_wrappers,
+    require_module,
     running_alone,
     unchanged_on_error,
 )
@@ -70,8 +72,10 @@ class Case:
         raised: The same network with the logits of rare classes raised, once these are known.
         scene: What the searches share; it holds the suppression runs.
         searches: The searches that have been reached, by name.
+        found: What the finished searches have to show, by name; None if nothing.
         correlation: Rank correlation of magnitude and saliency of the network as it is.
         accuracy: Its accuracy on the defense set.
+        class_accuracy: The same for each class that has images.
         doubts: Why it cannot be judged, in words; empty if it can.
         suppressed: Suppressed weights of the runs before the latest, as far as pruning needs them.
         masks_sum: Sum of M1 + M2 over the runs so far.
@@ -106,8 +110,10 @@ class Case:
         self.raised = self.masked.with_raised({})
         self.scene = Scene(self.raised, data, config, classes, constants)
         self.searches: dict[str, Search] = {}
+        self.found: dict[str, SurrogateTrigger | None] = {}
         self.correlation = math.nan
         self.accuracy = math.nan
+        self.class_accuracy: dict[int, float] = {}
         self.doubts: tuple[str, ...] = ()
         self.suppressed: list[Weights] = []
         self.masks_sum = torch.zeros(layers.total, device=self.masked.device)
@@ -276,6 +282,7 @@ class Case:
         return DefenseReport(
             verdict=self.judgement.verdict,
             warnings=[*self.purification.warnings, *self.warnings],
+            class_names=list(self.data.class_names),
             weights_sha256=self.weights_sha256,
             config=self.config.to_dict(),
             versions={name: version(name) for name in ("lightning-mnp", "torch", "torchvision")},
@@ -318,6 +325,7 @@ def open_case(
         raise ValueError(
             f"Expected argument `when` to be one of {get_args(When)}, but got {when!r}."
         )
+    require_module(model)
     filters, pruning = config.filters, config.pruning
     call = network_forward(model, network, forward)
     parameter = next(model.parameters(), None)
@@ -326,6 +334,7 @@ def open_case(
     remedy = "The model needs more than there is even for so few."
     refuse_wrappers(model)
     refuse_scripts(model)
+    refuse_quantized(model)
     told = explain_out_of_memory(f"on {len(sample)} images", remedy)
     with told, unchanged_on_error(model), running_alone(model):
         if when != "never" and pruning.reaudit:

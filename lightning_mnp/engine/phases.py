@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mnp.defense_data.evaluation import class_accuracy
 from lightning_mnp.engine.base import Entry, OneStepPhase, Phase
 from lightning_mnp.engine.case import Case
 from lightning_mnp.engine.pass_tally import PassTally
@@ -84,6 +85,7 @@ class ReferencePhase(_Pass):
             return {}
         case.correlation = self.tally.correlation(weights)
         case.accuracy = self.tally.accuracy
+        case.class_accuracy = class_accuracy(self.tally.logits, self.tally.labels)
         size, logits = case.config.batch_size, self.tally.logits
         case.doubts = find_doubts(case.masked, case.data, logits, size, case.constants)
         if case.config.verdict.raise_rare_classes:
@@ -99,6 +101,7 @@ class ReferencePhase(_Pass):
         if self.form == "weight":
             report.warnings.append(LITERAL_WARNING)
         report.accuracy_before = case.accuracy
+        report.class_accuracy_before = dict(case.class_accuracy)
         report.rare_classes = dict(case.rare_classes)
         report.filters = case.layers.total
         report.layers = [asdict(layer) for layer in case.layers]
@@ -164,6 +167,7 @@ class SaliencyPhase(_Pass):
             steps=suppression.steps,
             accuracy=suppression.accuracy,
             stopped=suppression.stopped,
+            curve=tuple(suppression.curve),
         )
         if self.run == len(case.runs):  # a repeated run is known already
             case.runs.append(result)
@@ -254,7 +258,7 @@ class SearchPhase(Phase):
         case = self.case
         if case.doubts and case.when != "always":  # the network will not be judged, nor pruned
             return True
-        return self.name in case.searches and case.search(self.name).finished
+        return self.name in case.found
 
     def most_steps(self) -> int:
         """Return the steps that are left, or all of them before the search is built."""
@@ -269,7 +273,11 @@ class SearchPhase(Phase):
         case = self.case
         if self.name != Screening.name:
             case.scene.choose_classes()
-        metrics = case.search(self.name).step()
+        search = case.search(self.name)
+        # Finished already, if an interrupt came before what was found was drawn.
+        metrics = {} if search.finished else search.step()
+        if search.finished:
+            case.found[self.name] = search.found()
         if self.name == Screening.name and self.done:
             case.warnings.append(
                 f"triggers were searched for in {len(case.scene.tried)} of {case.classes} classes: "
@@ -355,3 +363,7 @@ class VerdictPhase(OneStepPhase):
         report.detection_ratio = judgement.detection_ratio
         report.reasons = list(judgement.reasons)
         report.signals = self.case.signals()
+        ranked = dict.fromkeys([*(signal.name for signal in report.signals), *self.case.found])
+        found = [self.case.found.get(name) for name in ranked]
+        suspect = judgement.suspect
+        report.triggers = [each for each in found if each and each.target_class == suspect]

@@ -43,6 +43,7 @@ class _Pruning(Phase):
         report.pruning = PruningReport(
             scores=[float(scores[position]) for position in removed] if case.masks_count else [],
             curve=[] if greedy is None else [list(point) for point in greedy.curve],
+            traces=[] if greedy is None else [trace.name for trace in greedy.traces],
             masks=masks,
             shift=[] if shift is None else shift.values.tolist(),
         )
@@ -124,6 +125,7 @@ class CheckPhase(OneStepPhase):
     def report(self, report: DefenseReport) -> None:
         """Write the accuracy."""
         report.accuracy_after = self.case.purification.accuracy
+        report.class_accuracy_after = dict(self.case.purification.class_accuracy)
 
 
 class SecondEngine(Protocol):

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_mnp.engine.case import Case
 from lightning_mnp.report import RunResult, SecondAudit
+from lightning_mnp.report.primitives import read_trigger
 
 __all__ = ["case_state", "check_state", "identity", "load_case"]
 
@@ -67,11 +68,12 @@ def case_state(case: Case) -> dict[str, Any]:
     begun = "suppression" in vars(case)  # stages are built when they are first used
     second = case.second_audit
     return {
-        "runs": [{**asdict(run), "predictions": list(run.predictions)} for run in case.runs],
+        "runs": [_run_state(run) for run in case.runs],
         "tried": list(case.scene.tried),
         "rare_classes": dict(case.rare_classes),
         "correlation": case.correlation,
         "accuracy": case.accuracy,
+        "class_accuracy": dict(case.class_accuracy),
         "doubts": list(case.doubts),
         "warnings": list(case.warnings),
         "suppression": case.suppression.state_dict() if begun else None,
@@ -79,10 +81,17 @@ def case_state(case: Case) -> dict[str, Any]:
         "masks_sum": case.masks_sum,
         "masks_count": case.masks_count,
         "searches": {name: search.state_dict() for name, search in case.searches.items()},
+        "found": {
+            name: None if found is None else asdict(found) for name, found in case.found.items()
+        },
         "judged": case.judgement is not None,
         "purification": case.purification.state_dict(),
         "second_audit": None if second is None else asdict(second),
     }
+
+
+def _run_state(run: RunResult) -> dict[str, Any]:
+    return {**asdict(run), "predictions": list(run.predictions), "curve": list(run.curve)}
 
 
 def load_case(case: Case, state: dict[str, Any]) -> None:
@@ -94,13 +103,15 @@ def load_case(case: Case, state: dict[str, Any]) -> None:
     """
     device = case.masked.device
     case.runs[:] = [
-        RunResult(**{**run, "predictions": tuple(run["predictions"])}) for run in state["runs"]
+        RunResult(**{**run, **{name: tuple(run[name]) for name in ("predictions", "curve")}})
+        for run in state["runs"]
     ]
     case.scene.tried = [int(index) for index in state["tried"]]
     rare = {int(index): float(value) for index, value in state["rare_classes"].items()}
     case.raise_rare_classes(rare)
     case.correlation = float(state["correlation"])
     case.accuracy = float(state["accuracy"])
+    case.class_accuracy = {int(k): float(v) for k, v in state["class_accuracy"].items()}
     case.doubts = tuple(str(doubt) for doubt in state["doubts"])
     case.warnings = list(state["warnings"])
     if state["suppression"] is not None:
@@ -114,6 +125,10 @@ def load_case(case: Case, state: dict[str, Any]) -> None:
     case.searches.clear()
     for name, part in state["searches"].items():
         case.search(str(name)).load_state_dict(part)
+    case.found = {
+        str(name): None if found is None else read_trigger(found)
+        for name, found in state["found"].items()
+    }
     case.judgement = case.judge() if state["judged"] else None
     purification = state["purification"]
     traces = [] if purification["greedy"] is None else case.traces()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,14 +13,16 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mnp.checkpoints.atomic_write import check_writable, write_atomically
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack
+from lightning_mnp.defense_data.names import find_class_names
 from lightning_mnp.engine.defense import MNPDefense
+from lightning_mnp.hosting.loggers import is_a, log_files, run_name
 from lightning_mnp.hosting.processes import do_in_first, gather_objects, process_count
 from lightning_mnp.report import DefenseReport
+from lightning_mnp.reporting.files import save_report
 from lightning_mnp.surgery.logit_shift import LogitShift
 
 __all__ = [
@@ -32,7 +36,7 @@ __all__ = [
     "write_outcome",
 ]
 
-_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -46,7 +50,7 @@ def check_host(trainer: Trainer) -> None:
         MisconfigurationException: If the strategy shards the weights, or the precision is none of
             ``"32-true"``, ``"bf16-mixed"`` and ``"16-mixed"``.
     """
-    if isinstance(trainer.strategy, _SHARDED):
+    if is_a(trainer.strategy, *_SHARDED):
         raise MisconfigurationException(
             f"Expected a strategy that keeps the whole network in every process, such as 'auto' "
             f"or 'ddp', but got {type(trainer.strategy).__name__}. Train with it, save the full "
@@ -121,7 +125,13 @@ def find_defense_set(
                 "LightningModule. The training set is not used: it may be poisoned."
             )
         given = hook()
-    return DefenseSet.from_loader(given, unpack, gather=True)
+    data = DefenseSet.from_loader(given, unpack, gather=True)
+    owners = (getattr(trainer, "datamodule", None), module)
+    names = next(filter(None, map(find_class_names, owners)), ())
+    if names and not data.class_names:
+        data = copy.copy(data)  # it may be the user's own
+        data.class_names = names
+    return data
 
 
 def output_folder(trainer: Trainer, given: Path | str | None) -> Path:
@@ -164,9 +174,10 @@ def write_outcome(
 ) -> tuple[Path, Path | None]:
     """Write the report and, if filters were pruned, a checkpoint of what the Trainer trained.
 
-    The files are ``mnp-report.json`` and ``mnp.ckpt``, or, if one of the names is taken,
-    ``mnp-v1-report.json`` and ``mnp-v1.ckpt``, and so on. Where there are several processes, all
-    of them have to call this, and the first writes.
+    The files are ``mnp-report.html``, ``mnp-report.json`` and ``mnp.ckpt``, or, if one of the names
+    is taken, ``mnp-v1-report.html`` and so on. MLflow and W&B get the report as an artifact of
+    their run as well; if the run is not part of the folder, it is part of the names. Where there
+    are several processes, all of them have to call this, and the first writes.
 
     Args:
         trainer: The Trainer, whose LightningModule holds the purified network meanwhile.
@@ -174,32 +185,36 @@ def write_outcome(
         folder: Where to write.
 
     Returns:
-        The file of the report, and that of the checkpoint, or None if no filter was pruned.
+        The page of the report, and the file of the checkpoint, or None if no filter was pruned.
 
     Raises:
         OutputError: If a file cannot be written; there is no partial one then.
     """
-    name, number = "mnp", 0
-    while (folder / f"{name}-report.json").exists() or (folder / f"{name}.ckpt").exists():
+    first = name = run_name(trainer.loggers, folder)
+    number, endings = 0, ("-report.html", "-report.json", ".ckpt")
+    while any((folder / f"{name}{ending}").exists() for ending in endings):
         number += 1
-        name = f"mnp-v{number}"
+        name = f"{first}-v{number}"
     name = trainer.strategy.broadcast(name)
-    written, purified = folder / f"{name}-report.json", folder / f"{name}.ckpt"
-    do_in_first(lambda: report.save(written, argument="output_dir"))
+    page, numbers, purified = (folder / f"{name}{ending}" for ending in endings)
+    for path in (page, numbers):
+        do_in_first(partial(save_report, report, path, argument="output_dir"))
+    if trainer.is_global_zero:
+        log_files(trainer.loggers, [page, numbers])
     if not report.changes:
-        return written, None
-    partial = folder / f".{name}.ckpt.unfinished"
+        return page, None
+    unfinished = folder / f".{name}.ckpt.unfinished"
     # The user's own way of saving may be to another place, or later.
     users = trainer.strategy.checkpoint_io
     trainer.strategy.checkpoint_io = TorchCheckpointIO()
     try:
-        trainer.save_checkpoint(partial, weights_only=False)
-        do_in_first(lambda: _publish(partial, purified))
+        trainer.save_checkpoint(unfinished, weights_only=False)
+        do_in_first(lambda: _publish(unfinished, purified))
     finally:
         trainer.strategy.checkpoint_io = users
         if trainer.is_global_zero:
-            partial.unlink(missing_ok=True)
-    return written, purified
+            unfinished.unlink(missing_ok=True)
+    return page, purified
 
 
 def _publish(finished: Path, path: Path) -> None:

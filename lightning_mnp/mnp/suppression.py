@@ -94,6 +94,7 @@ class CleanSuppression:
         weights: The suppressed parameters, theta_s, by name.
         optimizer: Their optimizer.
         steps: Steps taken in this run.
+        curve: Accuracy over each pass so far.
         accuracy: Accuracy over the latest pass, from 0 to 1; NaN before the first step.
         stopped: Why the stage ended, or "" while it goes on.
 
@@ -132,6 +133,8 @@ class CleanSuppression:
         self.optimizer.state.clear()
         self.optimizer.zero_grad(set_to_none=True)
         self._window: list[tuple[int, int]] = []
+        self._images = 0
+        self.curve: list[float] = []
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -169,6 +172,9 @@ class CleanSuppression:
         self._window.append((int((logits.argmax(1) == labels).sum()), len(labels)))
         while sum(count for _, count in self._window[1:]) >= pass_size:
             self._window.pop(0)
+        self._images += len(labels)
+        if self._images >= (len(self.curve) + 1) * pass_size:
+            self.curve.append(self.accuracy)
         full = sum(count for _, count in self._window) >= pass_size
         stop = self.config.suppression.stop_accuracy
         if stop is not None and full and self.accuracy <= stop:
@@ -233,6 +239,8 @@ class CleanSuppression:
             "gradients": self._gradients(),
             "optimizer": self.optimizer.state_dict(),
             "window": [list(entry) for entry in self._window],
+            "images": self._images,
+            "curve": list(self.curve),
             "steps": self.steps,
             "stopped": self.stopped,
         }
@@ -246,5 +254,7 @@ class CleanSuppression:
             self.weights[name].grad = None if gradient is None else gradient.to(weight, copy=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self._window = [(int(hits), int(count)) for hits, count in state["window"]]
+        self._images = int(state["images"])
+        self.curve = [float(accuracy) for accuracy in state["curve"]]
         self.steps = int(state["steps"])
         self.stopped = str(state["stopped"])

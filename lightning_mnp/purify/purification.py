@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mnp.config import Constants, MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.defense_data.evaluation import accuracy, clean_logits
+from lightning_mnp.defense_data.evaluation import accuracy, class_accuracy, clean_logits
 from lightning_mnp.defense_data.views import Views, make_views, recognized_views
 from lightning_mnp.purify.greedy import GreedyPruning
 from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks, harmless_share
@@ -47,6 +47,7 @@ class Purification:
         masks: What all filters are multiplied by, shape (total filters,), or None.
         shift: What is added to the logits, or None.
         accuracy: Accuracy on the defense set after all that, or None before :meth:`check`.
+        class_accuracy: The same for each class that has images; empty before :meth:`check`.
         greedy: What takes filters one by one, once it has begun.
         soft: What turns filters down, once it has begun.
         settled: Whether soft masks have come to their end, and the masks are known.
@@ -81,6 +82,7 @@ class Purification:
         self.masks: Tensor | None = None
         self.shift: LogitShift | None = None
         self.accuracy: float | None = None
+        self.class_accuracy: dict[int, float] = {}
         self.greedy: GreedyPruning | None = None
         self.soft: SoftMasks | None = None
         self.settled = False
@@ -273,6 +275,7 @@ class Purification:
         logits, labels = clean_logits(self.masked, self.data, size, **changed)
         if self.shift is not None:
             logits = logits + self.shift.values.to(logits)
+        self.class_accuracy = class_accuracy(logits, labels)
         self.accuracy = accuracy(logits, labels)
         return self.accuracy
 
@@ -308,6 +311,7 @@ class Purification:
             "shift": None if self.shift is None else [self.shift.name, self.shift.values],
             "augment": None if self._known is None else self._known.augment,
             "accuracy": self.accuracy,
+            "class_accuracy": dict(self.class_accuracy),
             "settled": self.settled,
             "warnings": list(self.warnings),
             "greedy": None if self.greedy is None else self.greedy.state_dict(),
@@ -329,6 +333,7 @@ class Purification:
         if state["augment"] is not None:
             self._known = make_views(self.data, state["augment"], self.config.seed)
         self.accuracy = state["accuracy"]
+        self.class_accuracy = {int(k): float(v) for k, v in state["class_accuracy"].items()}
         self.settled = bool(state["settled"])
         self.warnings = list(state["warnings"])
         self.greedy = self.soft = None

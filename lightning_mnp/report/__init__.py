@@ -6,7 +6,10 @@ from lightning_mnp.report.parts import (
     RunResult,
     SecondAudit,
     Signal,
+    SurrogateTrigger,
+    TriggerExample,
     Verdict,
+    WeightsFile,
 )
 from lightning_mnp.report.report import DefenseReport, ReportError
 
@@ -18,5 +21,8 @@ __all__ = [
     "RunResult",
     "SecondAudit",
     "Signal",
+    "SurrogateTrigger",
+    "TriggerExample",
     "Verdict",
+    "WeightsFile",
 ]

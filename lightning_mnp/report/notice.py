@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.report.report import DefenseReport
+from lightning_mnp.report.words import Words
 
 __all__ = ["notice"]
 
@@ -70,7 +71,7 @@ def _verdict_line(report: DefenseReport, written: Path | None) -> str:
     head = f"MNPCallback: verdict {report.verdict.upper()}"
     if report.verdict == "backdoored":
         if report.target_class is not None:
-            return f"{head}, target class {report.target_class}"
+            return f"{head}, target class {Words(report).name(report.target_class)}"
         return f"{head}, all-to-all: each class is taken to another one"
     if report.verdict == "undecided":
         seen = "" if written is None or report.changes else f" (report: {written})"

@@ -1,8 +1,10 @@
-"""The parts of a report: runs, signals, pruning, the second audit, the clean images."""
+"""The parts of a report: runs, signals, triggers, pruning, the second audit, files and images."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 __all__ = [
@@ -11,7 +13,10 @@ __all__ = [
     "RunResult",
     "SecondAudit",
     "Signal",
+    "SurrogateTrigger",
+    "TriggerExample",
     "Verdict",
+    "WeightsFile",
 ]
 
 Verdict = Literal["clean", "backdoored", "undecided"]
@@ -29,6 +34,7 @@ class RunResult:
         steps: Optimizer steps of clean suppression.
         accuracy: Accuracy over the last pass of clean suppression.
         stopped: Why clean suppression ended.
+        curve: Accuracy over each pass of clean suppression, from 0 to 1.
     """
 
     detection_ratio: float
@@ -37,6 +43,7 @@ class RunResult:
     steps: int
     accuracy: float
     stopped: str
+    curve: tuple[float, ...] = ()
 
     @property
     def top_class(self) -> int:
@@ -84,6 +91,84 @@ class Signal:
 
 
 @dataclass(frozen=True)
+class TriggerExample:
+    """One clean image, without and with a surrogate trigger.
+
+    Attributes:
+        label: Its true class.
+        before: The class that the network predicts for it.
+        after: The class that the network predicts with the surrogate trigger.
+        clean: The image, as a base64-encoded PNG.
+        triggered: The image with the surrogate trigger, as a base64-encoded PNG.
+    """
+
+    label: int
+    before: int
+    after: int
+    clean: str
+    triggered: str
+
+
+@dataclass(frozen=True)
+class SurrogateTrigger:
+    """What a search has found: a change of images that stands in for an unknown trigger.
+
+    Attributes:
+        signal: The search that found it, such as ``"patch"``.
+        target_class: The class that it takes images to; None for an exchange of classes.
+        success: The share of clean images of other classes that it takes there, from 0 to 1.
+        images: Number of images that this was measured on.
+        pattern: What it changes in an image, as a base64-encoded PNG: gray where nothing is
+            changed, the strongest change drawn with full contrast.
+        examples: A few images without and with it.
+    """
+
+    signal: str
+    target_class: int | None
+    success: float
+    images: int
+    pattern: str
+    examples: tuple[TriggerExample, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """The file that the audited weights were read from.
+
+    Attributes:
+        name: Its path, as it was given.
+        sha256: Digest of its bytes.
+        bytes: Its size.
+    """
+
+    name: str
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path | str) -> WeightsFile:
+        """Read a file's size and digest.
+
+        Args:
+            path: The file.
+
+        Example:
+            >>> import tempfile
+            >>> path = Path(tempfile.mkdtemp(), "a.pt")
+            >>> _ = path.write_bytes(b"abc")
+            >>> file = WeightsFile.of(path)
+            >>> file.bytes, file.sha256[:8]
+            (3, 'ba7816bf')
+        """
+        digest, size = hashlib.sha256(), 0
+        with Path(path).open("rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+                size += len(part)
+        return cls(str(path), digest.hexdigest(), size)
+
+
+@dataclass(frozen=True)
 class PruningReport:
     """How the filters to prune were found, and what else was changed.
 
@@ -92,6 +177,7 @@ class PruningReport:
             ``DefenseReport.pruned``; empty if the rule does not rank by them.
         curve: The rule ``auto``: one entry for each number of filters from 0, with the harm to
             clean images in nats and, for each trace, how much of it is left, as a share.
+        traces: The names of these traces, in the order of the curve.
         masks: What the output of every filter is multiplied by, from 0 to 1, by layer; empty if
             no filter was turned down.
         shift: What was added to each class's logit; empty if nothing was.
@@ -99,6 +185,7 @@ class PruningReport:
 
     scores: list[float] = field(default_factory=list)
     curve: list[list[float]] = field(default_factory=list)
+    traces: list[str] = field(default_factory=list)
     masks: dict[str, list[float]] = field(default_factory=dict)
     shift: list[float] = field(default_factory=list)
 

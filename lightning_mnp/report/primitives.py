@@ -12,10 +12,13 @@ from lightning_mnp.report.parts import (
     RunResult,
     SecondAudit,
     Signal,
+    SurrogateTrigger,
+    TriggerExample,
     Verdict,
+    WeightsFile,
 )
 
-__all__ = ["primitive", "read_fields"]
+__all__ = ["primitive", "read_fields", "read_trigger"]
 
 
 def primitive(value: Any) -> Any:
@@ -59,13 +62,17 @@ def read_fields(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
         read[name] = _number(read[name])
     read["runs"] = [_read_run(run) for run in read["runs"]]
     read["signals"] = [_read_signal(signal) for signal in read["signals"]]
-    read["rare_classes"] = _by_class(read["rare_classes"])
+    read["triggers"] = [read_trigger(trigger) for trigger in read["triggers"]]
+    read["class_names"] = [str(name) for name in read["class_names"]]
+    for name in ("rare_classes", "class_accuracy_before", "class_accuracy_after"):
+        read[name] = _by_class(read[name])
     read["pruned"] = [(str(name), int(index)) for name, index in read["pruned"]]
     read["skipped"] = [(str(name), str(reason)) for name, reason in read["skipped"]]
     pruning = read["pruning"]
     read["pruning"] = PruningReport(
         scores=[_number(value) for value in pruning["scores"]],
         curve=[[_number(value) for value in point] for point in pruning["curve"]],
+        traces=[str(name) for name in pruning["traces"]],
         masks={n: [_number(value) for value in part] for n, part in pruning["masks"].items()},
         shift=[_number(value) for value in pruning["shift"]],
     )
@@ -76,8 +83,11 @@ def read_fields(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
     if read["defense_set"] is not None:
         counts = {int(index): int(n) for index, n in read["defense_set"]["classes"].items()}
         read["defense_set"] = DefenseSetSummary(**{**read["defense_set"], "classes": counts})
-    if read["verdict"] not in get_args(Verdict):
-        raise ValueError(f"the verdict {read['verdict']!r}")
+    if read["weights_file"] is not None:
+        read["weights_file"] = WeightsFile(**read["weights_file"])
+    for audit in (read["verdict"], read["reaudit"] and read["reaudit"].verdict):
+        if audit is not None and audit not in get_args(Verdict):
+            raise ValueError(f"the verdict {audit!r}")
     return read
 
 
@@ -88,6 +98,7 @@ def _read_run(content: Mapping[str, Any]) -> RunResult:
         predictions=tuple(int(count) for count in content["predictions"]),
         steps=int(content["steps"]),
         stopped=str(content["stopped"]),
+        curve=tuple(_number(value) for value in content["curve"]),
     )
 
 
@@ -101,6 +112,28 @@ def _read_signal(content: Mapping[str, Any]) -> Signal:
         reason=str(content["reason"]),
         classes=_by_class(content["classes"]),
         decides=bool(content["decides"]),
+    )
+
+
+def read_trigger(content: Mapping[str, Any]) -> SurrogateTrigger:
+    """Read a surrogate trigger from primitives.
+
+    Args:
+        content: The primitives by name.
+
+    Raises:
+        KeyError: If a field is missing.
+        TypeError: If a value is of another type.
+
+    Example:
+        >>> from dataclasses import asdict
+        >>> trigger = SurrogateTrigger("patch", 3, 0.9, 64, "")
+        >>> read_trigger(asdict(trigger)) == trigger
+        True
+    """
+    examples = tuple(TriggerExample(**example) for example in content["examples"])
+    return SurrogateTrigger(
+        **{**content, "success": _number(content["success"]), "examples": examples}
     )
 
 

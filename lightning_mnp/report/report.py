@@ -19,9 +19,12 @@ from lightning_mnp.report.parts import (
     RunResult,
     SecondAudit,
     Signal,
+    SurrogateTrigger,
     Verdict,
+    WeightsFile,
 )
 from lightning_mnp.report.primitives import primitive, read_fields
+from lightning_mnp.report.text import text
 
 __all__ = ["DefenseReport", "ReportError"]
 
@@ -52,11 +55,14 @@ class DefenseReport:
         warnings: What the reader should know, in words.
         signals: What speaks for a backdoor, most believed first; empty if no trigger was
             searched for.
+        triggers: Surrogate triggers that were found for the suspected class, with pictures.
         runs: The single suppression runs, from which the spread can be seen.
         rare_classes: Classes that are predicted far too rarely on clean images, with how much
             their logit was raised for the audit.
         accuracy_before: Accuracy on the defense set, evaluation mode.
         accuracy_after: The same after pruning, or None if there was no pruning.
+        class_accuracy_before: The same for each class that has images, before pruning.
+        class_accuracy_after: The same after pruning; empty if there was no pruning.
         pruned: Pairs (layer name, filter index) of the removed filters, worst first.
         pruning: How these were found, and what else was changed.
         reaudit: What a second audit says of the purified network; None if there was none.
@@ -64,6 +70,8 @@ class DefenseReport:
         layers: One entry for each layer: name, filters, site, norm, note.
         skipped: Pairs (layer name, reason) of convolutions left alone.
         defense_set: The clean images that were used.
+        class_names: Names of the classes, in their order; empty if they are not known.
+        weights_file: The file that the weights came from; None if they came from memory.
         weights_sha256: Digest of the weights that were audited.
         config: All options.
         versions: Versions of the packages that matter.
@@ -88,10 +96,13 @@ class DefenseReport:
     reasons: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     signals: list[Signal] = field(default_factory=list)
+    triggers: list[SurrogateTrigger] = field(default_factory=list)
     runs: list[RunResult] = field(default_factory=list)
     rare_classes: dict[int, float] = field(default_factory=dict)
     accuracy_before: float = math.nan
     accuracy_after: float | None = None
+    class_accuracy_before: dict[int, float] = field(default_factory=dict)
+    class_accuracy_after: dict[int, float] = field(default_factory=dict)
     pruned: list[tuple[str, int]] = field(default_factory=list)
     pruning: PruningReport = field(default_factory=PruningReport)
     reaudit: SecondAudit | None = None
@@ -99,6 +110,8 @@ class DefenseReport:
     layers: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     defense_set: DefenseSetSummary | None = None
+    class_names: list[str] = field(default_factory=list)
+    weights_file: WeightsFile | None = None
     weights_sha256: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -162,7 +175,8 @@ class DefenseReport:
         content["signals"] = [
             {**asdict(signal), "counts": signal.counts} for signal in self.signals
         ]
-        for name in ("pruning", "reaudit", "defense_set"):
+        content["triggers"] = [asdict(trigger) for trigger in self.triggers]
+        for name in ("pruning", "reaudit", "defense_set", "weights_file"):
             content[name] = None if content[name] is None else asdict(content[name])
         return {"schema": SCHEMA, **primitive(content)}
 
@@ -272,6 +286,8 @@ class DefenseReport:
         """Return the numbers that loggers take, under the prefix ``mnp/``.
 
         ``mnp/backdoored`` and ``mnp/undecided`` are 1 or 0. Both are 0 for a clean network.
+        ``mnp/target_class`` is there if one is suspected, ``mnp/strength/<signal>`` for each
+        signal.
 
         Example:
             >>> numbers = DefenseReport("undecided").metrics()
@@ -283,40 +299,17 @@ class DefenseReport:
             "mnp/pile_up": self.pile_up,
             "mnp/backdoored": float(self.verdict == "backdoored"),
             "mnp/undecided": float(self.verdict == "undecided"),
+            "mnp/judged": float(self.judged),
             **({} if math.isnan(self.score) else {"mnp/score": self.score}),
+            **{f"mnp/strength/{signal.name}": signal.strength for signal in self.signals},
             "mnp/pruned_filters": float(len(self.pruned)),
             "mnp/defense_accuracy_before": self.accuracy_before,
         }
+        if self.target_class is not None:
+            numbers["mnp/target_class"] = float(self.target_class)
         if self.accuracy_after is not None:
             numbers["mnp/defense_accuracy_after"] = self.accuracy_after
         return numbers
 
     def __str__(self) -> str:
-        lines = [f"verdict: {self.verdict}"]
-        exchange = self.signal("permutation")
-        if self.target_class is not None:
-            lines.append(f"target class: {self.target_class}")
-        elif self.all_to_all and exchange is not None:
-            pairs = (f"{index} to {goal}" for index, goal in exchange.classes.items())
-            lines.append(f"target classes: {', '.join(pairs)}")
-        ratios = [run.detection_ratio for run in self.runs]
-        spread = f" (runs: {min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
-        if not math.isnan(self.score):
-            lines.append(f"score: {self.score:.2f}")
-        lines.append(f"detection ratio: {self.detection_ratio:.3f}{spread}")
-        lines.append(f"pile-up on one class: {self.pile_up:.1%}")
-        lines += [f"  - {reason}" for reason in self.reasons]
-        lines.append(f"filters pruned: {len(self.pruned)} of {self.filters}")
-        values = [value for part in self.pruning.masks.values() for value in part]
-        if values:
-            mean = sum(values) / len(values)
-            lines.append(f"filters turned down: {self.turned_down}; mean factor of all {mean:.2f}")
-        lines.append(f"accuracy on the defense set: {self.accuracy_before:.1%}")
-        if self.accuracy_after is not None:
-            lines[-1] += f", after pruning {self.accuracy_after:.1%}"
-        if self.reaudit is not None:
-            lines.append(f"audited again: {self.reaudit.verdict}")
-        elif self.changes:
-            lines.append("audited again: no, so the verdict on the purified network is undecided")
-        lines += [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join(printable(line, 10_000) for line in lines)
+        return text(self)

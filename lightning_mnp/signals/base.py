@@ -11,7 +11,7 @@ import torch
 
 from lightning_mnp.config import Constants, MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet, seeded_generator
-from lightning_mnp.report import RunResult, Signal
+from lightning_mnp.report import RunResult, Signal, SurrogateTrigger
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
@@ -131,6 +131,10 @@ class Search(ABC):
             searches: All finished searches, by name.
         """
         return []
+
+    def found(self) -> SurrogateTrigger | None:
+        """Return the trigger that the finished search has found; None if it has none to show."""
+        return None
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import value_range
-from lightning_mnp.report import Signal
+from lightning_mnp.report import Signal, SurrogateTrigger
 from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.pattern_trigger import PatternConstants, PatternTrigger
+from lightning_mnp.signals.portrait import MEASURED, portray
 from lightning_mnp.signals.standout import StandoutConstants, find_standout
 from lightning_mnp.signals.trace import Trace
 
@@ -64,6 +65,8 @@ class PatternSearch(Search, Generic[Trigger]):
         self._ends: list[float] = []
         self._taken = 0
         self._trigger: Trigger | None = None
+        # The class with the greatest figure so far, that figure, and its pattern.
+        self._leader: tuple[int, float, Tensor] | None = None
 
     @classmethod
     @abstractmethod
@@ -108,6 +111,9 @@ class PatternSearch(Search, Generic[Trigger]):
         if self._taken == self._trigger.steps:
             with torch.no_grad():
                 self._ends.append(float(self._trigger.margins().mean()))
+            figure = self._figure(self._starts[-1], self._ends[-1])
+            if self._leader is None or figure > self._leader[1]:
+                self._leader = classes[len(self._ends) - 1], figure, self._trigger.pattern
             self._trigger, self._taken = None, 0
         if len(self._ends) == len(classes):
             least = self.scene.constants.of(PatternConstants).least_distance
@@ -115,6 +121,23 @@ class PatternSearch(Search, Generic[Trigger]):
             for index, start, end in zip(classes, self._starts, self._ends, strict=True):
                 self.margins[index], self.rises[index] = end / usual, (end - start) / usual
         return {"margin": margin}
+
+    def _figure(self, start: float, end: float) -> float:
+        """What classes are compared by, from the margins before and after, in logits."""
+        return end
+
+    def found(self) -> SurrogateTrigger | None:
+        """Return the pattern of the class that patterns drive images to furthest."""
+        if self._leader is None:
+            return None
+        target, _, pattern = self._leader
+        trigger = self._searched(target)
+        trigger.pattern = pattern
+        scene, key = self.scene, (self.scene.config.seed, self.kind.name, target, "measured")
+        images, labels = scene.data.others(target, MEASURED, scene.masked.device, key)
+        if len(images) == 0:
+            return None
+        return portray(trigger, images, labels, torch.full_like(labels, target), target)
 
     def _searched(self, target: int) -> Trigger:
         """Begin the pattern by which a class is compared with others."""
@@ -145,6 +168,7 @@ class PatternSearch(Search, Generic[Trigger]):
             "ends": list(self._ends),
             "taken": self._taken,
             "pattern": None if self._trigger is None else self._trigger.pattern,
+            "leader": None if self._leader is None else list(self._leader),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -154,10 +178,13 @@ class PatternSearch(Search, Generic[Trigger]):
         self._starts = [float(value) for value in state["starts"]]
         self._ends = [float(value) for value in state["ends"]]
         self._taken = int(state["taken"])
-        self._trigger = None
+        self._trigger = self._leader = None
         if state["pattern"] is not None:
             self._trigger = self._searched(self.scene.tried[len(self._ends)])
             self._trigger.pattern = state["pattern"].to(self.scene.masked.device)
+        if state["leader"] is not None:
+            target, figure, pattern = state["leader"]
+            self._leader = int(target), float(figure), pattern.to(self.scene.masked.device)
 
 
 class PatternSignal(PatternSearch[Trigger], SignalSearch):
@@ -206,6 +233,9 @@ class PatternSignal(PatternSearch[Trigger], SignalSearch):
 
 class LeadSearch(PatternSearch[Trigger]):
     """A pattern that is a trace if it brings images nearer to one class than to the next."""
+
+    def _figure(self, start: float, end: float) -> float:
+        return end - start
 
     @property
     @abstractmethod

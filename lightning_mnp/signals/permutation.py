@@ -10,7 +10,7 @@ logits speak for most, which is guessed anew from what the patch does so far.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lightning_mnp.defense_data.defense_set import seeded_generator, value_range
-from lightning_mnp.report import Signal
+from lightning_mnp.report import Signal, SurrogateTrigger
 from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.signals.pattern import PatternTrace
+from lightning_mnp.signals.portrait import MEASURED, portray
 from lightning_mnp.signals.trace import Trace
 
 __all__ = [
@@ -126,6 +127,7 @@ class PermutationSearch(SignalSearch):
         self.moved: float | None = None
         self._taken = 0
         self._trigger: PatchTrigger | None = None
+        self._pattern: Tensor | None = None  # of the finished patch
 
     @classmethod
     def all_steps(cls, scene: Scene) -> int:
@@ -165,6 +167,7 @@ class PermutationSearch(SignalSearch):
         self._taken += 1
         if self.finished:
             self.moved = self._share_moved(self._trigger)
+            self._pattern = self._trigger.pattern
             self._trigger = None
         return {"margin": margin}
 
@@ -257,6 +260,16 @@ class PermutationSearch(SignalSearch):
         strength = excess / counts_from
         return Signal(self.name, strength, None, self.moved, threshold, reason, goals)
 
+    def found(self) -> SurrogateTrigger | None:
+        """Return the patch, measured on images that it was not made on."""
+        if self._pattern is None or self.moved is None:
+            return None
+        data, device, rows = self.scene.data, self.scene.masked.device, self._measured[:MEASURED]
+        trigger, labels = self.trigger(), data.labels[rows].to(device)
+        trigger.pattern = self._pattern
+        found = portray(trigger, data.images[rows].to(device), labels, self.goals(labels), None)
+        return replace(found, signal=self.name, success=self.moved, images=len(self._measured))
+
     def traces(self, target: int | None, searches: Mapping[str, Search]) -> list[Trace]:
         """Return images under the patch, if the backdoor is thought to exchange classes.
 
@@ -273,6 +286,7 @@ class PermutationSearch(SignalSearch):
             "moved": self.moved,
             "taken": self._taken,
             "pattern": None if self._trigger is None else self._trigger.pattern,
+            "finished": self._pattern,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -280,10 +294,12 @@ class PermutationSearch(SignalSearch):
         self.permutation = {int(index): int(goal) for index, goal in state["permutation"].items()}
         self.moved = None if state["moved"] is None else float(state["moved"])
         self._taken = int(state["taken"])
-        self._trigger = None
+        self._trigger = self._pattern = None
         if state["pattern"] is not None:
             self._trigger = self.trigger()
             self._trigger.pattern = state["pattern"].to(self.scene.masked.device)
+        if state["finished"] is not None:
+            self._pattern = state["finished"].to(self.scene.masked.device)
 
 
 def permutation_excess(moved: float | None, classes: int) -> float:

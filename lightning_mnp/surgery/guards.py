@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,8 +15,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 __all__ = [
     "refuse_lazy_modules",
+    "refuse_quantized",
     "refuse_scripts",
     "refuse_wrappers",
+    "require_module",
     "running_alone",
     "unchanged_on_error",
 ]
@@ -30,6 +33,62 @@ _WRAPPERS = {
     "FSDPModule": _GATHER,
     "DeepSpeedEngine": _GATHER,
 }
+
+
+def require_module(model: object, loader: object = None) -> None:
+    """Raise if what should be the model is something else.
+
+    Args:
+        model: What was given as the model.
+        loader: What was given as the loader, in case the two were swapped.
+
+    Raises:
+        TypeError: If the model is no ``torch.nn.Module``.
+
+    Example:
+        >>> require_module("model.pt")
+        Traceback (most recent call last):
+        ...
+        TypeError: Expected argument `model` to be a torch.nn.Module, but got the path 'model.pt'.
+        Build the network and load the weights: `load_into(network, read_state_dict(path))`. For a
+        file alone there is the command `lightning-mnp scan`.
+    """
+    if isinstance(model, nn.Module):
+        return
+    found, remedy = f"an object of class {type(model).__name__}", "Pass the network."
+    if isinstance(loader, nn.Module):
+        remedy = "The model comes first and the loader second: swap them."
+    elif isinstance(model, (str, os.PathLike)):
+        found = f"the path {os.fspath(model)!r}"
+        remedy = (
+            "Build the network and load the weights: `load_into(network, read_state_dict(path))`. "
+            "For a file alone there is the command `lightning-mnp scan`."
+        )
+    elif isinstance(model, Mapping):
+        found = f"a state dict, or another dict, of {len(model)} entries"
+        remedy = "Build the network and load the weights: `load_into(network, state_dict)`."
+    raise TypeError(f"Expected argument `model` to be a torch.nn.Module, but got {found}. {remedy}")
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise if layers of a model hold quantized weights, which cannot be trained or masked.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If a layer of it is one of PyTorch's quantized ones.
+
+    Example:
+        >>> refuse_quantized(nn.Sequential(nn.Linear(2, 3)))
+    """
+    for name, module in model.named_modules():
+        if ".quantized" in type(module).__module__ and type(module).__module__[:6] == "torch.":
+            raise ValueError(
+                f"Expected the model to have weights as floating-point numbers, but {name!r} in it "
+                f"is quantized ({type(module).__name__}). Pass the network from before its "
+                "quantization."
+            )
 
 
 def refuse_wrappers(model: nn.Module) -> None:

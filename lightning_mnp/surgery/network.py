@@ -211,6 +211,7 @@ def check_network(model: nn.Module, images: Tensor, labels: Tensor, forward: For
         raise ValueError(
             f"Expected the model to take images of shape {tuple(images.shape[1:])} and "
             f"{images.dtype}, as the defense set has them, but it failed: {_first_line(error)}. "
+            f"{_converted(model, images)}"
             "Transform the images as in training, or pass as argument `forward` a function that "
             "calls the model."
         ) from error
@@ -280,6 +281,14 @@ def _check_gradients(model: nn.Module, images: Tensor, forward: Forward) -> None
             f"Expected the model not to run again while gradients are computed, but {rerun[0]} "
             "did. Turn gradient checkpointing off for the audit."
         )
+
+
+def _converted(model: nn.Module, images: Tensor) -> str:
+    """Return what to do about weights of another kind than the images; empty if they are alike."""
+    kind = next(model.parameters()).dtype
+    if kind == images.dtype or not kind.is_floating_point:
+        return ""
+    return f"The model's weights are {kind}: make it `model.to({images.dtype})`. "
 
 
 def _first_line(error: Exception) -> str:

@@ -1,20 +1,30 @@
 from __future__ import annotations
 
+import collections
 import os
+import pickle
 import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from checkpoint_files import RunsCommand, assert_same, network, rewrite_member
+from checkpoint_files import (
+    RunsCommand,
+    RunsFunction,
+    assert_same,
+    network,
+    ordinary_checkpoints,
+    rewrite_member,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_mnp.checkpoints.inspection import CheckpointError
-from lightning_mnp.checkpoints.read import read_checkpoint, read_state_dict
+from lightning_mnp.checkpoints.read import read_checkpoint, read_state_dict, read_weights
 from lightning_mnp.checkpoints.write import write_state_dict
 
 FUZZ_INPUTS = int(os.environ.get("LIGHTNING_MNP_FUZZ_INPUTS", "150"))
@@ -98,6 +108,91 @@ def test_pickled_call_is_refused_and_not_run(
 
     assert not canary.exists()
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("name", ordinary_checkpoints({}))
+def test_ordinary_checkpoints_are_read(tmp_path: Path, name: str, is_zip: bool) -> None:
+    expected = network().state_dict()
+    content = ordinary_checkpoints(expected)[name]
+    torch.save(content, tmp_path / name, _use_new_zipfile_serialization=is_zip)
+    found = read_weights(tmp_path / name)
+    prefix = "net." if name == "lightning.ckpt" else ""
+    assert_same(found.tensors, {prefix + key: tensor for key, tensor in expected.items()})
+    skipped = {
+        "imagenet.pth.tar": "numpy._core.multiarray.scalar",
+        "lightning.ckpt": "torch.nn.modules.loss.CrossEntropyLoss",
+        "benchmark.pt": "numpy._core.multiarray._reconstruct",
+    }
+    assert skipped.get(name, "argparse.Namespace") in found.skipped
+    assert found.skipped[0] in found.warnings()[0]
+
+
+def test_facts_stand_beside_the_weights(tmp_path: Path) -> None:
+    content = ordinary_checkpoints(network().state_dict())["timm.pth.tar"]
+    torch.save(content, tmp_path / "timm.pth.tar")
+    assert read_weights(tmp_path / "timm.pth.tar").facts == {
+        "arch": "resnet18",
+        "metric": 80.1,
+        "lr": 0.1,
+        "model": "resnet18",
+        "img_size": 64,
+        "mean": [0.4, 0.5, 0.6],
+    }
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_an_unknown_call_is_skipped_and_not_run(tmp_path: Path, canary: Path, is_zip: bool) -> None:
+    content = {"state_dict": {"weight": torch.ones(1)}, "note": RunsFunction(canary)}
+    path = tmp_path / "hostile.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    found = read_weights(path)
+    assert_same(found.tensors, {"weight": torch.ones(1)})
+    assert found.skipped == ("checkpoint_files.leave_a_mark",)
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(content["note"]))  # the test can fail: elsewhere, it would run
+    assert canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (network(), "it is an object of torch.nn.modules.container.Sequential"),
+        ({"model": network(), "epoch": 3}, "model in it is an object of torch.nn.modules"),
+        (
+            {"state_dict": {"weight": torch.ones(1), "bias": np.ones(1)}},
+            r"bias in it is an object of numpy\._core\.multiarray\._reconstruct",
+        ),
+        (
+            {"state_dict": collections.defaultdict(list)},
+            "state_dict in it is an object of collections",
+        ),
+    ],
+    ids=["module", "module in a dict", "an array", "another dict"],
+)
+def test_weights_that_hang_on_a_class_are_refused(
+    tmp_path: Path, content: object, place: str
+) -> None:
+    torch.save(content, tmp_path / "foreign.pt")
+    with pytest.raises(CheckpointError, match=f"nothing in it was run: {place}"):
+        read_weights(tmp_path / "foreign.pt")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["subprocess\nPopen", "builtins\nexec", "torch.hub\nload", "torch\nos.system", "os\nsystem"],
+)
+def test_names_that_run_code_are_refused(tmp_path: Path, name: str) -> None:
+    torch.save({"state_dict": {"weight": torch.ones(1)}, "note": 1}, tmp_path / "hostile.pt")
+    call = f"c{name}\n)R".encode()
+    rewrite_member(
+        tmp_path / "hostile.pt", "data.pkl", lambda data: data.replace(b"K\x01s.", call + b"s.")
+    )
+    rewrite_member(
+        tmp_path / "hostile.pt", "data.pkl", lambda data: data.replace(b"K\x01u.", call + b"u.")
+    )
+    with pytest.raises(CheckpointError, match="do not load the file with anything else"):
+        read_weights(tmp_path / "hostile.pt")
 
 
 def test_instantiator_in_hyperparameters_is_ignored(tmp_path: Path, canary: Path) -> None:
@@ -256,24 +351,25 @@ def mutations(original: bytes) -> st.SearchStrategy[bytes]:
     return st.lists(edit, min_size=1, max_size=3).map(mutate)
 
 
-@pytest.mark.parametrize("kind", ["zip", "pickle in zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("kind", ["zip", "pickle in zip", "ordinary", "legacy", "safetensors"])
 def test_fuzz(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("file.safetensors" if kind == "safetensors" else "file.pt")
     weights = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
     if kind == "safetensors":
         write_state_dict(path, weights)
     else:
-        torch.save(weights, path, _use_new_zipfile_serialization=kind != "legacy")
+        content = ordinary_checkpoints(weights)["timm.pth.tar"] if kind == "ordinary" else weights
+        torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy")
     original = path.read_bytes()
-    if kind == "pickle in zip":
+    if kind in ("pickle in zip", "ordinary"):
         with zipfile.ZipFile(path) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
         original = members["file/data.pkl"]
 
-    @settings(max_examples=FUZZ_INPUTS)
+    @settings(max_examples=FUZZ_INPUTS // 2 if kind == "ordinary" else FUZZ_INPUTS)
     @given(mutations(original))
     def read_or_refuse(data: bytes) -> None:
-        if kind == "pickle in zip":
+        if kind in ("pickle in zip", "ordinary"):
             with zipfile.ZipFile(path, "w") as archive:
                 for name, member in members.items():
                     archive.writestr(name, data if name == "file/data.pkl" else member)

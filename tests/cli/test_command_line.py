@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import RunsFunction
 from commands import COMMON, DATA, MODEL, QUICK, TRAINER
 from helpers import same, snapshot
 
@@ -35,7 +38,8 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "suspicious.pt"
-    torch.save(Classifier(width=4, in_channels=1).state_dict(), path)
+    weights = Classifier(width=4, in_channels=1).state_dict()
+    torch.save({"state_dict": weights, "note": RunsFunction(tmp_path / "executed")}, path)
     return path
 
 
@@ -48,7 +52,14 @@ def test_audit_ends_with_the_exit_code_of_its_verdict(
     report = tmp_path / "report.json"
     args = ["audit", *COMMON, *QUICK, f"--ckpt_path={checkpoint}", f"--report={report}"]
     assert main(args) == code
-    assert json.loads(report.read_text())["verdict"] == verdict
+    written = json.loads(report.read_text())
+    assert written["verdict"] == verdict
+    assert written["class_names"] == [str(digit) for digit in range(10)]
+    assert "objects of checkpoint_files.leave_a_mark. They were skipped" in written["warnings"][0]
+    assert not (tmp_path / "executed").exists()
+    assert written["weights_file"]["name"] == str(checkpoint)
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert written["weights_file"]["sha256"] == digest
 
 
 @pytest.mark.parametrize(("second", "code"), [("clean", 0), ("backdoored", 3), ("undecided", 4)])
@@ -106,7 +117,10 @@ def test_defend_writes_weights_that_load_strictly(
         if not torch.equal(tensor, purified.state_dict()[name])
     ]
     assert changed
-    assert "filters pruned: 3" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert re.search(r"Purified: 3 of [\d,]+ filters pruned", told.out)
+    assert "\x1b" not in told.out  # no terminal, no colors
+    assert "Tip" not in told.err
 
 
 def test_output_keeps_the_names_of_the_input(tmp_path: Path) -> None:
@@ -159,9 +173,12 @@ def test_wrong_option_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
         in capsys.readouterr().err
     )
     with pytest.raises(SystemExit) as stop:
-        main(["audit", *COMMON, "--mnp.walks=3", "--ckpt_path=suspicious.pt"])
+        main(["audit", *COMMON, "--mnp.suppressions.runs=3", "--ckpt_path=suspicious.pt"])
     assert stop.value.code == 2
-    assert "walks" in capsys.readouterr().err
+    error, hint, usage = capsys.readouterr().err.splitlines()
+    assert error == "error: unrecognized arguments: --mnp.suppressions.runs=3"
+    assert hint == "Did you mean --mnp.suppression.runs?"
+    assert usage.startswith("usage: lightning-mnp audit --config FILE [options]")
 
 
 def test_hyperparameters_in_a_checkpoint_are_not_used(tmp_path: Path) -> None:
@@ -232,7 +249,7 @@ def test_demo_writes_networks_and_report(tmp_path: Path) -> None:
     quick += ["--mnp.pruning.reaudit=false"]
     assert main(["demo", *quick, f"--output_dir={tmp_path / 'demo'}"]) == 0
     names = sorted(path.name for path in (tmp_path / "demo").iterdir())
-    assert names == ["backdoored.ckpt", "purified.ckpt", "report.json"]
+    assert names == ["backdoored.ckpt", "purified.ckpt", "report.html", "report.json"]
     assert main(["demo", *quick, f"--output_dir={tmp_path / 'demo'}"]) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
 
@@ -240,13 +257,20 @@ def test_demo_writes_networks_and_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command", ["fit", "validate", "test", "audit", "defend", "calibrate", "demo"]
 )
-def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--data" in text
+    if command == "audit":
+        assert len(text.splitlines()) <= 120
     if command in ("audit", "defend"):
+        assert "--trainer.precision" in text
+        assert "--trainer.max_epochs" not in text
         assert "The checkpoint: .ckpt, .pt, .pth or .safetensors." in " ".join(text.split())
 
 

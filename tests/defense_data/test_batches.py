@@ -44,6 +44,20 @@ def test_batches_that_are_dicts(image: str, label: str) -> None:
         assert found[1] is LABELS
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"img": IMAGES, "fine_label": LABELS},
+        {"photo": IMAGES, "truth": LABELS, "weight": torch.rand(4), "flag": LABELS > 0},
+        {"photo": IMAGES, "label": LABELS, "index": LABELS + 1, "name": ["a"]},
+    ],
+)
+def test_dicts_with_other_keys_are_understood_if_only_one_of_them_fits(batch: Any) -> None:
+    for found in (unpack_batch(batch), unpack_batch(UserDict(batch))):
+        assert found[0] is IMAGES
+        assert found[1] is LABELS
+
+
 def test_batches_that_are_sequences() -> None:
     for batch in ((IMAGES, LABELS), [IMAGES, LABELS, ["a.png"]]):
         assert unpack_batch(batch) == (IMAGES, LABELS)
@@ -53,9 +67,13 @@ def test_batches_that_are_sequences() -> None:
     ("batch", "found"),
     [
         (IMAGES, "but got Tensor"),
-        ((IMAGES,), "but got tuple"),
-        ([IMAGES, [0, 1]], "but got list"),
-        ({"image": IMAGES, "answer": LABELS}, r"but got dict with the keys \['answer', 'image'\]"),
+        ((IMAGES,), r"but got tuple of Tensor\."),
+        ([IMAGES, [0, 1]], r"but got list of Tensor, list\."),
+        (
+            {"img": IMAGES, "fine_label": LABELS, "coarse_label": LABELS},
+            r"but got dict with the keys \['coarse_label', 'fine_label', 'img'\]",
+        ),
+        ({"image": IMAGES, "a": LABELS[:, None]}, r"but got dict with the keys \['a', 'image'\]"),
         ({"label": LABELS}, r"but got dict with the keys \['label'\]"),
         ({"image": IMAGES, "label": [0, 1]}, "but got dict"),
         (None, "but got NoneType"),
@@ -64,6 +82,24 @@ def test_batches_that_are_sequences() -> None:
 def test_batches_that_cannot_be_taken_apart(batch: Any, found: str) -> None:
     with pytest.raises(TypeError, match=rf"pair \(images, labels\).*{found}.* argument `unpack` a"):
         unpack_batch(batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        ((IMAGES.numpy(), LABELS.numpy()), "of ndarray, ndarray. Turn .* by `torch.from_numpy`"),
+        ((IMAGES[0], 1), r"of Tensor, int, a single image. Pass `DataLoader\(images"),
+    ],
+)
+def test_ordinary_mistakes_have_their_own_remedy(batch: Any, found: str) -> None:
+    with pytest.raises(TypeError, match=rf"pair \(images, labels\).*{found}"):
+        unpack_batch(batch)
+
+
+def test_one_hot_labels_have_their_own_remedy() -> None:
+    one_hot = torch.eye(2)[LABELS]
+    with pytest.raises(ValueError, match=r"one label for each image.*pass `labels\.argmax\(1\)`"):
+        check_batch(IMAGES, one_hot, [], 0)
 
 
 # --- reading to the end ------------------------------------------------------------------------

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -344,7 +345,7 @@ def test_soft_masks_turns_down_what_is_left() -> None:
     report = defense.report()
     masks = torch.tensor([value for part in report.pruning.masks.values() for value in part])
     assert list(report.pruning.masks) == [layer.name for layer in defense.case.layers]
-    assert "filters turned down: " in str(report)
+    assert re.search(r"filters pruned, [1-9]\d* turned down", str(report))
     assert int((masks == 0).sum()) >= len(report.pruned) > 0
     assert int(((masks > 0) & (masks < 1)).sum()) > 0
     plain = finished(new_defense(trained_network(), constants=TURNING, **AUTO, soft_mask_steps=0))
@@ -497,7 +498,7 @@ def test_purified_network_that_is_still_flagged_is_told() -> None:
     assert report.reaudit is not None
     assert report.reaudit.verdict == "backdoored"
     assert "audited again after pruning, the network is backdoored" in report.warnings[-1]
-    assert "audited again: backdoored" in str(report)
+    assert "The purified copy was audited again: backdoored." in str(report)
     unjudged = finished(new_defense(constants=None, **changes)).report()
     assert unjudged.reaudit is not None
     assert unjudged.reaudit.verdict == "undecided"

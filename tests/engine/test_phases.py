@@ -111,6 +111,49 @@ def test_a_network_with_a_short_way_to_a_class_is_flagged() -> None:
     assert (patch.name, patch.counts, report.score) == ("patch", True, patch.strength)
     assert report.signals[-1].name == "pile-up"
     assert not report.signals[-1].decides
+    shown = report.triggers[0]
+    assert (shown.signal, shown.target_class, len(shown.examples)) == ("patch", 1, 3)
+    assert shown.success == 1.0
+    assert all(trigger.target_class == 1 for trigger in report.triggers)
+    assert all(example.after == 1 for example in shown.examples)
+    by_class = report.class_accuracy_before
+    counts = dict.fromkeys(range(4), 15)
+    assert sum(by_class[k] * counts[k] for k in counts) / 60 == pytest.approx(
+        report.accuracy_before
+    )
+    assert report.class_accuracy_after == {}
+    [run] = report.runs
+    assert run.curve
+    assert all(0 <= accuracy <= 1 for accuracy in run.curve)
+
+
+@short
+def test_an_interrupt_while_a_trigger_is_drawn_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def new_defense() -> MNPDefense:
+        data = DefenseSet(*images_and_labels(60))
+        return MNPDefense(small_network(), data, quick_config(runs=1), when="never")
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    def finish(defense: MNPDefense) -> None:
+        while not defense.finished:
+            defense.step()
+
+    plain, defense = new_defense(), new_defense()
+    finish(plain)
+    with monkeypatch.context() as patched:
+        patched.setattr("lightning_mnp.signals.pattern.portray", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finish(defense)
+    assert defense.phase == "patch"
+    finish(defense)
+    assert defense.report().triggers == plain.report().triggers
+    again = new_defense()
+    again.load_state_dict(plain.state_dict())
+    assert again.report().triggers == plain.report().triggers
 
 
 @short

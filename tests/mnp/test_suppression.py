@@ -137,7 +137,12 @@ def test_accuracy_is_taken_over_the_latest_pass() -> None:
     assert stage.step(IMAGES[4:], 0 * labels, 8, UPDATES)["accuracy"] == 7 / 8
     assert stage.step(IMAGES[:2], 0 * labels[:2] + 1, 8, UPDATES)["accuracy"] == 7 / 10
     # A pass of 8 is covered by the last 4 + 2 + 4 images: the oldest batch has left.
+    assert stage.curve == [7 / 8]
     assert stage.step(IMAGES[:4], 0 * labels + 1, 8, UPDATES)["accuracy"] == 4 / 10
+    assert stage.step(IMAGES[:2], 0 * labels[:2], 8, UPDATES)["accuracy"] == 2 / 8
+    assert stage.curve == [7 / 8, 2 / 8]  # after 8 and after 16 images
+    stage.restart()
+    assert stage.curve == []
 
 
 @pytest.mark.parametrize(("stop_accuracy", "stops"), [(0.5, True), (0.49, False)])

@@ -158,6 +158,11 @@ def test_purified_copy_gives_what_the_factors_and_the_shift_say() -> None:
     torch.testing.assert_close(purified(images), expected, rtol=1e-4, atol=1e-4)
     hits = (expected.argmax(1) == labels).float().mean()
     assert found == purification.accuracy == pytest.approx(float(hits))
+    by_class = {
+        index: float((expected[labels == index].argmax(1) == index).float().mean())
+        for index in range(4)
+    }
+    assert purification.class_accuracy == pytest.approx(by_class)
     assert same(before, snapshot(network))
 
 

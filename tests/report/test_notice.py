@@ -8,7 +8,7 @@ import pytest
 from lightning_mnp.report import DefenseReport, PruningReport, SecondAudit, Signal
 from lightning_mnp.report.notice import notice
 
-FILES = {"written": Path("runs/mnp-report.json"), "purified": Path("runs/mnp.ckpt")}
+FILES = {"written": Path("runs/mnp-report.html"), "purified": Path("runs/mnp.ckpt")}
 SIGNAL = Signal("patch", 0.95, 1, 0.8, 0.85, "a patch reaches class 1")
 PRUNED: dict[str, Any] = {
     "pruned": [("conv1", 0), ("conv1", 2)],
@@ -26,7 +26,7 @@ def test_a_flagged_network_stays_and_a_file_is_written() -> None:
         "MNPCallback: verdict BACKDOORED, target class 3",
         "- NOT changed: the network in memory and the checkpoints of this training.",
         "- Purified network (filters pruned: 2, turned down: 2): runs/mnp.ckpt",
-        "- Report: runs/mnp-report.json",
+        "- Report: runs/mnp-report.html",
         "- To use the purified network: `lightning_mnp.load_into(module, "
         "lightning_mnp.read_state_dict('runs/mnp.ckpt'))`. "
         "`MNPCallback(in_place=True)` changes the network in memory.",
@@ -44,7 +44,7 @@ def test_in_place_says_what_was_changed(earlier: list[str], told: str) -> None:
         "- CHANGED: the network in memory (filters pruned: 2, turned down: 2).",
         f"- Checkpoints of this training that were saved before that: {told}.",
         "- Purified network (filters pruned: 2, turned down: 2): runs/mnp.ckpt",
-        "- Report: runs/mnp-report.json",
+        "- Report: runs/mnp-report.html",
     ]
 
 
@@ -62,7 +62,7 @@ def test_without_a_purified_network(in_place: bool, searched: bool, step: str) -
     assert told == [
         "MNPCallback: verdict BACKDOORED, all-to-all: each class is taken to another one",
         "- NOT changed: the network in memory and the checkpoints of this training.",
-        "- Report: runs/mnp-report.json",
+        "- Report: runs/mnp-report.html",
         step,
     ]
 
@@ -103,7 +103,7 @@ def test_undecided_is_one_line_with_its_reason(judged: bool, reasons: list[str],
     head = "MNPCallback: verdict UNDECIDED, neither clean nor backdoored"
     assert lines(report) == [f"{head}: {told}"]
     seen = lines(report, written=FILES["written"])
-    assert seen == [f"{head} (report: runs/mnp-report.json): {told}"]
+    assert seen == [f"{head} (report: runs/mnp-report.html): {told}"]
 
 
 def test_an_undecided_network_that_is_pruned_all_the_same() -> None:
@@ -112,6 +112,11 @@ def test_an_undecided_network_that_is_pruned_all_the_same() -> None:
     assert told[0] == "MNPCallback: verdict UNDECIDED, neither clean nor backdoored: weak"
     assert told[1].startswith("- NOT changed: ")
     assert told[2].endswith("runs/mnp.ckpt")
+
+
+def test_classes_are_called_by_their_names() -> None:
+    report = DefenseReport("backdoored", target_class=1, class_names=["cat", "dog"])
+    assert lines(report)[0] == "MNPCallback: verdict BACKDOORED, target class 1 (dog)"
 
 
 def test_a_clean_network_is_told_shortly() -> None:

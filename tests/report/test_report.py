@@ -19,10 +19,15 @@ from lightning_mnp.report import (
     RunResult,
     SecondAudit,
     Signal,
+    SurrogateTrigger,
+    TriggerExample,
+    WeightsFile,
 )
 
 SIGNAL = Signal("patch", 1.5, 1, 1.275, 0.85, "a patch", {0: -0.5, 1: 1.0})
-RUN = RunResult(0.25, 0.1, (2, 5, 1), steps=12, accuracy=0.2, stopped="the accuracy fell")
+RUN = RunResult(0.25, 0.1, (2, 5, 1), 12, 0.2, stopped="the accuracy fell", curve=(0.75, 0.2))
+EXAMPLE = TriggerExample(label=0, before=0, after=1, clean="YQ==", triggered="Yg==")
+TRIGGER = SurrogateTrigger("patch", 1, 0.97, 64, "Yw==", (EXAMPLE, EXAMPLE))
 
 
 def make(**changes: Any) -> DefenseReport:
@@ -35,6 +40,11 @@ def make(**changes: Any) -> DefenseReport:
         "pruned": [("layer1.0.conv1", 3), ("conv1", 0)],
         "pruning": PruningReport(scores=[1.25, 1.5], masks={"conv1": [0.0, 0.5]}),
         "signals": [SIGNAL],
+        "triggers": [TRIGGER],
+        "class_names": ["cat", "dog"],
+        "class_accuracy_before": {0: 0.75, 1: 1.0},
+        "class_accuracy_after": {0: 0.5, 1: 1.0},
+        "weights_file": WeightsFile("model.pt", "cd34", 4096),
         "filters": 30,
         "accuracy_before": 0.85,
         "accuracy_after": 0.84,
@@ -78,6 +88,15 @@ def test_json_holds_everything_but_the_model() -> None:
     assert content["schema"] == 1
     assert content["pruned"] == [["layer1.0.conv1", 3], ["conv1", 0]]
     assert content["defense_set"]["classes"] == {"0": 4, "1": 4}
+    assert content["triggers"][0]["examples"][0] == {
+        "label": 0,
+        "before": 0,
+        "after": 1,
+        "clean": "YQ==",
+        "triggered": "Yg==",
+    }
+    assert content["class_accuracy_after"] == {"0": 0.5, "1": 1.0}
+    assert content["weights_file"] == {"name": "model.pt", "sha256": "cd34", "bytes": 4096}
     assert content["runs"][0] == {
         "detection_ratio": 0.25,
         "correlation": 0.1,
@@ -85,6 +104,7 @@ def test_json_holds_everything_but_the_model() -> None:
         "steps": 12,
         "accuracy": 0.2,
         "stopped": "the accuracy fell",
+        "curve": [0.75, 0.2],
         "pile_up": 0.625,
         "top_class": 1,
     }
@@ -110,7 +130,7 @@ def test_numbers_that_are_not_finite_become_null(number: float) -> None:
 def test_the_smallest_report() -> None:
     report = DefenseReport("undecided")
     assert json.loads(report.to_json())["accuracy_before"] is None
-    assert str(report).splitlines()[0] == "verdict: undecided"
+    assert str(report).startswith("UNDECIDED. ")
     assert "model" not in repr(report)
 
 
@@ -160,52 +180,24 @@ def test_a_saved_report_has_the_permissions_of_a_new_file(tmp_path: Path) -> Non
 # --- for readers -------------------------------------------------------------------------------
 
 
-def test_text() -> None:
-    assert str(make()).splitlines() == [
-        "verdict: backdoored",
-        "target class: 1",
-        "detection ratio: 0.346 (runs: 0.25 to 0.50)",
-        "pile-up on one class: 81.2%",
-        "  - the ratio is low",
-        "filters pruned: 2 of 30",
-        "filters turned down: 1; mean factor of all 0.25",
-        "accuracy on the defense set: 85.0%, after pruning 84.0%",
-        "audited again: no, so the verdict on the purified network is undecided",
-        "warning: M1 of run 1 stopped early",
-    ]
-
-
-def test_text_of_an_audit() -> None:
-    report = make(
-        verdict="clean",
-        target_class=None,
-        runs=[RUN],
-        pruned=[],
-        pruning=PruningReport(),
-        accuracy_after=None,
-        warnings=[],
-    )
-    assert str(report).splitlines() == [
-        "verdict: clean",
-        "detection ratio: 0.346",
-        "pile-up on one class: 62.5%",
-        "  - the ratio is low",
-        "filters pruned: 0 of 30",
-        "accuracy on the defense set: 85.0%",
-    ]
-
-
 def test_metrics() -> None:
     assert make().metrics() == {
         "mnp/detection_ratio": 0.3456,
         "mnp/pile_up": (0.625 + 1.0) / 2,
         "mnp/backdoored": 1.0,
         "mnp/undecided": 0.0,
+        "mnp/judged": 1.0,
+        "mnp/strength/patch": 1.5,
+        "mnp/target_class": 1.0,
         "mnp/pruned_filters": 2.0,
         "mnp/defense_accuracy_before": 0.85,
         "mnp/defense_accuracy_after": 0.84,
     }
-    audit = make(verdict="undecided", accuracy_after=None, pruned=[]).metrics()
+    audit = make(
+        verdict="undecided", judged=False, target_class=None, accuracy_after=None, pruned=[]
+    ).metrics()
+    assert audit["mnp/judged"] == 0.0
+    assert "mnp/target_class" not in audit
     assert audit["mnp/backdoored"] == audit["mnp/pruned_filters"] == 0.0
     assert audit["mnp/undecided"] == 1.0
     clean = make(verdict="clean").metrics()
@@ -213,11 +205,9 @@ def test_metrics() -> None:
     assert "mnp/defense_accuracy_after" not in audit
 
 
-def test_classes_of_an_exchange_are_told() -> None:
-    exchange = Signal("permutation", 2.0, None, 0.9, 0.46, "one patch", {0: 2, 1: 0, 2: 1})
-    report = make(target_class=None, all_to_all=True, signals=[SIGNAL, exchange])
-    assert str(report).splitlines()[1] == "target classes: 0 to 2, 1 to 0, 2 to 1"
-    assert report.signal("permutation") is exchange
+def test_a_signal_is_found_by_its_name() -> None:
+    report = make()
+    assert report.signal("patch") is SIGNAL
     assert report.signal("warp") is None
 
 
@@ -248,8 +238,13 @@ AGAIN = SecondAudit("clean", 0.5, None, False, 0.9, 0.2, ["nothing stands out"])
         {"reaudit": AGAIN, "rare_classes": {3: 1.5}, "weights_sha256": "00ff", "date": "2026"},
         {"reaudit": replace(AGAIN, score=math.nan), "target_class": None, "all_to_all": True},
         {"score": 0.5, "accuracy_after": None, "defense_set": None, "signals": []},
+        {"triggers": [], "class_names": [], "weights_file": None, "class_accuracy_after": {}},
         {"target_class": None, "all_to_all": True, "signals": [EXCHANGE, PILE_UP]},
-        {"pruning": PruningReport([1.5], [[0.0, 1.0], [0.1, 0.5]], {"a": [1.0, 0.5]}, [0.0, 0.1])},
+        {
+            "pruning": PruningReport(
+                [1.5], [[0.0, 1.0], [0.1, 0.5]], ["patch"], {"a": [1.0, 0.5]}, [0.0, 0.1]
+            )
+        },
     ],
 )
 def test_what_is_saved_is_read_back(changes: dict[str, Any], tmp_path: Path) -> None:
@@ -260,6 +255,8 @@ def test_what_is_saved_is_read_back(changes: dict[str, Any], tmp_path: Path) -> 
     assert again.model is None
     assert again.runs == report.runs
     assert again.signals == report.signals
+    assert again.triggers == report.triggers
+    assert again.weights_file == report.weights_file
     assert again.pruned == report.pruned
     assert again.pruning == report.pruning
     assert again.defense_set == report.defense_set
@@ -295,6 +292,10 @@ def test_another_schema_is_refused(content: Any, found: str, tmp_path: Path) -> 
         {"signals": [{n: v for n, v in asdict(SIGNAL).items() if n != "decides"}]},
         {"pruning": {"scores": []}},
         {"reaudit": {"verdict": "clean"}},
+        {"reaudit": {**asdict(AGAIN), "verdict": "<b>clean"}},
+        {"triggers": [{"signal": "patch"}]},
+        {"triggers": [{**asdict(TRIGGER), "examples": [{"label": 0}]}]},
+        {"weights_file": {"name": "model.pt"}},
         {"score": "high"},
     ],
 )

@@ -114,6 +114,28 @@ def test_resumed_search_ends_the_same(kind: Kind, stop: int) -> None:
 
 
 @KINDS
+def test_what_is_found_is_the_pattern_of_the_class_that_stands_out(kind: Kind) -> None:
+    search = new_search(kind, constants=SHORT)
+    assert search.found() is None
+    finish(search)
+    figures = search.margins if kind is PatchSearch else search.rises
+    best = max(figures, key=figures.__getitem__)
+    trigger = new_search(kind, constants=SHORT).trigger(best, 32)
+    trigger.approach()
+    data = search.scene.data
+    images, labels = data.others(best, 64, torch.device("cpu"), (0, kind.name, best, "measured"))
+    arrived = trigger.logits(images).argmax(1) == best
+    found = search.found()
+    assert found is not None
+    assert (found.signal, found.target_class) == (kind.name, best)
+    assert found.success == pytest.approx(float(arrived.float().mean()))
+    assert found.images == len(labels)
+    again = new_search(kind, constants=SHORT)
+    again.load_state_dict(search.state_dict())
+    assert again.found() == found
+
+
+@KINDS
 def test_batches_are_no_larger_than_told(kind: Kind) -> None:
     search = new_search(kind, batch_size=5)
     assert len(search.trigger(1).images) == 5

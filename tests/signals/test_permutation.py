@@ -108,6 +108,19 @@ def test_a_pixel_that_exchanges_classes_is_found_with_its_permutation() -> None:
     assert ordinary < search.moved - 0.2
 
 
+def test_the_patch_is_shown_with_the_share_that_it_takes() -> None:
+    search = new_search(Rotating(), count=40, constants=SHORT)
+    assert search.found() is None
+    found = finish(search).found()
+    assert found is not None
+    assert (found.signal, found.target_class, found.success) == ("permutation", None, search.moved)
+    assert found.images == 20  # of 40, the patch was made on the others
+    assert found.examples[0].label != found.examples[0].after
+    again = PermutationSearch(search.scene)
+    again.load_state_dict(search.state_dict())
+    assert again.found() == found
+
+
 def test_share_is_measured_on_other_images_class_by_class() -> None:
     search = new_search(Rotating(), count=40)
     while search.most_steps() > 1:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,15 +11,49 @@ import torch
 from helpers import same, snapshot
 from torch import nn
 
+import lightning_mnp
 from lightning_mnp.surgery.guards import (
     refuse_lazy_modules,
+    refuse_quantized,
     refuse_scripts,
     refuse_wrappers,
+    require_module,
     running_alone,
     unchanged_on_error,
 )
 
 # --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "loader", "message"),
+    [
+        ("model.pt", [], r"the path 'model\.pt'\. Build the network .*`lightning-mnp scan`"),
+        (Path("model.pt"), [], r"the path 'model\.pt'"),
+        (
+            nn.Linear(1, 1).state_dict(),
+            [],
+            r"another dict, of 2 entries\. .*load_into\(network, st",
+        ),
+        ([], nn.Linear(1, 1), r"class list\. The model comes first and the loader second: swap"),
+        (None, [], r"class NoneType\. Pass the network"),
+    ],
+)
+def test_what_is_no_model_is_told(model: Any, loader: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=rf"`model` to be a torch\.nn\.Module, but got .*{message}"):
+        require_module(model, loader)
+    for call in (lightning_mnp.audit, lightning_mnp.defend):
+        with pytest.raises(TypeError, match=message):
+            call(model, loader)
+
+
+@pytest.mark.parametrize("package", ["torch.ao.nn.quantized.dynamic", "torch.nn.quantized"])
+def test_quantized_layers_are_refused(package: str) -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+    refuse_quantized(model)
+    model[1] = type("Linear", (nn.Module,), {"__module__": f"{package}.modules.linear"})()
+    with pytest.raises(ValueError, match=r"'1' in it is quantized \(Linear\)\. Pass the network"):
+        refuse_quantized(model)
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -249,7 +249,11 @@ def failing(error: BaseException) -> nn.Module:
         ),
         (lazy(classifier()), "'4' is a lazy module that has not seen data. Run one batch"),
         (nn.Linear(7, 2), r"images of shape \(3, 8, 8\) and torch.float32, .* it failed: mat1"),
-        (classifier().double(), "torch.float32, as the defense set has them, but it failed: "),
+        (
+            classifier().double(),
+            r"torch\.float32, as the defense set has them, but it failed: .* weights are "
+            r"torch\.float64: make it `model\.to\(torch\.float32\)`",
+        ),
         (nn.BatchNorm1d(3), r"it failed: expected 2D or 3D input \(got 4D input\)"),
         (
             failing(IndexError("out of range\nmore")),

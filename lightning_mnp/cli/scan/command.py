@@ -1,0 +1,217 @@
+"""`lightning-mnp scan`, from its options to its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mnp.api import audit, defend
+from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable
+from lightning_mnp.checkpoints.printable import printable
+from lightning_mnp.checkpoints.read import read_weights
+from lightning_mnp.checkpoints.state_dict import PrefixMatch, check_finite, load_into
+from lightning_mnp.checkpoints.write import check_output, write_state_dict
+from lightning_mnp.cli.scan.architecture import Architecture, find_architecture
+from lightning_mnp.cli.scan.images import common_side, draw, find_images, read_images
+from lightning_mnp.cli.scan.options import ScanOptions
+from lightning_mnp.cli.scan.preparation import Preparation, find_preparation
+from lightning_mnp.cli.scan.source import find_weights
+from lightning_mnp.config import MNPConfig
+from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.report import DefenseReport, ReportError, WeightsFile
+from lightning_mnp.report.text import text, wants_color
+from lightning_mnp.reporting import sarif
+from lightning_mnp.reporting.files import save_report
+from lightning_mnp.surgery.forward import call_network, evaluating
+
+__all__ = ["main", "scan"]
+
+_WRONG_USE, _INTERRUPTED = 2, 130
+_WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError)
+_PART = 64  # images in a batch for predictions
+_REPORTS = ("report.html", "report.json")
+
+
+def main(options: ScanOptions) -> int:
+    """Scan a weights file, print the outcome, and return the exit code.
+
+    Args:
+        options: What the command was asked for.
+
+    Returns:
+        0 for a clean network, 3 for a backdoored one, 4 if it stays undecided, 2 for wrong use or
+        input that was refused, 130 after Ctrl-C.
+    """
+    try:
+        report = scan(options)
+    except _WRONG_INPUT as error:
+        if os.environ.get("LIGHTNING_MNP_DEBUG"):
+            raise
+        lines = [printable(line, 10_000) for line in str(error).splitlines()]
+        print("error: " + "\n".join(lines), file=sys.stderr)
+        return _WRONG_USE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return report.exit_code
+
+
+def scan(options: ScanOptions, config: MNPConfig | None = None) -> DefenseReport:
+    """Scan a weights file: read it, find its network, audit that, and write the reports.
+
+    Args:
+        options: What was asked for.
+        config: Options of the method.
+
+    Returns:
+        The report, which is written and printed as well.
+
+    Raises:
+        ValueError: If file, images and options do not fit each other, or the file is refused.
+        OutputError: If a report can't be written.
+        ImportError: If a library that is needed is not installed.
+    """
+    _check_places(options)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("Expected `--device` to be there, but PyTorch finds no GPU. Leave it out.")
+    source = find_weights(options.weights)
+    weights = read_weights(source.path, key=options.key, argument="WEIGHTS")
+    check_finite(weights.tensors)
+    architecture = find_architecture(options.arch, weights, source, options.classes)
+    network = architecture.network.eval().to(options.device)
+    match = load_into(network, weights.tensors)
+    if options.purify is not None:
+        check_output(options.purify, weights.tensors, "--purify")
+
+    channels = _channels(network)
+    preparation = find_preparation(options, weights.facts, source, architecture, channels)
+    classes = _classes(network)
+    found = find_images(options.images, options.labels, classes, architecture.class_names)
+    chosen = draw(found, options.count, options.seed)
+    size = preparation.size or common_side(chosen.paths) or preparation.usual_size
+    images = preparation.normalize(read_images(chosen.paths, size, channels))
+    labels = chosen.labels if chosen.labels is not None else _predicted(network, images)
+
+    data = DefenseSet(images, torch.as_tensor(labels))
+    if options.format == "text":  # it may take minutes: say at once what was understood
+        shown = f"{len(data)} images of {size} x {size} pixels, {classes} classes"
+        print(f"Scanning {printable(architecture.name)}: {shown}", file=sys.stderr)
+    progress = options.format == "text" and sys.stdout.isatty()
+    purifies = options.purify is not None
+    report = (
+        defend(network, data, seed=options.seed, config=config, progress=progress)
+        if purifies
+        else audit(network, data, seed=options.seed, config=config, progress=progress)
+    )
+    report.class_names = found.class_names
+    report.weights_file = WeightsFile.of(source.path)
+    if "://" in options.weights:
+        report.weights_file = replace(report.weights_file, name=options.weights)
+    notes = _notes(architecture, preparation, size)
+    report.warnings = [*notes, *weights.warnings(), *found.notes, *report.warnings]
+    for name in _REPORTS:
+        save_report(report, options.out / name, argument="--out")
+    if options.purify is not None and report.model is not None and report.verdict == "backdoored":
+        _write_weights(report, options.purify, match)
+    _print(report, options)
+    return report
+
+
+def _check_places(options: ScanOptions) -> None:
+    """Check where files are to be written, before anything is read."""
+    paths = [options.out / name for name in _REPORTS]
+    for path in paths:
+        check_writable(path, "--out")
+    there = [printable(str(path)) for path in paths if path.exists()]
+    if there:
+        try:
+            DefenseReport.load(options.out / "report.json")
+        except ReportError as error:
+            raise OutputError(
+                f"Expected `--out` to be a folder without reports of other programs, but it holds "
+                f"{' and '.join(there)}. Nothing of theirs is overwritten: name another folder, or "
+                "move the files away."
+            ) from error
+    if options.purify is not None:
+        check_output(options.purify, {}, "--purify")
+
+
+def _channels(network: nn.Module) -> int:
+    """Return the number of channels of the images that a network takes."""
+    first = next(
+        (module for module in network.modules() if isinstance(module, nn.Conv2d)),
+        None,
+    )
+    if first is None:
+        raise ValueError(
+            "Expected a network with convolutions, but it has none. Only CNNs can be audited."
+        )
+    return first.in_channels
+
+
+def _classes(network: nn.Module) -> int:
+    """Return the number of outputs of the last layer."""
+    layers = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    return len(layers[-1].weight)
+
+
+def _predicted(network: nn.Module, images: Tensor) -> list[int]:
+    """Return the classes that a network predicts for images."""
+    device = next(network.parameters()).device
+    with torch.no_grad(), evaluating(network):
+        return [
+            int(label)
+            for part in images.split(_PART)
+            for label in call_network(network, part.to(device)).argmax(1)
+        ]
+
+
+def _notes(architecture: Architecture, preparation: Preparation, size: int) -> list[str]:
+    """Return how the network was found and the images prepared, if nobody has said it."""
+    notes = []
+    if architecture.how:
+        notes.append(f"the architecture, {architecture.name}, was taken from {architecture.how}")
+    origins = preparation.origins
+    if preparation.assumed:
+        notes.append(
+            f"the normalization of the images is {origins['normalization']}: mean "
+            f"{_row(preparation.mean)}, std {_row(preparation.std)}. If training had another, give "
+            "--mean and --std"
+        )
+    if preparation.size is None:
+        notes.append(f"the images have {size} x {size} pixels. If training had others, give --size")
+    return notes
+
+
+def _row(numbers: tuple[float, ...]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
+
+
+def _write_weights(report: DefenseReport, path: Path, match: PrefixMatch) -> None:
+    """Write the purified weights under the names that they have in the file."""
+    assert report.model is not None
+    tensors = {match.to_file(name): value for name, value in report.model.state_dict().items()}
+    metadata = {"verdict": report.verdict, "pruned_filters": str(len(report.pruned))}
+    write_state_dict(path, tensors, metadata, argument="--purify")
+
+
+def _print(report: DefenseReport, options: ScanOptions) -> None:
+    if options.format == "json":
+        print(report.to_json())
+    elif options.format == "sarif":
+        assert report.weights_file is not None
+        print(json.dumps(sarif(report, artifact=report.weights_file.name), indent=2))
+    else:
+        print(text(report, color=wants_color(sys.stdout)))
+        places = [printable(str(options.out / name)) for name in _REPORTS]
+        if options.purify is not None:
+            written = report.verdict == "backdoored"
+            purified = printable(str(options.purify))
+            print(f"Purified weights: {purified if written else 'none, since it is not flagged'}")
+        print(f"Report: {places[0]}, {places[1]}")

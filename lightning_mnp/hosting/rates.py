@@ -1,0 +1,119 @@
+"""Rates: clean accuracy and attack success of a network, where triggered images are at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
+from lightning_mnp.surgery.forward import Forward
+
+__all__ = ["check_triggered", "find_test_loaders", "measure_rates"]
+
+Loaders = tuple[Iterable[Any] | None, Iterable[Any] | None]
+
+
+def find_test_loaders(datamodule: Any, triggered: Iterable[Any] | None) -> Loaders:
+    """Return loaders of clean and of triggered test images; None for what there is not.
+
+    Args:
+        datamodule: The Trainer's datamodule, or None. One of this package with an attack has both.
+        triggered: A loader of triggered images that was given; it comes first.
+
+    Returns:
+        The loader of clean images yields (images, labels), that of triggered images
+        (images, attacker's labels, true labels).
+    """
+    if getattr(datamodule, "triggered_set", None) is None:
+        return None, triggered
+    clean, own = datamodule.test_dataloader()
+    return clean, own if triggered is None else triggered
+
+
+def measure_rates(
+    network: nn.Module,
+    forward: Forward,
+    loaders: Loaders,
+    ending: str,
+) -> dict[str, float]:
+    """Measure CA and ASR.
+
+    Args:
+        network: The network; it is left in the modes that it was in.
+        forward: Calls it on images, and returns logits.
+        loaders: As :func:`find_test_loaders` returns them.
+        ending: What the names end in, such as ``"before"``.
+
+    Returns:
+        ``mnp/CA_<ending>`` and ``mnp/ASR_<ending>``, from 0 to 1, for the loaders there are.
+
+    Raises:
+        ValueError: If a batch has another form.
+    """
+    clean, triggered = loaders
+    rates = {}
+    with _evaluating(network):
+        if clean is not None:
+            accuracy = CleanAccuracy()
+            for images, labels in _batches(clean, 2):
+                accuracy.update(_logits(network, forward, images), labels.cpu())
+            rates[f"mnp/CA_{ending}"] = float(accuracy.compute())
+        if triggered is not None:
+            success = AttackSuccessRate()
+            for images, targets, labels in _batches(triggered, 3):
+                success.update(_logits(network, forward, images), targets.cpu(), labels.cpu())
+            rates[f"mnp/ASR_{ending}"] = float(success.compute())
+    return rates
+
+
+def check_triggered(loader: Iterable[Any] | None) -> None:
+    """Check the first batch of triggered images, before any work.
+
+    Args:
+        loader: The loader, which can be read more than once; None for none.
+
+    Raises:
+        ValueError: If it yields nothing, or batches of another form.
+    """
+    if loader is not None and next(iter(_batches(loader, 3)), None) is None:
+        raise ValueError(
+            "Expected argument `triggered_loader` to yield batches, but it yields none. Pass a "
+            "loader that can be read more than once."
+        )
+
+
+def _batches(loader: Iterable[Any], parts: int) -> Iterator[Any]:
+    for batch in loader:
+        listed = isinstance(batch, (list, tuple))
+        if not listed or len(batch) != parts:
+            kind = "triggered" if parts == 3 else "clean"
+            form = "(images, attacker's labels, true labels)" if parts == 3 else "(images, labels)"
+            found = f"{len(batch)} parts" if listed else type(batch).__name__
+            raise ValueError(
+                f"Expected the batches of {kind} test images to be {form}, but got {found}. "
+                "Correct argument `triggered_loader`, or the datamodule."
+            )
+        yield batch
+
+
+def _logits(network: nn.Module, forward: Forward, images: Tensor) -> Tensor:
+    parameter = next(network.parameters(), None)
+    placed = images if parameter is None else images.to(parameter.device)
+    logits: Tensor = forward(network, placed).cpu()
+    return logits
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

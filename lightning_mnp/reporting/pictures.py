@@ -1,0 +1,86 @@
+"""Pictures of a report for loggers, which take images and no pages."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw
+
+from lightning_mnp.report import DefenseReport
+from lightning_mnp.report.words import Words
+from lightning_mnp.reporting.style import LIGHT
+
+__all__ = ["pictures"]
+
+_SIDE, _GAP = 96, 8  # of the pictures of a trigger, in pixels
+_ROW, _NAME, _BAR = 22, 210, 300  # of a signal's line
+
+
+def pictures(
+    report: DefenseReport, *, class_names: Sequence[str] | None = None
+) -> dict[str, Image.Image]:
+    """Return pictures by name: ``signals``, and one for each trigger that was found.
+
+    Args:
+        report: The outcome.
+        class_names: Names of the classes, in their order; those of the report if None.
+
+    Returns:
+        RGB pictures: the strengths of the signals as bars, with a line where they count, if there
+        are signals; and for each surrogate trigger what it changes, then images without and with
+        it.
+
+    Example:
+        >>> pictures(DefenseReport("clean"))
+        {}
+    """
+    found = {}
+    if report.signals:
+        found["signals"] = _signals(Words(report, class_names))
+    for trigger in report.triggers:
+        shown = [part for each in trigger.examples for part in (each.clean, each.triggered)]
+        parts = [picture for data in (trigger.pattern, *shown) if (picture := _read(data))]
+        if parts:
+            found[f"trigger-{trigger.signal}"] = _row(parts)
+    return found
+
+
+def _signals(words: Words) -> Image.Image:
+    signals = words.report.signals
+    size = _NAME + _BAR + 3 * _GAP, _ROW * len(signals) + 2 * _GAP
+    picture = Image.new("RGB", size, LIGHT["page"])
+    draw = ImageDraw.Draw(picture)
+    for number, signal in enumerate(signals):
+        top = _GAP + number * _ROW
+        share = min(1.0, max(0.0, signal.strength / (2 * words.flagged_from)))
+        counts = words.standing(signal) == "counts"
+        label = f"{signal.name}, class {words.name(signal.target_class)}: {signal.strength:.2f}"
+        # The font that comes with Pillow may lack letters.
+        shown = label.encode("ascii", "replace").decode("ascii")[:34]
+        draw.text((_GAP, top + 4), shown, fill=LIGHT["text"])
+        box = _NAME, top + 4, _NAME + round(share * _BAR), top + _ROW - 5
+        draw.rectangle(box, fill=LIGHT[words.report.verdict if counts else "quiet"])
+    middle = _NAME + _BAR // 2
+    draw.line((middle, 2, middle, size[1] - 2), fill=LIGHT["text"], width=2)
+    return picture
+
+
+def _read(data: str) -> Image.Image | None:
+    """Read a picture of a report; None if it is none."""
+    try:
+        content = base64.b64decode(data, validate=True)
+        picture: Image.Image = Image.open(io.BytesIO(content), formats=["PNG"])
+        return picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
+    except (binascii.Error, OSError, ValueError):
+        return None
+
+
+def _row(parts: Sequence[Image.Image]) -> Image.Image:
+    width = len(parts) * (_SIDE + _GAP) + _GAP
+    picture = Image.new("RGB", (width, _SIDE + 2 * _GAP), LIGHT["page"])
+    for number, part in enumerate(parts):
+        picture.paste(part, (_GAP + number * (_SIDE + _GAP), _GAP))
+    return picture

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import RunsFunction, leave_a_mark
+from helpers import CLASSES, images_and_labels, quick_config, trained_network
+from torch import nn
+from torchvision.transforms.v2 import functional as V
+
+from lightning_mnp import DefenseReport, load_into, read_state_dict
+from lightning_mnp.cli.entry import main
+from lightning_mnp.cli.scan.command import scan
+from lightning_mnp.cli.scan.options import ScanOptions
+from lightning_mnp.models import cifar_resnet18
+
+pytestmark = pytest.mark.usefixtures("short_searches")
+
+NORMAL = {"mean": (1 / 3,), "std": (1 / 3,)}
+NAMES = ["bar", "car", "far", "war"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a weights file, and with images in a folder for each class."""
+    monkeypatch.chdir(tmp_path)
+    weights = {f"network.{name}": each for name, each in trained_network().state_dict().items()}
+    torch.save({"state_dict": weights, "note": RunsFunction(tmp_path / "executed")}, "model.ckpt")
+    images, labels = images_and_labels()
+    pixels = ((images.clamp(-1, 2) + 1) * 85).to(torch.uint8)
+    for index, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+        path = Path("images", NAMES[label], f"{index}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        V.to_pil_image(image).save(path)
+    return tmp_path
+
+
+WORDS = ["scan", "model.ckpt", "--images", "images", "--mean", "0.33", "--std", "0.33"]
+
+
+def options(**changes: Any) -> ScanOptions:
+    return ScanOptions("model.ckpt", Path("images"), **{**NORMAL, **changes})
+
+
+def test_from_a_file_and_a_folder_to_a_report(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = Path("model.ckpt").read_bytes()
+    report = scan(options(), quick_config(runs=1))
+    assert report.class_names == NAMES
+    assert report.weights_file is not None
+    assert (report.weights_file.name, report.weights_file.bytes) == ("model.ckpt", len(before))
+    assert report.accuracy_before > 0.9
+    assert report.warnings[0] == (
+        "the architecture, cifar_resnet18, was taken from the fit of all names and shapes"
+    )
+    assert "the images have 8 x 8 pixels" in report.warnings[1]
+    assert f"objects of {leave_a_mark.__module__}.leave_a_mark" in report.warnings[2]
+    assert capsys.readouterr().out.endswith("Report: report.html, report.json\n")
+    assert DefenseReport.load("report.json").class_names == NAMES
+    assert "<!DOCTYPE html>" in Path("report.html").read_text()
+    assert Path("model.ckpt").read_bytes() == before
+    assert not (folder / "executed").exists()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("images", "model.ckpt", "report.html", "report.json")
+    ]
+
+
+def reporting(verdict: Any) -> Callable[..., DefenseReport]:
+    """An audit, or a defense, that has come to a verdict at once."""
+
+    def found(network: nn.Module, data: Any, **others: Any) -> DefenseReport:
+        return DefenseReport(verdict, score=0.5, model=network)
+
+    return found
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("clean", 0), ("backdoored", 3), ("undecided", 4)])
+def test_exit_codes_and_formats(
+    verdict: str,
+    code: int,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", reporting(verdict))
+    words = [
+        "scan",
+        "model.ckpt",
+        "--images",
+        "images",
+        "--mean",
+        "0.33",
+        "--std",
+        "0.33",
+        "--out",
+        "reports",
+        "--format",
+    ]
+    shown = {}
+    for kind in ("text", "json", "sarif"):
+        assert main([*words, kind]) == code
+        shown[kind] = capsys.readouterr().out
+    assert shown["text"].startswith(verdict.upper())
+    assert json.loads(shown["json"])["verdict"] == verdict
+    assert json.loads(shown["sarif"])["version"] == "2.1.0"
+    names = sorted(path.name for path in Path("reports").iterdir())
+    assert names == ["report.html", "report.json"]
+
+
+@pytest.mark.parametrize("verdict", ["clean", "backdoored"])
+def test_purified_weights_have_the_names_of_the_file(
+    verdict: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.defend", reporting(verdict))
+    assert main([*WORDS, "--purify", "out.safetensors"]) == (3 if verdict == "backdoored" else 0)
+    told = capsys.readouterr().out
+    if verdict == "clean":
+        assert "Purified weights: none, since it is not flagged" in told
+        assert not Path("out.safetensors").exists()
+        return
+    assert "Purified weights: out.safetensors" in told
+    written = read_state_dict("out.safetensors")
+    assert all(name.startswith("network.") for name in written)
+    load_into(cifar_resnet18(CLASSES, 4, in_channels=1), written)
+
+
+def test_images_without_labels_get_the_predicted_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def audit(network: nn.Module, data: Any, **others: Any) -> DefenseReport:
+        seen.append(data)
+        return DefenseReport("clean")
+
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", audit)
+    flat = folder / "flat"
+    flat.mkdir()
+    for path in sorted((folder / "images").rglob("*.png")):
+        path.rename(flat / path.name)
+    report = scan(ScanOptions("model.ckpt", flat, count=30, **NORMAL))
+    [data] = seen
+    assert len(data) == 30
+    predicted = trained_network()(data.images).argmax(1)
+    assert data.labels.equal(predicted)
+    assert any("the images have no labels" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("missing.pt --images images", "`WEIGHTS` to be an existing file, but got missing.pt"),
+        ("model.ckpt --images nowhere", "`--images` to be a folder, but got nowhere"),
+        ("model.ckpt --images images --arch resnet18", "Check the architecture"),
+        ("model.ckpt --images images --key ema", "`key` to lead to a state dict"),
+        ("model.ckpt --images images --purify model.ckpt", "`--purify` not to exist"),
+        ("model.ckpt --images images --purify out.onnx", "`--purify` to end in one of"),
+        ("model.ckpt --images images --out model.ckpt/a", "`--out` to be where files can be"),
+        (
+            "model.ckpt --images images --out taken",
+            "reports of other programs, but it holds taken/report.json",
+        ),
+        ("model.ckpt --images images", "no usual one for 1 channels"),
+        ("model.ckpt --images images --device cuda:99", "PyTorch finds no GPU"),
+    ],
+)
+def test_wrong_use_is_told_before_the_work(
+    words: str,
+    message: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", None)
+    (folder / "taken").mkdir()
+    (folder / "taken" / "report.json").write_text("{}")
+    before = sorted(folder.rglob("*"))
+    normal = [] if words.endswith("images") else ["--mean=0.33", "--std=0.33"]
+    assert main(["scan", *words.split(), *normal]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert message in told
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_an_interrupt_ends_with_130(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: Any, **others: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", interrupt)
+    assert (
+        main(["scan", "model.ckpt", "--images", "images", "--mean", "0.33", "--std", "0.33"]) == 130
+    )
+    told = "Scanning cifar_resnet18: 40 images of 8 x 8 pixels, 4 classes\ninterrupted\n"
+    assert capsys.readouterr().err == told
+
+
+def test_debugging_shows_where_an_error_comes_from(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_MNP_DEBUG", "1")
+    with pytest.raises(ValueError, match="to be an existing file"):
+        main(["scan", "missing.pt", "--images", "images"])

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lightning_mnp.cli.scan.images import FoundImages, common_side, draw, find_images, read_images
+
+
+def write(folder: Path, name: str, size: tuple[int, int] = (8, 8), color: int = 0) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (color, 2 * color, 0)).save(path)
+    return path
+
+
+def test_folders_tell_the_classes_in_alphabetical_order(tmp_path: Path) -> None:
+    for name in ("dog/1.png", "dog/deep/2.PNG", "cat/3.jpg", "cat/.hidden.png"):
+        write(tmp_path, name)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    found = find_images(tmp_path, None, classes=2)
+    assert [path.name for path in found.paths] == ["3.jpg", "1.png", "2.PNG"]
+    assert (found.labels, found.class_names, found.notes) == ([0, 1, 1], ["cat", "dog"], [])
+
+
+def test_names_and_numbers_of_classes(tmp_path: Path) -> None:
+    for name in ("dog/1.png", "cat/2.png"):
+        write(tmp_path / "names", name)
+    found = find_images(tmp_path / "names", None, 3, ["dog", "owl", "cat"])
+    assert found.labels == [2, 0]
+    for name in ("4/1.png", "11/2.png"):
+        write(tmp_path / "numbers", name)
+    assert find_images(tmp_path / "numbers", None, classes=12).labels == [11, 4]
+
+
+def test_classes_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    for name in ("train/cat/1.png", "val/cat/2.png"):
+        write(tmp_path, name)
+    message = r"Expected 10 classes.* there are 2 folders in .*: train, val, .*--labels"
+    with pytest.raises(ValueError, match=message):
+        find_images(tmp_path, None, classes=10)
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "names"),
+    [
+        ("a.png,2\nb.png,0\n", [2, 0], []),
+        ("b.png,owl\na.png,cat\nmissing.png,dog\n", [0, 1], ["cat", "owl"]),
+        ("./a.png\t1\n\nb.png\t1\n", [1, 1], []),
+    ],
+)
+def test_a_label_file_tells_the_classes(
+    tmp_path: Path, text: str, labels: list[int], names: list[str]
+) -> None:
+    for name in ("a.png", "b.png", "unlabeled.png"):
+        write(tmp_path, name)
+    (tmp_path / "labels.csv").write_text(text)
+    found = find_images(tmp_path, tmp_path / "labels.csv", classes=2 if names else 3)
+    assert [path.name for path in found.paths] == ["a.png", "b.png"]
+    assert (found.labels, found.class_names) == (labels, names)
+    assert found.notes == ["1 of 3 images have no label and were left out"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.png 2", "every line of `--labels` to be `image,class`"),
+        ("b.png,2", "none of the 1 names in .* is there, such as 'b.png'"),
+        (None, "could not be read"),
+    ],
+)
+def test_a_wrong_label_file_is_told(tmp_path: Path, text: str | None, message: str) -> None:
+    write(tmp_path, "a.png")
+    if text is not None:
+        (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        find_images(tmp_path, tmp_path / "labels.csv", classes=3)
+
+
+def test_images_without_labels(tmp_path: Path) -> None:
+    write(tmp_path, "a.png")
+    found = find_images(tmp_path, None, classes=3)
+    assert found.labels is None
+    assert "the classes that the network predicts stand in" in found.notes[0]
+
+
+def test_folders_without_images_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`--images` to be a folder with images"):
+        find_images(tmp_path, None, 2)
+    with pytest.raises(ValueError, match="`--images` to be a folder, but got"):
+        find_images(tmp_path / "missing", None, 2)
+
+
+def test_a_draw_takes_as_many_of_each_class_as_there_are() -> None:
+    labels = [0] * 50 + [1] * 20 + [2] * 3
+    found = FoundImages([Path(str(index)) for index in range(73)], labels)
+    chosen = draw(found, 33, seed=0)
+    assert Counter(chosen.labels) == {0: 15, 1: 15, 2: 3}
+    assert [labels[int(path.name)] for path in chosen.paths] == chosen.labels
+    assert chosen == draw(found, 33, seed=0) != draw(found, 33, seed=1)
+    assert draw(found, 100, seed=0) == found
+
+
+def test_sizes_that_all_images_have(tmp_path: Path) -> None:
+    square, other = write(tmp_path, "a.png"), write(tmp_path, "b.png", (9, 9))
+    wide = write(tmp_path, "c.png", (8, 9))
+    assert common_side([square, square]) == 8
+    assert common_side([square, other]) is None
+    assert common_side([wide]) is None
+
+
+def test_pixels_are_those_of_the_file(tmp_path: Path) -> None:
+    paths = [write(tmp_path, "a.png", (8, 6), 50), write(tmp_path, "b.png", (5, 9), 100)]
+    colors = read_images(paths, 4, 3)
+    assert colors.shape == (2, 3, 4, 4)
+    assert colors[:, :, 0, 0].tolist() == [[50, 100, 0], [100, 200, 0]]
+    assert read_images(paths, 4, 1).shape == (2, 1, 4, 4)
+
+
+def test_a_file_that_is_no_image_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_text("text")
+    with pytest.raises(ValueError, match=r"a\.png can't be read"):
+        common_side([tmp_path / "a.png"])
+    cut = write(tmp_path, "b.png", (64, 64))
+    cut.write_bytes(cut.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"b\.png can't be read"):
+        read_images([cut], 4, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(ValueError, match=r"c\.png can't be read.*exceeds limit"):
+        read_images([write(tmp_path, "c.png")], 4, 3)
+    with pytest.raises(ValueError, match="of 1 or 3 channels, but its first layer takes 4"):
+        read_images([], 4, 4)

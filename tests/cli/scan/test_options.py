@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_mnp.cli.scan.options import ScanOptions, parse_options
+
+
+def test_options_are_what_was_written() -> None:
+    words = "model.pt --images clean --arch timm/resnet18 --size 64 --mean 0.5,0.4,0.3 --std 1,1,2"
+    words += " --labels labels.csv --classes 7 --key ema --count 90 --seed 3 --device cuda"
+    words += " --purify out.pt --out reports --format sarif"
+    assert parse_options(words.split()) == ScanOptions(
+        weights="model.pt",
+        images=Path("clean"),
+        arch="timm/resnet18",
+        labels=Path("labels.csv"),
+        size=64,
+        mean=(0.5, 0.4, 0.3),
+        std=(1.0, 1.0, 2.0),
+        classes=7,
+        key="ema",
+        count=90,
+        seed=3,
+        device="cuda",
+        purify=Path("out.pt"),
+        out=Path("reports"),
+        format="sarif",
+    )
+
+
+def test_what_is_left_out_has_the_default_of_the_class() -> None:
+    found = parse_options(["model.pt", "--images", "clean"])
+    assert found == ScanOptions("model.pt", Path("clean"))
+
+
+def test_help_is_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        parse_options(["--help"])
+    assert stop.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) <= 40
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("model.pt", "expected --images FOLDER with clean images, but got none"),
+        ("model.pt --imags clean", "--imags clean. Did you mean --images?"),
+        ("--images clean", "required: WEIGHTS"),
+        ("model.pt --images a --size 0", "a whole number of at least 1, but got '0'"),
+        ("model.pt --images a --mean 1;2", "such as 0.5,0.5,0.5, but got '1;2'"),
+        ("model.pt --images a --mean 0.5", "--mean and --std together"),
+        ("model.pt --images a --format xml", "invalid choice: 'xml'"),
+        ("model.pt --images a \x1b[2J", "unrecognized arguments: ?[2J"),
+    ],
+)
+def test_the_error_comes_first_and_then_the_usage(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_options(words.split())
+    assert stop.value.code == 2
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: ")
+    assert message in first
+    assert rest[0].startswith("usage: lightning-mnp scan")

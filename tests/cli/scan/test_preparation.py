@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mnp.cli.scan.architecture import Architecture
+from lightning_mnp.cli.scan.options import ScanOptions
+from lightning_mnp.cli.scan.preparation import Preparation, find_preparation
+from lightning_mnp.cli.scan.source import Source
+
+THIRDS = [0.1, 0.2, 0.3]
+
+
+def find(
+    options: Any = None,
+    facts: Any = None,
+    config: Any = None,
+    preparation: Any = None,
+    usual: Any = None,
+    channels: int = 3,
+) -> Preparation:
+    return find_preparation(
+        ScanOptions("model.pt", Path("clean"), **(options or {})),
+        facts or {},
+        Source(Path("model.pt"), config or {}, preparation or {}),
+        Architecture(nn.Identity(), "network", preparation=usual or {}),
+        channels,
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "size", "place"),
+    [
+        ({"facts": {"mean": THIRDS, "std": THIRDS, "img_size": 48}}, 48, "the file"),
+        ({"facts": {"mean": THIRDS, "std": THIRDS, "input_size": (3, 40, 40)}}, 40, "the file"),
+        (
+            {
+                "config": {
+                    "pretrained_cfg": {"mean": THIRDS, "std": THIRDS, "input_size": [3, 56, 56]}
+                }
+            },
+            56,
+            "the configuration beside the file",
+        ),
+        (
+            {
+                "preparation": {
+                    "image_mean": THIRDS,
+                    "image_std": THIRDS,
+                    "size": {"shortest_edge": 72},
+                }
+            },
+            72,
+            "the configuration beside the file",
+        ),
+        (
+            {
+                "options": {"mean": tuple(THIRDS), "std": tuple(THIRDS), "size": 24},
+                "facts": {"img_size": 48},
+            },
+            24,
+            "the options",
+        ),
+    ],
+)
+def test_what_was_said_is_taken(told: Any, size: int, place: str) -> None:
+    found = find(**told)
+    assert (found.size, found.mean, found.std) == (size, tuple(THIRDS), tuple(THIRDS))
+    assert found.origins == {"normalization": place, "size": place}
+    assert not found.assumed
+
+
+def test_what_nobody_says_is_taken_from_imagenet() -> None:
+    found = find()
+    assert found.size is None
+    assert found.usual_size == 224
+    assert found.mean == (0.485, 0.456, 0.406)
+    assert found.assumed
+    found = find(usual={"mean": (0.5,) * 3, "std": (0.5,) * 3, "size": 160})
+    assert (found.usual_size, found.mean, found.assumed) == (160, (0.5,) * 3, True)
+
+
+def test_images_in_the_unit_range() -> None:
+    found = find(preparation={"do_normalize": False, "image_mean": THIRDS, "image_std": THIRDS})
+    assert (found.mean, found.std) == ((0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"channels": 1}, "no usual one for 1 channels. Give it as in training"),
+        ({"facts": {"mean": [0.5], "std": [0.5]}}, r"one number for each of 3 channels.*the file"),
+        ({"options": {"mean": (0.5,) * 3, "std": (0.0,) * 3}}, "the std above 0"),
+    ],
+)
+def test_what_does_not_fit_is_told(told: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find(**told)
+
+
+def test_normalization_is_that_of_the_formula() -> None:
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    found = Preparation(4, 4, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), {}).normalize(images)
+    for channel in range(3):
+        expected = (images[:, channel] / 255 - 0.1 * (channel + 1)) / (0.4 + 0.1 * channel)
+        torch.testing.assert_close(found[:, channel], expected)
