@@ -79,13 +79,13 @@ def _pruning(report: DefenseReport) -> Iterator[Markup]:
     last = len(curve) - 1
     if traces:
         ends = ", ".join(f"{levels[-1]:.0%}" for _, levels in traces)
-        label = f"What is left of the backdoor's traces after {last} filters: {ends}"
+        label = f"What is left of the backdoor's traces: {ends}; filters pruned: {last}"
         yield tag(
             "div",
             tag("h3", "What is left of the backdoor"),
             line_chart(traces, across="filters pruned", first=0, label=label, percent=True),
         )
-    label = f"Harm to clean images after {last} filters: {harm[-1]:.3g} nats"
+    label = f"Harm to clean images: {harm[-1]:.3g} nats; filters pruned: {last}"
     yield tag(
         "div",
         tag("h3", "Harm to clean images, in nats"),
@@ -117,7 +117,7 @@ def purification(report: DefenseReport) -> Markup | None:
             tag(
                 "tr",
                 tag("td", tag("code", name)),
-                _number(sizes.get(name) or "?"),
+                _number(size if isinstance(size := sizes.get(name), int) else "?"),
                 tag("td", numbers + more or "-"),
                 _number(down),
             )
@@ -130,7 +130,7 @@ def purification(report: DefenseReport) -> Markup | None:
         tag("th", "turned down", class_="number"),
     )
     left = len(names) - len(rows)
-    note = tag("p", f"{left:,} layers are as they were.", class_="muted small") if left else None
+    note = tag("p", f"Layers left as they were: {left:,}.", class_="muted small") if left else None
     return tag("section", tag("h2", "Filters that were changed"), tag("table", head, *rows), note)
 
 

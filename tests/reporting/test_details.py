@@ -21,7 +21,7 @@ def test_curves_that_are_too_short_or_have_no_trace() -> None:
     assert curves(DefenseReport("clean", pruning=PruningReport(curve=[[0.0, 1.0]]))) is None
     bare = curves(DefenseReport("clean", pruning=PruningReport(curve=[[0.0], [0.5]])))
     assert bare is not None
-    assert "Harm to clean images after 1 filters: 0.5 nats" in bare
+    assert "Harm to clean images: 0.5 nats; filters pruned: 1" in bare
     assert "What is left" not in bare
     holes = PruningReport(curve=[[0.0, 1.0], [math.nan, math.nan]])
     assert "nan," not in str(curves(DefenseReport("clean", pruning=holes)))
@@ -39,4 +39,4 @@ def test_long_lists_of_filters_are_cut() -> None:
     pruned = [("conv1", index) for index in range(100)]
     table = str(purification(full_report(pruned=pruned, pruning=PruningReport())))
     assert "37, 38, 39 …" in table
-    assert "2 layers are as they were." in table
+    assert "Layers left as they were: 2." in table
