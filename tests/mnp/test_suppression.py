@@ -69,7 +69,7 @@ class Fragile(nn.Module):
 @pytest.mark.parametrize("mu", [0.0, 0.001, 0.3])
 def test_a_step_is_equation_6_by_hand(mu: float) -> None:
     network, rate = make_network(), 0.05
-    stage = make(copy.deepcopy(network), suppression_lr=rate, mu=mu)
+    stage = make(copy.deepcopy(network), suppression_lr=rate, suppression_momentum=0.0, mu=mu)
     network.train()
     for _ in range(3):
         result = stage.step(IMAGES, LABELS, 8, UPDATES)
