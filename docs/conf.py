@@ -52,6 +52,7 @@ GROUPS: list[tuple[str, str, str, list[str]]] = [
             "lightning_mnp.defend",
             "lightning_mnp.MNPCallback",
             "lightning_mnp.MNPModule",
+            "lightning_mnp.pytorch_lightning.MNPModule",
             "lightning_mnp.calibrate_threshold",
             "lightning_mnp.Calibration",
         ],
@@ -150,7 +151,16 @@ PACKAGES = [
     "lightning_mnp",
     *(
         f"lightning_mnp.{room}"
-        for room in ("reporting", "signals", "attacks", "data", "models", "metrics", "baselines")
+        for room in (
+            "pytorch_lightning",
+            "reporting",
+            "signals",
+            "attacks",
+            "data",
+            "models",
+            "metrics",
+            "baselines",
+        )
     ),
 ]
 
