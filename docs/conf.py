@@ -52,6 +52,7 @@ GROUPS: list[tuple[str, str, str, list[str]]] = [
             "lightning_mnp.defend",
             "lightning_mnp.MNPCallback",
             "lightning_mnp.MNPModule",
+            "lightning_mnp.pytorch_lightning.MNPModule",
             "lightning_mnp.calibrate_threshold",
             "lightning_mnp.Calibration",
         ],
@@ -157,6 +158,7 @@ PACKAGES = [
     *(
         f"lightning_mnp.{room}"
         for room in (
+            "pytorch_lightning",
             "reporting",
             "signals",
             "attacks",

@@ -1,16 +1,12 @@
-"""The defense for a Trainer of ``pytorch_lightning``, which takes no modules of ``lightning``.
-
-``MNPCallback`` is the same for both packages; it is here so that one import is enough.
-"""
+"""MNPModule for a Trainer of ``pytorch_lightning``, which takes no modules of ``lightning``."""
 
 from __future__ import annotations
 
 from pytorch_lightning import LightningModule
 
-from lightning_mnp.callback import MNPCallback
 from lightning_mnp.module import MNPSteps
 
-__all__ = ["MNPCallback", "MNPModule"]
+__all__ = ["MNPModule"]
 
 
 class MNPModule(MNPSteps, LightningModule):  # type: ignore[misc]  # two names, one code

@@ -14,8 +14,9 @@ from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_mnp import MNPCallback
 from lightning_mnp.hosting.lightning_host import check_host
-from lightning_mnp.pytorch_lightning import MNPCallback, MNPModule
+from lightning_mnp.pytorch_lightning import MNPModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*MNPCallback. verdict"),
