@@ -177,7 +177,9 @@ def examine(
     peak = peak_mib()
     after = network.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert not report.warnings, report.warnings
+    # The last filter of a layer stays, which small networks are told.
+    warnings = [text for text in report.warnings if not text.startswith("one filter stays")]
+    assert not warnings, warnings
     assert report.runs[0].steps > 0, report.runs[0].stopped
     assert len(report.pruned) == round(config.pruning.amount * report.filters) > 0
     worst = float(defense.case.scores[defense.purification.removed].max())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -231,13 +232,14 @@ def test_script(
         monkeypatch.setattr("lightning_mnp.models.cifar_resnet18", small_resnet)
     run_script(name, ["--epochs=1", "--output=out"], monkeypatch)
     printed = capsys.readouterr().out
-    assert "filters pruned" in printed
+    told = r"(?m)^(CLEAN|UNDECIDED|BACKDOORED)\. " if name == "module.py" else "filters pruned"
+    assert re.search(told, printed)
     assert any((tmp_path / "out").iterdir())
     if name == "module.py":
         assert (tmp_path / "out/mnp-report.json").exists()
         options = ["--output=out", "--resume=out/checkpoints/last.ckpt"]
         run_script(name, options, monkeypatch)
-        assert "filters pruned" in capsys.readouterr().out
+        assert re.search(told, capsys.readouterr().out)
 
 
 @pytest.mark.usefixtures("short_stages")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from lightning_mnp.defense_data.defense_set import DefenseSet
@@ -19,6 +21,7 @@ class Suspects(DefenseSet):
     Args:
         images: Shape (N, C, ...), floating point, as the network takes them.
         labels: Their labels, shape (N,), integers; two classes or more.
+        class_names: Names of the classes, in their order; empty if they are not known.
 
     Raises:
         ValueError: If the images or labels cannot serve.
@@ -30,6 +33,6 @@ class Suspects(DefenseSet):
         tensor([1, 0, 0])
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        super().__init__(images, labels)
+    def __init__(self, images: Tensor, labels: Tensor, class_names: Sequence[str] = ()) -> None:
+        super().__init__(images, labels, class_names)
         self.images, self.labels = images.detach().cpu(), labels.detach().cpu().long()

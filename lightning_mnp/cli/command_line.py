@@ -25,7 +25,7 @@ from lightning_mnp.hosting.checkpoint_io import use_checked_io
 
 __all__ = ["MNPCLI", "main"]
 
-_COMMANDS = ("fit", "validate", "test", "audit", "defend", "calibrate", "demo")
+CONFIGURED = ("fit", "validate", "test", "audit", "defend", "calibrate", "demo")
 _FILES = "--ckpt_paths"
 _DEMO = Path(__file__).with_name("demo.yaml")
 _WRONG_USE = 2
@@ -80,7 +80,7 @@ class MNPCLI(LightningCLI):
         second, one takes a seventh of that.
         """
         data = {"train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "model"}
-        return {name: set(data) for name in ([self._named] if self._named else _COMMANDS)}
+        return {name: set(data) for name in ([self._named] if self._named else CONFIGURED)}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Take several files behind one ``--ckpt_paths``, as a shell's wildcard gives them."""
@@ -127,7 +127,7 @@ def _named_command(args: ArgsType) -> str | None:
     """Return the command that the first word names; None if it names none or there are no words."""
     words = sys.argv[1:] if args is None else args
     first = words[0] if isinstance(words, list) and words else None
-    return first if first in _COMMANDS else None
+    return first if first in CONFIGURED else None
 
 
 def _refuse_flat_options(args: ArgsType) -> None:

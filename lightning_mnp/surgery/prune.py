@@ -111,10 +111,10 @@ def prune(
         if shift is not None:
             bias = tensors[shift.name]
             bias.data.add_(shift.values.to(bias))
+        return pruning
     except BaseException:  # also after an interrupt, either all these filters are gone or none
         pruning.undo(network)
         raise
-    return pruning
 
 
 def without_filters(

@@ -89,7 +89,7 @@ def test_defend_without_a_second_audit(
     monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **kwargs: judgement)
     args = ["defend", *COMMON, *QUICK, RATIO, f"--ckpt_path={checkpoint}"]
     assert main([*args, "--output=purified.ckpt", extra]) == code
-    told = "audited again: no, so the verdict on the purified network is undecided"
+    told = "The purified copy was not audited again: nobody has judged it yet."
     assert (told in capsys.readouterr().out) == (code == 4)
 
 

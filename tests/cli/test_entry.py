@@ -19,9 +19,9 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_names_every_command() -> None:
-    from lightning_mnp.cli.command_line import MNPCLI
+    from lightning_mnp.cli.command_line import CONFIGURED
 
-    assert set(COMMANDS) == {"scan", *MNPCLI.subcommands()}
+    assert set(COMMANDS) == {"scan", "benchmark", *CONFIGURED}
 
 
 def test_an_unknown_command_is_told_with_the_most_similar_one(

@@ -73,7 +73,7 @@ def test_masks_are_in_their_ranges_and_the_lowest_sums_go() -> None:
 
 
 def test_each_layer_keeps_a_filter() -> None:
-    config = MNPConfig.paper({**CHANGES, "pruning.amount": 290})
+    config = MNPConfig.paper({**CHANGES, "pruning.amount": 87})
     network, data = trained_network(), DefenseSet(*images_and_labels())
     masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
     pruned = [masked.layers.locate(int(p)) for p in algorithm_1(masked, data, config).pruned]

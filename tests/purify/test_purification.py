@@ -230,7 +230,7 @@ def test_resumed_purification_ends_the_same(stop: int) -> None:
 def test_weights_alone_are_removed_to_the_letter() -> None:
     purification = new_purification(rule="count", amount=2, removes="filter", repair=True)
     network = purification.masked.network
-    positions = torch.tensor([1, 130])
+    positions = torch.tensor([1, 50])
     purification.remove(positions)
     found = purification.check(target=None)
     purified, expected = purification.purified(), copy.deepcopy(network)
@@ -248,7 +248,7 @@ def test_filters_that_are_spared_are_told() -> None:
     purification = new_purification()
     purification.spare([])
     assert purification.warnings == []
-    purification.spare([0, 299])
+    purification.spare([0, 87])
     [warning] = purification.warnings
     assert "one filter stays in each of these layers" in warning
-    assert "although it was to be pruned: 'conv1', 'layer4.1.conv2'; a layer" in warning
+    assert "although it was to be pruned: 'conv1', 'layer2.conv2'; a layer" in warning

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import RunsFunction, leave_a_mark
-from helpers import CLASSES, images_and_labels, quick_config, trained_network
+from helpers import CLASSES, images_and_labels, quick_config, trained_resnet18
 from torch import nn
 from torchvision.transforms.v2 import functional as V
 
@@ -28,7 +28,7 @@ NAMES = ["bar", "car", "far", "war"]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a weights file, and with images in a folder for each class."""
     monkeypatch.chdir(tmp_path)
-    weights = {f"network.{name}": each for name, each in trained_network().state_dict().items()}
+    weights = {f"network.{name}": each for name, each in trained_resnet18().state_dict().items()}
     torch.save({"state_dict": weights, "note": RunsFunction(tmp_path / "executed")}, "model.ckpt")
     images, labels = images_and_labels()
     pixels = ((images.clamp(-1, 2) + 1) * 85).to(torch.uint8)
@@ -149,7 +149,7 @@ def test_images_without_labels_get_the_predicted_ones(
     report = scan(ScanOptions("model.ckpt", flat, count=30, **NORMAL))
     [data] = seen
     assert len(data) == 30
-    predicted = trained_network()(data.images).argmax(1)
+    predicted = trained_resnet18()(data.images).argmax(1)
     assert data.labels.equal(predicted)
     assert any("the images have no labels" in warning for warning in report.warnings)
 
