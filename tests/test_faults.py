@@ -55,13 +55,13 @@ def processes() -> Any:
 KILLS = [
     ("masks", "suppression", "step"),
     ("search", "pruning", "step"),
-    ("masks", "masks", "half"),
     ("masks", "masks", "unsynced"),
-    ("masks", "masks", "whole"),
-    # The same in all other phases.
+    # The same at other moments, and in all other phases.
     *(
         pytest.param(*kill, marks=pytest.mark.slow)
         for kill in (
+            ("masks", "masks", "half"),
+            ("masks", "masks", "whole"),
             ("masks", "reference", "step"),
             ("masks", "masks", "step"),
             ("search", "margin", "step"),
@@ -107,6 +107,7 @@ def test_killed_process_goes_on_to_the_same_masks(
     assert list(tmp_path.iterdir()) == [state]
 
 
+@pytest.mark.slow  # a single kill is tested above
 def test_killed_again_and_again(
     tmp_path: Path, processes: Any, undisturbed: dict[str, tuple[dict[str, Any], Tensor]]
 ) -> None:
