@@ -73,8 +73,8 @@ class SuppressionOptions:
 
     runs: int = option(2, at_least=1)
     more_runs: int = option(6, at_least=0)
-    lr: float = option(0.01, above=0)
-    momentum: float = option(0.9, at_least=0, below=1)
+    lr: float = option(0.02, above=0)
+    momentum: float = option(0.0, at_least=0, below=1)
     epochs: int = option(40, at_least=1)
     parts: int = option(2, at_least=1)
     stop_accuracy: float | None = option(0.2, above=0, below=1, optional=True)
