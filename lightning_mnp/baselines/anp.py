@@ -153,16 +153,7 @@ def anp(
         (1, False)
     """
     config = config or ANPConfig()
-    bench = Workbench(
-        model,
-        loader,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        augment=config.augment,
-        forward=forward,
-        network=network,
-        unpack=unpack,
-    )
+    bench = Workbench.of(config, model, loader, forward, network, unpack)
     with unchanged_on_error(model), running_alone(model):
         found = find_filter_layers(model, bench.sample, forward=bench.call)
         layers = _scaled_layers(model, found)

@@ -117,16 +117,7 @@ def fp(
         (2, False)
     """
     config = config or FPConfig()
-    bench = Workbench(
-        model,
-        loader,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        augment=config.augment,
-        forward=forward,
-        network=network,
-        unpack=unpack,
-    )
+    bench = Workbench.of(config, model, loader, forward, network, unpack)
     with running_alone(bench.copy):
         layers = find_filter_layers(bench.copy, bench.sample, forward=bench.call)
         chosen = _chosen_layer(bench, layers, config.layer)

@@ -68,16 +68,7 @@ def ft(
         []
     """
     config = config or FTConfig()
-    bench = Workbench(
-        model,
-        loader,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        augment=config.augment,
-        forward=forward,
-        network=network,
-        unpack=unpack,
-    )
+    bench = Workbench.of(config, model, loader, forward, network, unpack)
     before = bench.accuracy(bench.copy)
     loss = tune(bench, config)
     after = bench.accuracy(bench.copy)

@@ -109,16 +109,7 @@ def ft_sam(
         ([], False)
     """
     config = config or FTSAMConfig()
-    bench = Workbench(
-        model,
-        loader,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        augment=config.augment,
-        forward=forward,
-        network=network,
-        unpack=unpack,
-    )
+    bench = Workbench.of(config, model, loader, forward, network, unpack)
     before = bench.accuracy(bench.model)
     details = _tune(bench, config)
     after = bench.accuracy(bench.copy)

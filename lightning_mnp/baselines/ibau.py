@@ -116,16 +116,7 @@ def ibau(
         ([], False)
     """
     config = config or IBAUConfig()
-    bench = Workbench(
-        model,
-        loader,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        augment=config.augment,
-        forward=forward,
-        network=network,
-        unpack=unpack,
-    )
+    bench = Workbench.of(config, model, loader, forward, network, unpack)
     before = bench.accuracy(bench.model)
     details: dict[str, float] = {}
     with bench.tuning() as parameters, running_alone(bench.copy), evaluating(bench.copy):

@@ -131,16 +131,7 @@ def nad(
         ([], 1)
     """
     config = config or NADConfig()
-    bench = Workbench(
-        model,
-        loader,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        augment=config.augment,
-        forward=forward,
-        network=network,
-        unpack=unpack,
-    )
+    bench = Workbench.of(config, model, loader, forward, network, unpack)
     with running_alone(bench.copy):
         stages = find_stages(bench.copy, bench.sample, bench.call)
     before = bench.accuracy(bench.model)

@@ -132,16 +132,7 @@ def nft(
         True
     """
     config = config or NFTConfig()
-    bench = Workbench(
-        model,
-        loader,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        augment=config.augment,
-        forward=forward,
-        network=network,
-        unpack=unpack,
-    )
+    bench = Workbench.of(config, model, loader, forward, network, unpack)
     with running_alone(bench.copy):
         found = find_filter_layers(bench.copy, bench.sample, forward=bench.call)
         floors = mask_floors(found, config.alpha, config.beta)

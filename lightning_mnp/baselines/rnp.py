@@ -157,16 +157,7 @@ def rnp(
         (True, False)
     """
     config = config or RNPConfig()
-    bench = Workbench(
-        model,
-        loader,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        augment=config.augment,
-        forward=forward,
-        network=network,
-        unpack=unpack,
-    )
+    bench = Workbench.of(config, model, loader, forward, network, unpack)
     defended = copy.deepcopy(model)
     with running_alone(defended):
         layers, total = _normalized_layers(defended, bench.sample, bench.call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,19 @@ def require_finite(values: Tensor, what: str, remedy: str) -> None:
     if not bool(torch.isfinite(values).all()):
         found = f"it is {float(values.detach())}" if values.numel() == 1 else "some of it is not"
         raise ArithmeticError(f"Expected {what} to be finite, but {found}. {remedy}")
+
+
+class _Options(Protocol):
+    """What the options of every baseline that trains say of its batches."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def augment(self) -> Augmentation: ...
 
 
 class Workbench:
@@ -103,6 +116,41 @@ class Workbench:
         with unchanged_on_error(model), running_alone(model):
             self.classes = check_network(model, self.sample, self.data.labels, self.call)
         self.copy = copy.deepcopy(model)
+
+    @classmethod
+    def of(
+        cls,
+        config: _Options,
+        model: nn.Module,
+        loader: Iterable[Any] | DefenseSet,
+        forward: Forward | None,
+        network: str | None,
+        unpack: Unpack,
+    ) -> Workbench:
+        """Return the workbench of a baseline, from its options and its other arguments.
+
+        Args:
+            config: Options, of which seed, batch size and augmentation are taken.
+            model: As for the class, like all that follow.
+            loader: Clean images.
+            forward: How the network is called.
+            network: Which submodule classifies.
+            unpack: How a batch is read.
+
+        Raises:
+            ValueError: If the model and the images do not fit each other.
+            TypeError: If batches or outputs are of an unknown form.
+        """
+        return cls(
+            model,
+            loader,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            augment=config.augment,
+            forward=forward,
+            network=network,
+            unpack=unpack,
+        )
 
     @property
     def sample(self) -> Tensor:

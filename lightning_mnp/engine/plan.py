@@ -106,7 +106,7 @@ class Plan:
         runs = 1 if case.judges_by_signals else case.config.suppression.runs
         run = SuppressionPhase(case).most_steps() + case.passes
         searches = 0
-        if case.config.verdict.rule == "signals":
+        if case.judges_by_signals:
             kinds: list[type[Search]] = [Screening, *case.wanted_signals.values()]
             searches = sum(kind.all_steps(case.scene) for kind in kinds)
         return case.passes + runs * run + searches + 1

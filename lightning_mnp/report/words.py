@@ -21,7 +21,7 @@ _CLASS = re.compile(r"\bclass (\d{1,6})\b")
 
 
 class Words:
-    """Tells a report in sentences, with class names where they are known.
+    """Puts a report into sentences, with class names if they are known.
 
     Args:
         report: The outcome.

@@ -108,7 +108,7 @@ def _numbers_of(
 def _labeled_by_file(
     folder: Path, paths: Sequence[Path], labels: Path, classes: int, class_names: Sequence[str]
 ) -> FoundImages:
-    """Give each image the class that a file has for it; leave out those without one."""
+    """Return images with the classes that a file has for them, without those that it lacks."""
     shown = printable(str(labels))
     try:
         lines = [line.strip() for line in labels.read_text("utf-8").splitlines()]
