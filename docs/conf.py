@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.metadata import version as installed_version
@@ -26,7 +27,10 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
-html_title = "lightning-mnp"
+
+# Read the Docs builds one copy for each branch and tag, and says which one in the environment.
+html_title = f"lightning-mnp {os.environ.get('READTHEDOCS_VERSION', version)}"
+html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
 
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
