@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -38,6 +39,7 @@ def targets(text: str) -> Iterator[tuple[int, str]]:
                 yield first, str(target)
 
 
+@cache
 def anchors(text: str) -> set[str]:
     """List the anchors that GitHub makes of a page's headings."""
     found: set[str] = set()
