@@ -40,6 +40,12 @@ _PIECES = re.compile(
     r"|(?P<skip><!-- not run: [^\n]+ -->\n)?^```python\n(?P<block>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
+# What the README takes for granted stands here: that page is read as it is.
+SETUPS = {
+    REPOSITORY / "README.md": "from distributed_script import data, small_network; "
+    "from helpers import UserModule; model = UserModule(small_network().train()); "
+    "clean_loader = datamodule = data()"
+}
 _MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 # The same code on a smaller scale; `SHORT` has the options of a defense of few steps.
@@ -60,6 +66,10 @@ SHORTER = {
     "patch_size=3": "patch_size=2",
     "MNPConfig(seed=0)": "SHORT",
     'MNPCallback(when="never")': 'MNPCallback(when="never", config=SHORT)',
+    "clean_loader, seed=0)": "clean_loader, config=SHORT)",
+    "MNPCallback(defense_loader=clean_loader)": (
+        "MNPCallback(defense_loader=clean_loader, config=SHORT)"
+    ),
     'when="always", seed=0': 'when="always", config=SHORT',
 }
 
@@ -68,6 +78,7 @@ def code(page: Path) -> str:
     """All code of a page, with line numbers kept."""
     text = page.read_text("utf-8")
     lines = [""] * (text.count("\n") + 1)
+    lines[0] = SETUPS.get(page, "")
     for piece in _PIECES.finditer(text):
         content = piece["setup"] if piece["setup"] is not None else piece["block"]
         if piece["skip"]:
