@@ -204,7 +204,6 @@ def commands() -> dict[str, list[str]]:
 
 COMMANDS = commands()
 OURS = {key: words for key, words in COMMANDS.items() if words[0] == "lightning-mnp"}
-CHECK_LINKS = runpy.run_path(str(REPOSITORY / ".ci" / "check_links.py"))
 PROGRAMS = {key: words for key, words in COMMANDS.items() if words[0] == "python"}
 del PROGRAMS["python -m venv .venv"]
 
@@ -273,9 +272,14 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert not [name for name in names if not (REPOSITORY / name).is_file()]
 
 
+@pytest.fixture(scope="module")
+def check_links() -> dict[str, Any]:
+    return runpy.run_path(str(REPOSITORY / ".ci" / "check_links.py"))
+
+
 @pytest.mark.parametrize("page", PUBLISHED, ids=name)
-def test_links_lead_somewhere(page: Path) -> None:
-    assert not list(CHECK_LINKS["faults"](page))
+def test_links_lead_somewhere(page: Path, check_links: dict[str, Any]) -> None:
+    assert not list(check_links["faults"](page))
 
 
 def test_words_stand_in_the_glossary() -> None:
