@@ -75,7 +75,6 @@ def name(page: Path) -> str:
 
 
 WITH_CODE = [page for page in PAGES if code(page).strip()]
-RUN_ELSEWHERE = [DOCS / "how-to/in-your-pipeline.md"]  # by test_gates.py, which scans its files
 
 
 class QuickTrainer(L.Trainer):
@@ -98,9 +97,7 @@ class QuickTrainer(L.Trainer):
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:MNPCallback. verdict")
-@pytest.mark.parametrize(
-    "page", [each for each in WITH_CODE if each not in RUN_ELSEWHERE], ids=name
-)
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(L, "Trainer", QuickTrainer)
@@ -120,19 +117,15 @@ def test_what_is_made_shorter_is_still_there(text: str) -> None:
     assert any(text in page.read_text("utf-8") for page in PAGES)
 
 
-def commands_of(page: Path) -> list[str]:
-    found = []
-    for block in _COMMANDS.findall(page.read_text("utf-8")):
-        for line in block.replace("\\\n", " ").splitlines():
-            for part in re.split(r"&&|\|\||>", line):
-                words = shlex.split(part, comments=True)
-                if words[:1] == ["lightning-mnp"]:
-                    found.append(shlex.join(words))
-    return found
-
-
 def commands() -> list[Any]:
-    found = dict.fromkeys(command for page in TEXTS for command in commands_of(page))
+    found: dict[str, Path] = {}
+    for page in TEXTS:
+        for block in _COMMANDS.findall(page.read_text("utf-8")):
+            for line in block.replace("\\\n", " ").splitlines():
+                for part in re.split(r"&&|\|\||>", line):
+                    words = shlex.split(part, comments=True)
+                    if words[:1] == ["lightning-mnp"]:
+                        found.setdefault(shlex.join(words), page)
     return [pytest.param(command, id=command[:60]) for command in found]
 
 
