@@ -17,6 +17,7 @@ PACKAGE = "lightning_mnp"
 # What a source distribution is no use without, and what is not for users.
 NEEDED = {"CHANGELOG.md", "LICENSE", "README.md", "docs/index.md", "pyproject.toml"}
 FOLDERS = {"benchmarks", "docs", "examples", "lightning_mnp", "tests"}
+CONFIGURATIONS = "examples"  # in the wheel, they are a folder of the package
 UNWANTED = ("benchmarks/results/", "docs/_build/", "docs/reference/modules/")
 
 
@@ -26,6 +27,14 @@ def package_files() -> set[str]:
         path.relative_to(REPOSITORY).as_posix()
         for path in (REPOSITORY / PACKAGE).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def configurations() -> set[str]:
+    """List the configurations that users name by `package:`, as paths from the root."""
+    return {
+        path.relative_to(REPOSITORY).as_posix()
+        for path in (REPOSITORY / CONFIGURATIONS).rglob("*.yaml")
     }
 
 
@@ -70,10 +79,11 @@ def main(folder: Path) -> int:
         print(done.stdout, done.stderr, sep="\n")
         return 1
     [wheel], [sdist] = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    package = package_files()
+    package, others = package_files(), configurations()
+    in_wheel = package | {f"{PACKAGE}/{name}" for name in others}
     faults = [
-        *wheel_faults(wheel_names(wheel), package),
-        *sdist_faults(sdist_names(sdist), package),
+        *wheel_faults(wheel_names(wheel), in_wheel),
+        *sdist_faults(sdist_names(sdist), package | others),
     ]
     for fault in faults:
         print(f"FAILURE: {fault}")

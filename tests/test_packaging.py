@@ -251,6 +251,8 @@ def test_build_check_knows_what_belongs_in() -> None:
     package = check["package_files"]()
     assert {"lightning_mnp/py.typed", "lightning_mnp/cli/demo.yaml"} <= package
     assert not any("__pycache__" in name for name in package)
+    others = check["configurations"]()
+    assert {"examples/audit-cifar10.yaml", "examples/attacks/badnets.yaml"} <= others
     complete = {*package, "lightning_mnp-0.1.0.dist-info/METADATA"}
     assert list(check["wheel_faults"](complete, package)) == []
     changed = {*complete, "tests/helpers.py"} - {"lightning_mnp/cli/demo.yaml"}

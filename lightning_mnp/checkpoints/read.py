@@ -34,6 +34,7 @@ MAX_BYTES = 8 * 2**30
 # Where training scripts keep their arguments.
 _ARGUMENTS = ("args", "config", "hyper_parameters", "hparams")
 _LONGEST_LIST = 16
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def read_checkpoint(
 
 
 def _check_file(path: Path, max_bytes: int, argument: str) -> None:
-    """Check that a file exists and is not too large."""
+    """Check that a file exists, is not too large and not a mere pointer to one."""
     shown = printable(str(path))
     if not path.is_file():
         raise CheckpointError(
@@ -216,6 +217,12 @@ def _check_file(path: Path, max_bytes: int, argument: str) -> None:
         raise CheckpointError(
             f"{shown} is refused: it has {size:,} bytes, but `max_bytes` is {max_bytes:,}."
         )
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(
+                f"Expected {shown} to hold weights, but it is a pointer of Git LFS, and the file "
+                "itself was not fetched. Run `git lfs pull`."
+            )
 
 
 def _facts(content: object) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_mnp.attacks import TriggerCheckpoint
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.cli.benchmark import main as benchmark
+from lightning_mnp.cli.configurations import with_found_configurations
 from lightning_mnp.cli.parser import MNPParser
 from lightning_mnp.cli.quiet import without_tips
 from lightning_mnp.cli.trainer import MNPTrainer
@@ -83,12 +84,14 @@ class MNPCLI(LightningCLI):
         return {name: set(data) for name in ([self._named] if self._named else CONFIGURED)}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Take several files behind one ``--ckpt_paths``, as a shell's wildcard gives them."""
+        """Take several files behind one ``--ckpt_paths``, and find ``package:`` configurations."""
         _refuse_flat_options(sys.argv[1:] if args is None else args)
         if args is None:
-            self.config = parser.parse_args(_join_files(sys.argv[1:]))
+            self.config = parser.parse_args(_join_files(with_found_configurations(sys.argv[1:])))
+        elif isinstance(args, list):
+            super().parse_arguments(parser, _join_files(with_found_configurations(args)))
         else:
-            super().parse_arguments(parser, _join_files(args) if isinstance(args, list) else args)
+            super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
         """Write the configuration beside the logs of `fit` only, anew where a training goes on."""

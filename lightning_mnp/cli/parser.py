@@ -28,7 +28,7 @@ _WITHOUT_TRAINING = ("audit", "defend", "calibrate")
 _NOT_IN = {"audit": ("mnp.masks", "mnp.pruning"), "calibrate": ("mnp.masks", "mnp.pruning")}
 _TITLES = {"trainer": "Lightning's Trainer", "model": "The model", "data": "The images"}
 _OWN_WORDS = {
-    "config": "File with options, as YAML.",
+    "config": "File with options, as YAML, or package:NAME for one that comes with the package.",
     "print_config": "Print all options as YAML and end.",
     "seed_everything": "Seed of what the method does not draw by itself.",
     "trainer.accelerator": "cpu, gpu, mps or auto.",

@@ -419,3 +419,11 @@ def test_a_whole_file_is_checked(tmp_path: Path, canary: Path) -> None:
     torch.save({"momentum": [torch.ones(1).expand(10**7, 10**7)]}, path)
     with pytest.raises(CheckpointError, match="tensors declare 400,000,000,000,000 bytes"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_told(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n")
+    with pytest.raises(CheckpointError, match=r"a pointer of Git LFS.* Run `git lfs pull`"):
+        read_state_dict(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,33 +34,63 @@ from lightning_mnp.surgery.forward import call_network, evaluating
 __all__ = ["main", "scan"]
 
 _WRONG_USE, _INTERRUPTED = 2, 130
+_WORST_FIRST = (3, 2, 4, 0)  # what several files come to: the first code that one of them has
 _WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError)
 _PART = 64  # images in a batch for predictions
 _REPORTS = ("report.html", "report.json")
 
 
 def main(options: ScanOptions) -> int:
-    """Scan a weights file, print the outcome, and return the exit code.
+    """Scan one weights file or several, print the outcome, and return the exit code.
 
     Args:
-        options: What the command was asked for.
+        options: What the command was asked for. With several files, the reports of each go to a
+            folder of its own below ``out``.
 
     Returns:
         0 for a clean network, 3 for a backdoored one, 4 if it stays undecided, 2 for wrong use or
-        input that was refused, 130 after Ctrl-C.
+        input that was refused, 130 after Ctrl-C. With several files, 3 comes first, then 2, then 4.
     """
     try:
-        report = scan(options)
+        codes = []
+        for each in _one_by_one(options):
+            if options.others:
+                print(f"\n{printable(each.weights)}:", flush=True)
+            codes.append(_scanned(each))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return next(code for code in _WORST_FIRST if code in codes)
+
+
+def _one_by_one(options: ScanOptions) -> list[ScanOptions]:
+    """Return the options for each file, with a folder for its reports that is named like it."""
+    if not options.others:
+        return [options]
+    files = (options.weights, *options.others)
+    folders = [re.sub(r"[^\w.-]+", "-", file).strip("-.") for file in files]
+    return [
+        replace(
+            options,
+            weights=file,
+            others=(),
+            # Two files can come to one name.
+            out=options.out / (f"{folder}-{index}" if folder in folders[:index] else folder),
+        )
+        for index, (file, folder) in enumerate(zip(files, folders, strict=True))
+    ]
+
+
+def _scanned(options: ScanOptions) -> int:
+    """Scan one file and return the exit code."""
+    try:
+        return scan(options).exit_code
     except _WRONG_INPUT as error:
         if os.environ.get("LIGHTNING_MNP_DEBUG"):
             raise
         lines = [printable(line, 10_000) for line in str(error).splitlines()]
         print("error: " + "\n".join(lines), file=sys.stderr)
         return _WRONG_USE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    return report.exit_code
 
 
 def scan(options: ScanOptions, config: MNPConfig | None = None) -> DefenseReport:

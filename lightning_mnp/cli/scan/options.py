@@ -14,7 +14,7 @@ __all__ = ["Format", "ScanOptions", "parse_options"]
 
 Format = Literal["text", "json", "sarif"]
 
-_USAGE = "lightning-mnp scan WEIGHTS --images FOLDER [--arch NAME] [options]"
+_USAGE = "lightning-mnp scan WEIGHTS... --images FOLDER [--arch NAME] [options]"
 _DESCRIPTION = (
     "Judge whether the network in a weights file carries a backdoor. Nothing in the file is run. "
     "Exit codes: 0 clean, 3 backdoored, 4 undecided, 2 wrong use or refused input."
@@ -41,6 +41,7 @@ class ScanOptions:
         purify: File for the purified weights.
         out: Folder of the reports.
         format: What is printed.
+        others: Further files, which are judged one after another.
     """
 
     weights: str
@@ -58,6 +59,7 @@ class ScanOptions:
     purify: Path | None = None
     out: Path = Path()
     format: Format = "text"
+    others: tuple[str, ...] = ()
 
 
 def parse_options(words: Sequence[str]) -> ScanOptions:
@@ -80,7 +82,9 @@ def parse_options(words: Sequence[str]) -> ScanOptions:
     add(
         "weights",
         metavar="WEIGHTS",
-        help=".pt, .pth, .ckpt or .safetensors; a folder with config.json; or hf://owner/name",
+        nargs="+",
+        help=".pt, .pth, .ckpt or .safetensors; a folder with config.json; or hf://owner/name; "
+        "several are judged one after another",
     )
     add(
         "--images",
@@ -117,7 +121,13 @@ def parse_options(words: Sequence[str]) -> ScanOptions:
         parser.error("expected --images FOLDER with clean images, but got none")
     if (found["mean"] is None) != (found["std"] is None):
         parser.error("expected --mean and --std together, but got only one of them")
-    return ScanOptions(**found)
+    found["weights"], *others = dict.fromkeys(found["weights"])
+    if others and (found["purify"] is not None or found["format"] != "text"):
+        parser.error(
+            "expected one file with --purify, --format json and --format sarif, but got "
+            f"{len(others) + 1}; call the command for each of them"
+        )
+    return ScanOptions(**found, others=tuple(others))
 
 
 def _positive(word: str) -> int:

@@ -35,6 +35,11 @@ def test_what_is_left_out_has_the_default_of_the_class() -> None:
     assert found == ScanOptions("model.pt", Path("clean"))
 
 
+def test_several_files_are_named_once() -> None:
+    found = parse_options(["--images", "clean", "a.pt", "b.pt", "a.pt"])
+    assert found == ScanOptions("a.pt", Path("clean"), others=("b.pt",))
+
+
 def test_help_is_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
@@ -53,6 +58,8 @@ def test_help_is_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         ("model.pt --images a --mean 1;2", "such as 0.5,0.5,0.5, but got '1;2'"),
         ("model.pt --images a --mean 0.5", "--mean and --std together"),
         ("model.pt --images a --format xml", "invalid choice: 'xml'"),
+        ("a.pt b.pt c.pt --images a --format json", "expected one file with --purify, --format"),
+        ("a.pt b.pt c.pt --images a --purify d.pt", "but got 3; call the command for each"),
         ("model.pt --images a \x1b[2J", "unrecognized arguments: ?[2J"),
     ],
 )
