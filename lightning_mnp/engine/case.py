@@ -79,12 +79,14 @@ class Case:
         doubts: Why it cannot be judged, in words; empty if it can.
         suppressed: Suppressed weights of the runs before the latest, as far as pruning needs them.
         masks_sum: Sum of M1 + M2 over the runs so far.
+        masks_path: The same sum of M1 + M2, each in its mean over all steps.
         masks_count: Number of these runs.
         judgement: The latest verdict, or None.
         purification: What is changed, and how it is found.
         second_audit: What an audit of the purified copy says, or None.
         weights_sha256: Digest of the model's weights as they were given.
         warnings: What the reader of the report should know, in words.
+        measured: Names of the signals that are made; None for all.
     """
 
     def __init__(
@@ -117,12 +119,14 @@ class Case:
         self.doubts: tuple[str, ...] = ()
         self.suppressed: list[Weights] = []
         self.masks_sum = torch.zeros(layers.total, device=self.masked.device)
+        self.masks_path = torch.zeros_like(self.masks_sum)
         self.masks_count = 0
         self.judgement: Judgement | None = None
         self.purification = Purification(self.masked, data, config, self.raised, constants)
         self.second_audit: SecondAudit | None = None
         self.weights_sha256 = weights_digest(model)  # before anything is pruned
         self.warnings = [*_coarse_weights(model)]
+        self.measured: frozenset[str] | None = None
 
     @contextmanager
     def protected(self, where: str) -> Iterator[None]:
@@ -188,9 +192,9 @@ class Case:
     def first_runs(self) -> int:
         """Number of suppression runs before the first verdict.
 
-        One is enough if no signal speaks: the others are made when a verdict or pruning needs them.
+        One is enough if no signal speaks: the others are made when a verdict or masks need them.
         """
-        waits = self.when == "never" or (self.when == "flagged" and not self.ranks_by_masks)
+        waits = not self.ranks_by_masks or self.when == "never"
         return 1 if self.judges_by_signals and waits else self.config.suppression.runs
 
     @property
@@ -209,8 +213,24 @@ class Case:
     @property
     def wanted_signals(self) -> dict[str, type[SignalSearch]]:
         """Those that are made for the verdict."""
-        wanted = self.wanted_searches.items()
-        return {name: kind for name, kind in wanted if issubclass(kind, SignalSearch)}
+        return {
+            name: kind
+            for name, kind in self.wanted_searches.items()
+            if issubclass(kind, SignalSearch) and (self.measured is None or name in self.measured)
+        }
+
+    @property
+    def spoke(self) -> frozenset[str]:
+        """Names of the signals that an audit of the purified network makes again.
+
+        The one most believed, and all that came half as far as what counts. The margin needs the
+        pile-up to agree, so both are made or none.
+        """
+        found = self.signals()
+        names = {each.name for each in found if 2 * each.value >= each.threshold}
+        names |= {each.name for each in found[:1]}
+        pair = {"margin", "pile-up"}
+        return frozenset(names | pair if names & pair else names)
 
     @property
     def wanted_traces(self) -> dict[str, type[Search]]:

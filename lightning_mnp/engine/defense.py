@@ -30,9 +30,9 @@ __all__ = ["MNPDefense", "When"]
 class MNPDefense:
     """Audits a network and finds the filters to prune, one batch a step.
 
-    It runs the phases of a plan one after the other: ``reference``; for every run ``suppression``,
-    ``saliency`` and ``masks``; a search for each signal; ``verdict``, which may ask for further
-    runs; searches that only pruning needs; ``pruning``, ``soft_masks``, ``check`` and ``reaudit``.
+    It runs the phases of a plan one after the other: ``reference``; ``suppression`` and
+    ``saliency``; a search for each signal; ``verdict``, which may ask for further runs; searches
+    that only pruning needs; ``masks``, ``pruning``, ``soft_masks``, ``check`` and ``reaudit``.
 
     The model is not changed. Every random choice follows from the seed and the place in this
     order, so the state is tensors and primitives, and a run that was stopped goes on as if it
@@ -84,9 +84,9 @@ class MNPDefense:
         self._current: Phase | None = None
 
     def _audit_of(self, model: nn.Module) -> MNPDefense:
-        """Make the engine that audits a purified copy."""
+        """Make the engine that audits a purified copy, by the signals that spoke."""
         case = self.case
-        return MNPDefense(
+        second = MNPDefense(
             model,
             case.data,
             case.config.changed({"pruning.reaudit": False}),
@@ -96,6 +96,9 @@ class MNPDefense:
             autocast=case.masked.autocast,
             constants=case.constants,
         )
+        second.case.measured = case.spoke
+        second.plan = Plan(second.case, second._audit_of)
+        return second
 
     @property
     def current(self) -> Phase:

@@ -209,6 +209,7 @@ class MaskPhase(Phase):
         second = case.preserving.step(images, labels, updates)
         if self.most_steps() <= 1:
             case.masks_sum += case.penalty.values.detach() + case.preserving.values.detach()
+            case.masks_path += case.penalty.mean + case.preserving.mean
             case.masks_count += 1
             for name, mask in (("M1", case.penalty), ("M2", case.preserving)):
                 if mask.stopped:
@@ -257,6 +258,9 @@ class SearchPhase(Phase):
         """Whether the search has finished, or is not worth while."""
         case = self.case
         if case.doubts and case.when != "always":  # the network will not be judged, nor pruned
+            return True
+        traces = case.wanted_traces if case.judgement is not None else {}
+        if self.name in traces and not traces[self.name].helps(case.signals()[0]):
             return True
         return self.name in case.found
 
@@ -331,9 +335,8 @@ class VerdictPhase(OneStepPhase):
     def _further_runs(self) -> range:
         """The runs to make before the next verdict.
 
-        The audit begins with one. The usual number is made if the verdict may hang on the pile-up,
-        and for greedy pruning, which looks at all of these suppressed networks. If the pile-up is
-        unclear even then, one more for each part follows.
+        The audit begins with one. The usual number is made if the verdict may hang on the pile-up.
+        If the pile-up is unclear even then, one more for each part follows.
         """
         case, made = self.case, len(self.case.runs)
         # Of a network that is not judged in any case, more runs would say nothing.
@@ -343,8 +346,7 @@ class VerdictPhase(OneStepPhase):
         constants, found = case.constants.of(VerdictConstants), case.signals()
         if made < suppression.runs:
             wanted = suppression.runs
-            traced = self._prunes and not case.ranks_by_masks
-            needed = traced or hangs_on_pile_up(found, constants)
+            needed = hangs_on_pile_up(found, constants)
         else:
             parts = suppression_parts(case.data, case.config)
             wanted = min(made + parts, suppression.runs + suppression.more_runs)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_mnp.engine.base import OneStepPhase, Phase
 from lightning_mnp.engine.case import Case
-from lightning_mnp.mnp.thresholds import choose_filters, pruned_count
+from lightning_mnp.mnp.thresholds import choose_filters, pruned_count, pruning_order
 from lightning_mnp.mnp.updates import Updates
 from lightning_mnp.report import DefenseReport, PruningReport, SecondAudit
 from lightning_mnp.signals.verdict import Judgement
@@ -70,7 +70,7 @@ class ThresholdPhase(_Pruning, OneStepPhase):
 
 
 class GreedyPhase(_Pruning):
-    """Greedy pruning along traces, one filter a step."""
+    """Greedy pruning by the order of M1 + M2 and along traces, one filter a step."""
 
     @property
     def done(self) -> bool:
@@ -86,7 +86,9 @@ class GreedyPhase(_Pruning):
         """Begin, or take one more filter."""
         purification = self.case.purification
         if purification.greedy is None:
-            purification.begin(self.case.traces())
+            case = self.case
+            order = pruning_order(case.scores, case.masks_path) if case.masks_count else None
+            purification.begin(case.traces(), [] if order is None else order.tolist())
         self.steps += 1
         return purification.greedy_step()
 

@@ -1,4 +1,4 @@
-"""Greedy pruning: filters taken one by one, worst first, as many as clean images can do without."""
+"""Greedy pruning: filters taken one by one, by the masks' order first, until a backdoor is gone."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ class GreedyConstants:
         harmless: A filter that does no more harm than this is taken without looking further.
         little_harm: Share of the harm allowed that filters may do once little of the backdoor
             shows.
+        relief: A filter of the masks' order goes only if it lowers the level of a trace that
+            decides by so much, as a share of its level at the start.
+        misses: The masks' order is left when so many filters in a row have stayed.
     """
 
     candidates: int = 4
@@ -45,17 +48,24 @@ class GreedyConstants:
     harm_floor: float = 0.005
     harmless: float = 0.001
     little_harm: float = 0.25
+    relief: float = 0.02
+    misses: int = 8
 
 
 class GreedyPruning:
     """Takes filters one by one: those that carry the target class and that clean images do without.
 
-    In each step, the first-order effect of every filter on the margins of the traces is set
-    against its first-order effect on clean margins. The harm (:class:`CleanHarm`) without each of
-    the best four is measured, best first, and the one with the most effect for its harm is taken,
-    or the first that does none. It ends at the most filters, or when all that is left is
-    too harmful: one filter may do half of the harm allowed, all of them as much as is allowed
-    above the least on the way. The last filter of a layer is never taken.
+    It first follows an order of filters, that of M1 + M2. The next filter goes if traces show less
+    of the backdoor without it, and if it does little harm (:class:`CleanHarm`). So an order that
+    names a filter which clean images need does no damage. After eight filters in a row that stay,
+    the order is left, and filters are searched for. The first-order effect of every filter on the
+    margins of the traces is set against its first-order effect on clean margins. The harm without
+    each of the best four is measured, best first, and the one with the most effect for its harm is
+    taken, or the first that does none.
+
+    It ends when the traces that decide show next to nothing, at the most filters, or when all that
+    is left is too harmful: one filter may do half of the harm allowed, all of them as much as is
+    allowed above the least on the way. The last filter of a layer is never taken.
 
     Args:
         masked: The network.
@@ -67,6 +77,7 @@ class GreedyPruning:
         seed: Seed of everything that is drawn.
         impurity: The share of clean images that may be poisoned after all.
         constants: Constants that differ from their defaults.
+        order: Positions of filters, those to try first in front; may be empty.
 
     Attributes:
         taken: Positions of the filters taken so far, in their order.
@@ -88,6 +99,7 @@ class GreedyPruning:
         seed: int,
         impurity: float = 0.0,
         constants: Constants | None = None,
+        order: Sequence[int] = (),
     ) -> None:
         constants = constants or Constants()
         self.constants = constants.of(GreedyConstants)
@@ -103,6 +115,9 @@ class GreedyPruning:
         self.spared: list[int] = []
         self.curve: list[tuple[float, ...]] = []
         self.stopped = ""
+        self.order = list(order)
+        self._tried = 0  # of the order
+        self._missed = 0  # the latest of these, in a row, that stayed
         self._rejected: dict[int, int] = {}
         self.references: list[float] = []
         self._measure = CleanHarm(masked, clean, batch_size, impurity, constants.of(HarmConstants))
@@ -135,16 +150,19 @@ class GreedyPruning:
         masks = self.masks()
         for trace in self.traces:
             trace.adapt(masks, 0)
-        self.references = [max(level, self._least) for level in self._levels()]
+        self.references = [max(level, self._least) for level in self._levels(masks)]
         self._note(0.0)
 
     def _take_next(self) -> None:
+        if self._shows_little(self.curve[-1][1:]):
+            self.stopped = "next to nothing of the backdoor shows any more"
+            return
         if len(self.taken) >= self.most:
             self.stopped = f"the most filters, {self.most}, were taken"
             return
         best = None
         while best is None and not self.stopped:
-            best = self._best()
+            best = self._next_of_order() if self._follows_order else self._best()
         if best is None:
             return
         self.taken.append(best[0])
@@ -154,14 +172,40 @@ class GreedyPruning:
         self._note(best[1])
 
     def _note(self, harm: float) -> None:
-        levels = zip(self._levels(), self.references, strict=True)
-        self.curve.append((harm, *(level / whole for level, whole in levels)))
+        self.curve.append((harm, *self._shares(self.masks())))
 
     @torch.no_grad()
-    def _levels(self) -> list[float]:
+    def _levels(self, masks: Tensor) -> list[float]:
         """The strength of each trace."""
-        masks = self.masks()
         return [float(strength(trace, masks)) for trace in self.traces]
+
+    def _shares(self, masks: Tensor) -> list[float]:
+        """The strength of each trace as a share of that at the start."""
+        levels = zip(self._levels(masks), self.references, strict=True)
+        return [level / whole for level, whole in levels]
+
+    @property
+    def _follows_order(self) -> bool:
+        return self._tried < len(self.order) and self._missed < self.constants.misses
+
+    def _next_of_order(self) -> tuple[int, float] | None:
+        """The next filter of the order, and the harm with it; None if it stays."""
+        index = self.order[self._tried]
+        self._tried += 1
+        if self._is_last(index):
+            self.spared.append(index)
+            return None
+        self._missed += 1
+        levels = self._shares(self.masks(without=[index]))
+        pairs = zip(self.traces, self.curve[-1][1:], levels, strict=True)
+        relief = max((now - then for trace, now, then in pairs if trace.decides), default=0.0)
+        if not relief >= self.constants.relief:
+            return None
+        harm = self.harm_of(self.masks(without=[index]))
+        if not harm <= min(self._most_harm(), self.curve[-1][0] + self.harm / 2):
+            return None
+        self._missed = 0
+        return index, harm
 
     def _best(self) -> tuple[int, float] | None:
         """The best filter to take next, and the harm with it.
@@ -206,15 +250,19 @@ class GreedyPruning:
         """The most harm that the next filter may lead to."""
         most = min(point[0] for point in self.curve) + self.harm
         for harm, *levels in self.curve:
-            shown = zip(self.traces, levels, self.references, strict=True)
-            decisive = [
-                trace.shows_little(level * before, before)
-                for trace, level, before in shown
-                if trace.decides
-            ]
-            if decisive and all(decisive):
+            if self._shows_little(levels):
                 return min(most, harm + self.constants.little_harm * self.harm)
         return most
+
+    def _shows_little(self, levels: Sequence[float]) -> bool:
+        """Whether next to nothing is left in all traces that decide, if there are any."""
+        shown = zip(self.traces, levels, self.references, strict=True)
+        decisive = [
+            trace.shows_little(level * before, before)
+            for trace, level, before in shown
+            if trace.decides
+        ]
+        return bool(decisive) and all(decisive)
 
     def _waiting(self) -> list[int]:
         """Filters that were too harmful a short while ago."""
@@ -270,6 +318,9 @@ class GreedyPruning:
             "spared": list(self.spared),
             "curve": [list(point) for point in self.curve],
             "stopped": self.stopped,
+            "order": list(self.order),
+            "tried": self._tried,
+            "missed": self._missed,
             "rejected": dict(self._rejected),
             "reference": list(self.references),
             "traces": [trace.state_dict() for trace in self.traces],
@@ -281,6 +332,9 @@ class GreedyPruning:
         self.spared = [int(index) for index in state["spared"]]
         self.curve = [tuple(float(value) for value in point) for point in state["curve"]]
         self.stopped = str(state["stopped"])
+        self.order = [int(index) for index in state["order"]]
+        self._tried = int(state["tried"])
+        self._missed = int(state["missed"])
         self._rejected = {int(index): int(count) for index, count in state["rejected"].items()}
         self.references = [float(value) for value in state["reference"]]
         for trace, part in zip(self.traces, state["traces"], strict=True):

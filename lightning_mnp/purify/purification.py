@@ -121,11 +121,12 @@ class Purification:
                 f"{', '.join(names)}; a layer without filters would pass nothing on"
             )
 
-    def begin(self, traces: Sequence[Trace]) -> None:
+    def begin(self, traces: Sequence[Trace], order: Sequence[int] = ()) -> None:
         """Begin greedy pruning.
 
         Args:
             traces: Where the backdoor shows.
+            order: Positions of filters, those to try first in front; may be empty.
         """
         self.greedy = GreedyPruning(
             self.raised,
@@ -137,6 +138,7 @@ class Purification:
             self.config.seed,
             self.config.pruning.impurity,
             self.constants,
+            order,
         )
 
     def greedy_step(self) -> dict[str, float]:
