@@ -104,7 +104,7 @@ class MaskOptions:
 
     lr: float = option(0.1, above=0)
     momentum: float = option(0.9, at_least=0, below=1)
-    epochs: int = option(10, at_least=1)
+    epochs: int = option(5, at_least=1)
     penalty: float = option(0.0005, at_least=0)
 
     def __post_init__(self) -> None:

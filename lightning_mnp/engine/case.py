@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import datetime, timezone
 from functools import cached_property
@@ -66,6 +66,7 @@ class Case:
         classes: Number of its classes.
         autocast: Makes the context in which the network runs.
         constants: Constants that differ from their defaults.
+        measured: Names of the signals that are made; None for all.
 
     Attributes:
         masked: The network as it is, with weights and masks that can be exchanged.
@@ -79,14 +80,12 @@ class Case:
         doubts: Why it cannot be judged, in words; empty if it can.
         suppressed: Suppressed weights of the runs before the latest, as far as pruning needs them.
         masks_sum: Sum of M1 + M2 over the runs so far.
-        masks_path: The same sum of M1 + M2, each in its mean over all steps.
         masks_count: Number of these runs.
         judgement: The latest verdict, or None.
         purification: What is changed, and how it is found.
         second_audit: What an audit of the purified copy says, or None.
         weights_sha256: Digest of the model's weights as they were given.
         warnings: What the reader of the report should know, in words.
-        measured: Names of the signals that are made; None for all.
     """
 
     def __init__(
@@ -100,6 +99,7 @@ class Case:
         classes: int,
         autocast: Callable[[], AbstractContextManager[Any]],
         constants: Constants,
+        measured: Set[str] | None = None,
     ) -> None:
         self.model = model
         self.data = data
@@ -108,6 +108,7 @@ class Case:
         self.layers = layers
         self.classes = classes
         self.constants = constants
+        self.measured = measured
         self.masked = MaskedNetwork(model, layers, forward, config.filters.statistics, autocast)
         self.raised = self.masked.with_raised({})
         self.scene = Scene(self.raised, data, config, classes, constants)
@@ -119,14 +120,12 @@ class Case:
         self.doubts: tuple[str, ...] = ()
         self.suppressed: list[Weights] = []
         self.masks_sum = torch.zeros(layers.total, device=self.masked.device)
-        self.masks_path = torch.zeros_like(self.masks_sum)
         self.masks_count = 0
         self.judgement: Judgement | None = None
         self.purification = Purification(self.masked, data, config, self.raised, constants)
         self.second_audit: SecondAudit | None = None
         self.weights_sha256 = weights_digest(model)  # before anything is pruned
         self.warnings = [*_coarse_weights(model)]
-        self.measured: frozenset[str] | None = None
 
     @contextmanager
     def protected(self, where: str) -> Iterator[None]:
@@ -193,7 +192,10 @@ class Case:
         """Number of suppression runs before the first verdict.
 
         One is enough if no signal speaks: the others are made when a verdict or masks need them.
+        None is made where nothing needs one.
         """
+        if self.judges_by_signals and not (self.measured is None or "pile-up" in self.measured):
+            return 0
         waits = not self.ranks_by_masks or self.when == "never"
         return 1 if self.judges_by_signals and waits else self.config.suppression.runs
 
@@ -218,19 +220,6 @@ class Case:
             for name, kind in self.wanted_searches.items()
             if issubclass(kind, SignalSearch) and (self.measured is None or name in self.measured)
         }
-
-    @property
-    def spoke(self) -> frozenset[str]:
-        """Names of the signals that an audit of the purified network makes again.
-
-        The one most believed, and all that came half as far as what counts. The margin needs the
-        pile-up to agree, so both are made or none.
-        """
-        found = self.signals()
-        names = {each.name for each in found if 2 * each.value >= each.threshold}
-        names |= {each.name for each in found[:1]}
-        pair = {"margin", "pile-up"}
-        return frozenset(names | pair if names & pair else names)
 
     @property
     def wanted_traces(self) -> dict[str, type[Search]]:
@@ -324,6 +313,7 @@ def open_case(
     forward: Forward | None,
     autocast: Callable[[], AbstractContextManager[Any]],
     constants: Constants,
+    measured: Set[str] | None = None,
 ) -> Case:
     """Check model, defense set and options against each other, before any work.
 
@@ -336,6 +326,7 @@ def open_case(
         forward: How that is called.
         autocast: Makes the context in which the network runs.
         constants: Constants that differ from their defaults.
+        measured: Names of the signals that are made; None for all.
 
     Raises:
         ValueError: If they do not fit each other.
@@ -373,7 +364,7 @@ def open_case(
         pruned_count(torch.ones(layers.total), pruning.rule, pruning.amount)
         if when != "never" and filters.site == "filter":
             _refuse_undone_masks(model, layers, filters.statistics)
-    return Case(model, data, config, when, layers, call, classes, autocast, constants)
+    return Case(model, data, config, when, layers, call, classes, autocast, constants, measured)
 
 
 def _refuse_undone_masks(model: nn.Module, layers: FilterLayers, statistics: Statistics) -> None:

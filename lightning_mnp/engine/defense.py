@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning_mnp.engine.state import FORMAT, case_state, check_state, identity
 from lightning_mnp.mnp.updates import PlainUpdates, Updates
 from lightning_mnp.purify.purification import Purification
 from lightning_mnp.report import DefenseReport
-from lightning_mnp.signals.verdict import Judgement
+from lightning_mnp.signals.verdict import Judgement, signals_to_repeat
 from lightning_mnp.surgery.forward import Forward
 from lightning_mnp.surgery.prune import Pruning
 
@@ -35,8 +35,7 @@ class MNPDefense:
     that only pruning needs; ``masks``, ``pruning``, ``soft_masks``, ``check`` and ``reaudit``.
 
     The model is not changed. Every random choice follows from the seed and the place in this
-    order, so the state is tensors and primitives, and a run that was stopped goes on as if it
-    had not been.
+    order, so a run that was stopped goes on from its state as if it had not been.
 
     Args:
         model: The model, on its device.
@@ -48,6 +47,7 @@ class MNPDefense:
         forward: How that is called, see :func:`~lightning_mnp.surgery.forward.call_network`.
         autocast: Makes the context in which the network runs, for lower precision.
         constants: Constants of the method that differ from their defaults, for studies.
+        signals: Names of the signals that are made; all if None.
 
     Raises:
         ValueError: If the model and the defense set do not fit each other or the options.
@@ -75,9 +75,10 @@ class MNPDefense:
         forward: Forward | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         constants: Constants | None = None,
+        signals: Set[str] | None = None,
     ) -> None:
-        config, constants = require_config(config), constants or Constants()
-        self.case = open_case(model, data, config, when, network, forward, autocast, constants)
+        config, own = require_config(config), constants or Constants()
+        self.case = open_case(model, data, config, when, network, forward, autocast, own, signals)
         self.plan = Plan(self.case, self._audit_of)
         self.position = 0
         self.cost = {name: defaultdict[str, float](float) for name in ("seconds", "passes")}
@@ -85,8 +86,10 @@ class MNPDefense:
 
     def _audit_of(self, model: nn.Module) -> MNPDefense:
         """Make the engine that audits a purified copy, by the signals that spoke."""
-        case = self.case
-        second = MNPDefense(
+        case, again = self.case, None
+        if case.judges_by_signals:
+            again = signals_to_repeat(case.signals(), case.config.verdict.threshold)
+        return MNPDefense(
             model,
             case.data,
             case.config.changed({"pruning.reaudit": False}),
@@ -95,10 +98,8 @@ class MNPDefense:
             forward=case.masked.forward,
             autocast=case.masked.autocast,
             constants=case.constants,
+            signals=again,
         )
-        second.case.measured = case.spoke
-        second.plan = Plan(second.case, second._audit_of)
-        return second
 
     @property
     def current(self) -> Phase:
@@ -128,10 +129,7 @@ class MNPDefense:
         return self.phase, self.run, 0 if self.finished else self.current.steps
 
     def most_steps(self) -> int:
-        """Return an upper bound on the steps still to do, for progress bars.
-
-        A verdict may add to them: pruning with ``when="flagged"``, and further runs.
-        """
+        """Return an upper bound on the steps still to do, to which a verdict may add."""
         if self.finished:
             return 0
         later = self.plan.entries[self.position + 1 :]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from statistics import mean
 from typing import Any
 
 import torch
@@ -209,7 +211,6 @@ class MaskPhase(Phase):
         second = case.preserving.step(images, labels, updates)
         if self.most_steps() <= 1:
             case.masks_sum += case.penalty.values.detach() + case.preserving.values.detach()
-            case.masks_path += case.penalty.mean + case.preserving.mean
             case.masks_count += 1
             for name, mask in (("M1", case.penalty), ("M2", case.preserving)):
                 if mask.stopped:
@@ -315,7 +316,7 @@ class VerdictPhase(OneStepPhase):
         return {
             "backdoored": float(case.judgement.verdict == "backdoored"),
             "detection_ratio": case.judgement.detection_ratio,
-            "pile_up": sum(run.pile_up for run in case.runs) / len(case.runs),
+            "pile_up": mean(run.pile_up for run in case.runs) if case.runs else math.nan,
         }
 
     def then(self) -> list[Entry]:

@@ -70,7 +70,7 @@ class ThresholdPhase(_Pruning, OneStepPhase):
 
 
 class GreedyPhase(_Pruning):
-    """Greedy pruning by the order of M1 + M2 and along traces, one filter a step."""
+    """Greedy pruning along traces, one filter a step, those of the lowest M1 + M2 first."""
 
     @property
     def done(self) -> bool:
@@ -86,9 +86,8 @@ class GreedyPhase(_Pruning):
         """Begin, or take one more filter."""
         purification = self.case.purification
         if purification.greedy is None:
-            case = self.case
-            order = pruning_order(case.scores, case.masks_path) if case.masks_count else None
-            purification.begin(case.traces(), [] if order is None else order.tolist())
+            order = pruning_order(self.case.scores).tolist() if self.case.masks_count else []
+            purification.begin(self.case.traces(), order[: 2 * purification.most_filters])
         self.steps += 1
         return purification.greedy_step()
 

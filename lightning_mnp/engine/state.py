@@ -79,7 +79,6 @@ def case_state(case: Case) -> dict[str, Any]:
         "suppression": case.suppression.state_dict() if begun else None,
         "suppressed": list(case.suppressed),
         "masks_sum": case.masks_sum,
-        "masks_path": case.masks_path,
         "masks_count": case.masks_count,
         "searches": {name: search.state_dict() for name, search in case.searches.items()},
         "found": {
@@ -122,7 +121,6 @@ def load_case(case: Case, state: dict[str, Any]) -> None:
         for weights in state["suppressed"]
     ]
     case.masks_sum = state["masks_sum"].to(device, copy=True)
-    case.masks_path = state["masks_path"].to(device, copy=True)
     case.masks_count = int(state["masks_count"])
     case.searches.clear()
     for name, part in state["searches"].items():

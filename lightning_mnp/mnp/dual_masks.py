@@ -32,8 +32,6 @@ class DualMask:
 
     Attributes:
         values: The mask, shape (total filters,).
-        mean: Its mean over all steps so far, same shape: of two filters that end at the same value,
-            the one with the lower mean got there first.
         optimizer: Its optimizer.
         stopped: Why it is no longer optimized, or "".
 
@@ -68,8 +66,6 @@ class DualMask:
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         self.norms = filter_magnitudes(self.masked, self.weights)
         self.values.fill_(1.0)
-        self.mean = torch.ones_like(self.values, requires_grad=False)
-        self._steps = 0
         self.optimizer.state.clear()
         self.optimizer.zero_grad(set_to_none=True)
         self.stopped = ""
@@ -104,16 +100,12 @@ class DualMask:
         updates.step(self.optimizer)
         with torch.no_grad():
             self.values.clamp_(*((1.0, 2.0) if self.preserving else (0.0, 1.0)))
-            self._steps += 1
-            self.mean += (self.values - self.mean) / self._steps
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs beside the weights, as tensors and primitives."""
         return {
             "values": self.values.detach(),
-            "mean": self.mean,
-            "steps": self._steps,
             "optimizer": self.optimizer.state_dict(),
             "stopped": self.stopped,
         }
@@ -122,7 +114,5 @@ class DualMask:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self.values.copy_(state["values"])
-        self.mean.copy_(state["mean"])
-        self._steps = int(state["steps"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.stopped = str(state["stopped"])

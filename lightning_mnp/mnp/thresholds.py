@@ -26,26 +26,20 @@ class FilterChoice:
     spared: list[int]
 
 
-def pruning_order(scores: Tensor, paths: Tensor | None = None) -> Tensor:
+def pruning_order(scores: Tensor) -> Tensor:
     """Sort filters by M1 + M2, those to prune first in front.
 
     Args:
         scores: M1 + M2 of every filter, shape (total filters,).
-        paths: What decides between equal scores, lowest first, same shape: the mean of M1 + M2
-            over all steps. None to keep the network's order.
 
     Returns:
-        Filter positions, shape (total filters,).
+        Filter positions, shape (total filters,); equal scores keep the network's order.
 
     Example:
-        >>> scores, paths = torch.tensor([2.0, 1.0, 2.5, 1.0]), torch.tensor([2.0, 1.8, 2.5, 1.2])
-        >>> pruning_order(scores), pruning_order(scores, paths)
-        (tensor([1, 3, 0, 2]), tensor([3, 1, 0, 2]))
+        >>> pruning_order(torch.tensor([2.0, 1.0, 2.5, 1.0]))
+        tensor([1, 3, 0, 2])
     """
-    if paths is None:
-        return scores.argsort(stable=True)
-    first = paths.argsort(stable=True)
-    return first[scores[first].argsort(stable=True)]
+    return scores.argsort(stable=True)
 
 
 def pruned_count(scores: Tensor, rule: PruningRule, amount: float) -> int:

@@ -34,9 +34,11 @@ class GreedyConstants:
         harmless: A filter that does no more harm than this is taken without looking further.
         little_harm: Share of the harm allowed that filters may do once little of the backdoor
             shows.
-        relief: A filter of the masks' order goes only if it lowers the level of a trace that
-            decides by so much, as a share of its level at the start.
-        misses: The masks' order is left when so many filters in a row have stayed.
+        relief: The first choice is left when no filter of it promises so much: to first order, the
+            sum over all traces of what goes, each as a share of its strength at the start.
+        misses: It is left as well when so many of its filters were too harmful.
+        gone_at: Share of the strength at the start from which nothing more is taken, in all traces
+            that decide.
     """
 
     candidates: int = 4
@@ -50,22 +52,24 @@ class GreedyConstants:
     little_harm: float = 0.25
     relief: float = 0.02
     misses: int = 8
+    gone_at: float = 0.05
 
 
 class GreedyPruning:
     """Takes filters one by one: those that carry the target class and that clean images do without.
 
-    It first follows an order of filters, that of M1 + M2. The next filter goes if traces show less
-    of the backdoor without it, and if it does little harm (:class:`CleanHarm`). So an order that
-    names a filter which clean images need does no damage. After eight filters in a row that stay,
-    the order is left, and filters are searched for. The first-order effect of every filter on the
-    margins of the traces is set against its first-order effect on clean margins. The harm without
-    each of the best four is measured, best first, and the one with the most effect for its harm is
-    taken, or the first that does none.
+    In each step, filters are ranked by what they promise: their first-order effect on the margins
+    of the traces. The harm (:class:`CleanHarm`) without each of the best four is measured, best
+    first, and the one with the most effect for its harm is taken, or the first that does none.
 
-    It ends when the traces that decide show next to nothing, at the most filters, or when all that
-    is left is too harmful: one filter may do half of the harm allowed, all of them as much as is
-    allowed above the least on the way. The last filter of a layer is never taken.
+    At first only a *first choice* of filters is ranked, those with the lowest M1 + M2. That they
+    promise something and do little harm is asked of them as well, so a filter that the masks name
+    by mistake does no damage. When the first choice is used up, all filters are ranked. To promise
+    much, a filter must then have little effect on clean margins, too.
+
+    It ends when next to nothing is left in the traces that decide, at the most filters, or when all
+    that is left is too harmful: one filter may do half of the harm allowed, all of them as much as
+    is allowed above the least on the way. The last filter of a layer is never taken.
 
     Args:
         masked: The network.
@@ -77,7 +81,7 @@ class GreedyPruning:
         seed: Seed of everything that is drawn.
         impurity: The share of clean images that may be poisoned after all.
         constants: Constants that differ from their defaults.
-        order: Positions of filters, those to try first in front; may be empty.
+        first: Positions of the first choice of filters; may be empty.
 
     Attributes:
         taken: Positions of the filters taken so far, in their order.
@@ -99,7 +103,7 @@ class GreedyPruning:
         seed: int,
         impurity: float = 0.0,
         constants: Constants | None = None,
-        order: Sequence[int] = (),
+        first: Sequence[int] = (),
     ) -> None:
         constants = constants or Constants()
         self.constants = constants.of(GreedyConstants)
@@ -115,9 +119,8 @@ class GreedyPruning:
         self.spared: list[int] = []
         self.curve: list[tuple[float, ...]] = []
         self.stopped = ""
-        self.order = list(order)
-        self._tried = 0  # of the order
-        self._missed = 0  # the latest of these, in a row, that stayed
+        self.first = list(first)
+        self._missed = 0  # filters of the first choice that were too harmful
         self._rejected: dict[int, int] = {}
         self.references: list[float] = []
         self._measure = CleanHarm(masked, clean, batch_size, impurity, constants.of(HarmConstants))
@@ -154,7 +157,12 @@ class GreedyPruning:
         self._note(0.0)
 
     def _take_next(self) -> None:
-        if self._shows_little(self.curve[-1][1:]):
+        decisive = [
+            level
+            for trace, level in zip(self.traces, self.curve[-1][1:], strict=True)
+            if trace.decides
+        ]
+        if decisive and max(decisive) <= self.constants.gone_at:
             self.stopped = "next to nothing of the backdoor shows any more"
             return
         if len(self.taken) >= self.most:
@@ -162,7 +170,7 @@ class GreedyPruning:
             return
         best = None
         while best is None and not self.stopped:
-            best = self._next_of_order() if self._follows_order else self._best()
+            best = self._best()
         if best is None:
             return
         self.taken.append(best[0])
@@ -184,29 +192,6 @@ class GreedyPruning:
         levels = zip(self._levels(masks), self.references, strict=True)
         return [level / whole for level, whole in levels]
 
-    @property
-    def _follows_order(self) -> bool:
-        return self._tried < len(self.order) and self._missed < self.constants.misses
-
-    def _next_of_order(self) -> tuple[int, float] | None:
-        """The next filter of the order, and the harm with it; None if it stays."""
-        index = self.order[self._tried]
-        self._tried += 1
-        if self._is_last(index):
-            self.spared.append(index)
-            return None
-        self._missed += 1
-        levels = self._shares(self.masks(without=[index]))
-        pairs = zip(self.traces, self.curve[-1][1:], levels, strict=True)
-        relief = max((now - then for trace, now, then in pairs if trace.decides), default=0.0)
-        if not relief >= self.constants.relief:
-            return None
-        harm = self.harm_of(self.masks(without=[index]))
-        if not harm <= min(self._most_harm(), self.curve[-1][0] + self.harm / 2):
-            return None
-        self._missed = 0
-        return index, harm
-
     def _best(self) -> tuple[int, float] | None:
         """The best filter to take next, and the harm with it.
 
@@ -227,12 +212,15 @@ class GreedyPruning:
             harm = self.harm_of(self.masks(without=[index]))
             if not harm <= most:  # not so if it is NaN
                 self._rejected[index] = len(self.taken)
+                self._missed += bool(self.first)
                 continue
             value = float(effect[index]) / (max(harm - harm_now, 0.0) + self.constants.harm_floor)
             if best is None or value > best[0]:
                 best = (value, index, harm)
             if harm - harm_now <= self.constants.harmless:  # the others promise less
                 break
+        if self._missed >= self.constants.misses:
+            self.first = []
         if best is None:
             if len(self._waiting()) >= self.constants.rejected:
                 self.stopped = f"more filters would do more harm than {self.harm:g} nats"
@@ -280,6 +268,12 @@ class GreedyPruning:
         effect[[*self.taken, *self.spared]] = 0.0
         effect[self._waiting()] = 0.0
         constants = self.constants
+        if self.first:
+            own = torch.zeros_like(effect)
+            own[self.first] = effect[self.first].clamp_min(0.0)
+            if own.max() >= constants.relief:
+                return own, own
+            self.first = []
         least = constants.least_effect * effect.max()
         effect = effect.where(effect >= least, 0.0).clamp_min(0.0)
         harm = constants.harm_weight * self._clean_slope().abs() + constants.harm_floor
@@ -318,8 +312,7 @@ class GreedyPruning:
             "spared": list(self.spared),
             "curve": [list(point) for point in self.curve],
             "stopped": self.stopped,
-            "order": list(self.order),
-            "tried": self._tried,
+            "first": list(self.first),
             "missed": self._missed,
             "rejected": dict(self._rejected),
             "reference": list(self.references),
@@ -332,8 +325,7 @@ class GreedyPruning:
         self.spared = [int(index) for index in state["spared"]]
         self.curve = [tuple(float(value) for value in point) for point in state["curve"]]
         self.stopped = str(state["stopped"])
-        self.order = [int(index) for index in state["order"]]
-        self._tried = int(state["tried"])
+        self.first = [int(index) for index in state["first"]]
         self._missed = int(state["missed"])
         self._rejected = {int(index): int(count) for index, count in state["rejected"].items()}
         self.references = [float(value) for value in state["reference"]]

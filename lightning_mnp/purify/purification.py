@@ -121,12 +121,12 @@ class Purification:
                 f"{', '.join(names)}; a layer without filters would pass nothing on"
             )
 
-    def begin(self, traces: Sequence[Trace], order: Sequence[int] = ()) -> None:
+    def begin(self, traces: Sequence[Trace], first: Sequence[int] = ()) -> None:
         """Begin greedy pruning.
 
         Args:
             traces: Where the backdoor shows.
-            order: Positions of filters, those to try first in front; may be empty.
+            first: Positions of the filters that are tried first; may be empty.
         """
         self.greedy = GreedyPruning(
             self.raised,
@@ -138,7 +138,7 @@ class Purification:
             self.config.seed,
             self.config.pruning.impurity,
             self.constants,
-            order,
+            first,
         )
 
     def greedy_step(self) -> dict[str, float]:
