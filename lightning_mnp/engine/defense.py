@@ -146,8 +146,8 @@ class MNPDefense:
 
         Raises:
             RuntimeError: If the defense has finished.
-            torch.OutOfMemoryError: If a batch is too large. Smaller ones are not tried by
-                themselves: what is found would then depend on how much memory was free.
+            torch.OutOfMemoryError: If a batch is too large. Smaller ones are not tried: what is
+                found would then depend on how much memory was free.
         """
         if self.finished:
             raise RuntimeError("The defense has finished; there is no step left.")
@@ -178,7 +178,7 @@ class MNPDefense:
 
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
-        """The optimizers of all stages, for a Trainer."""
+        """The optimizers of all stages."""
         return self.case.optimizers
 
     def prune_(self) -> Pruning:
@@ -210,7 +210,7 @@ class MNPDefense:
         """
         self._require_finished()
         report = self.case.new_report()
-        report.seconds, report.passes = (dict(each) for each in self.cost.values())
+        report.seconds, report.passes = map(dict, self.cost.values())
         for entry in dict(self.plan.entries).items():  # each name once, with its last run
             self.plan.build(entry).report(report)
         return report

@@ -52,7 +52,7 @@ class GreedyConstants:
     little_harm: float = 0.25
     relief: float = 0.02
     misses: int = 8
-    gone_at: float = 0.05
+    gone_at: float = 0.1
 
 
 class GreedyPruning:
@@ -125,6 +125,13 @@ class GreedyPruning:
         self.references: list[float] = []
         self._measure = CleanHarm(masked, clean, batch_size, impurity, constants.of(HarmConstants))
 
+    @property
+    def gone(self) -> bool:
+        """Whether filters were taken, and next to nothing is left in the traces that decide."""
+        pairs = zip(self.traces, self.curve[-1][1:], strict=True) if self.taken else ()
+        levels = [level for trace, level in pairs if trace.decides]
+        return bool(levels) and max(levels) <= self.constants.gone_at
+
     def masks(self, without: Sequence[int] = ()) -> Tensor:
         """Return masks with zeros for the filters taken, and for others, shape (total filters,).
 
@@ -157,12 +164,7 @@ class GreedyPruning:
         self._note(0.0)
 
     def _take_next(self) -> None:
-        decisive = [
-            level
-            for trace, level in zip(self.traces, self.curve[-1][1:], strict=True)
-            if trace.decides
-        ]
-        if decisive and max(decisive) <= self.constants.gone_at:
+        if self.gone:
             self.stopped = "next to nothing of the backdoor shows any more"
             return
         if len(self.taken) >= self.most:

@@ -212,7 +212,9 @@ def judge(
     score = math.nan
     verdict: Verdict
     judged = True
-    suspect = found[0].target_class if found else top_class(runs)
+    suspect = top_class(runs) if runs else None
+    if found:
+        suspect = found[0].target_class
     if config.verdict.rule == "ratio":
         verdict, reasons = _by_ratio(ratio, correlation, config.verdict.delta)
         judged = verdict != "undecided"
