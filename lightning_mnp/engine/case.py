@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import datetime, timezone
 from functools import cached_property
@@ -66,6 +66,7 @@ class Case:
         classes: Number of its classes.
         autocast: Makes the context in which the network runs.
         constants: Constants that differ from their defaults.
+        measured: Names of the signals that are made; None for all.
 
     Attributes:
         masked: The network as it is, with weights and masks that can be exchanged.
@@ -98,6 +99,7 @@ class Case:
         classes: int,
         autocast: Callable[[], AbstractContextManager[Any]],
         constants: Constants,
+        measured: Set[str] | None = None,
     ) -> None:
         self.model = model
         self.data = data
@@ -106,6 +108,7 @@ class Case:
         self.layers = layers
         self.classes = classes
         self.constants = constants
+        self.measured = measured
         self.masked = MaskedNetwork(model, layers, forward, config.filters.statistics, autocast)
         self.raised = self.masked.with_raised({})
         self.scene = Scene(self.raised, data, config, classes, constants)
@@ -188,9 +191,12 @@ class Case:
     def first_runs(self) -> int:
         """Number of suppression runs before the first verdict.
 
-        One is enough if no signal speaks: the others are made when a verdict or pruning needs them.
+        One is enough if no signal speaks: the others are made when a verdict or masks need them.
+        None is made where nothing needs one.
         """
-        waits = self.when == "never" or (self.when == "flagged" and not self.ranks_by_masks)
+        if self.judges_by_signals and not (self.measured is None or "pile-up" in self.measured):
+            return 0
+        waits = not self.ranks_by_masks or self.when == "never"
         return 1 if self.judges_by_signals and waits else self.config.suppression.runs
 
     @property
@@ -209,8 +215,11 @@ class Case:
     @property
     def wanted_signals(self) -> dict[str, type[SignalSearch]]:
         """Those that are made for the verdict."""
-        wanted = self.wanted_searches.items()
-        return {name: kind for name, kind in wanted if issubclass(kind, SignalSearch)}
+        return {
+            name: kind
+            for name, kind in self.wanted_searches.items()
+            if issubclass(kind, SignalSearch) and (self.measured is None or name in self.measured)
+        }
 
     @property
     def wanted_traces(self) -> dict[str, type[Search]]:
@@ -304,6 +313,7 @@ def open_case(
     forward: Forward | None,
     autocast: Callable[[], AbstractContextManager[Any]],
     constants: Constants,
+    measured: Set[str] | None = None,
 ) -> Case:
     """Check model, defense set and options against each other, before any work.
 
@@ -316,6 +326,7 @@ def open_case(
         forward: How that is called.
         autocast: Makes the context in which the network runs.
         constants: Constants that differ from their defaults.
+        measured: Names of the signals that are made; None for all.
 
     Raises:
         ValueError: If they do not fit each other.
@@ -353,7 +364,7 @@ def open_case(
         pruned_count(torch.ones(layers.total), pruning.rule, pruning.amount)
         if when != "never" and filters.site == "filter":
             _refuse_undone_masks(model, layers, filters.statistics)
-    return Case(model, data, config, when, layers, call, classes, autocast, constants)
+    return Case(model, data, config, when, layers, call, classes, autocast, constants, measured)
 
 
 def _refuse_undone_masks(model: nn.Module, layers: FilterLayers, statistics: Statistics) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning_mnp.engine.state import FORMAT, case_state, check_state, identity
 from lightning_mnp.mnp.updates import PlainUpdates, Updates
 from lightning_mnp.purify.purification import Purification
 from lightning_mnp.report import DefenseReport
-from lightning_mnp.signals.verdict import Judgement
+from lightning_mnp.signals.verdict import Judgement, signals_to_repeat
 from lightning_mnp.surgery.forward import Forward
 from lightning_mnp.surgery.prune import Pruning
 
@@ -30,13 +30,12 @@ __all__ = ["MNPDefense", "When"]
 class MNPDefense:
     """Audits a network and finds the filters to prune, one batch a step.
 
-    It runs the phases of a plan one after the other: ``reference``; for every run ``suppression``,
-    ``saliency`` and ``masks``; a search for each signal; ``verdict``, which may ask for further
-    runs; searches that only pruning needs; ``pruning``, ``soft_masks``, ``check`` and ``reaudit``.
+    It runs the phases of a plan one after the other: ``reference``; ``suppression`` and
+    ``saliency``; a search for each signal; ``verdict``, which may ask for further runs; searches
+    that only pruning needs; ``masks``, ``pruning``, ``soft_masks``, ``check`` and ``reaudit``.
 
     The model is not changed. Every random choice follows from the seed and the place in this
-    order, so the state is tensors and primitives, and a run that was stopped goes on as if it
-    had not been.
+    order, so a run that was stopped goes on from its state as if it had not been.
 
     Args:
         model: The model, on its device.
@@ -48,6 +47,7 @@ class MNPDefense:
         forward: How that is called, see :func:`~lightning_mnp.surgery.forward.call_network`.
         autocast: Makes the context in which the network runs, for lower precision.
         constants: Constants of the method that differ from their defaults, for studies.
+        signals: Names of the signals that are made; all if None.
 
     Raises:
         ValueError: If the model and the defense set do not fit each other or the options.
@@ -75,17 +75,20 @@ class MNPDefense:
         forward: Forward | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         constants: Constants | None = None,
+        signals: Set[str] | None = None,
     ) -> None:
-        config, constants = require_config(config), constants or Constants()
-        self.case = open_case(model, data, config, when, network, forward, autocast, constants)
+        config, own = require_config(config), constants or Constants()
+        self.case = open_case(model, data, config, when, network, forward, autocast, own, signals)
         self.plan = Plan(self.case, self._audit_of)
         self.position = 0
         self.cost = {name: defaultdict[str, float](float) for name in ("seconds", "passes")}
         self._current: Phase | None = None
 
     def _audit_of(self, model: nn.Module) -> MNPDefense:
-        """Make the engine that audits a purified copy."""
-        case = self.case
+        """Make the engine that audits a purified copy, by the signals that spoke."""
+        case, again = self.case, None
+        if case.judges_by_signals:
+            again = signals_to_repeat(case.signals(), case.config.verdict.threshold)
         return MNPDefense(
             model,
             case.data,
@@ -95,6 +98,7 @@ class MNPDefense:
             forward=case.masked.forward,
             autocast=case.masked.autocast,
             constants=case.constants,
+            signals=again,
         )
 
     @property
@@ -125,10 +129,7 @@ class MNPDefense:
         return self.phase, self.run, 0 if self.finished else self.current.steps
 
     def most_steps(self) -> int:
-        """Return an upper bound on the steps still to do, for progress bars.
-
-        A verdict may add to them: pruning with ``when="flagged"``, and further runs.
-        """
+        """Return an upper bound on the steps still to do, to which a verdict may add."""
         if self.finished:
             return 0
         later = self.plan.entries[self.position + 1 :]
@@ -145,8 +146,8 @@ class MNPDefense:
 
         Raises:
             RuntimeError: If the defense has finished.
-            torch.OutOfMemoryError: If a batch is too large. Smaller ones are not tried by
-                themselves: what is found would then depend on how much memory was free.
+            torch.OutOfMemoryError: If a batch is too large. Smaller ones are not tried: what is
+                found would then depend on how much memory was free.
         """
         if self.finished:
             raise RuntimeError("The defense has finished; there is no step left.")
@@ -177,7 +178,7 @@ class MNPDefense:
 
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
-        """The optimizers of all stages, for a Trainer."""
+        """The optimizers of all stages."""
         return self.case.optimizers
 
     def prune_(self) -> Pruning:
@@ -209,7 +210,7 @@ class MNPDefense:
         """
         self._require_finished()
         report = self.case.new_report()
-        report.seconds, report.passes = (dict(each) for each in self.cost.values())
+        report.seconds, report.passes = map(dict, self.cost.values())
         for entry in dict(self.plan.entries).items():  # each name once, with its last run
             self.plan.build(entry).report(report)
         return report

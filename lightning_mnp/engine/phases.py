@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from statistics import mean
 from typing import Any
 
 import torch
@@ -258,6 +260,9 @@ class SearchPhase(Phase):
         case = self.case
         if case.doubts and case.when != "always":  # the network will not be judged, nor pruned
             return True
+        traces = case.wanted_traces if case.judgement is not None else {}
+        if self.name in traces and not traces[self.name].helps(case.signals()[0]):
+            return True
         return self.name in case.found
 
     def most_steps(self) -> int:
@@ -311,7 +316,7 @@ class VerdictPhase(OneStepPhase):
         return {
             "backdoored": float(case.judgement.verdict == "backdoored"),
             "detection_ratio": case.judgement.detection_ratio,
-            "pile_up": sum(run.pile_up for run in case.runs) / len(case.runs),
+            "pile_up": mean(run.pile_up for run in case.runs) if case.runs else math.nan,
         }
 
     def then(self) -> list[Entry]:
@@ -331,9 +336,8 @@ class VerdictPhase(OneStepPhase):
     def _further_runs(self) -> range:
         """The runs to make before the next verdict.
 
-        The audit begins with one. The usual number is made if the verdict may hang on the pile-up,
-        and for greedy pruning, which looks at all of these suppressed networks. If the pile-up is
-        unclear even then, one more for each part follows.
+        The audit begins with one. The usual number is made if the verdict may hang on the pile-up.
+        If the pile-up is unclear even then, one more for each part follows.
         """
         case, made = self.case, len(self.case.runs)
         # Of a network that is not judged in any case, more runs would say nothing.
@@ -343,8 +347,7 @@ class VerdictPhase(OneStepPhase):
         constants, found = case.constants.of(VerdictConstants), case.signals()
         if made < suppression.runs:
             wanted = suppression.runs
-            traced = self._prunes and not case.ranks_by_masks
-            needed = traced or hangs_on_pile_up(found, constants)
+            needed = hangs_on_pile_up(found, constants)
         else:
             parts = suppression_parts(case.data, case.config)
             wanted = min(made + parts, suppression.runs + suppression.more_runs)

@@ -66,8 +66,11 @@ class Plan:
 
     def _pruning(self) -> list[Entry]:
         options = self.case.config.pruning
-        soft = options.rule == "auto" and options.soft_mask_steps > 0
-        names = ["pruning", *(["soft_masks"] if soft else []), "check"]
+        names = ["pruning", "check"]
+        if options.rule == "auto":
+            # The masks of the latest run are enough: each filter is looked at.
+            soft = ["soft_masks"] if options.soft_mask_steps else []
+            names = ["masks", "pruning", *soft, "check"]
         phases = [(name, 0) for name in (*names, *(["reaudit"] if options.reaudit else []))]
         return [*self._searches(self.case.wanted_traces), *phases]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_mnp.engine.base import OneStepPhase, Phase
 from lightning_mnp.engine.case import Case
-from lightning_mnp.mnp.thresholds import choose_filters, pruned_count
+from lightning_mnp.mnp.thresholds import choose_filters, pruned_count, pruning_order
 from lightning_mnp.mnp.updates import Updates
 from lightning_mnp.report import DefenseReport, PruningReport, SecondAudit
 from lightning_mnp.signals.verdict import Judgement
@@ -70,7 +70,7 @@ class ThresholdPhase(_Pruning, OneStepPhase):
 
 
 class GreedyPhase(_Pruning):
-    """Greedy pruning along traces, one filter a step."""
+    """Greedy pruning along traces, one filter a step, those of the lowest M1 + M2 first."""
 
     @property
     def done(self) -> bool:
@@ -86,7 +86,8 @@ class GreedyPhase(_Pruning):
         """Begin, or take one more filter."""
         purification = self.case.purification
         if purification.greedy is None:
-            purification.begin(self.case.traces())
+            order = pruning_order(self.case.scores).tolist() if self.case.masks_count else []
+            purification.begin(self.case.traces(), order[: 2 * purification.most_filters])
         self.steps += 1
         return purification.greedy_step()
 

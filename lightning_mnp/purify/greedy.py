@@ -1,4 +1,4 @@
-"""Greedy pruning: filters taken one by one, worst first, as many as clean images can do without."""
+"""Greedy pruning: filters taken one by one, by the masks' order first, until a backdoor is gone."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ class GreedyConstants:
         harmless: A filter that does no more harm than this is taken without looking further.
         little_harm: Share of the harm allowed that filters may do once little of the backdoor
             shows.
+        relief: The first choice is left when no filter of it promises so much: to first order, the
+            sum over all traces of what goes, each as a share of its strength at the start.
+        misses: It is left as well when so many of its filters were too harmful.
+        gone_at: Share of the strength at the start from which nothing more is taken, in all traces
+            that decide.
     """
 
     candidates: int = 4
@@ -45,17 +50,26 @@ class GreedyConstants:
     harm_floor: float = 0.005
     harmless: float = 0.001
     little_harm: float = 0.25
+    relief: float = 0.02
+    misses: int = 8
+    gone_at: float = 0.1
 
 
 class GreedyPruning:
     """Takes filters one by one: those that carry the target class and that clean images do without.
 
-    In each step, the first-order effect of every filter on the margins of the traces is set
-    against its first-order effect on clean margins. The harm (:class:`CleanHarm`) without each of
-    the best four is measured, best first, and the one with the most effect for its harm is taken,
-    or the first that does none. It ends at the most filters, or when all that is left is
-    too harmful: one filter may do half of the harm allowed, all of them as much as is allowed
-    above the least on the way. The last filter of a layer is never taken.
+    In each step, filters are ranked by what they promise: their first-order effect on the margins
+    of the traces. The harm (:class:`CleanHarm`) without each of the best four is measured, best
+    first, and the one with the most effect for its harm is taken, or the first that does none.
+
+    At first only a *first choice* of filters is ranked, those with the lowest M1 + M2. That they
+    promise something and do little harm is asked of them as well, so a filter that the masks name
+    by mistake does no damage. When the first choice is used up, all filters are ranked. To promise
+    much, a filter must then have little effect on clean margins, too.
+
+    It ends when next to nothing is left in the traces that decide, at the most filters, or when all
+    that is left is too harmful: one filter may do half of the harm allowed, all of them as much as
+    is allowed above the least on the way. The last filter of a layer is never taken.
 
     Args:
         masked: The network.
@@ -67,6 +81,7 @@ class GreedyPruning:
         seed: Seed of everything that is drawn.
         impurity: The share of clean images that may be poisoned after all.
         constants: Constants that differ from their defaults.
+        first: Positions of the first choice of filters; may be empty.
 
     Attributes:
         taken: Positions of the filters taken so far, in their order.
@@ -88,6 +103,7 @@ class GreedyPruning:
         seed: int,
         impurity: float = 0.0,
         constants: Constants | None = None,
+        first: Sequence[int] = (),
     ) -> None:
         constants = constants or Constants()
         self.constants = constants.of(GreedyConstants)
@@ -103,9 +119,18 @@ class GreedyPruning:
         self.spared: list[int] = []
         self.curve: list[tuple[float, ...]] = []
         self.stopped = ""
+        self.first = list(first)
+        self._missed = 0  # filters of the first choice that were too harmful
         self._rejected: dict[int, int] = {}
         self.references: list[float] = []
         self._measure = CleanHarm(masked, clean, batch_size, impurity, constants.of(HarmConstants))
+
+    @property
+    def gone(self) -> bool:
+        """Whether filters were taken, and next to nothing is left in the traces that decide."""
+        pairs = zip(self.traces, self.curve[-1][1:], strict=True) if self.taken else ()
+        levels = [level for trace, level in pairs if trace.decides]
+        return bool(levels) and max(levels) <= self.constants.gone_at
 
     def masks(self, without: Sequence[int] = ()) -> Tensor:
         """Return masks with zeros for the filters taken, and for others, shape (total filters,).
@@ -135,10 +160,13 @@ class GreedyPruning:
         masks = self.masks()
         for trace in self.traces:
             trace.adapt(masks, 0)
-        self.references = [max(level, self._least) for level in self._levels()]
+        self.references = [max(level, self._least) for level in self._levels(masks)]
         self._note(0.0)
 
     def _take_next(self) -> None:
+        if self.gone:
+            self.stopped = "next to nothing of the backdoor shows any more"
+            return
         if len(self.taken) >= self.most:
             self.stopped = f"the most filters, {self.most}, were taken"
             return
@@ -154,14 +182,17 @@ class GreedyPruning:
         self._note(best[1])
 
     def _note(self, harm: float) -> None:
-        levels = zip(self._levels(), self.references, strict=True)
-        self.curve.append((harm, *(level / whole for level, whole in levels)))
+        self.curve.append((harm, *self._shares(self.masks())))
 
     @torch.no_grad()
-    def _levels(self) -> list[float]:
+    def _levels(self, masks: Tensor) -> list[float]:
         """The strength of each trace."""
-        masks = self.masks()
         return [float(strength(trace, masks)) for trace in self.traces]
+
+    def _shares(self, masks: Tensor) -> list[float]:
+        """The strength of each trace as a share of that at the start."""
+        levels = zip(self._levels(masks), self.references, strict=True)
+        return [level / whole for level, whole in levels]
 
     def _best(self) -> tuple[int, float] | None:
         """The best filter to take next, and the harm with it.
@@ -183,12 +214,15 @@ class GreedyPruning:
             harm = self.harm_of(self.masks(without=[index]))
             if not harm <= most:  # not so if it is NaN
                 self._rejected[index] = len(self.taken)
+                self._missed += bool(self.first)
                 continue
             value = float(effect[index]) / (max(harm - harm_now, 0.0) + self.constants.harm_floor)
             if best is None or value > best[0]:
                 best = (value, index, harm)
             if harm - harm_now <= self.constants.harmless:  # the others promise less
                 break
+        if self._missed >= self.constants.misses:
+            self.first = []
         if best is None:
             if len(self._waiting()) >= self.constants.rejected:
                 self.stopped = f"more filters would do more harm than {self.harm:g} nats"
@@ -206,15 +240,19 @@ class GreedyPruning:
         """The most harm that the next filter may lead to."""
         most = min(point[0] for point in self.curve) + self.harm
         for harm, *levels in self.curve:
-            shown = zip(self.traces, levels, self.references, strict=True)
-            decisive = [
-                trace.shows_little(level * before, before)
-                for trace, level, before in shown
-                if trace.decides
-            ]
-            if decisive and all(decisive):
+            if self._shows_little(levels):
                 return min(most, harm + self.constants.little_harm * self.harm)
         return most
+
+    def _shows_little(self, levels: Sequence[float]) -> bool:
+        """Whether next to nothing is left in all traces that decide, if there are any."""
+        shown = zip(self.traces, levels, self.references, strict=True)
+        decisive = [
+            trace.shows_little(level * before, before)
+            for trace, level, before in shown
+            if trace.decides
+        ]
+        return bool(decisive) and all(decisive)
 
     def _waiting(self) -> list[int]:
         """Filters that were too harmful a short while ago."""
@@ -232,6 +270,12 @@ class GreedyPruning:
         effect[[*self.taken, *self.spared]] = 0.0
         effect[self._waiting()] = 0.0
         constants = self.constants
+        if self.first:
+            own = torch.zeros_like(effect)
+            own[self.first] = effect[self.first].clamp_min(0.0)
+            if own.max() >= constants.relief:
+                return own, own
+            self.first = []
         least = constants.least_effect * effect.max()
         effect = effect.where(effect >= least, 0.0).clamp_min(0.0)
         harm = constants.harm_weight * self._clean_slope().abs() + constants.harm_floor
@@ -270,6 +314,8 @@ class GreedyPruning:
             "spared": list(self.spared),
             "curve": [list(point) for point in self.curve],
             "stopped": self.stopped,
+            "first": list(self.first),
+            "missed": self._missed,
             "rejected": dict(self._rejected),
             "reference": list(self.references),
             "traces": [trace.state_dict() for trace in self.traces],
@@ -281,6 +327,8 @@ class GreedyPruning:
         self.spared = [int(index) for index in state["spared"]]
         self.curve = [tuple(float(value) for value in point) for point in state["curve"]]
         self.stopped = str(state["stopped"])
+        self.first = [int(index) for index in state["first"]]
+        self._missed = int(state["missed"])
         self._rejected = {int(index): int(count) for index, count in state["rejected"].items()}
         self.references = [float(value) for value in state["reference"]]
         for trace, part in zip(self.traces, state["traces"], strict=True):

@@ -121,11 +121,12 @@ class Purification:
                 f"{', '.join(names)}; a layer without filters would pass nothing on"
             )
 
-    def begin(self, traces: Sequence[Trace]) -> None:
+    def begin(self, traces: Sequence[Trace], first: Sequence[int] = ()) -> None:
         """Begin greedy pruning.
 
         Args:
             traces: Where the backdoor shows.
+            first: Positions of the filters that are tried first; may be empty.
         """
         self.greedy = GreedyPruning(
             self.raised,
@@ -137,6 +138,7 @@ class Purification:
             self.config.seed,
             self.config.pruning.impurity,
             self.constants,
+            first,
         )
 
     def greedy_step(self) -> dict[str, float]:
@@ -150,6 +152,7 @@ class Purification:
         if greedy.stopped:
             self.remove(torch.tensor(greedy.taken, dtype=torch.long))
             self.spare(greedy.spared)
+            self.settled = greedy.gone  # then nothing is left to turn down
         return metrics
 
     def soft_mask_step(self) -> dict[str, float]:

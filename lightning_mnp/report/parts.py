@@ -199,8 +199,8 @@ class SecondAudit:
         score: The score.
         target_class: The suspected class, or None.
         all_to_all: Whether each class seems to be taken to another one.
-        detection_ratio: Mean of Eq. 8 over the runs.
-        pile_up: Mean share of the predictions on one class after clean suppression.
+        detection_ratio: Mean of Eq. 8 over the runs; NaN if no signal that it made needs a run.
+        pile_up: Mean share of the predictions on one class after clean suppression; NaN likewise.
         reasons: In words.
     """
 

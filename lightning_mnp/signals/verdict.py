@@ -17,6 +17,7 @@ __all__ = [
     "in_doubt",
     "judge",
     "rank_signals",
+    "signals_to_repeat",
     "top_class",
 ]
 
@@ -42,7 +43,7 @@ class Judgement:
 
     Attributes:
         verdict: ``"clean"``, ``"backdoored"`` or ``"undecided"``.
-        detection_ratio: Mean of Eq. 8 over the runs.
+        detection_ratio: Mean of Eq. 8 over the runs; NaN without runs.
         score: The strength of the strongest signal that decides, from 0; NaN if the verdict is by
             Eq. 8, or without signals because the network cannot be judged.
         suspect: The class that a backdoor would aim at, whatever the verdict; None for one that
@@ -151,6 +152,30 @@ def in_doubt(found: Sequence[Signal], constants: VerdictConstants | None = None)
     return constants.doubt_from <= pile_up.strength < constants.doubt_to
 
 
+def signals_to_repeat(ranked: Sequence[Signal], threshold: float = 1.0) -> frozenset[str]:
+    """Return the names of the signals that an audit of the purified network makes again.
+
+    These are the one most believed, and those that came half as far as what counts. The margin and
+    the pile-up go together, and are made again only if the margin is the one most believed.
+
+    Args:
+        ranked: All signals, as :func:`rank_signals` returns them; at least one.
+        threshold: The score from which a network is backdoored, above 0.
+
+    Example:
+        >>> strengths = {"patch": 5.0, "margin": 2.0, "warp": 0.6, "permutation": 0.0}
+        >>> ranked = [Signal(name, value, 0, 0, 0, "") for name, value in strengths.items()]
+        >>> sorted(signals_to_repeat(ranked))
+        ['patch', 'warp']
+    """
+    first, *others = ranked
+    pair = {"margin", "pile-up"}
+    if first.name in pair:
+        return frozenset(pair)
+    near = {each.name for each in others if 2 * each.strength >= threshold}
+    return frozenset({first.name, *near} - pair)
+
+
 def judge(
     runs: Sequence[RunResult],
     correlation: float,
@@ -166,7 +191,7 @@ def judge(
     """Judge a network.
 
     Args:
-        runs: The suppression runs, at least one.
+        runs: The suppression runs; none if no signal needs one.
         correlation: Rank correlation of magnitude and saliency of the network as it is.
         found: The signals, most believed first; may be empty if ``config.verdict.rule`` is
             ``"ratio"``.
@@ -183,11 +208,13 @@ def judge(
         found nothing to unlearn.
     """
     undecided_from = (constants or Constants()).of(VerdictConstants).undecided_from
-    ratio = sum(run.detection_ratio for run in runs) / len(runs)
+    ratio = sum(run.detection_ratio for run in runs) / len(runs) if runs else math.nan
     score = math.nan
     verdict: Verdict
     judged = True
-    suspect = found[0].target_class if found else top_class(runs)
+    suspect = top_class(runs) if runs else None
+    if found:
+        suspect = found[0].target_class
     if config.verdict.rule == "ratio":
         verdict, reasons = _by_ratio(ratio, correlation, config.verdict.delta)
         judged = verdict != "undecided"
@@ -231,7 +258,7 @@ def _not_suppressed(runs: Sequence[RunResult], accuracy: float, config: MNPConfi
             "unlearn; check images and labels, or lower that option"
         )
         return
-    if any(run.steps for run in runs):
+    if not runs or any(run.steps for run in runs):
         return
     first, seen = runs[0], ""
     if not math.isnan(first.accuracy):

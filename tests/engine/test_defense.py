@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -16,11 +17,12 @@ from lightning_mnp.config import Constants
 from lightning_mnp.mnp.detection_ratio import LITERAL_WARNING, saliency_correlation
 from lightning_mnp.mnp.saliency import approximate_clc, filter_magnitudes
 from lightning_mnp.mnp.suppression import suppression_parts
+from lightning_mnp.report import Signal
 from lightning_mnp.signals.abstention import AbstentionConstants
 from lightning_mnp.signals.overlay import OverlaySearch
 from lightning_mnp.signals.reach import ReachSearch
 from lightning_mnp.signals.trace import TraceConstants
-from lightning_mnp.signals.verdict import Judgement
+from lightning_mnp.signals.verdict import Judgement, signals_to_repeat
 from lightning_mnp.surgery.masks import FilterMasks
 
 short = pytest.mark.usefixtures("short_searches")
@@ -34,10 +36,12 @@ def new_defense(
     network: nn.Module | None = None,
     when: Any = "always",
     constants: Constants | None = JUDGED,
+    signals: frozenset[str] | None = None,
     **changes: Any,
 ) -> MNPDefense:
     data, config = DefenseSet.from_loader(loader()), quick_config(**changes)
-    return MNPDefense(network or small_network(), data, config, when=when, constants=constants)
+    model = network or small_network()
+    return MNPDefense(model, data, config, when=when, constants=constants, signals=signals)
 
 
 def lasting(report: DefenseReport) -> dict[str, Any]:
@@ -90,12 +94,12 @@ def test_the_usual_runs_are_made_if_the_verdict_hangs_on_the_pile_up(
     defense = new_defense(when="never", runs=3)
     again = ["suppression", "saliency"] * 2 + ["verdict"]
     assert phases(defense)[7:] == ["verdict", *([] if settled else again)]
-    at_once = finished(new_defense(runs=3, rule="auto", amount=0.02, soft_mask_steps=0))
+    at_once = finished(new_defense(runs=3))
     assert defense.case.runs == at_once.case.runs[: 1 if settled else 3]
 
 
 @short
-def test_a_flagged_network_gets_the_usual_runs_before_it_is_pruned(
+def test_a_flagged_network_is_pruned_by_the_masks_of_its_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judgement = Judgement("backdoored", 0.5, 0.7, 0, ("a test says so",))
@@ -103,20 +107,20 @@ def test_a_flagged_network_gets_the_usual_runs_before_it_is_pruned(
     changes = {"rule": "auto", "amount": 0.05, "runs": 2}
     defense = new_defense(when="flagged", **changes)
     assert phases(defense)[7:] == [
-        "verdict", "suppression", "saliency", "verdict", "reach", "overlay", "pruning",
-        "soft_masks", "check",
+        "verdict", "reach", "overlay", "masks", "pruning", "soft_masks", "check",
     ]  # fmt: skip
+    assert defense.case.masks_count == 1
     always = finished(new_defense(**changes))
     assert defense.case.runs == always.case.runs
     assert defense.report().pruned == always.report().pruned
 
 
 @short
-def test_automatic_rule_needs_no_masks() -> None:
+def test_phases_of_the_automatic_rule() -> None:
     changes = {"rule": "auto", "amount": 0.05}
     assert phases(new_defense(runs=1, **changes)) == [
         "reference", "suppression", "saliency", "margin", "patch", "warp", "permutation",
-        "verdict", "reach", "overlay", "pruning", "soft_masks", "check",
+        "verdict", "reach", "overlay", "masks", "pruning", "soft_masks", "check",
     ]  # fmt: skip
     assert "soft_masks" not in phases(new_defense(runs=1, soft_mask_steps=0, **changes))
 
@@ -131,7 +135,7 @@ def test_what_is_made_for_pruning_only_is_made_of_a_flagged_network(
     monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **options: judgement)
     expected: list[str] = []
     if verdict == "backdoored" and changes:
-        expected = ["reach", "overlay", "pruning", "soft_masks", "check"]
+        expected = ["reach", "overlay", "masks", "pruning", "soft_masks", "check"]
     elif verdict == "backdoored":
         expected = ["suppression", "saliency", "masks", "pruning", "check"]
     made = phases(new_defense(when="flagged", runs=1, **changes))
@@ -143,9 +147,12 @@ def test_what_is_made_for_pruning_only_is_made_of_a_flagged_network(
 
 @short
 @pytest.mark.parametrize("name", ["reach", "overlay"])
-def test_what_a_trace_has_found_is_of_no_account_for_the_verdict(name: str) -> None:
+def test_what_a_trace_has_found_is_of_no_account_for_the_verdict(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"lightning_mnp.signals.{name}.{name.title()}Search.helps", lambda _: True)
     defense = new_defense(runs=1, rule="auto", amount=0.02)
-    while defense.phase != "pruning":
+    while defense.phase != "masks":
         defense.step()
     judgement, search = defense.judgement, defense.case.search(name)
     assert judgement.judged
@@ -310,11 +317,55 @@ def test_pruned_network_is_audited_again() -> None:
     report = defense.report()
     assert report.reaudit is not None
     options = {**changes, "reaudit": False}
-    expected = finished(new_defense(defense.purified(), when="never", **options)).report()
+    again = signals_to_repeat(defense.case.signals())
+    second = new_defense(defense.purified(), when="never", signals=again, **options)
+    expected = finished(second).report()
+    assert {signal.name for signal in expected.signals} == again
+    assert len(expected.runs) == ("pile-up" in again)
     assert report.reaudit.score == pytest.approx(expected.score)
     assert report.reaudit.verdict == expected.verdict
     assert report.reaudit.reasons == expected.reasons
     assert report.passes["reaudit"] == pytest.approx(sum(expected.passes.values()))
+
+
+@short
+def test_an_audit_of_some_signals_makes_a_suppression_run_only_for_the_pile_up() -> None:
+    changes = {"when": "never", "rule": "auto", "amount": 0.05, "runs": 1}
+    defense = new_defense(signals=frozenset({"patch"}), **changes)
+    assert phases(defense) == ["reference", "patch", "verdict"]
+    assert math.isnan(defense.judgement.detection_ratio)
+    assert math.isnan(defense.report().pile_up)
+    assert defense.report().to_dict()["detection_ratio"] is None
+    pair = frozenset({"margin", "pile-up"})
+    assert phases(new_defense(signals=pair, **changes)) == [
+        "reference", "suppression", "saliency", "margin", "verdict",
+    ]  # fmt: skip
+
+
+@short
+@pytest.mark.parametrize(
+    ("believed", "left_out"),
+    [
+        ("patch", {"reach"}),
+        ("warp", {"reach", "overlay"}),
+        ("permutation", {"reach", "overlay"}),
+        ("margin", set()),
+    ],
+)
+def test_searches_for_pruning_are_left_out_where_better_traces_are_known(
+    believed: str, left_out: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defense = new_defense(runs=1, rule="auto", amount=0.02)
+    while defense.phase != "reach":
+        defense.step()
+    found = [Signal(believed, 2.0, 1, 2.0, 1.0, "a test says so")]
+    monkeypatch.setattr(defense.case, "signals", lambda: found)
+    made: set[str] = set()
+    while defense.phase != "masks":
+        if defense.place[2]:
+            made.add(defense.phase)
+        defense.step()
+    assert made == {"reach", "overlay"} - left_out
 
 
 @short

@@ -21,6 +21,7 @@ from lightning_mnp.signals.verdict import (
     hangs_on_pile_up,
     in_doubt,
     rank_signals,
+    signals_to_repeat,
 )
 from lightning_mnp.signals.warp import WarpSearch
 
@@ -242,6 +243,30 @@ def test_a_margin_just_below_what_counts_makes_a_verdict_hang() -> None:
     least = value / MarginConstants().counts_from
     assert hangs_on_pile_up(shown, VerdictConstants(undecided_from=0.99 * least))
     assert not hangs_on_pile_up(shown, VerdictConstants(undecided_from=1.01 * least))
+
+
+@pytest.mark.parametrize(
+    ("strengths", "threshold", "expected"),
+    [
+        ({"patch": 3.0, "warp": 0.4, "margin": 2.0, "pile-up": 2.0}, 1.0, {"patch"}),
+        ({"patch": 3.0, "warp": 0.5, "margin": 2.0, "pile-up": 2.0}, 1.0, {"patch", "warp"}),
+        ({"patch": 3.0, "warp": 0.5, "margin": 2.0, "pile-up": 2.0}, 2.0, {"patch"}),
+        ({"margin": 1.2, "patch": 0.9, "pile-up": 2.0}, 1.0, {"margin", "pile-up"}),
+        ({"warp": 0.1, "patch": 0.0}, 1.0, {"warp"}),
+    ],
+)
+def test_signals_that_spoke_are_made_again(
+    strengths: dict[str, float], threshold: float, expected: set[str]
+) -> None:
+    ranked = [Signal(name, value, 0, 0.0, 1.0, "") for name, value in strengths.items()]
+    assert signals_to_repeat(ranked, threshold) == expected
+
+
+def test_a_verdict_needs_no_run_where_no_signal_does() -> None:
+    ranked = [Signal("patch", 0.2, 4, 0.3, 1.5, "a test says so")]
+    judgement = verdict.judge([], 0.5, ranked, MNPConfig(), 0.9)
+    assert (judgement.verdict, judgement.judged, judgement.score) == ("clean", True, 0.2)
+    assert math.isnan(judgement.detection_ratio)
 
 
 def test_what_is_in_doubt_can_be_varied() -> None:
