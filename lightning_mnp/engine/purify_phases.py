@@ -82,12 +82,16 @@ class GreedyPhase(_Pruning):
         """Return a step for each filter that may go, one to begin and one to stop."""
         return 0 if self.done else self.case.purification.most_filters + 2
 
+    def _first_choice(self) -> list[int]:
+        """The filters of the lowest M1 + M2, as far as the masks have lowered it at all."""
+        scores, most = self.case.scores, 2 * self.case.purification.most_filters
+        return [int(index) for index in pruning_order(scores)[:most] if scores[index] < 2.0]
+
     def step(self, updates: Updates) -> dict[str, float]:
         """Begin, or take one more filter."""
         purification = self.case.purification
         if purification.greedy is None:
-            order = pruning_order(self.case.scores).tolist() if self.case.masks_count else []
-            purification.begin(self.case.traces(), order[: 2 * purification.most_filters])
+            purification.begin(self.case.traces(), self._first_choice())
         self.steps += 1
         return purification.greedy_step()
 
