@@ -245,7 +245,7 @@ def test_a_csv_logger_gets_files(kind: Any, tmp_path: Path) -> None:
     folder = Path(logger.log_dir)
     names = {path.name for path in folder.iterdir()}
     assert {"mnp-signals.png", "mnp-masks.png", "mnp-trigger-patch.png"} <= names
-    head, *rows = csv.reader((folder / "mnp-curves.csv").open(encoding="utf-8"))
+    head, *rows = csv.reader((folder / "mnp-curves.csv").read_text("utf-8").splitlines())
     assert head == ["curve", "number", "value"]
     assert {(name, int(number)): float(value) for name, number, value in rows} == CURVES
     assert "mnp/backdoored" in (folder / "metrics.csv").read_text()
