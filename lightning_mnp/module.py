@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -170,8 +171,12 @@ class MNPSteps(_Base):
             metrics = self.defense.step(_TrainerUpdates(self))
         self._check_agreement(self.defense)
         if phase in ("suppression", "masks"):
-            metrics = {f"mnp/{phase}_{name}": value for name, value in metrics.items()}
-            self.log_dict(metrics, prog_bar=True, batch_size=1)
+            finite = {
+                f"mnp/{phase}_{name}": value
+                for name, value in metrics.items()
+                if math.isfinite(value)  # not all loggers take other numbers
+            }
+            self.log_dict(finite, prog_bar=True, batch_size=1)
         if self.defense.finished:
             self._finish(self.defense)
             self.trainer.should_stop = True
