@@ -30,7 +30,7 @@ from lightning_mnp.hosting.lightning_host import (
     write_outcome,
 )
 from lightning_mnp.hosting.loggers import is_a, log_outcome
-from lightning_mnp.hosting.rates import check_triggered, find_test_loaders, measure_rates
+from lightning_mnp.hosting.rates import check_triggered, measure_hosted_rates
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.report.notice import notice
 from lightning_mnp.surgery.forward import Forward
@@ -217,13 +217,10 @@ class MNPCallback(Callback):
         self._left = weights_digest(pl_module) if self._is_pruned else report.weights_sha256
 
     def _measure(self, trainer: Trainer, module: LightningModule, ending: str) -> None:
-        """Measure CA and ASR, where there are triggered images."""
-        if _is_trial(trainer):
-            return
-        loaders = find_test_loaders(getattr(trainer, "datamodule", None), self.triggered_loader)
+        """Measure CA and ASR, if there are triggered images."""
         call = network_forward(module, self.network, self.forward)
-        with isolate_rng():
-            self.rates |= measure_rates(module, call, loaders, ending)
+        given = self.triggered_loader
+        self.rates |= measure_hosted_rates(trainer, module, call, given, ending)
 
     @contextmanager
     def _purified(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -26,6 +28,7 @@ from lightning_mnp.hosting.lightning_host import (
 )
 from lightning_mnp.hosting.loggers import is_a, log_outcome
 from lightning_mnp.hosting.processes import gather_objects, process_count, whole_loader
+from lightning_mnp.hosting.rates import check_triggered, measure_hosted_rates
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.surgery.forward import Forward
 from lightning_mnp.surgery.network import network_forward
@@ -54,6 +57,7 @@ class MNPSteps(_Base):
         forward: Forward | None = None,
         unpack: Unpack = unpack_batch,
         output_dir: Path | str | None = None,
+        triggered_loader: Iterable[Any] | None = None,
     ) -> None:
         if when not in get_args(When):
             raise ValueError(
@@ -66,6 +70,8 @@ class MNPSteps(_Base):
         self.when = when
         self.unpack = unpack
         self.output_dir = output_dir
+        self.triggered_loader = triggered_loader
+        self.rates: dict[str, float] = {}
         self._folder: Path | None = None
         self._call = forward
         self._resumed: dict[str, Any] | None = None
@@ -83,6 +89,7 @@ class MNPSteps(_Base):
         Raises:
             MisconfigurationException: With sharded weights, or a precision other than
                 ``"32-true"`` and ``"bf16-mixed"``.
+            ValueError: If the triggered images are of another form.
         """
         if stage != "fit":
             return
@@ -93,6 +100,7 @@ class MNPSteps(_Base):
                 "Expected the precision 32-true or bf16-mixed for MNPModule, but got 16-mixed: "
                 "gradients of masks and images are too small for it."
             )
+        check_triggered(self.triggered_loader)
         if self.output_dir is not None and not getattr(self.trainer, "fast_dev_run", False):
             self._folder = output_folder(self.trainer, self.output_dir)
 
@@ -101,6 +109,7 @@ class MNPSteps(_Base):
         if self._resumed is not None and "report" in self._resumed:
             self.report = DefenseReport.from_dict(self._resumed["report"])
             self.report.model = self.network
+            self.rates = dict(self._resumed.get("rates", {}))
             # Nothing is left to optimize, but the Trainer warns if there is no optimizer.
             return [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)]
         # The Trainer makes its loaders after this hook, unless asked; it does so only once.
@@ -162,8 +171,12 @@ class MNPSteps(_Base):
             metrics = self.defense.step(_TrainerUpdates(self))
         self._check_agreement(self.defense)
         if phase in ("suppression", "masks"):
-            metrics = {f"mnp/{phase}_{name}": value for name, value in metrics.items()}
-            self.log_dict(metrics, prog_bar=True, batch_size=1)
+            finite = {
+                f"mnp/{phase}_{name}": value
+                for name, value in metrics.items()
+                if math.isfinite(value)  # not all loggers take other numbers
+            }
+            self.log_dict(finite, prog_bar=True, batch_size=1)
         if self.defense.finished:
             self._finish(self.defense)
             self.trainer.should_stop = True
@@ -189,18 +202,26 @@ class MNPSteps(_Base):
 
     def _finish(self, defense: MNPDefense) -> None:
         self.report = follow_first(defense)
+        self._measure("before")
         if self.report.changes:
             defense.prune_()
+            self._measure("after")
         self.report.model = self.network
         # The loggers get them when training ends.
-        self.log_dict(self.report.metrics(), batch_size=1, logger=False)
+        self.log_dict(self.report.metrics() | self.rates, batch_size=1, logger=False)
+
+    def _measure(self, ending: str) -> None:
+        """Measure CA and ASR, if there are triggered images."""
+        call, given = network_forward(self.network, None, self._call), self.triggered_loader
+        self.rates |= measure_hosted_rates(self.trainer, self.network, call, given, ending)
 
     def on_train_end(self) -> None:
         """Write the outcome."""
         if self.report is None:
             return
         if self.trainer.is_global_zero:
-            log_outcome(self.trainer.loggers, self.report, self.trainer.global_step)
+            loggers, step = self.trainer.loggers, self.trainer.global_step
+            log_outcome(loggers, self.report, step, self.rates)
         if self._folder is not None:
             write_outcome(self.trainer, self.report, self._folder)
 
@@ -216,7 +237,7 @@ class MNPSteps(_Base):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the engine's state: tensors and primitives."""
         if self.report is not None:
-            checkpoint["lightning_mnp"] = {"report": self.report.to_dict()}
+            checkpoint["lightning_mnp"] = {"report": self.report.to_dict(), "rates": self.rates}
         elif self.defense is not None:
             checkpoint["lightning_mnp"] = self.defense.state_dict()
 
@@ -250,8 +271,11 @@ class MNPModule(MNPSteps, LightningModule):
             purified network: ``mnp-report.html``, ``mnp-report.json`` and ``mnp.ckpt``, as
             :class:`~lightning_mnp.callback.MNPCallback` writes them. If None, nothing is
             written.
+        triggered_loader: Triggered test images, to measure attack success before and after, as for
+            :class:`~lightning_mnp.callback.MNPCallback`.
 
     Attributes:
+        rates: CA and ASR before and after, as they are logged, if they were measured.
         report: The outcome, after the fit; None before.
 
     Example:

@@ -62,6 +62,7 @@ def full_report(**changes: Any) -> DefenseReport:
             traces=["patch"],
             masks={"layer1.conv": [1.0, 1.0, 0.5, 0.0], "layer2.conv": [1.0]},
             shift=[0.0, 0.1],
+            sums={"layer1.conv": [2.5, 3.0, 2.0, 1.25], "layer2.conv": [2.0]},
         ),
         "reaudit": SecondAudit("clean", 0.5, None, False, 0.9, 0.2, ["nothing stands out"]),
         "filters": 5,

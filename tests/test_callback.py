@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from helpers import (
     snapshot,
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import TensorDataset
 
@@ -251,6 +252,26 @@ def test_the_bar_moves_under_lightnings_own(
     finally:
         rich.reconfigure()
     shown = re.findall(r"(\w+), run \d .*? (\d+)/\d+", seen.getvalue())
+    assert {"suppression", "saliency", "verdict"} <= {phase for phase, _ in shown}
+    assert len({done for _, done in shown}) > 2
+
+
+def test_the_bar_moves_after_lightnings_tqdm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    seen = io.StringIO()
+    rich.reconfigure(file=seen, force_terminal=True, color_system=None, width=120)
+    monkeypatch.setattr(sys, "stdout", seen)
+    try:
+        callback = MNPCallback("never", loader(), CONFIG, output_dir=tmp_path)
+        fit(callback, [TQDMProgressBar()], enable_progress_bar=True)
+    finally:
+        rich.reconfigure()
+    training, audit = seen.getvalue().split("reference, run 1", 1)
+    assert "3/3" in training
+    assert "Epoch" not in audit  # the training's bar is left alone
+    shown = re.findall(r"([a-z]+), run \d .*? (\d+)/\d+", audit)
     assert {"suppression", "saliency", "verdict"} <= {phase for phase, _ in shown}
     assert len({done for _, done in shown}) > 2
 

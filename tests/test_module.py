@@ -1,17 +1,30 @@
 from __future__ import annotations
 
+import io
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import rich
 import torch
-from helpers import images_and_labels, loader, quick_config, quiet_trainer, trained_network
+from helpers import (
+    TinyDataModule,
+    images_and_labels,
+    loader,
+    quick_config,
+    quiet_trainer,
+    trained_network,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
 from lightning_mnp import MNPModule
+from lightning_mnp.attacks import BadNets
 
 pytestmark = pytest.mark.usefixtures("short_searches")
 
@@ -42,6 +55,65 @@ def test_progress_and_outcome_are_logged(tmp_path: Path) -> None:
     header = Path(logger.log_dir, "metrics.csv").read_text().splitlines()[0]
     for name in ("mnp/suppression_loss", "mnp/masks_penalty_loss", "mnp/detection_ratio"):
         assert name in header
+
+
+def test_ca_and_asr_are_measured_before_and_after(tmp_path: Path) -> None:
+    images, labels = images_and_labels()
+    triggered = [(images, 0 * labels, labels)]
+    logger = CSVLogger(str(tmp_path))
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)).eval()
+    config = quick_config(verdict="ratio", runs=1, amount=1)
+    module = MNPModule(network, config, triggered_loader=triggered)
+    others = labels != 0
+    asr = float((network(images[others]).argmax(1) == 0).float().mean())
+    trainer = quiet_trainer(max_epochs=-1, logger=logger)
+    trainer.fit(module, loader())
+    assert list(module.rates) == ["mnp/ASR_before", "mnp/ASR_after"]
+    after = float((network(images[others]).argmax(1) == 0).float().mean())
+    assert list(module.rates.values()) == pytest.approx([asr, after])
+    assert {"mnp/ASR_before", "mnp/ASR_after"} <= trainer.callback_metrics.keys()
+    assert "mnp/ASR_after" in Path(logger.log_dir, "metrics.csv").read_text()
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["lightning_mnp"]["rates"] == module.rates
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no")
+def test_a_datamodule_under_attack_gives_the_test_images() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)).eval()
+    module = MNPModule(network, quick_config(verdict="ratio", runs=1, amount=1), when="never")
+    data = TinyDataModule(BadNets(patch_size=2), channels=1)
+    quiet_trainer(max_epochs=-1).fit(module, datamodule=data)
+    assert list(module.rates) == ["mnp/CA_before", "mnp/ASR_before"]
+
+
+def test_triggered_images_are_looked_at_before_any_work() -> None:
+    module = MNPModule(trained_network(), quick_config(), triggered_loader=loader())
+    with pytest.raises(ValueError, match="true labels"):
+        quiet_trainer(max_epochs=-1).fit(module, loader())
+    assert module.defense is None
+
+
+@pytest.mark.parametrize("kind", [RichProgressBar, TQDMProgressBar])
+def test_the_bar_moves(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    seen = io.StringIO()
+    if kind is RichProgressBar:
+        terminal = {"file": seen, "force_terminal": True, "color_system": None, "width": 160}
+        bar = RichProgressBar(console_kwargs=terminal)
+    else:
+        monkeypatch.setattr(sys, "stdout", seen)
+        bar = TQDMProgressBar()
+    module = MNPModule(trained_network(), quick_config(verdict="ratio", runs=1), when="never")
+    try:
+        quiet_trainer(max_epochs=-1, callbacks=[bar], enable_progress_bar=True).fit(
+            module, loader()
+        )
+    finally:
+        rich.reconfigure()
+    shown = re.findall(r"Epoch (\d+).*? (\d)/3", seen.getvalue())
+    assert len(set(shown)) > 3
+    assert "mnp/suppression_loss" in seen.getvalue()
 
 
 @mid_epoch

@@ -47,22 +47,35 @@ def trainer(**options: Any) -> pl.Trainer:
     return pl.Trainer(**{**defaults, **options})
 
 
+def triggered() -> list[Any]:
+    return [(images, 0 * labels, labels) for images, labels in loader()]
+
+
 def test_module(tmp_path: Path) -> None:
-    module = MNPModule(small(), CONFIG, output_dir=tmp_path)
-    trainer(max_epochs=-1).fit(module, loader())
+    logger = CSVLogger(str(tmp_path / "logs"))
+    places: dict[str, Any] = {"output_dir": tmp_path / "out", "triggered_loader": triggered()}
+    module = MNPModule(small(), CONFIG, **places)
+    options = {"callbacks": [pl.callbacks.RichProgressBar()], "enable_progress_bar": True}
+    trainer(max_epochs=-1, logger=logger, log_every_n_steps=1, **options).fit(module, loader())
     assert module.report is not None
     assert len(module.report.pruned) == 1
-    names = {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"mnp-report.html", "mnp-report.json", "mnp.ckpt"}
+    logged = Path(logger.log_dir, "metrics.csv").read_text()
+    for name in ("mnp/suppression_loss", "mnp/undecided", "mnp/ASR_before", "mnp/ASR_after"):
+        assert name in logged
+    assert {"mnp-curves.csv", "mnp-masks.png"} <= {p.name for p in Path(logger.log_dir).iterdir()}
 
 
 def test_callback(tmp_path: Path) -> None:
-    callback = MNPCallback("always", loader(), CONFIG)
+    callback = MNPCallback("always", loader(), CONFIG, triggered_loader=triggered())
     logger = CSVLogger(str(tmp_path))
     trainer(max_epochs=1, callbacks=[callback], logger=logger).fit(Plain(), loader())
     assert callback.report is not None
     assert callback.purified_path == Path(logger.log_dir, "mnp.ckpt")
-    assert "mnp/backdoored" in Path(logger.log_dir, "metrics.csv").read_text()
+    logged = Path(logger.log_dir, "metrics.csv").read_text()
+    for name in ("mnp/backdoored", "mnp/undecided", "mnp/ASR_before", "mnp/ASR_after"):
+        assert name in logged
 
 
 def test_sharded_networks_are_refused() -> None:

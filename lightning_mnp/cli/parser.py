@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import re
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_mnp.checkpoints.printable import printable
-from lightning_mnp.cli.words import similar
+from lightning_mnp.cli.hints import find_hint, named_command, plain_message
 
 __all__ = ["MNPParser"]
 
 _MOST_LETTERS = 2000
-_ROOMS = ("models", "data", "attacks")
+_OPTIONS = "--config FILE [options]"
 
 # Options of Lightning's Trainer that have a meaning for commands that do not train.
 _TRAINER = ("accelerator", "devices", "precision", "logger", "enable_progress_bar")
@@ -30,32 +28,76 @@ _TITLES = {"trainer": "Lightning's Trainer", "model": "The model", "data": "The 
 _OWN_WORDS = {
     "config": "File with options, as YAML, or package:NAME for one that comes with the package.",
     "print_config": "Print all options as YAML and end.",
-    "seed_everything": "Seed of what the method does not draw by itself.",
+    "seed_everything": "Seed of everything but the method.",
     "trainer.accelerator": "cpu, gpu, mps or auto.",
     "trainer.devices": "Number of devices, or which ones.",
-    "trainer.precision": "32-true, bf16-mixed or another precision of Lightning.",
+    "trainer.precision": "32-true, bf16-mixed or 16-mixed.",
     "trainer.logger": "false for no logger, or a class path.",
     "trainer.enable_progress_bar": "false for no progress bar.",
-    "model": "Your LightningModule, as a class path.",
-    "data": "Your LightningDataModule, as a class path.",
+    "model": "Your LightningModule, by its class path.",
+    "data": "Your datamodule, by its class path.",
     "model.help": "List the options of a model.",
     "data.help": "List the options of a datamodule.",
+    "mnp.augment": "Shift and mirror clean images: `none`, `crop` or `crop-flip`.",
+    "mnp.verdict.saliency": "What the ratio looks at: each output `map`, or `weight` (Eq. 11).",
+    "mnp.filters.include": "Name patterns of layers to take (all).",
+    "mnp.filters.exclude": "Name patterns of layers to leave out.",
+    "mnp.verdict.rule": "Judge by the `signals`, or by the `ratio` of Eq. 8.",
+    "mnp.pruning.removes": "What becomes zero: the output `map`, or weights of the `filter`.",
 }
-
+_OWN_VALUES = {
+    "enable_progress_bar": "BOOL",
+    **dict.fromkeys(("config", "ckpt_path", "output", "report", "state_file"), "FILE"),
+    **dict.fromkeys(("model", "data", "help"), "CLASS"),
+    "ckpt_paths": "FILE...",
+    "include": "[NAME,...]",
+    "exclude": "[NAME,...]",
+}
+_LEFT = 38  # columns for the names of options, so that nearly all fit
 
 _FIRST_SENTENCE = re.compile(r"(?<=\.)\s(?=[A-Z])|;\s")
 
 
 class _ShortHelp(DefaultHelpFormatter):
-    """Shows the first sentence of what is known of an option, and its default."""
+    """Shows an option, the first sentence of what is known of it, and its default."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("max_help_position", _LEFT)
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Return the names of an option without that which adds to a list, and its value."""
+        names = [name for name in action.option_strings if not name.endswith("+")]
+        if not names or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(names)} {_value(action)}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        known = action.help or ""
-        told = _OWN_WORDS.get(action.dest, _FIRST_SENTENCE.split(known, maxsplit=1)[0])
+        first = _FIRST_SENTENCE.split((action.help or "").replace("``", "`"), maxsplit=1)[0]
+        told = _OWN_WORDS.get(action.dest, first)
         if action.required:
-            return f"{told} Required."
-        shows = action.dest not in _OWN_WORDS and action.default not in (None, argparse.SUPPRESS)
-        return f"{told} (%(default)s)" if shows and action.option_strings else told
+            return f"{told.rstrip('.')}. Required."
+        default = action.default
+        known = isinstance(default, (int, float, str)) and default != argparse.SUPPRESS
+        if not known or (action.dest in _OWN_WORDS and not action.dest.startswith("mnp.")):
+            return told
+        shown = str(default).lower() if isinstance(default, bool) else default
+        return f"{told.rstrip('.')} ({shown})"
+
+
+def _value(action: argparse.Action) -> str:
+    """Return what stands for the value of an option in its help."""
+    name = action.dest.rpartition(".")[2]
+    if name in _OWN_VALUES:
+        return _OWN_VALUES[name]
+    kind = type(action.default)
+    if kind in (int, float):
+        return "N" if kind is int else "X"
+    if kind is bool:
+        return "BOOL"
+    choices = re.findall(r"\w+[-\w]*", str(action.metavar or ""))
+    told = bool(choices) and all(f"`{word}`" in (action.help or "") for word in choices)
+    return "WORD" if told else str(action.metavar or name.upper())
 
 
 class MNPParser(LightningArgumentParser):
@@ -69,11 +111,11 @@ class MNPParser(LightningArgumentParser):
         """Return the help, without options that the command has no use for."""
         command = self.prog.split()[-1]
         groups: dict[str, Any] = self.groups or {}
-        for name, title in _TITLES.items():
+        for name, title in {**_TITLES, command: "Files and network"}.items():
             if name in groups:
                 groups[name].title = title
         if command != self.prog:
-            self.usage = _usage(self)
+            self.usage = f"{_program(self)} {_OPTIONS}"
         names = [action.dest for action in self._actions]
         hidden = [
             (action, action.help) for action in self._actions if _is_hidden(action, command, names)
@@ -96,22 +138,18 @@ class MNPParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        lines = [printable(line, _MOST_LETTERS) for line in message.splitlines()]
-        told = "\n".join(lines)
-        hint = _hint(message, parser).strip()
-        prog = parser.prog.replace(" [options]", "")
-        for part in (
-            f"error: {told}",
-            *([hint] if hint else []),
-            f"usage: {_usage(parser)}; `{prog} --help` lists the options",
-        ):
-            print(part, file=sys.stderr)
+        hint, command = find_hint(message, parser), named_command(message)
+        program = " ".join(filter(None, (_program(parser), command)))
+        usage = f"usage: {program} {_OPTIONS}; `{program} --help` lists the options"
+        told = [f"error: {plain_message(message)}", *([hint] if hint else []), usage]
+        for line in "\n".join(told).splitlines():
+            print(printable(line, _MOST_LETTERS), file=sys.stderr)
         self.exit(2)
         raise AssertionError("unreachable")
 
 
-def _usage(parser: argparse.ArgumentParser) -> str:
-    return f"{parser.prog.replace(' [options]', '')} --config FILE [options]"
+def _program(parser: argparse.ArgumentParser) -> str:
+    return parser.prog.replace(" [options]", "")
 
 
 def _is_hidden(action: argparse.Action, command: str, names: Sequence[str]) -> bool:
@@ -121,32 +159,3 @@ def _is_hidden(action: argparse.Action, command: str, names: Sequence[str]) -> b
     unused = unused or action.dest.startswith(_NOT_IN.get(command, ("no option",)))
     is_group = room == "mnp" and any(other.startswith(f"{action.dest}.") for other in names)
     return unused or is_group
-
-
-def _hint(message: str, parser: argparse.ArgumentParser) -> str:
-    """Return the option, argument or class that was probably meant, as a question."""
-    options = {name for action in parser._actions for name in action.option_strings}
-    if found := re.search(r"(?:unrecognized arguments:|subcommand) \W?(--[\w.]+)", message):
-        return similar(found[1], options)
-    if found := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
-        return similar(found[2], _arguments(found[1]))
-    public = {
-        name.rpartition(".")[2]: name
-        for room in _ROOMS
-        for name in (f"lightning_mnp.{room}.{each}" for each in _exported(room))
-    }
-    for word in re.findall(r"[\w.]*lightning_mnp\.[\w.]+|(?<=Given value: )\w+", message):
-        if word not in public.values() and (hint := similar(word.rpartition(".")[2], public)):
-            meant = hint.removeprefix(" Did you mean ").removesuffix("?")
-            return f" Did you mean {public[meant]}?"
-    return ""
-
-
-def _exported(room: str) -> list[str]:
-    return list(import_module(f"lightning_mnp.{room}").__all__)
-
-
-def _arguments(class_path: str) -> list[str]:
-    """Return the names of the arguments of a class that the parser has found."""
-    module, _, name = class_path.rpartition(".")
-    return list(inspect.signature(getattr(import_module(module), name)).parameters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mnp.engine.base import OneStepPhase, Phase
 from lightning_mnp.engine.case import Case
@@ -33,20 +33,24 @@ class _Pruning(Phase):
         case, purification = self.case, self.case.purification
         removed = [int(position) for position in purification.removed]
         report.pruned = [case.layers.locate(position) for position in removed]
-        scores = case.scores
-        masks: dict[str, list[float]] = {}
-        if purification.masks is not None:
-            parts = purification.masks.split(case.layers.sizes)
-            pairs = zip(case.layers, parts, strict=True)
-            masks = {layer.name: part.tolist() for layer, part in pairs}
+        scores, ranked = case.scores, bool(case.masks_count)
         greedy, shift = purification.greedy, purification.shift
         report.pruning = PruningReport(
-            scores=[float(scores[position]) for position in removed] if case.masks_count else [],
+            scores=[float(scores[position]) for position in removed] if ranked else [],
             curve=[] if greedy is None else [list(point) for point in greedy.curve],
             traces=[] if greedy is None else [trace.name for trace in greedy.traces],
-            masks=masks,
+            masks=self._by_layer(purification.masks),
             shift=[] if shift is None else shift.values.tolist(),
+            sums=self._by_layer(scores if ranked else None),
         )
+
+    def _by_layer(self, values: Tensor | None) -> dict[str, list[float]]:
+        """Return one value for each filter, by layer; empty if there are none."""
+        if values is None:
+            return {}
+        layers = self.case.layers
+        pairs = zip(layers, values.split(layers.sizes), strict=True)
+        return {layer.name: part.tolist() for layer, part in pairs}
 
 
 class ThresholdPhase(_Pruning, OneStepPhase):

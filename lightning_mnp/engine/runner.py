@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import rich
 import torch
 from rich.errors import LiveError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -38,7 +39,7 @@ def run_defense(
         defense: The engine.
         state_file: See :func:`audit`; it stays there until :func:`forget_state`, which is for
             when the outcome is safe.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, if there is a terminal or a notebook.
         observe: Called after every step with the engine, the step's phase and its numbers.
 
     Raises:
@@ -84,7 +85,9 @@ def _progress_bar(progress: bool) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    bar = Progress(*columns, disable=not progress, transient=True)
+    console = rich.get_console()
+    shown = progress and (console.is_terminal or console.is_jupyter)
+    bar = Progress(*columns, disable=not shown, transient=True)
     try:
         bar.start()
     except LiveError:  # early versions of rich show one bar at a time, such as Lightning's own

@@ -19,7 +19,7 @@ from lightning_mnp.checkpoints.atomic_write import check_writable, write_atomica
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack
 from lightning_mnp.defense_data.names import find_class_names
 from lightning_mnp.engine.defense import MNPDefense
-from lightning_mnp.hosting.loggers import is_a, log_files, run_name
+from lightning_mnp.hosting.loggers import is_a, run_name
 from lightning_mnp.hosting.processes import do_in_first, gather_objects, process_count
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.reporting.files import save_report
@@ -175,9 +175,9 @@ def write_outcome(
     """Write the report and, if filters were pruned, a checkpoint of what the Trainer trained.
 
     The files are ``mnp-report.html``, ``mnp-report.json`` and ``mnp.ckpt``, or, if one of the names
-    is taken, ``mnp-v1-report.html`` and so on. MLflow and W&B get the report as an artifact of
-    their run as well; if the run is not part of the folder, it is part of the names. Where there
-    are several processes, all of them have to call this, and the first writes.
+    is taken, ``mnp-v1-report.html`` and so on. A run of MLflow or W&B is part of the names, if it
+    is not part of the folder. Where there are several processes, all of them have to call this,
+    and the first writes.
 
     Args:
         trainer: The Trainer, whose LightningModule holds the purified network meanwhile.
@@ -199,8 +199,6 @@ def write_outcome(
     page, numbers, purified = (folder / f"{name}{ending}" for ending in endings)
     for path in (page, numbers):
         do_in_first(partial(save_report, report, path, argument="output_dir"))
-    if trainer.is_global_zero:
-        log_files(trainer.loggers, [page, numbers])
     if not report.changes:
         return page, None
     unfinished = folder / f".{name}.ckpt.unfinished"

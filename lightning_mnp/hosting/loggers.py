@@ -1,9 +1,12 @@
-"""Loggers: the outcome as numbers, pictures and files, by each logger's own way."""
+"""Loggers: the outcome as numbers, pictures, curves and files, by each logger's own way."""
 
 from __future__ import annotations
 
+import csv
+import math
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,13 @@ import numpy as np
 
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.reporting import html, markdown
-from lightning_mnp.reporting.pictures import pictures
+from lightning_mnp.reporting.curves import harm_curve, suppression_curves, trace_curves
+from lightning_mnp.reporting.pictures import mask_values, pictures
 
-__all__ = ["is_a", "log_files", "log_outcome", "run_name"]
+__all__ = ["is_a", "log_outcome", "run_name"]
+
+_MOST_AT_ONCE = 1000  # numbers that MLflow takes in one call
+_HISTOGRAM = "mnp/masks"
 
 
 def is_a(thing: object, *names: str) -> bool:
@@ -39,10 +46,12 @@ def log_outcome(
     step: int,
     rates: Mapping[str, float] | None = None,
 ) -> None:
-    """Log the numbers, the verdict as a word, and the pictures.
+    """Log the numbers, the verdict as a word, pictures, curves, masks and the report.
 
-    TensorBoard gets images and the report as text, W&B images and the page, MLflow images and
-    tags, a CSV logger files in its folder. All others get the numbers.
+    TensorBoard gets the report as text, W&B as a page. W&B and MLflow keep page and JSON as
+    artifacts of their run. These three get curves as numbers with steps of their own: passes of
+    clean suppression from 1, or pruned filters from 0. A CSV logger gets pictures and curves as
+    files in its folder. All others get the numbers. Numbers that are not finite are left out.
 
     Args:
         loggers: The loggers, of the first process.
@@ -50,49 +59,104 @@ def log_outcome(
         step: The Trainer's global step.
         rates: Further numbers, such as CA and ASR.
     """
-    drawn = pictures(report) if loggers else {}
+    numbers = {
+        name: value
+        for name, value in {**report.metrics(), **(rates or {})}.items()
+        if math.isfinite(value)
+    }
     for logger in loggers:
-        logger.log_metrics({**report.metrics(), **(rates or {})}, step=step)
-        if is_a(logger, "TensorBoardLogger"):
-            logger.experiment.add_text("mnp/report", markdown(report), step)
-            for name, picture in drawn.items():
-                array = np.asarray(picture)
-                logger.experiment.add_image(f"mnp/{name}", array, step, dataformats="HWC")
-        elif is_a(logger, "WandbLogger"):
-            import wandb  # there, since its logger is
-
-            shown = {f"mnp/{name}": wandb.Image(picture) for name, picture in drawn.items()}
-            logger.experiment.log({**shown, "mnp/report": wandb.Html(html(report))})
-            logger.experiment.summary["mnp/verdict"] = report.verdict
-        elif is_a(logger, "MLFlowLogger"):
-            logger.experiment.set_tag(logger.run_id, "mnp.verdict", report.verdict)
-            for name, picture in drawn.items():
-                logger.experiment.log_image(logger.run_id, np.asarray(picture), f"mnp/{name}.png")
-        elif is_a(logger, "CSVLogger"):
-            folder = Path(logger.log_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, picture in drawn.items():
-                picture.save(folder / f"mnp-{_plain(name)}.png")
+        for kind, log in _OWN_WAYS.items():
+            if is_a(logger, kind):
+                log(logger, report, step)
+        logger.log_metrics(numbers, step=step)
+        logger.save()  # outside of a fit, nobody else does
 
 
-def log_files(loggers: Sequence[Any], files: Sequence[Path]) -> None:
-    """Keep the files of a report as artifacts of the runs of MLflow and W&B.
+def _log_to_tensorboard(logger: Any, report: DefenseReport, step: int) -> None:
+    logger.experiment.add_text("mnp/report", markdown(report), step)
+    for name, picture in _pictures(report).items():
+        logger.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    if masks := mask_values(report):
+        logger.experiment.add_histogram(_HISTOGRAM, np.asarray(masks), step)
+    for number, values in _by_number(report).items():
+        logger.log_metrics(values, step=number)
 
-    Args:
-        loggers: The loggers, of the first process.
-        files: Existing files.
-    """
-    for logger in loggers:
-        if is_a(logger, "MLFlowLogger"):
-            for path in files:
-                logger.experiment.log_artifact(logger.run_id, str(path), "mnp")
-        elif is_a(logger, "WandbLogger"):
-            import wandb  # there, since its logger is
 
-            artifact = wandb.Artifact(f"mnp-report-{logger.experiment.id}", type="report")
-            for path in files:
-                artifact.add_file(str(path))
-            logger.experiment.log_artifact(artifact)
+def _log_to_wandb(logger: Any, report: DefenseReport, step: int) -> None:
+    import wandb  # there, since its logger is
+
+    for number, values in _by_number(report).items():
+        logger.log_metrics(values, step=number)
+    shown = {name: wandb.Image(picture) for name, picture in _pictures(report).items()}
+    if masks := mask_values(report):
+        shown[_HISTOGRAM] = wandb.Histogram(masks)
+    page = html(report)
+    logger.experiment.log({**shown, "mnp/report": wandb.Html(page)})
+    logger.experiment.summary["mnp/verdict"] = report.verdict
+    artifact = wandb.Artifact(f"mnp-report-{logger.experiment.id}", type="report")
+    for name, content in (("report.html", page), ("report.json", report.to_json())):
+        with artifact.new_file(name, mode="w", encoding="utf-8") as file:
+            file.write(content)
+    logger.experiment.log_artifact(artifact)
+
+
+def _log_to_mlflow(logger: Any, report: DefenseReport, step: int) -> None:
+    from mlflow.entities import Metric  # there, since its logger is
+
+    client, run, now = logger.experiment, logger.run_id, int(1000 * time.time())
+    client.set_tag(run, "mnp.verdict", report.verdict)
+    for name, picture in pictures(report).items():
+        client.log_image(run, np.asarray(picture), f"mnp/{_plain(name)}.png")
+    points = [Metric(name, value, now, number) for name, number, value in _points(report)]
+    for start in range(0, len(points), _MOST_AT_ONCE):
+        client.log_batch(run, metrics=points[start : start + _MOST_AT_ONCE])
+    client.log_text(run, html(report), "mnp/report.html")
+    client.log_text(run, report.to_json(), "mnp/report.json")
+
+
+def _log_to_csv(logger: Any, report: DefenseReport, step: int) -> None:
+    if "://" in str(logger.log_dir):
+        return  # files are written to local folders only
+    folder = Path(logger.experiment.log_dir)  # made now, before files are in it
+    for name, picture in pictures(report).items():
+        picture.save(folder / f"mnp-{_plain(name)}.png")
+    if points := list(_points(report)):
+        with (folder / "mnp-curves.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("curve", "number", "value"), *points])
+
+
+_OWN_WAYS = {
+    "TensorBoardLogger": _log_to_tensorboard,
+    "WandbLogger": _log_to_wandb,
+    "MLFlowLogger": _log_to_mlflow,
+    "CSVLogger": _log_to_csv,
+}
+
+
+def _pictures(report: DefenseReport) -> dict[str, Any]:
+    """Return the pictures for loggers that draw histograms by themselves."""
+    return {f"mnp/{name}": each for name, each in pictures(report).items() if name != "masks"}
+
+
+def _points(report: DefenseReport) -> Iterator[tuple[str, int, float]]:
+    """Yield the name of a curve, a pass or a number of filters, and the value there."""
+    curves = [
+        *((f"accuracy-{run}", 1, values) for run, values in suppression_curves(report).items()),
+        *((f"left-{name}", 0, values) for name, values in trace_curves(report).items()),
+        ("harm", 0, harm_curve(report)),
+    ]
+    for name, first, values in curves:
+        for number, value in enumerate(values, first):
+            if math.isfinite(value):
+                yield f"mnp/curve/{_plain(name)}", number, value
+
+
+def _by_number(report: DefenseReport) -> dict[int, dict[str, float]]:
+    """Return the values of all curves by pass or number of filters, in their order."""
+    found: dict[int, dict[str, float]] = {}
+    for name, number, value in _points(report):
+        found.setdefault(number, {})[name] = value
+    return dict(sorted(found.items()))
 
 
 def run_name(loggers: Sequence[Any], folder: Path) -> str:

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
 from lightning_mnp.surgery.forward import Forward
 
-__all__ = ["check_triggered", "find_test_loaders", "measure_rates"]
+__all__ = ["check_triggered", "find_test_loaders", "measure_hosted_rates", "measure_rates"]
 
 Loaders = tuple[Iterable[Any] | None, Iterable[Any] | None]
 
@@ -68,6 +69,34 @@ def measure_rates(
                 success.update(_logits(network, forward, images), targets.cpu(), labels.cpu())
             rates[f"mnp/ASR_{ending}"] = float(success.compute())
     return rates
+
+
+def measure_hosted_rates(
+    trainer: Any,
+    network: nn.Module,
+    forward: Forward,
+    triggered: Iterable[Any] | None,
+    ending: str,
+) -> dict[str, float]:
+    """Measure CA and ASR on the images that a Trainer's datamodule or the user gives.
+
+    Random numbers are drawn apart. Under ``fast_dev_run`` nothing is measured.
+
+    Args:
+        trainer: The Trainer, whose datamodule may have test images.
+        network: See :func:`measure_rates`.
+        forward: See :func:`measure_rates`.
+        triggered: See :func:`find_test_loaders`.
+        ending: See :func:`measure_rates`.
+
+    Returns:
+        See :func:`measure_rates`.
+    """
+    if getattr(trainer, "fast_dev_run", False):
+        return {}
+    with isolate_rng():
+        loaders = find_test_loaders(getattr(trainer, "datamodule", None), triggered)
+        return measure_rates(network, forward, loaders, ending)
 
 
 def check_triggered(loader: Iterable[Any] | None) -> None:

@@ -75,7 +75,8 @@ def _verdict_line(report: DefenseReport, written: Path | None) -> str:
         return f"{head}, all-to-all: each class is taken to another one"
     if report.verdict == "undecided":
         seen = "" if written is None or report.changes else f" (report: {written})"
-        return f"{head}, neither clean nor backdoored{seen}: {_reason(report)}"
+        reason = Words(report).named(_reason(report))
+        return f"{head}, neither clean nor backdoored{seen}: {reason}"
     return head
 
 

@@ -181,6 +181,8 @@ class PruningReport:
         masks: What the output of every filter is multiplied by, from 0 to 1, by layer; empty if
             no filter was turned down.
         shift: What was added to each class's logit; empty if nothing was.
+        sums: M1 + M2 of every filter, averaged over the runs, by layer; empty if the rule does not
+            rank by them.
     """
 
     scores: list[float] = field(default_factory=list)
@@ -188,6 +190,7 @@ class PruningReport:
     traces: list[str] = field(default_factory=list)
     masks: dict[str, list[float]] = field(default_factory=dict)
     shift: list[float] = field(default_factory=list)
+    sums: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def read_fields(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
         traces=[str(name) for name in pruning["traces"]],
         masks={n: [_number(value) for value in part] for n, part in pruning["masks"].items()},
         shift=[_number(value) for value in pruning["shift"]],
+        sums={n: [_number(value) for value in part] for n, part in pruning["sums"].items()},
     )
     if read["reaudit"] is not None:
         numbers = ("score", "detection_ratio", "pile_up")

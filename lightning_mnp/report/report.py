@@ -283,7 +283,7 @@ class DefenseReport:
             raise ReportError(f"{shown}: {error}") from error
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers that loggers take, under the prefix ``mnp/``.
+        """Return the finite numbers that loggers take, under the prefix ``mnp/``.
 
         ``mnp/backdoored`` and ``mnp/undecided`` are 1 or 0. Both are 0 for a clean network.
         ``mnp/target_class`` is there if one is suspected, ``mnp/strength/<signal>`` for each
@@ -300,7 +300,7 @@ class DefenseReport:
             "mnp/backdoored": float(self.verdict == "backdoored"),
             "mnp/undecided": float(self.verdict == "undecided"),
             "mnp/judged": float(self.judged),
-            **({} if math.isnan(self.score) else {"mnp/score": self.score}),
+            "mnp/score": self.score,
             **{f"mnp/strength/{signal.name}": signal.strength for signal in self.signals},
             "mnp/pruned_filters": float(len(self.pruned)),
             "mnp/defense_accuracy_before": self.accuracy_before,
@@ -309,7 +309,7 @@ class DefenseReport:
             numbers["mnp/target_class"] = float(self.target_class)
         if self.accuracy_after is not None:
             numbers["mnp/defense_accuracy_after"] = self.accuracy_after
-        return numbers
+        return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
     def __str__(self) -> str:
         return text(self)

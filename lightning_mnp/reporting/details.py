@@ -10,6 +10,7 @@ from typing import Any
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.report.words import Words
 from lightning_mnp.reporting.charts import line_chart, share_bar
+from lightning_mnp.reporting.curves import harm_curve, suppression_curves, trace_curves
 from lightning_mnp.reporting.markup import Markup, join, tag
 
 __all__ = [
@@ -57,7 +58,7 @@ def curves(report: DefenseReport) -> Markup | None:
 
 
 def _suppression(report: DefenseReport) -> Iterator[Markup]:
-    lines = [(f"run {index}", run.curve) for index, run in enumerate(report.runs, 1) if run.curve]
+    lines = list(suppression_curves(report).items())
     if lines:
         ends = ", ".join(f"{curve[-1]:.0%}" for _, curve in lines)
         label = f"Accuracy falls in {len(lines)} runs of clean suppression; it ends at {ends}"
@@ -69,14 +70,10 @@ def _suppression(report: DefenseReport) -> Iterator[Markup]:
 
 
 def _pruning(report: DefenseReport) -> Iterator[Markup]:
-    curve = report.pruning.curve
-    if len(curve) < 2:
+    harm, traces = harm_curve(report), list(trace_curves(report).items())
+    if not harm:
         return
-    harm = [point[0] for point in curve]
-    levels = [list(line) for line in zip(*(point[1:] for point in curve), strict=False)]
-    names = [*report.pruning.traces, *["trace"] * len(levels)]
-    traces = list(zip(names, levels, strict=False))
-    last = len(curve) - 1
+    last = len(harm) - 1
     if traces:
         ends = ", ".join(f"{levels[-1]:.0%}" for _, levels in traces)
         label = f"What is left of the backdoor's traces: {ends}; filters pruned: {last}"

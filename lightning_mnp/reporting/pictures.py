@@ -5,24 +5,27 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.report.words import Words
 from lightning_mnp.reporting.style import LIGHT
 
-__all__ = ["pictures"]
+__all__ = ["mask_values", "pictures"]
 
 _SIDE, _GAP = 96, 8  # of the pictures of a trigger, in pixels
 _ROW, _NAME, _BAR = 22, 210, 300  # of a signal's line
+_BINS, _BIN, _TALL = 20, 20, 120  # of a histogram: their number, and the size of one in pixels
 
 
 def pictures(
     report: DefenseReport, *, class_names: Sequence[str] | None = None
 ) -> dict[str, Image.Image]:
-    """Return pictures by name: ``signals``, and one for each trigger that was found.
+    """Return pictures by name: ``signals``, ``masks``, and one for each trigger that was found.
 
     Args:
         report: The outcome.
@@ -30,8 +33,8 @@ def pictures(
 
     Returns:
         RGB pictures: the strengths of the signals as bars, with a line where they count, if there
-        are signals; and for each surrogate trigger what it changes, then images without and with
-        it.
+        are signals; the histogram of the masks, if there are masks; and for each surrogate trigger
+        what it changes, then images without and with it.
 
     Example:
         >>> pictures(DefenseReport("clean"))
@@ -40,12 +43,41 @@ def pictures(
     found = {}
     if report.signals:
         found["signals"] = _signals(Words(report, class_names))
+    if values := mask_values(report):
+        name = "soft masks" if report.pruning.masks else "M1 + M2"
+        found["masks"] = _histogram(values, f"{name} of {len(values):,} filters")
     for trigger in report.triggers:
         shown = [part for each in trigger.examples for part in (each.clean, each.triggered)]
         parts = [picture for data in (trigger.pattern, *shown) if (picture := _read(data))]
         if parts:
             found[f"trigger-{trigger.signal}"] = _row(parts)
     return found
+
+
+def mask_values(report: DefenseReport) -> list[float]:
+    """Return the soft mask of every filter; M1 + M2 if there are no soft masks, else nothing.
+
+    Args:
+        report: The outcome.
+    """
+    by_layer = report.pruning.masks or report.pruning.sums
+    return [value for part in by_layer.values() for value in part if math.isfinite(value)]
+
+
+def _histogram(values: Sequence[float], title: str) -> Image.Image:
+    counts, edges = np.histogram(values, _BINS)
+    size = _BINS * _BIN + 2 * _GAP, _TALL + 2 * _ROW + 2 * _GAP
+    picture = Image.new("RGB", size, LIGHT["page"])
+    draw = ImageDraw.Draw(picture)
+    draw.text((_GAP, _GAP), f"{title}; tallest bar: {counts.max():,}", fill=LIGHT["text"])
+    foot = _GAP + _ROW + _TALL
+    for number, count in enumerate(counts):
+        left, height = _GAP + number * _BIN, math.ceil(_TALL * count / counts.max())
+        if height:
+            box = left, foot - height, left + _BIN - 2, foot
+            draw.rectangle(box, fill=LIGHT["first"])
+    draw.text((_GAP, foot + 4), f"from {edges[0]:.3g} to {edges[-1]:.3g}", fill=LIGHT["text"])
+    return picture
 
 
 def _signals(words: Words) -> Image.Image:

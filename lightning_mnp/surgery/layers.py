@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_mnp.surgery.forward import Forward, call_network
 from lightning_mnp.surgery.guards import refuse_lazy_modules
-from lightning_mnp.surgery.tracing import SHARED_NORMS, RunTracer, trace_run
+from lightning_mnp.surgery.tracing import SHARED_NORMS, RunTracer, holds_layers, trace_run
 
 __all__ = [
     "FilterLayer",
@@ -242,7 +242,7 @@ def find_filter_layers(
             skipped.append((name, "classifier head: its filters are classes"))
         elif is_parametrized(convolution) or convolution._parameters.get("weight") is None:
             skipped.append((name, "its weight is computed by a parametrization"))
-        elif next(convolution.children(), None) is not None:
+        elif holds_layers(convolution):
             skipped.append((name, "it holds layers of its own"))
         elif tracer.scales[name] is None:
             skipped.append((name, "its maps do not vanish one by one with its weights"))

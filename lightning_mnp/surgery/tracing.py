@@ -18,7 +18,14 @@ from lightning_mnp.checkpoints.state_dict import all_tensors
 from lightning_mnp.surgery.forward import Forward, probe_network
 from lightning_mnp.surgery.scaling import NormKind, filter_scale, norm_kind
 
-__all__ = ["CHANNEL_NORMS", "SHARED_NORMS", "ConvolutionUse", "RunTracer", "trace_run"]
+__all__ = [
+    "CHANNEL_NORMS",
+    "SHARED_NORMS",
+    "ConvolutionUse",
+    "RunTracer",
+    "holds_layers",
+    "trace_run",
+]
 
 # Statistics of each channel alone: a channel that is zero does not change the others.
 CHANNEL_NORMS = (_NormBase, FrozenBatchNorm2d)
@@ -226,8 +233,24 @@ class RunTracer(TorchFunctionMode):
 
 
 def _owns_weight(convolution: nn.Module) -> bool:
-    bare = next(convolution.children(), None) is None
-    return bare and convolution._parameters.get("weight") is not None
+    return not holds_layers(convolution) and convolution._parameters.get("weight") is not None
+
+
+def holds_layers(convolution: nn.Module) -> bool:
+    """Return whether a convolution holds layers with tensors; one that only pads has none.
+
+    Args:
+        convolution: The convolution.
+
+    Example:
+        >>> holds_layers(nn.Conv2d(1, 1, 1))
+        False
+    """
+    return any(
+        next(tensors, None) is not None
+        for child in convolution.children()
+        for tensors in (child.parameters(), child.buffers())
+    )
 
 
 def _norm_dim(norm: nn.Module, ndim: int, dim: int) -> int:

@@ -266,8 +266,9 @@ def test_help(
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--data" in text
-    if command == "audit":
+    if command in ("audit", "defend", "calibrate"):
         assert len(text.splitlines()) <= 120
+        assert max(map(len, text.splitlines())) <= 80
     if command in ("audit", "defend"):
         assert "--trainer.precision" in text
         assert "--trainer.max_epochs" not in text

@@ -49,6 +49,9 @@ def test_a_filter_of_each_layer_stays(
     options = {"pruning.rule": rule, "pruning.amount": amount}
     report = defended(thin_network(), **options).report()
     assert [name for name, _ in report.pruned] == ["3"]
+    [pruned] = report.pruned
+    assert {name: len(part) for name, part in report.pruning.sums.items()} == {"0": 1, "3": 2}
+    assert report.pruning.scores == [report.pruning.sums[pruned[0]][pruned[1]]]
     kept = [text for text in report.warnings if text.startswith("one filter stays in each")]
     if spared is not None:
         [text] = kept

@@ -61,3 +61,13 @@ def test_the_bar_moves_with_every_phase(terminal: io.StringIO, outer: bool) -> N
 def test_no_bar_is_drawn_unasked(terminal: io.StringIO) -> None:
     run_defense(ThreePhases())  # type: ignore[arg-type]
     assert terminal.getvalue() == ""
+
+
+def test_nothing_is_written_to_what_is_no_terminal() -> None:
+    seen = io.StringIO()
+    rich.reconfigure(file=seen, force_terminal=False)
+    try:
+        run_defense(ThreePhases(), progress=True)  # type: ignore[arg-type]
+    finally:
+        rich.reconfigure()
+    assert seen.getvalue() == ""

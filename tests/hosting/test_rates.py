@@ -9,7 +9,12 @@ from helpers import TinyDataModule, same, snapshot
 from torch import nn
 
 from lightning_mnp.attacks import BadNets
-from lightning_mnp.hosting.rates import check_triggered, find_test_loaders, measure_rates
+from lightning_mnp.hosting.rates import (
+    check_triggered,
+    find_test_loaders,
+    measure_hosted_rates,
+    measure_rates,
+)
 
 IMAGES = torch.eye(3).reshape(3, 1, 1, 3)  # image k is of class k
 
@@ -25,6 +30,13 @@ class Plain(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.dropout(self.scale * images.flatten(1))
         return logits
+
+
+class Bright(nn.Module):
+    """Sees which quarter of an image is the brightest, which is its class."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((1, 3)).reshape(-1, 4, 2).mean(2)
 
 
 def call(network: nn.Module, images: torch.Tensor) -> Any:
@@ -58,6 +70,27 @@ def test_loaders_of_a_datamodule_under_attack() -> None:
     assert find_test_loaders(TinyDataModule(BadNets()), given)[1] is given
     for other in (TinyDataModule(), None, SimpleNamespace()):
         assert find_test_loaders(other, given) == (None, given)
+
+
+def test_a_trainer_has_the_loaders_and_its_random_numbers_stay() -> None:
+    triggered = [(IMAGES, torch.tensor([0, 0, 2]), torch.tensor([0, 1, 1]))]
+
+    def noisy(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        torch.rand(1)
+        logits: torch.Tensor = network(images)
+        return logits
+
+    state = torch.get_rng_state()
+    host = SimpleNamespace(datamodule=None)
+    found = measure_hosted_rates(host, Plain(), noisy, triggered, "after")
+    assert found == {"mnp/ASR_after": 0.5}
+    assert torch.equal(torch.get_rng_state(), state)
+    trial = SimpleNamespace(fast_dev_run=1)
+    assert measure_hosted_rates(trial, Plain(), noisy, triggered, "after") == {}
+    host.datamodule = TinyDataModule(BadNets(), channels=1)
+    both = measure_hosted_rates(host, Bright(), call, None, "before")
+    assert list(both) == ["mnp/CA_before", "mnp/ASR_before"]
+    assert both["mnp/CA_before"] > 0.9
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,12 @@ def test_undecided_is_one_line_with_its_reason(judged: bool, reasons: list[str],
     assert seen == [f"{head} (report: runs/mnp-report.html): {told}"]
 
 
+def test_classes_have_their_names_in_a_reason() -> None:
+    report = DefenseReport("undecided", reasons=["class 1 is odd"], class_names=["cat", "dog"])
+    [told] = lines(report)
+    assert told.endswith(": class 1 (dog) is odd")
+
+
 def test_an_undecided_network_that_is_pruned_all_the_same() -> None:
     report = DefenseReport("undecided", reasons=["weak"], **PRUNED)
     told = lines(report, **FILES)

@@ -203,6 +203,12 @@ def test_metrics() -> None:
     clean = make(verdict="clean").metrics()
     assert clean["mnp/backdoored"] == clean["mnp/undecided"] == 0.0
     assert "mnp/defense_accuracy_after" not in audit
+    unknown = make(score=math.inf, accuracy_before=math.nan, detection_ratio=math.nan).metrics()
+    assert all(math.isfinite(value) for value in unknown.values())
+    assert clean.keys() - unknown.keys() == {
+        "mnp/detection_ratio",
+        "mnp/defense_accuracy_before",
+    }
 
 
 def test_a_signal_is_found_by_its_name() -> None:

@@ -461,6 +461,25 @@ def test_a_convolution_that_holds_layers_is_left_alone() -> None:
     assert layers.skipped == (("0", "it holds layers of its own"),)
 
 
+class PadThenConv(nn.Conv2d):
+    """A convolution that pads by a layer of its own, as efficientnet_pytorch has it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.static_padding = nn.ZeroPad2d((0, 1, 0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.static_padding(x), self.weight, self.bias)
+
+
+def test_a_convolution_that_pads_by_a_layer_of_its_own_takes_part() -> None:
+    depthwise = PadThenConv(4, 4, 3, groups=4)
+    network = chain(PadThenConv(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), depthwise)
+    layers = find_filter_layers(network, IMAGES)
+    assert [(layer.name, layer.site) for layer in layers] == [("0", "1"), ("3", "3")]
+    assert not any(name in ("0", "3") for name, _ in layers.skipped)
+
+
 def test_an_empty_place_for_a_layer_is_none() -> None:
     network = chain(nn.Conv2d(3, 4, 3))
     network[0].register_module("norm", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -116,6 +117,8 @@ def parse_options(words: Sequence[str]) -> ScanOptions:
         help="folder for report.html and report.json (this one)",
     )
     add("--format", choices=("text", "json", "sarif"), default="text", help="what to print (text)")
+    shown = f"lightning-mnp {version('lightning-mnp')}"
+    add("--version", action="version", version=shown, help="show the version and exit")
     found = vars(parser.parse_args(list(words)))
     if found["images"] is None:  # not argparse's business, which would not look at misspellings
         parser.error("expected --images FOLDER with clean images, but got none")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def test_help_is_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         parse_options(["--help"])
     assert stop.value.code == 0
     assert len(capsys.readouterr().out.splitlines()) <= 40
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_options(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"lightning-mnp {version('lightning-mnp')}\n"
 
 
 @pytest.mark.parametrize(
