@@ -61,8 +61,7 @@ class SuppressionOptions:
 
     Args:
         runs: Number of suppression runs, over which masks and the pile-up are averaged. An audit
-            makes one, and the others if the verdict hangs on the pile-up. The rule `auto` takes the
-            masks of the latest one.
+            makes one, and the others if the verdict hangs on the pile-up or masks are made.
         more_runs: Most further runs, made if the verdict hangs on an unclear pile-up.
         lr: Learning rate, eta_1 in the paper.
         momentum: Momentum; above 0 it takes memory for one more copy of the weights.
@@ -93,7 +92,7 @@ class SuppressionOptions:
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """The dual masks M1 and M2 (Eq. 5 and 7); `auto` begins with their order.
+    """The dual masks M1 and M2 (Eq. 5 and 7); the pruning rule `auto` makes none.
 
     Args:
         lr: Learning rate of both masks, eta_2 in the paper.
@@ -103,8 +102,8 @@ class MaskOptions:
     """
 
     lr: float = option(0.1, above=0)
-    momentum: float = option(0.9, at_least=0, below=1)
-    epochs: int = option(5, at_least=1)
+    momentum: float = option(0.0, at_least=0, below=1)
+    epochs: int = option(20, at_least=1)
     penalty: float = option(0.0005, at_least=0)
 
     def __post_init__(self) -> None:
@@ -116,9 +115,9 @@ class PruningOptions:
     """Which filters go, how many, and what is done after that.
 
     The rule `auto` takes filters that carry the target class, one by one, until next to nothing of
-    the backdoor shows, or as many as `harm` and `amount` allow. It tries those with the lowest
-    M1 + M2 first, and then searches. The others take the filters with the lowest M1 + M2, as in
-    the paper. By every rule, at least one filter of each layer stays.
+    the backdoor shows, or as many as `harm` and `amount` allow. The others
+    take the filters with the lowest M1 + M2, as in the paper. By every rule, at least one filter of
+    each layer stays.
 
     Harm is counted in nats: the rise of the loss on clean images, and with fewer than 2,500 of
     them also how far predictions move.

@@ -172,8 +172,6 @@ class MNPConfig:
             "suppression.epochs": 20,
             "suppression.parts": 1,
             "suppression.stop_accuracy": None,
-            "masks.momentum": 0.0,
-            "masks.epochs": 20,
             "pruning.rule": "share",
             "pruning.amount": 0.00625,
             "pruning.soft_mask_steps": 0,

@@ -68,9 +68,8 @@ class Plan:
         options = self.case.config.pruning
         names = ["pruning", "check"]
         if options.rule == "auto":
-            # The masks of the latest run are enough: each filter is looked at.
             soft = ["soft_masks"] if options.soft_mask_steps else []
-            names = ["masks", "pruning", *soft, "check"]
+            names = ["pruning", *soft, "check"]
         phases = [(name, 0) for name in (*names, *(["reaudit"] if options.reaudit else []))]
         return [*self._searches(self.case.wanted_traces), *phases]
 

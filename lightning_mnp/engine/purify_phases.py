@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_mnp.engine.base import OneStepPhase, Phase
 from lightning_mnp.engine.case import Case
-from lightning_mnp.mnp.thresholds import choose_filters, pruned_count, pruning_order
+from lightning_mnp.mnp.thresholds import choose_filters, pruned_count
 from lightning_mnp.mnp.updates import Updates
 from lightning_mnp.report import DefenseReport, PruningReport, SecondAudit
 from lightning_mnp.signals.verdict import Judgement
@@ -74,7 +74,7 @@ class ThresholdPhase(_Pruning, OneStepPhase):
 
 
 class GreedyPhase(_Pruning):
-    """Greedy pruning along traces, one filter a step, those of the lowest M1 + M2 first."""
+    """Greedy pruning along traces, one filter a step."""
 
     @property
     def done(self) -> bool:
@@ -86,16 +86,11 @@ class GreedyPhase(_Pruning):
         """Return a step for each filter that may go, one to begin and one to stop."""
         return 0 if self.done else self.case.purification.most_filters + 2
 
-    def _first_choice(self) -> list[int]:
-        """The filters of the lowest M1 + M2, as far as the masks have lowered it at all."""
-        scores, most = self.case.scores, 2 * self.case.purification.most_filters
-        return [int(index) for index in pruning_order(scores)[:most] if scores[index] < 2.0]
-
     def step(self, updates: Updates) -> dict[str, float]:
         """Begin, or take one more filter."""
         purification = self.case.purification
         if purification.greedy is None:
-            purification.begin(self.case.traces(), self._first_choice())
+            purification.begin(self.case.traces())
         self.steps += 1
         return purification.greedy_step()
 

@@ -1,4 +1,4 @@
-"""Greedy pruning: filters taken one by one, by the masks' order first, until a backdoor is gone."""
+"""Greedy pruning: filters taken one by one, worst first, until a backdoor is gone."""
 
 from __future__ import annotations
 
@@ -34,9 +34,6 @@ class GreedyConstants:
         harmless: A filter that does no more harm than this is taken without looking further.
         little_harm: Share of the harm allowed that filters may do once little of the backdoor
             shows.
-        relief: The first choice is left when no filter of it promises so much: to first order, the
-            sum over all traces of what goes, each as a share of its strength at the start.
-        misses: It is left as well when so many of its filters were too harmful.
         gone_at: Share of the strength at the start from which nothing more is taken, in all traces
             that decide.
     """
@@ -50,22 +47,16 @@ class GreedyConstants:
     harm_floor: float = 0.005
     harmless: float = 0.001
     little_harm: float = 0.25
-    relief: float = 0.02
-    misses: int = 8
     gone_at: float = 0.1
 
 
 class GreedyPruning:
     """Takes filters one by one: those that carry the target class and that clean images do without.
 
-    In each step, filters are ranked by what they promise: their first-order effect on the margins
-    of the traces. The harm (:class:`CleanHarm`) without each of the best four is measured, best
-    first, and the one with the most effect for its harm is taken, or the first that does none.
-
-    At first only a *first choice* of filters is ranked, those with the lowest M1 + M2. That they
-    promise something and do little harm is asked of them as well, so a filter that the masks name
-    by mistake does no damage. When the first choice is used up, all filters are ranked. To promise
-    much, a filter must then have little effect on clean margins, too.
+    In each step, the first-order effect of every filter on the margins of the traces is set
+    against its first-order effect on clean margins. The harm (:class:`CleanHarm`) without each of
+    the best four is measured, best first, and the one with the most effect for its harm is taken,
+    or the first that does none.
 
     It ends when next to nothing is left in the traces that decide, at the most filters, or when all
     that is left is too harmful: one filter may do half of the harm allowed, all of them as much as
@@ -81,7 +72,6 @@ class GreedyPruning:
         seed: Seed of everything that is drawn.
         impurity: The share of clean images that may be poisoned after all.
         constants: Constants that differ from their defaults.
-        first: Positions of the first choice of filters; may be empty.
 
     Attributes:
         taken: Positions of the filters taken so far, in their order.
@@ -103,7 +93,6 @@ class GreedyPruning:
         seed: int,
         impurity: float = 0.0,
         constants: Constants | None = None,
-        first: Sequence[int] = (),
     ) -> None:
         constants = constants or Constants()
         self.constants = constants.of(GreedyConstants)
@@ -119,8 +108,6 @@ class GreedyPruning:
         self.spared: list[int] = []
         self.curve: list[tuple[float, ...]] = []
         self.stopped = ""
-        self.first = list(first)
-        self._missed = 0  # filters of the first choice that were too harmful
         self._rejected: dict[int, int] = {}
         self.references: list[float] = []
         self._measure = CleanHarm(masked, clean, batch_size, impurity, constants.of(HarmConstants))
@@ -214,15 +201,12 @@ class GreedyPruning:
             harm = self.harm_of(self.masks(without=[index]))
             if not harm <= most:  # not so if it is NaN
                 self._rejected[index] = len(self.taken)
-                self._missed += bool(self.first)
                 continue
             value = float(effect[index]) / (max(harm - harm_now, 0.0) + self.constants.harm_floor)
             if best is None or value > best[0]:
                 best = (value, index, harm)
             if harm - harm_now <= self.constants.harmless:  # the others promise less
                 break
-        if self._missed >= self.constants.misses:
-            self.first = []
         if best is None:
             if len(self._waiting()) >= self.constants.rejected:
                 self.stopped = f"more filters would do more harm than {self.harm:g} nats"
@@ -270,12 +254,6 @@ class GreedyPruning:
         effect[[*self.taken, *self.spared]] = 0.0
         effect[self._waiting()] = 0.0
         constants = self.constants
-        if self.first:
-            own = torch.zeros_like(effect)
-            own[self.first] = effect[self.first].clamp_min(0.0)
-            if own.max() >= constants.relief:
-                return own, own
-            self.first = []
         least = constants.least_effect * effect.max()
         effect = effect.where(effect >= least, 0.0).clamp_min(0.0)
         harm = constants.harm_weight * self._clean_slope().abs() + constants.harm_floor
@@ -314,8 +292,6 @@ class GreedyPruning:
             "spared": list(self.spared),
             "curve": [list(point) for point in self.curve],
             "stopped": self.stopped,
-            "first": list(self.first),
-            "missed": self._missed,
             "rejected": dict(self._rejected),
             "reference": list(self.references),
             "traces": [trace.state_dict() for trace in self.traces],
@@ -327,8 +303,6 @@ class GreedyPruning:
         self.spared = [int(index) for index in state["spared"]]
         self.curve = [tuple(float(value) for value in point) for point in state["curve"]]
         self.stopped = str(state["stopped"])
-        self.first = [int(index) for index in state["first"]]
-        self._missed = int(state["missed"])
         self._rejected = {int(index): int(count) for index, count in state["rejected"].items()}
         self.references = [float(value) for value in state["reference"]]
         for trace, part in zip(self.traces, state["traces"], strict=True):

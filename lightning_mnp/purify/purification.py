@@ -121,12 +121,11 @@ class Purification:
                 f"{', '.join(names)}; a layer without filters would pass nothing on"
             )
 
-    def begin(self, traces: Sequence[Trace], first: Sequence[int] = ()) -> None:
+    def begin(self, traces: Sequence[Trace]) -> None:
         """Begin greedy pruning.
 
         Args:
             traces: Where the backdoor shows.
-            first: Positions of the filters that are tried first; may be empty.
         """
         self.greedy = GreedyPruning(
             self.raised,
@@ -138,7 +137,6 @@ class Purification:
             self.config.seed,
             self.config.pruning.impurity,
             self.constants,
-            first,
         )
 
     def greedy_step(self) -> dict[str, float]:

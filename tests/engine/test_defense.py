@@ -99,7 +99,7 @@ def test_the_usual_runs_are_made_if_the_verdict_hangs_on_the_pile_up(
 
 
 @short
-def test_a_flagged_network_is_pruned_by_the_masks_of_its_run(
+def test_a_flagged_network_is_pruned_without_further_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judgement = Judgement("backdoored", 0.5, 0.7, 0, ("a test says so",))
@@ -107,9 +107,8 @@ def test_a_flagged_network_is_pruned_by_the_masks_of_its_run(
     changes = {"rule": "auto", "amount": 0.05, "runs": 2}
     defense = new_defense(when="flagged", **changes)
     assert phases(defense)[7:] == [
-        "verdict", "reach", "overlay", "masks", "pruning", "soft_masks", "check",
+        "verdict", "reach", "overlay", "pruning", "soft_masks", "check",
     ]  # fmt: skip
-    assert defense.case.masks_count == 1
     always = finished(new_defense(**changes))
     assert defense.case.runs == always.case.runs
     assert defense.report().pruned == always.report().pruned
@@ -120,7 +119,7 @@ def test_phases_of_the_automatic_rule() -> None:
     changes = {"rule": "auto", "amount": 0.05}
     assert phases(new_defense(runs=1, **changes)) == [
         "reference", "suppression", "saliency", "margin", "patch", "warp", "permutation",
-        "verdict", "reach", "overlay", "masks", "pruning", "soft_masks", "check",
+        "verdict", "reach", "overlay", "pruning", "soft_masks", "check",
     ]  # fmt: skip
     assert "soft_masks" not in phases(new_defense(runs=1, soft_mask_steps=0, **changes))
 
@@ -135,7 +134,7 @@ def test_what_is_made_for_pruning_only_is_made_of_a_flagged_network(
     monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **options: judgement)
     expected: list[str] = []
     if verdict == "backdoored" and changes:
-        expected = ["reach", "overlay", "masks", "pruning", "soft_masks", "check"]
+        expected = ["reach", "overlay", "pruning", "soft_masks", "check"]
     elif verdict == "backdoored":
         expected = ["suppression", "saliency", "masks", "pruning", "check"]
     made = phases(new_defense(when="flagged", runs=1, **changes))
@@ -152,7 +151,7 @@ def test_what_a_trace_has_found_is_of_no_account_for_the_verdict(
 ) -> None:
     monkeypatch.setattr(f"lightning_mnp.signals.{name}.{name.title()}Search.helps", lambda _: True)
     defense = new_defense(runs=1, rule="auto", amount=0.02)
-    while defense.phase != "masks":
+    while defense.phase != "pruning":
         defense.step()
     judgement, search = defense.judgement, defense.case.search(name)
     assert judgement.judged
@@ -361,7 +360,7 @@ def test_searches_for_pruning_are_left_out_where_better_traces_are_known(
     found = [Signal(believed, 2.0, 1, 2.0, 1.0, "a test says so")]
     monkeypatch.setattr(defense.case, "signals", lambda: found)
     made: set[str] = set()
-    while defense.phase != "masks":
+    while defense.phase != "pruning":
         if defense.place[2]:
             made.add(defense.phase)
         defense.step()
@@ -662,7 +661,7 @@ def test_masks_that_stop_early_are_told(monkeypatch: pytest.MonkeyPatch) -> None
     def spoiled(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
         return original(logits, labels, **options) * float("inf")
 
-    while defense.phase != "masks":
+    while defense.phase != "pruning":
         defense.step()
     monkeypatch.setattr("lightning_mnp.mnp.dual_masks.F.cross_entropy", spoiled)
     finished(defense)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,9 +15,7 @@ from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
-def new_search(
-    most: int = 3, harm: float = 0.5, target: int = 1, first: Sequence[int] = ()
-) -> GreedyPruning:
+def new_search(most: int = 3, harm: float = 0.5, target: int = 1) -> GreedyPruning:
     network = trained_network()
     data = DefenseSet(*images_and_labels())
     masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
@@ -30,7 +27,7 @@ def new_search(
     }
     trace = SuppressedTrace(masked, [weights], data.images, goals_of(data.images, target))
     clean = [data, data.augmented("crop", seed=0)]
-    return GreedyPruning(masked, clean, [trace], most, harm, 16, 0, first=first)
+    return GreedyPruning(masked, clean, [trace], most, harm, 16, 0)
 
 
 def finish(search: GreedyPruning) -> GreedyPruning:
@@ -117,40 +114,6 @@ def test_first_order_effect_is_the_slope_of_the_margins() -> None:
         levels.append(float(trace.margins(masks).clamp_min(-1.0).mean()))
     expected = (levels[1] - levels[0]) / 2e-2 / reference
     assert float(effect[index]) == pytest.approx(expected, rel=0.1)
-
-
-def test_the_first_choice_goes_first_by_its_effect_alone() -> None:
-    plain = new_search(most=2, harm=50.0)
-    plain.step()
-    effect = plain._promise()[1]
-    first = [int(index) for index in effect.argsort(descending=True)[[4, 2, 3]]]
-    search = finish(new_search(most=2, harm=50.0, first=first))
-    assert search.taken[0] == max(first, key=lambda index: float(effect[index]))
-    assert set(search.taken) < set(first)
-
-
-def test_a_first_choice_that_promises_nothing_is_left() -> None:
-    plain = new_search(most=2, harm=50.0)
-    plain.step()
-    useless = [int(index) for index in plain._promise()[1].argsort()[:3]]
-    search = finish(new_search(most=2, harm=50.0, first=useless))
-    assert search.first == []
-    assert search.taken == finish(plain).taken
-
-
-def test_a_harmful_first_choice_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = new_search(most=1, harm=50.0)
-    plain.step()
-    first = plain._promise()[1].argsort(descending=True)[:9].tolist()
-    search = new_search(most=1, harm=50.0, first=first)
-    search.step()
-    monkeypatch.setattr(search, "harm_of", lambda masks: 99.0)
-    rounds = 0
-    while search.first:
-        assert search._best() is None
-        rounds += 1
-    assert rounds == 2  # four candidates each, and eight misses end it
-    assert len(search._rejected) == 8
 
 
 def test_nothing_more_is_taken_when_the_backdoor_is_gone() -> None:
