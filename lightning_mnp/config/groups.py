@@ -114,10 +114,9 @@ class MaskOptions:
 class PruningOptions:
     """Which filters go, how many, and what is done after that.
 
-    The rule `auto` takes filters that carry the target class, one by one, until next to nothing of
-    the backdoor shows, or as many as `harm` and `amount` allow. The others
-    take the filters with the lowest M1 + M2, as in the paper. By every rule, at least one filter of
-    each layer stays.
+    The rule `auto` takes filters that carry the target class, one by one, as many as `harm` and
+    `amount` allow. The others take the filters with the lowest M1 + M2, as in the paper. By every
+    rule, at least one filter of each layer stays.
 
     Harm is counted in nats: the rise of the loss on clean images, and with fewer than 2,500 of
     them also how far predictions move.

@@ -86,9 +86,8 @@ class MNPDefense:
 
     def _audit_of(self, model: nn.Module) -> MNPDefense:
         """Make the engine that audits a purified copy, by the signals that spoke."""
-        case, again = self.case, None
-        if case.judges_by_signals:
-            again = signals_to_repeat(case.signals(), case.config.verdict.threshold)
+        case, limit = self.case, self.case.config.verdict.threshold
+        again = signals_to_repeat(case.signals(), limit) if case.judges_by_signals else None
         return MNPDefense(
             model,
             case.data,
@@ -142,7 +141,7 @@ class MNPDefense:
             updates: Does backward passes and optimizer steps; plainly, if None.
 
         Returns:
-            Numbers of this step, by name.
+            Numbers by name.
 
         Raises:
             RuntimeError: If the defense has finished.

@@ -260,9 +260,6 @@ class SearchPhase(Phase):
         case = self.case
         if case.doubts and case.when != "always":  # the network will not be judged, nor pruned
             return True
-        traces = case.wanted_traces if case.judgement is not None else {}
-        if self.name in traces and not traces[self.name].helps(case.signals()[0]):
-            return True
         return self.name in case.found
 
     def most_steps(self) -> int:

@@ -66,10 +66,8 @@ class Plan:
 
     def _pruning(self) -> list[Entry]:
         options = self.case.config.pruning
-        names = ["pruning", "check"]
-        if options.rule == "auto":
-            soft = ["soft_masks"] if options.soft_mask_steps else []
-            names = ["pruning", *soft, "check"]
+        soft = options.rule == "auto" and options.soft_mask_steps > 0
+        names = ["pruning", *(["soft_masks"] if soft else []), "check"]
         phases = [(name, 0) for name in (*names, *(["reaudit"] if options.reaudit else []))]
         return [*self._searches(self.case.wanted_traces), *phases]
 

@@ -1,4 +1,4 @@
-"""Greedy pruning: filters taken one by one, worst first, until a backdoor is gone."""
+"""Greedy pruning: filters taken one by one, worst first, as many as clean images can do without."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class GreedyConstants:
         harmless: A filter that does no more harm than this is taken without looking further.
         little_harm: Share of the harm allowed that filters may do once little of the backdoor
             shows.
-        gone_at: Share of the strength at the start from which nothing more is taken, in all traces
-            that decide.
+        gone_at: Nothing more is taken when all traces that decide are down to this share of their
+            strength at the start. 0 to go on as long as harm allows: traces can be gone before the
+            backdoor is.
     """
 
     candidates: int = 4
@@ -47,7 +48,7 @@ class GreedyConstants:
     harm_floor: float = 0.005
     harmless: float = 0.001
     little_harm: float = 0.25
-    gone_at: float = 0.1
+    gone_at: float = 0.0
 
 
 class GreedyPruning:
@@ -56,11 +57,9 @@ class GreedyPruning:
     In each step, the first-order effect of every filter on the margins of the traces is set
     against its first-order effect on clean margins. The harm (:class:`CleanHarm`) without each of
     the best four is measured, best first, and the one with the most effect for its harm is taken,
-    or the first that does none.
-
-    It ends when next to nothing is left in the traces that decide, at the most filters, or when all
-    that is left is too harmful: one filter may do half of the harm allowed, all of them as much as
-    is allowed above the least on the way. The last filter of a layer is never taken.
+    or the first that does none. It ends at the most filters, or when all that is left is
+    too harmful: one filter may do half of the harm allowed, all of them as much as is allowed
+    above the least on the way. The last filter of a layer is never taken.
 
     Args:
         masked: The network.
@@ -114,10 +113,13 @@ class GreedyPruning:
 
     @property
     def gone(self) -> bool:
-        """Whether filters were taken, and next to nothing is left in the traces that decide."""
-        pairs = zip(self.traces, self.curve[-1][1:], strict=True) if self.taken else ()
+        """Whether filters were taken, and the traces that decide are down to ``gone_at``."""
+        least = self.constants.gone_at
+        if not (self.taken and least):
+            return False
+        pairs = zip(self.traces, self.curve[-1][1:], strict=True)
         levels = [level for trace, level in pairs if trace.decides]
-        return bool(levels) and max(levels) <= self.constants.gone_at
+        return bool(levels) and max(levels) <= least
 
     def masks(self, without: Sequence[int] = ()) -> Tensor:
         """Return masks with zeros for the filters taken, and for others, shape (total filters,).
@@ -147,7 +149,7 @@ class GreedyPruning:
         masks = self.masks()
         for trace in self.traces:
             trace.adapt(masks, 0)
-        self.references = [max(level, self._least) for level in self._levels(masks)]
+        self.references = [max(level, self._least) for level in self._levels()]
         self._note(0.0)
 
     def _take_next(self) -> None:
@@ -169,17 +171,14 @@ class GreedyPruning:
         self._note(best[1])
 
     def _note(self, harm: float) -> None:
-        self.curve.append((harm, *self._shares(self.masks())))
+        levels = zip(self._levels(), self.references, strict=True)
+        self.curve.append((harm, *(level / whole for level, whole in levels)))
 
     @torch.no_grad()
-    def _levels(self, masks: Tensor) -> list[float]:
+    def _levels(self) -> list[float]:
         """The strength of each trace."""
+        masks = self.masks()
         return [float(strength(trace, masks)) for trace in self.traces]
-
-    def _shares(self, masks: Tensor) -> list[float]:
-        """The strength of each trace as a share of that at the start."""
-        levels = zip(self._levels(masks), self.references, strict=True)
-        return [level / whole for level, whole in levels]
 
     def _best(self) -> tuple[int, float] | None:
         """The best filter to take next, and the harm with it.
@@ -224,19 +223,15 @@ class GreedyPruning:
         """The most harm that the next filter may lead to."""
         most = min(point[0] for point in self.curve) + self.harm
         for harm, *levels in self.curve:
-            if self._shows_little(levels):
+            shown = zip(self.traces, levels, self.references, strict=True)
+            decisive = [
+                trace.shows_little(level * before, before)
+                for trace, level, before in shown
+                if trace.decides
+            ]
+            if decisive and all(decisive):
                 return min(most, harm + self.constants.little_harm * self.harm)
         return most
-
-    def _shows_little(self, levels: Sequence[float]) -> bool:
-        """Whether next to nothing is left in all traces that decide, if there are any."""
-        shown = zip(self.traces, levels, self.references, strict=True)
-        decisive = [
-            trace.shows_little(level * before, before)
-            for trace, level, before in shown
-            if trace.decides
-        ]
-        return bool(decisive) and all(decisive)
 
     def _waiting(self) -> list[int]:
         """Filters that were too harmful a short while ago."""

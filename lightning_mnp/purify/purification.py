@@ -150,7 +150,6 @@ class Purification:
         if greedy.stopped:
             self.remove(torch.tensor(greedy.taken, dtype=torch.long))
             self.spare(greedy.spared)
-            self.settled = greedy.gone  # then nothing is left to turn down
         return metrics
 
     def soft_mask_step(self) -> dict[str, float]:

@@ -93,15 +93,6 @@ class Search(ABC):
         return True
 
     @classmethod
-    def helps(cls, believed: Signal) -> bool:
-        """Return whether its traces help to prune, if it is made for pruning only.
-
-        Args:
-            believed: The signal most to be believed.
-        """
-        return True
-
-    @classmethod
     @abstractmethod
     def all_steps(cls, scene: Scene) -> int:
         """Return the most steps that the whole search takes; 0 if it takes none.

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_mnp.config import Constants
-from lightning_mnp.report import Signal
 from lightning_mnp.signals.pattern import LeadSearch
 from lightning_mnp.signals.pattern_trigger import PatternTrigger
 
@@ -107,15 +106,6 @@ class OverlaySearch(LeadSearch[OverlayTrigger]):
 
     name = "overlay"
     kind = OverlayTrigger
-
-    @classmethod
-    def helps(cls, believed: Signal) -> bool:
-        """Return whether its traces help to prune: a warp or an exchange has better ones.
-
-        Args:
-            believed: The signal most to be believed.
-        """
-        return believed.name not in ("warp", "permutation")
 
     @classmethod
     def class_steps(cls, constants: Constants) -> int:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import seeded_generator
-from lightning_mnp.report import Signal
 from lightning_mnp.signals.base import Scene, Search
 from lightning_mnp.signals.logits import goal_margins
 from lightning_mnp.signals.margin import MarginSearch
@@ -98,18 +97,6 @@ class ReachSearch(Search):
         self.perturbations: dict[int, Tensor] = {}
         self._course: list[tuple[float, float]] = []  # length and success after each step
         self._pushed: UniversalPerturbation | None = None
-
-    @classmethod
-    def helps(cls, believed: Signal) -> bool:
-        """Return whether its traces help to prune.
-
-        Where a patch, a warp or an exchange of classes was found, the traces are better ones. The
-        reach takes as long as these searches together.
-
-        Args:
-            believed: The signal most to be believed.
-        """
-        return believed.name not in ("patch", "warp", "permutation")
 
     @classmethod
     def all_steps(cls, scene: Scene) -> int:

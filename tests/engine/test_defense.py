@@ -17,7 +17,6 @@ from lightning_mnp.config import Constants
 from lightning_mnp.mnp.detection_ratio import LITERAL_WARNING, saliency_correlation
 from lightning_mnp.mnp.saliency import approximate_clc, filter_magnitudes
 from lightning_mnp.mnp.suppression import suppression_parts
-from lightning_mnp.report import Signal
 from lightning_mnp.signals.abstention import AbstentionConstants
 from lightning_mnp.signals.overlay import OverlaySearch
 from lightning_mnp.signals.reach import ReachSearch
@@ -146,10 +145,7 @@ def test_what_is_made_for_pruning_only_is_made_of_a_flagged_network(
 
 @short
 @pytest.mark.parametrize("name", ["reach", "overlay"])
-def test_what_a_trace_has_found_is_of_no_account_for_the_verdict(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(f"lightning_mnp.signals.{name}.{name.title()}Search.helps", lambda _: True)
+def test_what_a_trace_has_found_is_of_no_account_for_the_verdict(name: str) -> None:
     defense = new_defense(runs=1, rule="auto", amount=0.02)
     while defense.phase != "pruning":
         defense.step()
@@ -339,32 +335,6 @@ def test_an_audit_of_some_signals_makes_a_suppression_run_only_for_the_pile_up()
     assert phases(new_defense(signals=pair, **changes)) == [
         "reference", "suppression", "saliency", "margin", "verdict",
     ]  # fmt: skip
-
-
-@short
-@pytest.mark.parametrize(
-    ("believed", "left_out"),
-    [
-        ("patch", {"reach"}),
-        ("warp", {"reach", "overlay"}),
-        ("permutation", {"reach", "overlay"}),
-        ("margin", set()),
-    ],
-)
-def test_searches_for_pruning_are_left_out_where_better_traces_are_known(
-    believed: str, left_out: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    defense = new_defense(runs=1, rule="auto", amount=0.02)
-    while defense.phase != "reach":
-        defense.step()
-    found = [Signal(believed, 2.0, 1, 2.0, 1.0, "a test says so")]
-    monkeypatch.setattr(defense.case, "signals", lambda: found)
-    made: set[str] = set()
-    while defense.phase != "pruning":
-        if defense.place[2]:
-            made.add(defense.phase)
-        defense.step()
-    assert made == {"reach", "overlay"} - left_out
 
 
 @short

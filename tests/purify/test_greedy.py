@@ -8,7 +8,7 @@ import torch
 from helpers import goals_of, images_and_labels, same, snapshot, trained_network
 
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.purify.greedy import GreedyPruning
+from lightning_mnp.purify.greedy import GreedyConstants, GreedyPruning
 from lightning_mnp.purify.harm import CleanHarm
 from lightning_mnp.signals.pile_up import SuppressedTrace
 from lightning_mnp.surgery.layers import find_filter_layers
@@ -118,6 +118,7 @@ def test_first_order_effect_is_the_slope_of_the_margins() -> None:
 
 def test_nothing_more_is_taken_when_the_backdoor_is_gone() -> None:
     search = new_search(most=3, harm=50.0)
+    search.constants = GreedyConstants(gone_at=0.1)
     search.step()
     quiet, loud = copy.copy(search.traces[0]), search.traces[0]
     quiet.decides = False
@@ -128,6 +129,9 @@ def test_nothing_more_is_taken_when_the_backdoor_is_gone() -> None:
     search.stopped, search.curve = "", [(0.0, 1.0, 1.0), (0.0, 0.11, 0.0)]
     search.traces = [loud, loud]
     assert search.step()["filters"] == 2.0
+    search.curve[-1] = (0.0, 0.0, 0.0)
+    search.constants = GreedyConstants()
+    assert search.step()["filters"] == 3.0
 
 
 def test_resumed_search_takes_the_same_filters() -> None:
