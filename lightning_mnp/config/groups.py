@@ -61,7 +61,7 @@ class SuppressionOptions:
 
     Args:
         runs: Number of suppression runs, over which masks and the pile-up are averaged. An audit
-            makes one, and the others if the verdict hangs on the pile-up or masks are made.
+            makes one, and the others if the verdict hangs on the pile-up or filters are pruned.
         more_runs: Most further runs, made if the verdict hangs on an unclear pile-up.
         lr: Learning rate, eta_1 in the paper.
         momentum: Momentum; above 0 it takes memory for one more copy of the weights.

@@ -191,12 +191,12 @@ class Case:
     def first_runs(self) -> int:
         """Number of suppression runs before the first verdict.
 
-        One is enough if no signal speaks: the others are made when a verdict or masks need them.
-        None is made where nothing needs one.
+        One is enough if no signal speaks: the others are made when a verdict or pruning needs them.
+        None is made if none of the signals needs one.
         """
         if self.judges_by_signals and not (self.measured is None or "pile-up" in self.measured):
             return 0
-        waits = not self.ranks_by_masks or self.when == "never"
+        waits = self.when == "never" or (self.when == "flagged" and not self.ranks_by_masks)
         return 1 if self.judges_by_signals and waits else self.config.suppression.runs
 
     @property

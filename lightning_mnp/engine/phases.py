@@ -333,8 +333,9 @@ class VerdictPhase(OneStepPhase):
     def _further_runs(self) -> range:
         """The runs to make before the next verdict.
 
-        The audit begins with one. The usual number is made if the verdict may hang on the pile-up.
-        If the pile-up is unclear even then, one more for each part follows.
+        The audit begins with one. The usual number is made if the verdict may hang on the pile-up,
+        and for greedy pruning, which looks at all of these suppressed networks. If the pile-up is
+        unclear even then, one more for each part follows.
         """
         case, made = self.case, len(self.case.runs)
         # Of a network that is not judged in any case, more runs would say nothing.
@@ -344,7 +345,8 @@ class VerdictPhase(OneStepPhase):
         constants, found = case.constants.of(VerdictConstants), case.signals()
         if made < suppression.runs:
             wanted = suppression.runs
-            needed = hangs_on_pile_up(found, constants)
+            traced = self._prunes and not case.ranks_by_masks
+            needed = traced or hangs_on_pile_up(found, constants)
         else:
             parts = suppression_parts(case.data, case.config)
             wanted = min(made + parts, suppression.runs + suppression.more_runs)

@@ -93,12 +93,12 @@ def test_the_usual_runs_are_made_if_the_verdict_hangs_on_the_pile_up(
     defense = new_defense(when="never", runs=3)
     again = ["suppression", "saliency"] * 2 + ["verdict"]
     assert phases(defense)[7:] == ["verdict", *([] if settled else again)]
-    at_once = finished(new_defense(runs=3))
+    at_once = finished(new_defense(runs=3, rule="auto", amount=0.02, soft_mask_steps=0))
     assert defense.case.runs == at_once.case.runs[: 1 if settled else 3]
 
 
 @short
-def test_a_flagged_network_is_pruned_without_further_runs(
+def test_a_flagged_network_gets_the_usual_runs_before_it_is_pruned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judgement = Judgement("backdoored", 0.5, 0.7, 0, ("a test says so",))
@@ -106,7 +106,8 @@ def test_a_flagged_network_is_pruned_without_further_runs(
     changes = {"rule": "auto", "amount": 0.05, "runs": 2}
     defense = new_defense(when="flagged", **changes)
     assert phases(defense)[7:] == [
-        "verdict", "reach", "overlay", "pruning", "soft_masks", "check",
+        "verdict", "suppression", "saliency", "verdict", "reach", "overlay", "pruning",
+        "soft_masks", "check",
     ]  # fmt: skip
     always = finished(new_defense(**changes))
     assert defense.case.runs == always.case.runs
@@ -114,7 +115,7 @@ def test_a_flagged_network_is_pruned_without_further_runs(
 
 
 @short
-def test_phases_of_the_automatic_rule() -> None:
+def test_automatic_rule_needs_no_masks() -> None:
     changes = {"rule": "auto", "amount": 0.05}
     assert phases(new_defense(runs=1, **changes)) == [
         "reference", "suppression", "saliency", "margin", "patch", "warp", "permutation",
