@@ -632,7 +632,7 @@ def test_masks_that_stop_early_are_told(monkeypatch: pytest.MonkeyPatch) -> None
     def spoiled(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
         return original(logits, labels, **options) * float("inf")
 
-    while defense.phase != "pruning":
+    while defense.phase != "masks":
         defense.step()
     monkeypatch.setattr("lightning_mnp.mnp.dual_masks.F.cross_entropy", spoiled)
     finished(defense)
