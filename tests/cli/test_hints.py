@@ -66,8 +66,8 @@ CLASSIFIER = "lightning_mnp.models.Classifier"
             "",
         ),
         (
-            problem(CLASSIFIER, "Option 'widht' is not accepted"),
-            f"Expected `--model.widht` to be an argument of {CLASSIFIER}, which has no `widht`.",
+            problem(CLASSIFIER, "Option 'widthh' is not accepted"),
+            f"Expected `--model.widthh` to be an argument of {CLASSIFIER}, which has no `widthh`.",
             "Did you mean width?",
         ),
         (
