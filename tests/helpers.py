@@ -36,7 +36,7 @@ SHORT_NAMES = {
     "penalty": "masks.penalty",
     **{name: f"pruning.{name}" for name in ("rule", "amount", "harm", "impurity")},
     **{name: f"pruning.{name}" for name in ("soft_mask_steps", "repair", "reaudit", "removes")},
-    **{name: f"verdict.{name}" for name in ("threshold", "delta", "most_classes")},
+    **{n: f"verdict.{n}" for n in ("threshold", "delta", "most_classes", "reference")},
     "verdict": "verdict.rule",
     "saliency": "verdict.saliency",
     "raise_rare_classes": "verdict.raise_rare_classes",

@@ -4,11 +4,13 @@
     python -m benchmarks.population list
     python -m benchmarks.population audit --split choosing --jobs 2
     python -m benchmarks.population table --split reporting
+    python -m benchmarks.population reference --split reporting
 
 Every command goes on where it stopped. `train` looks for images in ~/data/cifar10 and
 ~/data/imagenette, and keeps networks in runs/population; `audit` keeps a file for each audit in
-benchmarks/results/population, from which `table` is made. `rates` measures the training rates
-behind the estimated minutes; `split` writes the split file, which is done once.
+benchmarks/results/population, from which `table` is made. `reference` puts the scores of clean
+networks into the package, with which an audit compares its own. `rates` measures the training
+rates behind the estimated minutes; `split` writes the split file, which is done once.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ from benchmarks.population.data import load_images
 from benchmarks.population.networks import RECIPES
 from benchmarks.population.rates import training_rate
 from benchmarks.population.recipes import Recipe
+from benchmarks.population.reference import reference_of, write_reference
 from benchmarks.population.split import split_of, write_split
 from benchmarks.population.table import write_table
 from benchmarks.population.training import is_trained, read_row, train_network
 from lightning_mnp.benchmark.executors import open_executor
 from lightning_mnp.benchmark.jobs import Job, run_jobs
 
-COMMANDS = ("train", "list", "audit", "table", "rates", "split")
+COMMANDS = ("train", "list", "audit", "table", "reference", "rates", "split")
 _AUDIT_PASSES = 65_000  # of a network of ten classes with 500 images
 
 
@@ -62,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for split in dict.fromkeys(split_of(each.architecture, each.seed) for each in chosen):
             part = [each for each in chosen if split_of(each.architecture, each.seed) == split]
             print(write_table(split, part, audits, options.sets))
+    elif options.command == "reference":
+        write_reference(reference_of(chosen, read_audits(options.results)))
     elif options.command == "rates":
         for name in ARCHITECTURES:
             print(f"{name}: {training_rate(name):.0f} images/s", flush=True)

@@ -300,6 +300,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "efficientnet": Architecture(_efficientnet, 12, 544, "adam"),
     "convnext": Architecture(_convnext, 24, 699, "adam"),
     "regnet": Architecture(_regnet, 16, 931, "sgd"),
-    "norm-free": Architecture(_norm_free, 12, 1256, "sgd", 0.05),
+    "norm-free": Architecture(_norm_free, 12, 1256, "adam", 0.05, 2e-3),
     "timm-resnet": Architecture(_timm_resnet, 8, 804, "sgd"),
 }

@@ -72,6 +72,9 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# In a short training these do not learn a patch of 3x3 pixels that random crops move about.
+_SLOW_AT_PATCHES = ("cnn", "plain-cnn", "lenet", "norm-free", "convnext", "efficientnet")
+
 # Attacks that a short training does not learn from 25,000 images get more of them.
 _ATTACKS: dict[str, dict[str, Any]] = {
     "badnets": {"attack": "badnets", "poison": 0.1},
@@ -156,6 +159,8 @@ def _recipe(architecture: str, word: str, seed: int) -> Recipe:
     front, _, back = word.partition("/")
     variant = back or (front if front in _VARIANTS else "light")
     options = {**_ATTACKS.get(front, {}), **_VARIANTS[variant]}
+    if options.get("attack") == "badnets" and architecture in _SLOW_AT_PATCHES:
+        options = {"augmentation": "none", **options, "patch": 5}
     entry = ARCHITECTURES[architecture]
     options.setdefault("optimizer", entry.optimizer)
     if variant == "other":

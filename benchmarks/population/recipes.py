@@ -71,6 +71,7 @@ class Recipe:
             of the target class.
         pattern: Pattern of BadNets.
         corner: Corner of BadNets.
+        patch: Side of the patch of BadNets, in pixels of an image of 32.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Recipe:
     poison: float = 0.0
     pattern: Literal["checkerboard", "white", "random"] = "checkerboard"
     corner: Literal["lower-right", "lower-left", "upper-right", "upper-left"] = "lower-right"
+    patch: int = 3
 
     @property
     def size(self) -> int:
@@ -171,7 +173,7 @@ def make_attack(recipe: Recipe, folder: Path) -> Attack | None:
     if recipe.attack == "badnets":
         # A pixel further from the border than usual: fewer random crops cut the patch off.
         return BadNets(
-            3 * recipe.size // 32,
+            recipe.patch * recipe.size // 32,
             recipe.pattern,
             recipe.corner,
             margin=2,

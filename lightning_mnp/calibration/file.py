@@ -12,10 +12,9 @@ from typing import Any
 from lightning_mnp.calibration.threshold import Calibration
 from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable, write_atomically
 from lightning_mnp.checkpoints.printable import printable
+from lightning_mnp.signals.population import SCORES_FORMAT
 
 __all__ = ["CalibrationFile", "NetworkScore"]
-
-_FORMAT = "lightning-mnp calibration 2"  # 1: scores of the former verdict
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class CalibrationFile:
 
     def _write(self, calibration: dict[str, Any] | None) -> None:
         content = {
-            "format": _FORMAT,
+            "format": SCORES_FORMAT,
             "settings": self.settings,
             "networks": [asdict(network) for network in self.networks],
             "calibration": calibration,
@@ -140,7 +139,7 @@ class CalibrationFile:
         shown = printable(str(self.path))
         try:
             content = json.loads(self.path.read_text("utf-8"))
-            known = content["format"] == _FORMAT
+            known = content["format"] == SCORES_FORMAT
             settings = _flat(dict(content["settings"]))
             networks = [NetworkScore(**entry) for entry in content["networks"]]
             known = known and all(_is_sound(network) for network in networks)

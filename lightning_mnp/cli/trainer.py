@@ -232,6 +232,7 @@ class MNPTrainer(Trainer):
         _say(str(calibration))
         kept.finish(calibration, files)
         _say(f"Scores and threshold are in {output}")
+        _say(f"To compare with these networks: --mnp.verdict.reference {output}")
         return calibration
 
     def demo(

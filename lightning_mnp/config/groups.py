@@ -172,6 +172,8 @@ class VerdictOptions:
         saliency: The ratio compares magnitude with what each output `map` does for the loss, layer
             by layer, or with `weight` times gradient over all filters (Eq. 11, to the letter).
         most_classes: Most classes that triggers are searched for, at least 3.
+        reference: File that `calibrate` wrote, with whose clean networks the score is compared;
+            those that this package was measured on if empty.
         raise_rare_classes: Whether the logits of classes predicted too rarely are raised.
     """
 
@@ -180,6 +182,7 @@ class VerdictOptions:
     delta: float = option(0.2, at_least=0, at_most=1)
     saliency: Saliency = option("map", choices=get_args(Saliency))
     most_classes: int = option(20, at_least=3)
+    reference: str = option("")
     raise_rare_classes: bool = option(True)
 
     def __post_init__(self) -> None:

@@ -33,6 +33,8 @@ class _Range:
             return value in self.choices
         if self.kind is bool:
             return isinstance(value, bool)
+        if self.kind is str:
+            return isinstance(value, str)
         kinds = (int,) if self.kind is int else (int, float)
         if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
             return False
@@ -48,6 +50,8 @@ class _Range:
             return f"one of {self.choices}"
         if self.kind is bool:
             return "True or False"
+        if self.kind is str:
+            return "text"
         text = "a whole number" if self.kind is int else "a number"
         low = {"from": self.at_least, "above": self.above}
         bounds = [f"{word} {value:g}" for word, value in low.items() if value is not None]
@@ -75,7 +79,8 @@ def option(
 ) -> Value:
     """Make a dataclass field whose values :func:`check_options` checks.
 
-    The kind of the default says what is expected: True or False, a whole number, or any number.
+    The kind of the default says what is expected: True or False, text, a whole number, or any
+    number.
 
     Args:
         default: The default.

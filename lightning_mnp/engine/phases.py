@@ -362,6 +362,8 @@ class VerdictPhase(OneStepPhase):
         report.target_class = judgement.target_class
         report.all_to_all = judgement.all_to_all
         report.score = judgement.score
+        if judgement.judged:
+            report.reference = self.case.scene.population.rate(judgement.score)
         report.detection_ratio = judgement.detection_ratio
         report.reasons = list(judgement.reasons)
         report.signals = self.case.signals()

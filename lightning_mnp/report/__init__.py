@@ -3,6 +3,7 @@
 from lightning_mnp.report.parts import (
     DefenseSetSummary,
     PruningReport,
+    ReferenceRate,
     RunResult,
     SecondAudit,
     Signal,
@@ -17,6 +18,7 @@ __all__ = [
     "DefenseReport",
     "DefenseSetSummary",
     "PruningReport",
+    "ReferenceRate",
     "ReportError",
     "RunResult",
     "SecondAudit",

@@ -10,6 +10,7 @@ from typing import Literal
 __all__ = [
     "DefenseSetSummary",
     "PruningReport",
+    "ReferenceRate",
     "RunResult",
     "SecondAudit",
     "Signal",
@@ -107,6 +108,30 @@ class TriggerExample:
     after: int
     clean: str
     triggered: str
+
+
+@dataclass(frozen=True)
+class ReferenceRate:
+    """How often clean networks of the reference population look as suspicious.
+
+    Attributes:
+        networks: Number of these networks.
+        as_suspicious: How many of them have at least the score of this report.
+        low: Lower end of the 95% interval of the rate, from 0 to 1.
+        high: Upper end.
+        described: What networks they are.
+    """
+
+    networks: int
+    as_suspicious: int
+    low: float
+    high: float
+    described: str
+
+    @property
+    def share(self) -> float:
+        """Share of the networks with at least the score, from 0 to 1."""
+        return self.as_suspicious / self.networks
 
 
 @dataclass(frozen=True)

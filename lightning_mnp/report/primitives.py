@@ -9,6 +9,7 @@ from typing import Any, get_args
 from lightning_mnp.report.parts import (
     DefenseSetSummary,
     PruningReport,
+    ReferenceRate,
     RunResult,
     SecondAudit,
     Signal,
@@ -77,6 +78,8 @@ def read_fields(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
         shift=[_number(value) for value in pruning["shift"]],
         sums={n: [_number(value) for value in part] for n, part in pruning["sums"].items()},
     )
+    if read["reference"] is not None:
+        read["reference"] = ReferenceRate(**read["reference"])
     if read["reaudit"] is not None:
         numbers = ("score", "detection_ratio", "pile_up")
         again = {name: _number(read["reaudit"][name]) for name in numbers}

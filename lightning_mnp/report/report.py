@@ -16,6 +16,7 @@ from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.report.parts import (
     DefenseSetSummary,
     PruningReport,
+    ReferenceRate,
     RunResult,
     SecondAudit,
     Signal,
@@ -50,6 +51,8 @@ class DefenseReport:
             ``permutation`` says which.
         score: The strength of the strongest signal that decides, from 0; the network is flagged
             from the threshold on. NaN if the verdict is by Eq. 8.
+        reference: How often clean networks of the reference population look as suspicious; None
+            without a score that means something.
         detection_ratio: Mean of Eq. 8 over the runs.
         reasons: What the verdict rests on, in words.
         warnings: What the reader should know, in words.
@@ -92,6 +95,7 @@ class DefenseReport:
     target_class: int | None = None
     all_to_all: bool = False
     score: float = math.nan
+    reference: ReferenceRate | None = None
     detection_ratio: float = math.nan
     reasons: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -176,7 +180,7 @@ class DefenseReport:
             {**asdict(signal), "counts": signal.counts} for signal in self.signals
         ]
         content["triggers"] = [asdict(trigger) for trigger in self.triggers]
-        for name in ("pruning", "reaudit", "defense_set", "weights_file"):
+        for name in ("reference", "pruning", "reaudit", "defense_set", "weights_file"):
             content[name] = None if content[name] is None else asdict(content[name])
         return {"schema": SCHEMA, **primitive(content)}
 

@@ -210,6 +210,12 @@ class Words:
                 for index, goal in exchange.classes.items()
             )
             yield f"Classes go from {', '.join(pairs)}."
+        if report.reference is not None:
+            rate = report.reference
+            yield (
+                f"Of {rate.networks:,} {rate.described}, {rate.as_suspicious:,} looked as "
+                f"suspicious: {rate.share:.1%} (95% interval {rate.low:.1%} to {rate.high:.1%})."
+            )
         if report.defense_set is not None:
             yield (
                 f"Accuracy on the {report.defense_set.images:,} clean images: "

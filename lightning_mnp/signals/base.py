@@ -12,6 +12,7 @@ import torch
 from lightning_mnp.config import Constants, MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet, seeded_generator
 from lightning_mnp.report import RunResult, Signal, SurrogateTrigger
+from lightning_mnp.signals.population import Population, read_population
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
@@ -30,6 +31,7 @@ class Scene:
         constants: Constants that differ from their defaults.
         runs: The suppression runs so far.
         tried: The classes that triggers are searched for; empty until they are chosen.
+        population: Clean networks with which the score is compared.
     """
 
     masked: MaskedNetwork
@@ -39,6 +41,10 @@ class Scene:
     constants: Constants = field(default_factory=Constants)
     runs: list[RunResult] = field(default_factory=list)
     tried: list[int] = field(default_factory=list)
+    population: Population = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.population = read_population(self.config.verdict.reference)
 
     @property
     def most_tried(self) -> int:

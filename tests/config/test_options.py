@@ -32,6 +32,7 @@ OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
     ("soft_mask_steps", [0, 1, 100], [-1, 0.5, None], "at least 0"),
     ("more_runs", [0, 1, 6], [-1, 0.5, None], "at least 0"),
     ("most_classes", [3, 1000], [2, 3.5, None], "a whole number of at least 3"),
+    ("reference", ["", "calibration.json"], [None, 1, True], "text"),
     ("seed", [0, -1, 2**63], [1.5, "0", None, True], "a whole number"),
     ("runs", [1, 7], [0, -1, 1.0, True, "2"], "a whole number of at least 1"),
     (

@@ -9,6 +9,7 @@ from lightning_mnp.report import (
     DefenseReport,
     DefenseSetSummary,
     PruningReport,
+    ReferenceRate,
     RunResult,
     SecondAudit,
     Signal,
@@ -177,6 +178,7 @@ def test_facts() -> None:
         all_to_all=True,
         signals=[EXCHANGE],
         defense_set=data,
+        reference=ReferenceRate(40, 1, 0.0006, 0.1316, "clean networks"),
         accuracy_before=0.851,
         accuracy_after=0.84,
         reaudit=AGAIN,
@@ -185,6 +187,7 @@ def test_facts() -> None:
     )
     assert list(told.facts()) == [
         "Classes go from 0 (cat) to 2, 1 (dog) to 0 (cat), 2 to 1 (dog).",
+        "Of 40 clean networks, 1 looked as suspicious: 2.5% (95% interval 0.1% to 13.2%).",
         "Accuracy on the 1,500 clean images: 85.1%, purified 84.0%.",
         "Purified: 1 of 1,200 filters pruned, 1 turned down.",
         "The purified copy was audited again: clean.",

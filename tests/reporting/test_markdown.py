@@ -25,6 +25,7 @@ def test_a_comment_for_a_pull_request() -> None:
         "| permutation | - | 14% | 46% | 0.00 | does not count |",
         "| pile-up | 1 (dog) | 1.20 | 1.00 | 1.20 | only confirms |",
         "",
+        "- Of 40 clean networks, 1 looked as suspicious: 2.5% (95% interval 0.1% to 13.2%).",
         "- Accuracy on the 500 clean images: 85.0%, purified 84.0%.",
         "- Purified: 1 of 5 filters pruned, 1 turned down.",
         "- The purified copy was audited again: clean.",

@@ -1,0 +1,73 @@
+"""The reference population of the package: scores of clean networks, from the audits' files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning_mnp
+from benchmarks.population.recipes import Recipe
+from lightning_mnp.signals.population import SCORES_FORMAT
+
+__all__ = ["REFERENCE_FILE", "reference_of", "write_reference"]
+
+REFERENCE_FILE = Path(lightning_mnp.__file__).parent / "signals" / "population.json"
+_NAMES = {"cifar10": "CIFAR-10", "imagenette": "Imagenette at 64 pixels", "digits": "digits"}
+
+
+def reference_of(recipes: Sequence[Recipe], audits: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return the scores of the clean networks among audits, as the package reads them.
+
+    Args:
+        recipes: Networks of one split.
+        audits: Audits of any networks; those of others, of backdoored networks, and without a
+            score that means something are left out.
+
+    Returns:
+        Primitives.
+
+    Raises:
+        ValueError: If nothing is left, or the audits are by different versions of the code.
+    """
+    known = {recipe.name: recipe for recipe in recipes if recipe.is_clean}
+    rows = [row for row in audits if row["network"] in known and row["judged"]]
+    versions = sorted({row["version"] for row in rows})
+    if len(versions) != 1:
+        raise ValueError(
+            f"Expected audits of clean networks by one version of the code, but found {versions}. "
+            "Audit them with `--renew`."
+        )
+    seen = [known[name] for name in dict.fromkeys(row["network"] for row in rows)]
+    accuracies = [row["CA"] for row in rows]
+    architectures = len({recipe.architecture for recipe in seen})
+    data = " and ".join(_NAMES[name] for name in _NAMES if name in {each.data for each in seen})
+    return {
+        "format": SCORES_FORMAT,
+        "described": (
+            f"clean networks of {architectures} small architectures ({data}; accuracies from "
+            f"{min(accuracies):.0%} to {max(accuracies):.0%}) that were audited for comparison"
+        ),
+        "version": versions[0],
+        "networks": [
+            {
+                "file": f"{row['network']}, set {row['set']}",
+                "weights": row["weights_sha256"],
+                "score": row["score"],
+                "verdict": row["verdict"],
+                "seconds": row["processor_seconds"],
+            }
+            for row in rows
+        ],
+    }
+
+
+def write_reference(content: dict[str, Any], file: Path = REFERENCE_FILE) -> None:
+    """Write the reference population into the package.
+
+    Args:
+        content: What :func:`reference_of` has returned.
+        file: Where to.
+    """
+    file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
