@@ -4,12 +4,15 @@
     python -m benchmarks.population list
     python -m benchmarks.population audit --split choosing --jobs 2
     python -m benchmarks.population table --split reporting
+    python -m benchmarks.population audit --conditions --jobs 2
     python -m benchmarks.population reference --split reporting
 
 Every command goes on where it stopped. `train` looks for images in ~/data/cifar10 and
 ~/data/imagenette, and keeps networks in runs/population; `audit` keeps a file for each audit in
 benchmarks/results/population, from which `table` is made. `reference` puts the scores of clean
-networks into the package, with which an audit compares its own. `rates` measures the training
+networks into the package, with which an audit compares its own. With `--conditions`, `audit` and
+`table` are about eight networks, and defense sets that are small or impure. `rates` measures the
+training
 rates behind the estimated minutes; `split` writes the split file, which is done once.
 """
 
@@ -18,7 +21,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from benchmarks.population.architectures import ARCHITECTURES
 from benchmarks.population.audits import (
@@ -28,6 +33,7 @@ from benchmarks.population.audits import (
     read_audits,
     result_file,
 )
+from benchmarks.population.conditions import CONDITIONS, NAMED, USUAL, conditions_table
 from benchmarks.population.data import load_images
 from benchmarks.population.networks import RECIPES
 from benchmarks.population.rates import training_rate
@@ -40,7 +46,7 @@ from lightning_mnp.benchmark.executors import open_executor
 from lightning_mnp.benchmark.jobs import Job, run_jobs
 
 COMMANDS = ("train", "list", "audit", "table", "reference", "rates", "split")
-_AUDIT_PASSES = 65_000  # of a network of ten classes with 500 images
+_AUDIT_PASSES = 22_000  # of a network of ten classes with 500 images
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _audit(chosen, options)
     if options.command == "list":
         print(list_of(chosen, options.folder))
+    elif options.command == "table" and options.conditions:
+        print(conditions_table(chosen, _audits(options)))
     elif options.command == "table":
         audits = read_audits(options.results)
         for split in dict.fromkeys(split_of(each.architecture, each.seed) for each in chosen):
@@ -122,6 +130,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, help="seconds; begin nothing that takes longer")
     parser.add_argument("--sets", type=int, default=2, help="defense sets of each network")
     parser.add_argument(
+        "--conditions",
+        action="store_true",
+        help="a few named networks, with defense sets that are not as they should be",
+    )
+    parser.add_argument(
         "--renew", action="store_true", help="audit again what other code has audited"
     )
     parser.add_argument("--data", type=Path, default=Path("~/data"), help="folder of data sets")
@@ -141,8 +154,15 @@ def _chosen(options: argparse.Namespace) -> list[Recipe]:
         recipe
         for recipe in RECIPES
         if options.split in (None, split_of(recipe.architecture, recipe.seed))
+        and (not options.conditions or recipe.name in NAMED)
         and (options.only is None or recipe.name in options.only)
     ]
+
+
+def _audits(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Read the audits of all networks, or also those under other conditions."""
+    usual = read_audits(options.results)
+    return [*usual, *read_audits(options.results / "conditions")] if options.conditions else usual
 
 
 def _train(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
@@ -182,19 +202,21 @@ def _train(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
 
 def _audit(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
     version, there = code_version(), {}
-    for row in read_audits(options.results):
-        there[row["network"], row["set"]] = row["weights_sha256"], row["version"]
+    for row in _audits(options):
+        key = row["network"], row["condition"], row["set"]
+        there[key] = row["weights_sha256"], row["version"]
     jobs = []
-    for recipe in chosen:
-        if not is_trained(recipe, options.folder):
+    for recipe, condition in product(chosen, CONDITIONS[1:] if options.conditions else (USUAL,)):
+        if not (is_trained(recipe, options.folder) and condition.fits(recipe)):
             continue
         weights = read_row(recipe, options.folder)["weights_sha256"]
         seconds = _AUDIT_PASSES / ARCHITECTURES[recipe.architecture].rate
         for number in range(options.sets):
-            done = there.get((recipe.name, number))
+            done = there.get((recipe.name, condition.name, number))
             if done is None or done[0] != weights or (options.renew and done[1] != version):
-                arguments = (recipe, number, options.data, options.folder, options.results)
-                name = result_file(recipe, number).stem
+                places = (options.data, options.folder, options.results)
+                arguments = (recipe, number, *places, None, condition)
+                name = result_file(recipe, number, condition=condition).stem
                 jobs.append(Job(name, seconds, audit_network, arguments))
     failed = 0
     with open_executor(options.executor, options.jobs, options.address, apart=True) as executor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning_mnp
+from benchmarks.population.conditions import USUAL, Condition, condition_set
 from benchmarks.population.data import defense_set, load_images
 from benchmarks.population.recipes import Recipe
 from benchmarks.population.split import split_of
@@ -34,14 +35,19 @@ def code_version() -> str:
     return found.hexdigest()[:12]
 
 
-def result_file(recipe: Recipe, number: int, results: Path = RESULTS) -> Path:
+def result_file(
+    recipe: Recipe, number: int, results: Path = RESULTS, condition: Condition = USUAL
+) -> Path:
     """Return where the audit of a network with a defense set is kept.
 
     Args:
         recipe: How the network was trained.
         number: Number of the defense set, from 0.
         results: Folder of all audits.
+        condition: What the defense set is like.
     """
+    if condition != USUAL:
+        return results / "conditions" / f"{recipe.name}-{condition.name}-set{number}.json"
     return results / f"{recipe.name}-set{number}.json"
 
 
@@ -52,6 +58,7 @@ def audit_network(
     folder: Path,
     results: Path = RESULTS,
     config: MNPConfig | None = None,
+    condition: Condition = USUAL,
 ) -> dict[str, Any]:
     """Audit a trained network with one defense set, and write what was found.
 
@@ -62,13 +69,18 @@ def audit_network(
         folder: Where networks are kept.
         results: Where audits are kept.
         config: Options; the defaults if None. Its seed is replaced.
+        condition: What the defense set is like.
 
     Returns:
         What the file has: the network's figures, verdict, signals with the value of each class,
         suppression runs, costs, and the version of the code.
     """
     network, row = load_network(recipe, folder), read_row(recipe, folder)
-    data = defense_set(recipe, load_images(recipe.data, root, folder / "data"), number)
+    images = load_images(recipe.data, root, folder / "data")
+    if condition == USUAL:
+        data = defense_set(recipe, images, number)
+    else:
+        data = condition_set(recipe, images, number, condition, network, folder)
     started = time.process_time(), time.perf_counter()
     report = lightning_mnp.audit(network, data, seed=number, config=config)
     spent = time.process_time() - started[0], time.perf_counter() - started[1]
@@ -80,6 +92,7 @@ def audit_network(
     content: dict[str, Any] = {
         "network": recipe.name,
         "set": number,
+        "condition": condition.name,
         "split": split_of(recipe.architecture, recipe.seed),
         "architecture": recipe.architecture,
         "kind": recipe.kind,
@@ -98,8 +111,8 @@ def audit_network(
             for signal in told["signals"]
         ],
     }
-    results.mkdir(parents=True, exist_ok=True)
-    file = result_file(recipe, number, results)
+    file = result_file(recipe, number, results, condition)
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     lines = [f"{json.dumps(key)}: {json.dumps(_short(value))}" for key, value in content.items()]
     partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")  # a line for each field
@@ -108,12 +121,13 @@ def audit_network(
 
 
 def read_audits(results: Path = RESULTS) -> list[dict[str, Any]]:
-    """Read all audits, in the order of their names.
+    """Read all audits in a folder, in the order of their names.
 
     Args:
         results: Where they are kept.
     """
-    return [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+    rows = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+    return [{"condition": USUAL.name, **row} for row in rows]  # early files do not name it
 
 
 def _short(value: Any) -> Any:
