@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             part = [each for each in chosen if split_of(each.architecture, each.seed) == split]
             print(write_table(split, part, audits, options.sets))
     elif options.command == "reference":
-        write_reference(reference_of(chosen, read_audits(options.results)))
+        audits = [row for row in read_audits(options.results) if row["set"] < options.sets]
+        write_reference(reference_of(chosen, audits))
     elif options.command == "rates":
         for name in ARCHITECTURES:
             print(f"{name}: {training_rate(name):.0f} images/s", flush=True)

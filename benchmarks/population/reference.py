@@ -42,7 +42,7 @@ def reference_of(recipes: Sequence[Recipe], audits: Iterable[dict[str, Any]]) ->
     seen = [known[name] for name in dict.fromkeys(row["network"] for row in rows)]
     accuracies = [row["CA"] for row in rows]
     architectures = len({recipe.architecture for recipe in seen})
-    data = " and ".join(_NAMES[name] for name in _NAMES if name in {each.data for each in seen})
+    data = ", ".join(_NAMES[name] for name in _NAMES if name in {each.data for each in seen})
     return {
         "format": SCORES_FORMAT,
         "described": (

@@ -43,7 +43,7 @@ def test_clean_networks_that_were_judged(tmp_path: Path) -> None:
     content = reference_of(RECIPES, audits)
     assert [each["file"] for each in content["networks"]] == ["a, set 0", "a, set 1", "b, set 0"]
     assert content["described"] == (
-        "clean networks of 2 small architectures (CIFAR-10 and Imagenette at 64 pixels; accuracies "
+        "clean networks of 2 small architectures (CIFAR-10, Imagenette at 64 pixels; accuracies "
         "from 50% to 72%) that were audited for comparison"
     )
     file = tmp_path / "population.json"
