@@ -76,6 +76,7 @@ GROUPS: list[tuple[str, str, str, list[str]]] = [
             "lightning_mnp.Signal",
             "lightning_mnp.RunResult",
             "lightning_mnp.PruningReport",
+            "lightning_mnp.ReferenceRate",
             "lightning_mnp.SurrogateTrigger",
             "lightning_mnp.TriggerExample",
             "lightning_mnp.SecondAudit",
