@@ -9,13 +9,10 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from scipy.stats import binomtest
-
 from lightning_mnp.config import MNPConfig
+from lightning_mnp.signals.population import rate_interval
 
 __all__ = ["Calibration", "calibrate_threshold", "check_count"]
-
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class Calibration:
             f"{count})\n"
             f"the default threshold, {self.default_threshold:g}, flags {self.default_flagged} of "
             f"{count}: {self.default_share:.1%}, with an interval of {low:.1%} to {high:.1%} at "
-            f"{_CONFIDENCE:.0%}\n"
+            "95%\n"
             f"to use the threshold: --mnp.verdict.threshold {self.threshold!r}"
         )
 
@@ -121,7 +118,6 @@ def calibrate_threshold(scores: Iterable[float], rate: float = 0.05) -> Calibrat
     threshold = math.nextafter(sorted(values)[len(values) - above], math.inf)
     default = MNPConfig().verdict.threshold
     flagged = sum(value >= default for value in values)
-    interval = binomtest(flagged, len(values)).proportion_ci(_CONFIDENCE, method="exact")
     return Calibration(
         scores=values,
         rate=rate,
@@ -129,7 +125,7 @@ def calibrate_threshold(scores: Iterable[float], rate: float = 0.05) -> Calibrat
         bound=above / (len(values) + 1),
         default_threshold=default,
         default_flagged=flagged,
-        default_interval=(float(interval.low), float(interval.high)),
+        default_interval=rate_interval(flagged, len(values)),
     )
 
 

@@ -19,11 +19,27 @@ from scipy.stats import binomtest
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.report import ReferenceRate
 
-__all__ = ["SCORES_FORMAT", "Population", "read_population"]
+__all__ = ["SCORES_FORMAT", "Population", "rate_interval", "read_population"]
 
 SCORES_FORMAT = "lightning-mnp calibration 2"  # 1: scores of the former verdict
 _PACKAGED = "population.json"
 _CONFIDENCE = 0.95
+
+
+def rate_interval(hits: int, total: int) -> tuple[float, float]:
+    """Return the 95% interval of a rate, after Clopper and Pearson (1934).
+
+    Args:
+        hits: How many.
+        total: Of how many, at least 1.
+
+    Example:
+        >>> low, high = rate_interval(1, 2)
+        >>> round(low, 3), round(high, 3)
+        (0.013, 0.987)
+    """
+    interval = binomtest(hits, total).proportion_ci(_CONFIDENCE, method="exact")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)
@@ -57,8 +73,7 @@ class Population:
         if not self.scores or not math.isfinite(score):
             return None
         hits, total = sum(each >= score for each in self.scores.values()), len(self.scores)
-        interval = binomtest(hits, total).proportion_ci(_CONFIDENCE, method="exact")
-        low, high = float(interval.low), float(interval.high)
+        low, high = rate_interval(hits, total)
         return ReferenceRate(total, hits, low, high, self.described)
 
 
