@@ -5,8 +5,9 @@
 
 `rnp` takes the processor time of an audit and of RNP (unlearning, recovering, pruning) on the same
 network and images, on one thread, in turns. `classes` counts the passes of an audit of a network of
-1,000 classes, which depend on the numbers of classes and images alone and so are counted on a tiny
-one, and times a few passes of a ResNet-50 with random weights at 224 pixels.
+1,000 classes, which but for clean suppression depend on the numbers of classes and images alone
+and so are counted on a tiny one, and times a few passes of a ResNet-50 with random weights at 224
+pixels.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def large_audit(classes: int, images: int) -> DefenseReport:
         images: Number of images, their labels in turn.
 
     Returns:
-        The report, whose passes are those of any network with as many classes and images.
+        The report. Its passes are those of any network with as many classes and images, but for
+        clean suppression, which takes no step in a network that knows nothing.
     """
     torch.manual_seed(0)
     network = nn.Sequential(

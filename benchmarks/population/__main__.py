@@ -12,8 +12,7 @@ Every command goes on where it stopped. `train` looks for images in ~/data/cifar
 benchmarks/results/population, from which `table` is made. `reference` puts the scores of clean
 networks into the package, with which an audit compares its own. With `--conditions`, `audit` and
 `table` are about eight networks, and defense sets that are small or impure. `rates` measures the
-training
-rates behind the estimated minutes; `split` writes the split file, which is done once.
+training rates behind the estimated minutes; `split` writes the split file, which is done once.
 """
 
 from __future__ import annotations
