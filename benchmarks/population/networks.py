@@ -75,6 +75,9 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 # In a short training these do not learn a patch of 3x3 pixels that random crops move about.
 _SLOW_AT_PATCHES = ("cnn", "plain-cnn", "lenet", "norm-free", "convnext", "efficientnet")
 
+# What these architectures need twice as many epochs for.
+_SLOW_ATTACKS = ("wanet", "all-to-all")
+
 # Attacks that a short training does not learn from 25,000 images get more of them.
 _ATTACKS: dict[str, dict[str, Any]] = {
     "badnets": {"attack": "badnets", "poison": 0.1},
@@ -161,6 +164,8 @@ def _recipe(architecture: str, word: str, seed: int) -> Recipe:
     options = {**_ATTACKS.get(front, {}), **_VARIANTS[variant]}
     if options.get("attack") == "badnets" and architecture in _SLOW_AT_PATCHES:
         options = {"augmentation": "none", **options, "patch": 5}
+    if front in _SLOW_ATTACKS and architecture in _SLOW_AT_PATCHES:
+        options = {**options, "epochs": 2}
     entry = ARCHITECTURES[architecture]
     options.setdefault("optimizer", entry.optimizer)
     if variant == "other":

@@ -31,7 +31,9 @@ __all__ = ["PatchConstants", "PatchSearch", "PatchTrigger", "patch_ratio"]
 class PatchConstants:
     """How a patch is made, and when it counts.
 
-    Steps are long at first, so that pixels can be exchanged for better ones, then shorter.
+    Steps are long at first, so that pixels can be exchanged for better ones, then shorter. The
+    pixels that are covered become fewer during the long ones: a patch that is small from the first
+    step on stays where the first gradient has put it.
 
     Attributes:
         counts_from: How far one class stands out, from where it counts fully, see
@@ -39,6 +41,8 @@ class PatchConstants:
         trace_from: How much further than usual a patch takes images to one class, from where it is
             a trace for pruning; in multiples of the usual distance to a class.
         share: Share of the pixels that a patch may cover.
+        first_share: The same at the first step. During the long steps it falls to ``share``, by
+            the same factor each time.
         far_steps: Number of long steps.
         far: Largest change of a pixel in each of these, as a share of the range of values.
         near_steps: Number of short steps.
@@ -47,9 +51,10 @@ class PatchConstants:
             further.
     """
 
-    counts_from: float = 1.5
+    counts_from: float = 1.0
     trace_from: float = 0.85
     share: float = 0.05
+    first_share: float = 0.5
     far_steps: int = 8
     far: float = 0.5
     near_steps: int = 12
@@ -131,11 +136,31 @@ class PatchTrigger(PatternTrigger):
         Returns:
             The mean margin before it.
         """
-        logits = self._move(
-            length, masks, lambda logits: push_loss(logits, self.labels, self.goals)
-        )
-        self.pattern = self._sparse(self.pattern)
-        return float(goal_margins(logits, self.labels, self.goals).mean())
+        return self._step(length, masks, self._patch.share)
+
+    def advance(self, taken: int, masks: Tensor | None = None) -> float:
+        """Take the step that follows so many, with the pixels that may be covered by then.
+
+        Args:
+            taken: Steps taken so far.
+            masks: Filter masks that are in force.
+
+        Returns:
+            The mean margin before it.
+        """
+        return self._step(self.length(taken), masks, self.share(taken))
+
+    def share(self, taken: int) -> float:
+        """Return the share of the pixels that may be covered after the step that follows so many.
+
+        Args:
+            taken: Steps taken so far.
+        """
+        patch = self._patch
+        if taken >= patch.far_steps:
+            return patch.share
+        fall = (patch.share / patch.first_share) ** (taken / patch.far_steps)
+        return float(patch.first_share * fall)
 
     def disturb(self, length: float) -> float:
         """Take one step away from the images' own classes, with any number of pixels.
@@ -149,6 +174,14 @@ class PatchTrigger(PatternTrigger):
         logits = self._move(length, None, self._own_lead)
         return -float(self._own_lead(logits))
 
+    def _step(self, length: float, masks: Tensor | None, share: float) -> float:
+        """Take one step, and put back all pixels but a share of them."""
+        logits = self._move(
+            length, masks, lambda logits: push_loss(logits, self.labels, self.goals)
+        )
+        self.pattern = self._sparse(self.pattern, share)
+        return float(goal_margins(logits, self.labels, self.goals).mean())
+
     def _move(
         self, length: float, masks: Tensor | None, objective: Callable[[Tensor], Tensor]
     ) -> Tensor:
@@ -158,11 +191,11 @@ class PatchTrigger(PatternTrigger):
         self.pattern = self.limited(self.pattern - length * self.unit * slope)
         return logits
 
-    def _sparse(self, pattern: Tensor) -> Tensor:
+    def _sparse(self, pattern: Tensor, share: float) -> Tensor:
         """Put back all pixels but those that are changed most."""
         change = (pattern / self.unit.clamp_min(least_positive(self.unit))).abs().sum(1).flatten()
         kept = torch.zeros_like(change)
-        kept[change.topk(max(1, round(self._patch.share * len(change)))).indices] = 1.0
+        kept[change.topk(max(1, round(share * len(change)))).indices] = 1.0
         return pattern * kept.reshape(1, 1, *pattern.shape[2:])
 
     def _own_lead(self, logits: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class PatternSearch(Search, Generic[Trigger]):
         """
         classes = self.scene.tried
         self._trigger = self._trigger or self._searched(classes[len(self._ends)])
-        margin = self._trigger.step(self._trigger.length(self._taken))
+        margin = self._trigger.advance(self._taken)
         if not self._taken:
             self._starts.append(margin)
         self._taken += 1

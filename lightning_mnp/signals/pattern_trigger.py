@@ -140,6 +140,18 @@ class PatternTrigger(ABC):
         self.pattern = self.limited(self.pattern - change)
         return -float(distance(logits))
 
+    def advance(self, taken: int, masks: Tensor | None = None) -> float:
+        """Take the step that follows so many, of the length that belongs to it.
+
+        Args:
+            taken: Steps taken so far.
+            masks: Filter masks that are in force.
+
+        Returns:
+            The mean margin before it.
+        """
+        return self.step(self.length(taken), masks)
+
     def logits(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Run the network on images under the pattern, shape (N, K).
 
@@ -185,7 +197,7 @@ class PatternTrigger(ABC):
         """
         self.pattern = self.blank()
         for taken in range(self.steps):
-            self.step(self.length(taken), masks)
+            self.advance(taken, masks)
 
     def follow(self, masks: Tensor) -> None:
         """Take some steps more, after the masks have changed a little.
@@ -194,4 +206,4 @@ class PatternTrigger(ABC):
             masks: Filter masks, shape (total filters,).
         """
         for _ in range(self.constants.of(PatternConstants).following_steps):
-            self.step(self.length(self.steps - 1), masks)
+            self.advance(self.steps - 1, masks)

@@ -23,6 +23,20 @@ def test_patch_covers_a_twentieth_of_the_pixels_and_stays_in_the_range() -> None
         assert (patch.pattern.abs() <= patch.high - patch.low).all()
 
 
+def test_patch_that_is_made_for_a_class_begins_large_and_shrinks_by_the_same_factor() -> None:
+    patch = PatchSearch(new_scene(constants=Constants(PatchConstants(far_steps=4)))).trigger(1)
+    covered = []
+    for taken in range(6):
+        patch.advance(taken)
+        covered.append(int((patch.pattern != 0).any(1).sum()))
+    allowed = [round(64 * share) for share in (0.5, 0.5 * 0.1**0.25, 0.5 * 0.1**0.5)]
+    assert all(most // 2 < found <= most for found, most in zip(covered, allowed, strict=False))
+    assert max(covered[4:]) <= round(0.05 * 64)
+    shares = [patch.share(taken) for taken in range(6)]
+    assert shares[:2] == pytest.approx([0.5, 0.5 * 0.1**0.25])
+    assert shares[4:] == [0.05, 0.05]
+
+
 def test_first_step_changes_the_pixel_of_the_steepest_slope_by_the_length_told() -> None:
     patch = new_search().trigger(2)
     images = patch.images.clone().requires_grad_()
@@ -87,7 +101,7 @@ def test_signal_is_the_gap_over_the_spread(margins: dict[int, float], value: flo
         if not search.failed:
             assert signal.target_class == 1
             assert signal.classes == margins
-    assert PatchConstants().counts_from == 1.5
+    assert PatchConstants().counts_from == 1.0
 
 
 @pytest.mark.parametrize(
