@@ -31,6 +31,9 @@ class MarginConstants:
     Attributes:
         counts_from: How far one class stands out, from where it counts fully, if predictions pile
             up on the same class; see :func:`~lightning_mnp.signals.standout.find_standout`.
+        rare_from: What the logit of that class lacks on clean images, in nats, from where the
+            lack counts like a gap that counts fully; see
+            :func:`~lightning_mnp.signals.rare_classes.find_rare_classes`.
         normal: Multiple of the next class's margin up to which the greatest one is no trace.
         images: Images for each class.
         steps: Steps of each image.
@@ -41,7 +44,8 @@ class MarginConstants:
         next_steps: Steps in which they follow the network.
     """
 
-    counts_from: float = 0.8
+    counts_from: float = 1.0
+    rare_from: float = 1.2
     normal: float = 1.5
     images: int = 4
     steps: int = 60
@@ -231,24 +235,31 @@ class MarginSearch(SignalSearch):
 
         Each alone is found in clean networks, too: a class may have objects of great margin, and
         a suppressed network may fall back to one class. Its strength is the lesser of both.
+
+        An attack that leaves labels alone makes its target rare on clean images. A class that is
+        rare, leads by its margin, and yet is what a suppressed network falls back to, need not lead
+        by much.
         """
         constants, counts_from = self.scene.constants, self.constants.counts_from
         usual = statistics.median(abs(value) for value in self.margins.values())
         limits = constants.of(StandoutConstants)
         found = find_standout(self.margins, max(usual, 1e-12), limits)
+        known = all(math.isfinite(margin) for margin in self.margins.values())
+        lack = self.scene.masked.raised.get(found.target_class, 0.0) if known else 0.0
+        value = max(found.value, lack / self.constants.rare_from * counts_from)
         pile_up = PileUp(self.scene).signal()
         agree = pile_up.target_class == found.target_class
-        strength = min(found.value / counts_from, pile_up.strength) if agree else 0.0
+        strength = min(value / counts_from, pile_up.strength) if agree else 0.0
         points = "the same class" if agree else f"class {pile_up.target_class}"
+        rare = f"; as it is rare on clean images, that counts like {value:.2f}"
         reason = (
             f"the greatest margin is that of class {found.target_class}, where the gap to the next "
             f"class is {found.value:.2f} times the spread of the others (counts from "
-            f"{counts_from:g}, together with the pile-up, which points to {points})"
+            f"{counts_from:g}, together with the pile-up, which points to {points}"
+            f"{rare if value > found.value else ''})"
         )
         classes = dict(self.margins)
-        return Signal(
-            self.name, strength, found.target_class, found.value, counts_from, reason, classes
-        )
+        return Signal(self.name, strength, found.target_class, value, counts_from, reason, classes)
 
     def stands_out(self, target: int) -> bool:
         """Return whether the margin of a class is out of the ordinary.

@@ -99,8 +99,16 @@ def test_every_network_has_a_recipe_of_its_own() -> None:
         assert recipe.attack not in ("wanet", "iab", "lira") or recipe.optimizer == "sgd"
 
 
-def test_all_of_them_train_in_six_hours_of_a_core() -> None:
-    assert sum(recipe.minutes for recipe in RECIPES) <= 360
+def test_all_of_them_train_in_seven_hours_of_a_core() -> None:
+    assert sum(recipe.minutes for recipe in RECIPES) <= 420
+
+
+def test_slow_networks_take_twice_the_time_for_what_they_learn_slowly() -> None:
+    named = {recipe.name: recipe for recipe in RECIPES}
+    usual = named["cnn-light-202"].epochs
+    assert named["cnn-wanet-218"].epochs == named["cnn-all-to-all-227"].epochs == 2 * usual
+    assert named["regnet-wanet-206"].epochs == named["regnet-light-202"].epochs
+    assert named["cnn-blend-216"].epochs == usual
 
 
 def test_trainings_differ() -> None:
