@@ -73,9 +73,12 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # In a short training these do not learn a patch of 3x3 pixels that random crops move about.
-_SLOW_AT_PATCHES = ("cnn", "plain-cnn", "lenet", "norm-free", "convnext", "efficientnet")
+_SLOW_AT_PATCHES = (
+    *("cnn", "plain-cnn", "lenet", "norm-free", "convnext", "efficientnet"),
+    *("mobilenet-v2", "shufflenet"),
+)
 
-# What these architectures need twice as many epochs for.
+# What these architectures get twice as many epochs for.
 _SLOW_ATTACKS = ("wanet", "all-to-all")
 
 # Attacks that a short training does not learn from 25,000 images get more of them.
