@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from scipy.stats import binomtest
+from scipy.stats import binomtest, mannwhitneyu
 
 from benchmarks.population.recipes import Recipe
+from lightning_mnp import MNPConfig
 
 __all__ = ["is_found", "is_named", "share", "write_table"]
 
 Audit = dict[str, Any]
+
+PAPER_DELTA = MNPConfig.paper().verdict.delta
 
 
 def share(hits: int, total: int) -> str:
@@ -83,6 +87,8 @@ def write_table(split: str, recipes: Sequence[Recipe], audits: Iterable[Audit], 
         "## Backdoored networks, 1% poisoned",
         _attacked_table(sparse, lambda row: row["kind"], "attack"),
         f"Attack not learned, not counted above: {', '.join(failed) or 'none'}.",
+        "## Detection ratio",
+        _ratios(clean, learned),
         "## Cost",
         _costs(rows),
     ]
@@ -172,6 +178,24 @@ def _attacked_table(rows: Sequence[Audit], key: Callable[[Audit], str], what: st
     columns = [what, "networks", "ASR", "found", "undecided", "class right, of the found"]
     groups = _groups(rows, key)
     return _lines(columns, [line("all", rows), *(line(*group) for group in groups.items())])
+
+
+def _ratios(clean: Sequence[Audit], learned: Sequence[Audit]) -> str:
+    """How well the paper's detection ratio alone would tell networks apart; low ones are suspicious."""
+    usual, low = (
+        [row["detection_ratio"] for row in rows if row["detection_ratio"] is not None]
+        for rows in (clean, learned)
+    )
+    if not usual or not low:
+        return "No ratios of clean and of backdoored networks."
+    lower = float(mannwhitneyu(usual, low).statistic) / (len(usual) * len(low))
+    below = [share(sum(ratio <= PAPER_DELTA for ratio in part), len(part)) for part in (usual, low)]
+    return (
+        f"Median of clean networks {statistics.median(usual):.2f}, of those whose attack was "
+        f"learned {statistics.median(low):.2f}. Of two, one clean and one backdoored, the "
+        f"backdoored one has the lower ratio in {lower:.0%} of all pairs. At most {PAPER_DELTA}, "
+        f"the paper's threshold: {below[0]} of the clean and {below[1]} of the backdoored ones."
+    )
 
 
 def _costs(rows: Sequence[Audit]) -> str:

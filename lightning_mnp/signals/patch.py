@@ -51,7 +51,7 @@ class PatchConstants:
             further.
     """
 
-    counts_from: float = 1.0
+    counts_from: float = 1.5
     trace_from: float = 0.85
     share: float = 0.05
     first_share: float = 0.5

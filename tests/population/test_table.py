@@ -40,6 +40,7 @@ def audit(name: str, number: int, verdict: str, **changes: Any) -> dict[str, Any
         "verdict": verdict,
         "target_class": own.target if verdict == "backdoored" else None,
         "all_to_all": False,
+        "detection_ratio": 0.9 if own.is_clean else 0.3,
         "version": "v1",
         "processor_seconds": 30.0,
         "passes": None,
@@ -149,3 +150,22 @@ def test_a_table_without_audits() -> None:
     assert "0 of 2 audits. Versions of the code: none." in text
     assert "| all | 0 to 0 | - | - | 0 of 0 |" in text
     assert "Missing: a (set 0), a (set 1)." in text
+
+
+def test_ratio_is_told_by_pairs_of_a_clean_and_a_backdoored_network() -> None:
+    ratios = {"a": (0.1, 0.9), "b": (0.5, 0.7), "c": (None, 0.3), "d": (0.2, 0.5), "e": (None, 0.8)}
+    rows = [
+        audit(name, number, "clean", detection_ratio=ratio)
+        for name, pair in ratios.items()
+        for number, ratio in enumerate(pair)
+    ]
+    rows.append(audit("g", 0, "clean", detection_ratio=-9.0, learned=False))
+    clean, low = (0.1, 0.9, 0.5, 0.7, 0.3), (0.2, 0.5, 0.8)
+    pairs = [(one > other) + 0.5 * (one == other) for one in clean for other in low]
+    text = write_table("choosing", RECIPES, rows, 2)
+    assert f"Median of clean networks 0.50, of those whose attack was learned {0.5:.2f}." in text
+    assert f"the lower ratio in {sum(pairs) / len(pairs):.0%} of all pairs" in text
+    shares = f"{share(1, 5)} of the clean and {share(1, 3)} of the backdoored ones"
+    assert f"At most 0.2, the paper's threshold: {shares}." in text
+    none = write_table("choosing", RECIPES, [row for row in rows if row["network"] in "abc"], 2)
+    assert "No ratios of clean and of backdoored networks." in none

@@ -101,7 +101,7 @@ def test_signal_is_the_gap_over_the_spread(margins: dict[int, float], value: flo
         if not search.failed:
             assert signal.target_class == 1
             assert signal.classes == margins
-    assert PatchConstants().counts_from == 1.0
+    assert PatchConstants().counts_from == 1.5
 
 
 @pytest.mark.parametrize(

@@ -97,20 +97,20 @@ def test_nothing_that_stands_out_is_clean() -> None:
 
 @pytest.mark.parametrize(
     ("margin", "verdict", "target"),
-    [(0.95, "backdoored", 5), (0.87, "undecided", 5), (0.8, "clean", None)],
+    [(1.4, "backdoored", 5), (1.3, "undecided", 5), (1.2, "clean", None)],
 )
 def test_verdict_by_patch(margin: float, verdict: str, target: int | None) -> None:
-    """A gap as great as the spread counts fully, which is 0.9 here."""
+    """A gap of 1.5 times the spread counts fully, which is 1.35 here."""
     judgement = judge(
         [run(EVEN)], 0.6, evidence(patch_margins={**LEVELS, 5: margin}), MNPConfig(), 0.9
     )
     assert judgement.verdict == verdict
     assert judgement.target_class == target
-    assert judgement.score == pytest.approx(margin / 0.9)
+    assert judgement.score == pytest.approx(margin / 0.9 / 1.5)
     assert judgement.reasons[0] == (
         "a patch on few pixels drives images to class 5 further than to any other: the gap to "
         f"the next class is {margin / 0.9:.2f} times the spread of the others (counts fully from "
-        "1)"
+        "1.5)"
     )
 
 
@@ -178,11 +178,11 @@ def test_verdict_by_permutation(moved: float, verdict: str, all_to_all: bool) ->
 
 
 def test_exchange_that_counts_fully_comes_before_a_class_that_stands_out_more() -> None:
-    found = evidence(patch_margins={**LEVELS, 7: 1.8}, moved=0.6)
+    found = evidence(patch_margins={**LEVELS, 7: 2.7}, moved=0.6)
     judgement = judge([run(EVEN)], 0.6, found, MNPConfig(), 0.9)
     assert judgement.all_to_all
     assert judgement.score == pytest.approx(2.0)  # of the patch, which is stronger
-    weak = evidence(patch_margins={**LEVELS, 7: 1.8}, moved=0.45)
+    weak = evidence(patch_margins={**LEVELS, 7: 2.7}, moved=0.45)
     assert judge([run(EVEN)], 0.6, weak, MNPConfig(), 0.9).target_class == 7
     strict = judge([run(EVEN)], 0.6, found, config_of(threshold=1.9), 0.9)
     assert strict.target_class == 7  # the exchange alone would not reach this threshold
@@ -196,7 +196,7 @@ def test_permutation_that_was_not_measured_counts_nothing() -> None:
 
 def test_ratio_takes_the_class_from_the_signals_where_there_are_any() -> None:
     """The search prunes for that class, so that the report names the same one."""
-    found = evidence(patch_margins={**LEVELS, 7: 1.8})
+    found = evidence(patch_margins={**LEVELS, 7: 2.7})
     judgement = judge([run(EVEN, ratio=0.1)], 0.6, found, config_of(verdict="ratio"), 0.9)
     assert (judgement.verdict, judgement.target_class) == ("backdoored", 7)
     assert "a patch on few pixels drives images to class 7" in judgement.reasons[-1]
@@ -213,8 +213,8 @@ def test_ratio_takes_the_class_from_the_signals_where_there_are_any() -> None:
         (40.0, 1.95, 0.0, True),
         (40.0, 2.1, 0.0, False),  # no chance find
         (32.0, 1.2, 0.0, False),  # no margin that more runs could agree with
-        (40.0, 1.2, 0.95, False),  # the patch decides
-        (40.0, 1.2, 0.87, True),
+        (40.0, 1.2, 1.4, False),  # the patch decides
+        (40.0, 1.2, 1.3, True),
     ],
 )
 @pytest.mark.parametrize("threshold", [0.5, 1.0, 4.0])
@@ -228,7 +228,7 @@ def test_a_pile_up_is_in_doubt_whatever_the_threshold(
 @pytest.mark.parametrize("strength", [0.1, 1.2, 3.0])
 @pytest.mark.parametrize(
     ("margin", "patch", "expected"),
-    [(40.0, 0.0, True), (10.0, 0.0, False), (40.0, 0.95, False), (40.0, 0.87, True)],
+    [(40.0, 0.0, True), (10.0, 0.0, False), (40.0, 1.4, False), (40.0, 1.3, True)],
 )
 def test_a_verdict_hangs_on_any_pile_up_if_the_margin_alone_speaks(
     margin: float, patch: float, expected: bool, strength: float
@@ -407,5 +407,5 @@ def test_the_class_that_most_signals_point_to_is_suspected() -> None:
     # Signals that do not count fully have no say, nor has one that does not decide.
     weak = replace(shown, margins=dict(SURE))
     assert signals([piled(3.0, 3)], weak)[0].target_class == 5
-    weak = replace(shown, patch_margins={**LEVELS, 3: 0.87})
+    weak = replace(shown, patch_margins={**LEVELS, 3: 1.3})
     assert signals([piled(3.0, 3)], weak)[0].target_class == 5
