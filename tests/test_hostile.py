@@ -317,7 +317,7 @@ def test_places_are_tried_before_the_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.save(Classifier(width=4, in_channels=1).state_dict(), "weights.pt")
-    monkeypatch.setattr("lightning_mnp.cli.trainer.read_weights", None)  # the first work there is
+    monkeypatch.setattr("lightning_mnp.cli.audits.read_weights", None)  # the first work there is
     assert main(["defend", *COMMON, *QUICK, "--ckpt_path=weights.pt", *extra]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in own_folder.iterdir()] == ["weights.pt"]

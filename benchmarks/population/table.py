@@ -181,7 +181,7 @@ def _attacked_table(rows: Sequence[Audit], key: Callable[[Audit], str], what: st
 
 
 def _ratios(clean: Sequence[Audit], learned: Sequence[Audit]) -> str:
-    """How well the paper's detection ratio alone would tell networks apart; low ones are suspicious."""
+    """How well the paper's detection ratio alone, low for a backdoor, tells networks apart."""
     usual, low = (
         [row["detection_ratio"] for row in rows if row["detection_ratio"] is not None]
         for rows in (clean, learned)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
@@ -16,7 +16,7 @@ from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.report import DefenseReport
 
-__all__ = ["check_networks", "collect_scores", "digest_networks", "score_table"]
+__all__ = ["TimedReport", "check_networks", "collect_scores", "digest_networks", "score_table"]
 
 
 def check_networks(paths: Sequence[Path], rate: float, config: MNPConfig) -> list[str]:
@@ -84,18 +84,34 @@ def digest_networks(files: Sequence[str], digest: Callable[[str], str]) -> dict[
     return {file: weights for weights, file in owners.items()}
 
 
+@dataclass(frozen=True)
+class TimedReport:
+    """The report of an audit.
+
+    Attributes:
+        report: The report.
+        seconds: How long the audit took.
+    """
+
+    report: DefenseReport
+    seconds: float
+
+
 def collect_scores(
     digests: dict[str, str],
     kept: CalibrationFile,
-    audit: Callable[[str], DefenseReport],
+    audits: Callable[[Sequence[str]], Iterable[tuple[str, TimedReport | Exception]]],
     say: Callable[[str], None],
 ) -> list[NetworkScore]:
     """Collect the scores of all networks, and audit those that have none yet.
 
+    An audit that fails ends none of the others.
+
     Args:
         digests: Digests of the weights by the names of the files.
         kept: The scores so far; each new one is added to it at once.
-        audit: A function that audits the network in a file.
+        audits: A function that audits the networks in files, in any order, and gives each file
+            with its report or with the error that ended the audit.
         say: A function that prints a line; it is called once for each network.
 
     Returns:
@@ -109,26 +125,37 @@ def collect_scores(
         >>> import tempfile
         >>> kept = CalibrationFile(Path(tempfile.mkdtemp(), "calibration.json"), {"seed": 0})
         >>> kept.add(NetworkScore("a.ckpt", "12ef", 0.4, "clean", 61.6))
-        >>> scores = collect_scores({"a.ckpt": "12ef"}, kept, audit=lambda file: None, say=print)
+        >>> scores = collect_scores({"a.ckpt": "12ef"}, kept, lambda files: [], say=print)
         1 of 1: a.ckpt: score 0.4 (from the file)
     """
-    known = {file: kept.find(file, weights) for file, weights in digests.items()}
-    scores = []
-    for number, (file, score) in enumerate(known.items(), 1):
-        again = " (from the file)"
-        if score is None:
-            started = time.perf_counter()
-            report = audit(file)
-            _check_score(file, report)
-            seconds = time.perf_counter() - started
-            score = NetworkScore(
-                file, digests[file], float(report.score), report.verdict, round(seconds, 3)
-            )
+    found = {file: kept.find(file, weights) for file, weights in digests.items()}
+    scores = {file: score for file, score in found.items() if score is not None}
+    for number, (file, score) in enumerate(scores.items(), 1):
+        say(f"{number} of {len(digests)}: {file}: score {score.score:.4g} (from the file)")
+    errors: list[Exception] = []
+    for file, result in audits([file for file in digests if file not in scores]):
+        number = len(scores) + len(errors) + 1
+        try:
+            scores[file] = score = _score_of(file, digests[file], result)
+        except Exception as error:
+            errors.append(error)
+            say(f"{number} of {len(digests)}: {file}: no score: {error}")
+        else:
             kept.add(score)
-            again = ""
-        scores.append(score)
-        say(f"{number} of {len(known)}: {file}: score {score.score:.4g}{again}")
-    return scores
+            say(f"{number} of {len(digests)}: {file}: score {score.score:.4g}")
+    if errors:
+        raise errors[0]
+    return [scores[file] for file in digests]
+
+
+def _score_of(file: str, weights: str, result: TimedReport | Exception) -> NetworkScore:
+    if isinstance(result, Exception):
+        raise result
+    report = result.report
+    _check_score(file, report)
+    return NetworkScore(
+        file, weights, float(report.score), report.verdict, round(result.seconds, 3)
+    )
 
 
 def _check_score(file: str, report: DefenseReport) -> None:

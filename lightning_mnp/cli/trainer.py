@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
+from lightning_mnp.benchmark.executors import ExecutorName, open_executor
 from lightning_mnp.calibration.file import CalibrationFile
 from lightning_mnp.calibration.run import (
     check_networks,
@@ -23,9 +24,8 @@ from lightning_mnp.calibration.run import (
 from lightning_mnp.calibration.threshold import Calibration, calibrate_threshold
 from lightning_mnp.checkpoints.atomic_write import OutputError, check_new, check_writable
 from lightning_mnp.checkpoints.printable import printable
-from lightning_mnp.checkpoints.read import read_weights
-from lightning_mnp.checkpoints.state_dict import PrefixMatch, check_finite, load_into
 from lightning_mnp.checkpoints.write import check_output, write_state_dict
+from lightning_mnp.cli.audits import FileAudit, audit_files, load_file, new_defense
 from lightning_mnp.cli.scores import Scores, scores_table
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.data import BackdoorDataModule
@@ -34,7 +34,6 @@ from lightning_mnp.engine.defense import MNPDefense, When
 from lightning_mnp.engine.runner import forget_state, run_defense
 from lightning_mnp.hosting.lightning_host import (
     check_host,
-    engine_autocast,
     find_defense_set,
     follow_first,
     refuse_other_processes,
@@ -96,10 +95,10 @@ class MNPTrainer(Trainer):
         """
         self._meet()
         self._check_places(report, state_file)
-        notes = self._load(model, ckpt_path, key)[1]
+        notes = load_file(model, ckpt_path, key)[1]
         file = WeightsFile.of(ckpt_path)
         data = self._defense_set(model, datamodule)
-        defense = self._defense(model, data, mnp, network)
+        defense = new_defense(self, model, data, mnp, network)
         outcome = self._carry_out(defense, state_file, file, notes)
         self._save_report(outcome, report)
         forget_state(state_file)
@@ -146,10 +145,10 @@ class MNPTrainer(Trainer):
         self._meet()
         self._check_places(report, state_file, output)
         check_output(output, model.state_dict(), "output")
-        names, notes = self._load(model, ckpt_path, key)
+        names, notes = load_file(model, ckpt_path, key)
         file = WeightsFile.of(ckpt_path)
         data = self._defense_set(model, datamodule)
-        defense = self._defense(model, data, mnp, network, when)
+        defense = new_defense(self, model, data, mnp, network, when)
         outcome = self._carry_out(defense, state_file, file, notes)
         if outcome.changes:
             defense.prune_()
@@ -176,6 +175,9 @@ class MNPTrainer(Trainer):
         mnp: MNPConfig = _DEFAULTS,
         key: str | None = None,
         network: str | None = None,
+        jobs: int = 1,
+        executor: ExecutorName = "processes",
+        address: str | None = None,
     ) -> Calibration:
         """Find the threshold of the verdict, from clean networks of your own.
 
@@ -193,6 +195,9 @@ class MNPTrainer(Trainer):
             mnp: Options of the method, the same as in the audits to come.
             key: Where in the files the weights are, if they are not found by themselves.
             network: Name of the submodule that classifies, if the model has no ``forward``.
+            jobs: Audits at a time; more than one are done in processes of one thread each.
+            executor: Where audits are done: in processes of this machine, or on a Ray cluster.
+            address: Address of the Ray cluster; one is started on this machine if null.
 
         Returns:
             The threshold and what it rests on.
@@ -207,26 +212,25 @@ class MNPTrainer(Trainer):
         check_writable(output, "output")
 
         def digest(file: str) -> str:
-            self._load(model, Path(file), key, "ckpt_paths")
+            load_file(model, Path(file), key, "ckpt_paths")
             return weights_digest(model)
 
-        digests = digest_networks(files, digest)
-        data = self._defense_set(model, datamodule)
-        settings = {
-            **mnp.flat(),
-            "network": network,
-            "defense_set": data.fingerprint,
-            "precision": str(self.precision_plugin.precision),
-        }
-
-        def audit(file: str) -> DefenseReport:
-            self._load(model, Path(file), key, "ckpt_paths")
-            defense = self._defense(model, data, mnp, network)
-            run_defense(defense, progress=self.progress_bar_callback is not None)
-            return defense.report()
-
-        kept = CalibrationFile(output, settings)
-        scores = collect_scores(digests, kept, audit, _say)
+        with open_executor(executor, jobs, address) as where:
+            digests = digest_networks(files, digest)
+            data = self._defense_set(model, datamodule)
+            settings = {
+                **mnp.flat(),
+                "network": network,
+                "defense_set": data.fingerprint,
+                "precision": str(self.precision_plugin.precision),
+            }
+            kept, audit = (
+                CalibrationFile(output, settings),
+                FileAudit(model, data, mnp, key, network),
+            )
+            scores = collect_scores(
+                digests, kept, lambda left: audit_files(audit, left, self, where), _say
+            )
         calibration = calibrate_threshold([each.score for each in scores], rate)
         Console().print(score_table(scores, calibration))
         _say(str(calibration))
@@ -328,14 +332,6 @@ class MNPTrainer(Trainer):
         if state_file is not None:
             check_writable(state_file, "state_file")
 
-    def _load(
-        self, model: LightningModule, path: Path, key: str | None, argument: str = "ckpt_path"
-    ) -> tuple[PrefixMatch, list[str]]:
-        """Load weights; return how their names differ, and what to say of the file."""
-        weights = read_weights(path, key=key, argument=argument)
-        check_finite(weights.tensors)
-        return load_into(model, weights.tensors), weights.warnings()
-
     def _defense_set(
         self, model: LightningModule, datamodule: LightningDataModule | None
     ) -> DefenseSet:
@@ -349,23 +345,6 @@ class MNPTrainer(Trainer):
             hook = getattr(datamodule, "defense_dataloader", None)
             given = None if hook is None else hook()
         return find_defense_set(self, model, given, unpack_batch)
-
-    def _defense(
-        self,
-        model: LightningModule,
-        data: DefenseSet,
-        mnp: MNPConfig,
-        network: str | None,
-        when: When = "never",
-    ) -> MNPDefense:
-        return MNPDefense(
-            model.to(self.strategy.root_device),
-            data,
-            mnp,
-            when=when,
-            network=network,
-            autocast=engine_autocast(self),
-        )
 
     def _carry_out(
         self, defense: MNPDefense, state_file: Path | None, file: WeightsFile, notes: list[str]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from lightning_mnp import DefenseReport, MNPConfig, calibrate_threshold
 from lightning_mnp.calibration.file import CalibrationFile, NetworkScore
 from lightning_mnp.calibration.run import (
+    TimedReport,
     check_networks,
     collect_scores,
     digest_networks,
@@ -60,18 +62,23 @@ def test_only_networks_without_a_score_are_audited(tmp_path: Path) -> None:
     audited: list[str] = []
     lines: list[str] = []
 
-    def audit(file: str) -> DefenseReport:
-        audited.append(file)
-        return report(1.5)
+    def audits(files: Sequence[str]) -> Iterator[tuple[str, TimedReport]]:
+        for file in reversed(files):  # whichever is done first
+            audited.append(file)
+            yield file, TimedReport(report(1.5), 7.1234)
 
-    scores = collect_scores({"a": "1", "b": "2"}, kept, audit, lines.append)
-    assert audited == ["a"]
-    assert lines == ["1 of 2: a: score 1.5", "2 of 2: b: score 0.25 (from the file)"]
+    scores = collect_scores({"a": "1", "b": "2", "c": "3"}, kept, audits, lines.append)
+    assert audited == ["c", "a"]
+    assert lines == [
+        "1 of 3: b: score 0.25 (from the file)",
+        "2 of 3: c: score 1.5",
+        "3 of 3: a: score 1.5",
+    ]
+    assert [score.file for score in scores] == ["a", "b", "c"]
     assert scores[1] == known
-    new = scores[0]
-    assert (new.file, new.weights, new.score, new.verdict) == ("a", "1", 1.5, "backdoored")
+    assert scores[0] == NetworkScore("a", "1", 1.5, "backdoored", 7.123)
     again = CalibrationFile(tmp_path / "calibration.json", {"seed": 0})
-    assert again.networks == [known, new]
+    assert again.networks == [known, scores[2], scores[0]]
 
 
 @pytest.mark.parametrize(
@@ -86,10 +93,26 @@ def test_an_audit_without_a_score_keeps_the_others(
     result: DefenseReport, message: str, tmp_path: Path
 ) -> None:
     kept = CalibrationFile(tmp_path / "calibration.json", {"seed": 0})
-    results = iter([report(0.25), result])
+    lines: list[str] = []
+    found = [("a", report(0.25)), ("b", result), ("c", report(0.5))]
+    audits = [(file, TimedReport(each, 1.0)) for file, each in found]
     with pytest.raises(ValueError, match=f"Expected every network to have a score, but {message}"):
-        collect_scores({"a": "1", "b": "2", "c": "3"}, kept, lambda file: next(results), print)
-    assert [network.file for network in kept.networks] == ["a"]
+        collect_scores({"a": "1", "b": "2", "c": "3"}, kept, lambda files: audits, lines.append)
+    assert [network.file for network in kept.networks] == ["a", "c"]
+    assert lines[1].startswith("2 of 3: b: no score: Expected every network to have a score")
+    assert lines[2] == "3 of 3: c: score 0.5"
+
+
+def test_the_first_error_is_raised_after_all_audits(tmp_path: Path) -> None:
+    kept = CalibrationFile(tmp_path / "calibration.json", {"seed": 0})
+    audits = [
+        ("a", OSError("no such file")),
+        ("b", RuntimeError("out of memory")),
+        ("c", TimedReport(report(0.5), 1.0)),
+    ]
+    with pytest.raises(OSError, match="no such file"):
+        collect_scores({"a": "1", "b": "2", "c": "3"}, kept, lambda files: audits, print)
+    assert [network.file for network in kept.networks] == ["c"]
 
 
 def test_other_weights_are_told_before_any_audit(tmp_path: Path) -> None:
@@ -97,12 +120,12 @@ def test_other_weights_are_told_before_any_audit(tmp_path: Path) -> None:
     kept.add(NetworkScore("b", "2", 0.25, "clean", 3.0))
     audited: list[str] = []
 
-    def audit(file: str) -> DefenseReport:
-        audited.append(file)
-        return report(0.5)
+    def audits(files: Sequence[str]) -> list[tuple[str, TimedReport]]:
+        audited.extend(files)
+        return []
 
     with pytest.raises(ValueError, match="Expected b to hold the weights whose score is in"):
-        collect_scores({"a": "1", "b": "another"}, kept, audit, print)
+        collect_scores({"a": "1", "b": "another"}, kept, audits, print)
     assert audited == []
 
 

@@ -65,7 +65,7 @@ def audited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Replace audits by a look at the last weight; gives the scores that were asked for."""
     asked: list[float] = []
 
-    def defense(self: MNPTrainer, model: Any, *args: Any) -> Any:
+    def defense(trainer: MNPTrainer, model: Any, *args: Any) -> Any:
         score = round(list(model.parameters())[-1][-1].item(), 4)
         asked.append(score)
         score = score if score < NO_SCORE else math.nan
@@ -73,8 +73,8 @@ def audited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         report = DefenseReport(verdict, score=score, reasons=["as it is"])
         return SimpleNamespace(report=lambda: report)
 
-    monkeypatch.setattr(MNPTrainer, "_defense", defense)
-    monkeypatch.setattr("lightning_mnp.cli.trainer.run_defense", lambda *args, **options: None)
+    monkeypatch.setattr("lightning_mnp.cli.audits.new_defense", defense)
+    monkeypatch.setattr("lightning_mnp.cli.audits.run_defense", lambda *args, **options: None)
     return asked
 
 
@@ -134,6 +134,24 @@ def test_real_audits_give_scores() -> None:
     assert content()["calibration"]["scores"] == [network["score"]]
 
 
+def test_several_at_a_time_give_the_same_scores(capsys: pytest.CaptureFixture[str]) -> None:
+    network = fitted_network()
+    for file in ("a.pt", "b.pt"):
+        torch.save(network.state_dict(), file)
+        with torch.no_grad():
+            list(network.parameters())[-1].add_(torch.linspace(0, 0.1, 10))
+    command = [option for option in COMMAND if not option.startswith("--model.")]
+    command += ["--model.network=digits_network.DigitsNetwork", *QUICK, "--ckpt_paths"]
+    assert main([*command, "a.pt", "b.pt"]) == 0
+    scores = content()["calibration"]["scores"]
+    assert main([*command, "a.pt", "b.pt", "--jobs=2", "--output=again.json"]) == 0
+    again = json.loads(Path("again.json").read_text())
+    assert again["calibration"]["files"] == ["a.pt", "b.pt"]
+    # Processes of their own have all searches at full length.
+    assert len(again["calibration"]["scores"]) == len(scores) == 2
+    assert all(score >= 0 for score in again["calibration"]["scores"])
+
+
 def test_a_repeated_command_goes_on(
     audited: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,18 +162,18 @@ def test_a_repeated_command_goes_on(
     assert (
         f"{message} (verdict: backdoored; as it is). Leave the network" in capsys.readouterr().err
     )
-    assert [each["score"] for each in content()["networks"]] == [0.25, 0.5]
+    assert [each["score"] for each in content()["networks"]] == [0.25, 0.5, 0.75]
     assert content()["calibration"] is None
-    del files[2]
+    files = [files[0], files[1], files[3], *write_networks(0.625)]
     assert main([*command, *files]) == 0
-    assert audited[3:] == [0.75]
-    assert "1 of 3: score 0.25.pt: score 0.25 (from the file)\n" in capsys.readouterr().out
+    assert audited[4:] == [0.625]
+    assert "1 of 4: score 0.25.pt: score 0.25 (from the file)\n" in capsys.readouterr().out
     # Another rate needs no audit, nor does a part of the networks.
     assert main([*COMMAND, "--rate=0.5", "--ckpt_paths", *files]) == 0
     assert main([*COMMAND, "--rate=0.5", "--ckpt_paths", files[0]]) == 0
-    assert audited[4:] == []
+    assert audited[5:] == []
     assert content()["calibration"]["scores"] == [0.25]
-    assert len(content()["networks"]) == 3
+    assert len(content()["networks"]) == 4
 
 
 def test_an_interrupt_keeps_the_scores(
@@ -165,7 +183,7 @@ def test_an_interrupt_keeps_the_scores(
         if len(audited) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_mnp.cli.trainer.run_defense", interrupted)
+    monkeypatch.setattr("lightning_mnp.cli.audits.run_defense", interrupted)
     files = write_networks(0.25, 0.5)
     assert main([*COMMAND, "--rate=0.5", "--ckpt_paths", *files]) == 130
     assert [each["score"] for each in content()["networks"]] == [0.25]
@@ -212,6 +230,8 @@ def test_other_weights_or_options_are_refused(
             "but score 0.5.pt and twin.pt hold the same weights",
         ),
         (["--ckpt_paths", "a", "b", "c", "--output=."], "Expected argument `output` to be a file"),
+        (["--ckpt_paths", "a", "b", "c", "--jobs=0"], "`jobs` to be at least 1, but got 0"),
+        (["--ckpt_paths", "a", "b", "c", "--address=x"], "`address` for the executor 'ray' only"),
     ],
 )
 def test_wrong_use_is_told_before_any_work(
