@@ -35,6 +35,7 @@ _WRONG_INPUT = (
     TypeError,
     OSError,
     MisconfigurationException,
+    ModuleNotFoundError,  # an extra that is not installed
     torch.OutOfMemoryError,
 )
 _CONFIG_EXISTS = "SaveConfigCallback expected"

@@ -246,6 +246,16 @@ def test_wrong_use_is_told_before_any_work(
     assert audited == []
 
 
+def test_ray_that_is_not_installed_is_told_before_any_work(
+    audited: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    files = write_networks(0.5)
+    assert main([*COMMAND, "--rate=0.5", "--executor=ray", "--ckpt_paths", *files]) == 2
+    assert "The executor 'ray' needs Ray, which is not installed." in capsys.readouterr().err
+    assert audited == []
+
+
 def test_a_network_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     [file] = write_networks(0.5)
     before = Path(file).read_bytes()
