@@ -165,7 +165,8 @@ def _recipe(architecture: str, word: str, seed: int) -> Recipe:
     front, _, back = word.partition("/")
     variant = back or (front if front in _VARIANTS else "light")
     options = {**_ATTACKS.get(front, {}), **_VARIANTS[variant]}
-    if options.get("attack") == "badnets" and architecture in _SLOW_AT_PATCHES:
+    slow = architecture in _SLOW_AT_PATCHES or variant == "heavy"
+    if options.get("attack") == "badnets" and slow:
         options = {"augmentation": "none", **options, "patch": 5}
     if front in _SLOW_ATTACKS and architecture in _SLOW_AT_PATCHES:
         options = {**options, "epochs": 2}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_mnp.benchmark.executors import Executor, HereExecutor, Processes
+from lightning_mnp.benchmark.executors import Executor, HereExecutor
 from lightning_mnp.benchmark.jobs import Job, run_jobs
 from lightning_mnp.calibration.run import TimedReport
 from lightning_mnp.checkpoints.read import read_weights
@@ -106,11 +106,12 @@ class FileAudit:
         return TimedReport(defense.report(), time.perf_counter() - started)
 
 
-def audit_elsewhere(audit: FileAudit, accelerator: str, precision: str, file: str) -> TimedReport:
+def audit_elsewhere(audit: bytes, accelerator: str, precision: str, file: str) -> TimedReport:
     """Audit the network in a file in a process that has no Trainer yet.
 
     Args:
-        audit: What it shares with others.
+        audit: A :class:`FileAudit`, pickled: a tensor that is sent as such would be shared with
+            all processes, which load weights into it.
         accelerator: Lightning's name of the kind of device.
         precision: Lightning's name of the precision.
         file: Name of the file.
@@ -124,7 +125,8 @@ def audit_elsewhere(audit: FileAudit, accelerator: str, precision: str, file: st
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return audit.carry_out(file, trainer)
+    shared: FileAudit = pickle.loads(audit)
+    return shared.carry_out(file, trainer)
 
 
 def audit_files(
@@ -147,19 +149,18 @@ def audit_files(
     if isinstance(executor, HereExecutor):
         jobs = [Job(file, 0.0, audit.carry_out, (file, trainer)) for file in files]
     else:
-        if isinstance(executor, Processes):
-            _check_portable(audit)
         like = trainer.strategy.root_device.type, str(trainer.precision_plugin.precision)
-        jobs = [Job(file, 0.0, audit_elsewhere, (audit, *like, file)) for file in files]
+        sent = _pickled(audit)
+        jobs = [Job(file, 0.0, audit_elsewhere, (sent, *like, file)) for file in files]
     for job, result in run_jobs(jobs, executor):
         yield job.name, result
 
 
-def _check_portable(audit: FileAudit) -> None:
+def _pickled(audit: FileAudit) -> bytes:
     try:
-        pickle.dumps(audit)
+        return pickle.dumps(audit)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            "Expected a model that can be sent to other processes, as argument `jobs` is more than "
-            f"1, but got one that cannot: {error}. Leave `jobs` out."
+            "Expected a model that can be sent to other processes (option `jobs`), but got one "
+            f"that cannot: {error}. Leave `jobs` and `executor` out."
         ) from error

@@ -11,7 +11,7 @@ from digits_network import fitted_network
 from lightning.pytorch import Trainer
 
 from lightning_mnp import DefenseSet, MNPConfig
-from lightning_mnp.benchmark.executors import HereExecutor, Processes
+from lightning_mnp.benchmark.executors import HereExecutor
 from lightning_mnp.cli.audits import FileAudit, audit_elsewhere, audit_files, load_file
 from lightning_mnp.data import DigitsDataModule
 from lightning_mnp.models import Classifier
@@ -26,6 +26,8 @@ class Elsewhere:
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         assert work is audit_elsewhere
+        # Tensors would be shared by all processes, and each loads weights of its own into them.
+        assert [type(argument) for argument in arguments] == [bytes, str, str, str]
         return HereExecutor().submit(work, *arguments)
 
 
@@ -83,11 +85,9 @@ def test_a_model_that_cannot_be_sent_is_told_before_any_work(
     audit: FileAudit, trainer: Trainer
 ) -> None:
     audit.model.network.hook = lambda: None
-    executor = Processes(2)
-    message = "a model that can be sent to other processes, as argument `jobs` is more than 1"
+    message = r"a model that can be sent to other processes \(option `jobs`\), but got one that can"
     with pytest.raises(ValueError, match=message):
-        next(audit_files(audit, ["a.pt"], trainer, executor))
-    executor.close()
+        next(audit_files(audit, ["a.pt"], trainer, Elsewhere()))
 
 
 def test_weights_of_a_file_come_into_the_model(tmp_path: Path, audit: FileAudit) -> None:
