@@ -24,7 +24,8 @@ def test_patch_covers_a_twentieth_of_the_pixels_and_stays_in_the_range() -> None
 
 
 def test_patch_that_is_made_for_a_class_begins_large_and_shrinks_by_the_same_factor() -> None:
-    patch = PatchSearch(new_scene(constants=Constants(PatchConstants(far_steps=4)))).trigger(1)
+    constants = Constants(PatchConstants(far_steps=4, shrinks_from=3))  # images have 64 pixels
+    patch = PatchSearch(new_scene(constants=constants)).trigger(1)
     covered = []
     for taken in range(6):
         patch.advance(taken)
@@ -35,6 +36,14 @@ def test_patch_that_is_made_for_a_class_begins_large_and_shrinks_by_the_same_fac
     shares = [patch.share(taken) for taken in range(6)]
     assert shares[:2] == pytest.approx([0.5, 0.5 * 0.1**0.25])
     assert shares[4:] == [0.05, 0.05]
+
+
+@pytest.mark.parametrize(("side", "first"), [(8, 0.05), (13, 0.05), (14, 0.5), (32, 0.5)])
+def test_patch_of_few_pixels_is_small_from_the_first_step_on(side: int, first: float) -> None:
+    patch = new_search().trigger(1)
+    patch.pattern = torch.zeros(1, 1, side, side)
+    assert patch.share(0) == first
+    assert patch.share(8) == 0.05
 
 
 def test_first_step_changes_the_pixel_of_the_steepest_slope_by_the_length_told() -> None:
