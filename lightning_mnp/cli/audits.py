@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
@@ -106,12 +107,12 @@ class FileAudit:
         return TimedReport(defense.report(), time.perf_counter() - started)
 
 
-def audit_elsewhere(audit: bytes, accelerator: str, precision: str, file: str) -> TimedReport:
+def audit_elsewhere(audit: FileAudit, accelerator: str, precision: str, file: str) -> TimedReport:
     """Audit the network in a file in a process that has no Trainer yet.
 
     Args:
-        audit: A :class:`FileAudit`, pickled: a tensor that is sent as such would be shared with
-            all processes, which load weights into it.
+        audit: What it shares with others. A tensor that is sent to processes is one that they
+            share, so weights are loaded into a copy of the model.
         accelerator: Lightning's name of the kind of device.
         precision: Lightning's name of the precision.
         file: Name of the file.
@@ -125,8 +126,7 @@ def audit_elsewhere(audit: bytes, accelerator: str, precision: str, file: str) -
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    shared: FileAudit = pickle.loads(audit)
-    return shared.carry_out(file, trainer)
+    return replace(audit, model=copy.deepcopy(audit.model)).carry_out(file, trainer)
 
 
 def audit_files(
@@ -150,15 +150,15 @@ def audit_files(
         jobs = [Job(file, 0.0, audit.carry_out, (file, trainer)) for file in files]
     else:
         like = trainer.strategy.root_device.type, str(trainer.precision_plugin.precision)
-        sent = _pickled(audit)
-        jobs = [Job(file, 0.0, audit_elsewhere, (sent, *like, file)) for file in files]
+        _check_portable(audit)
+        jobs = [Job(file, 0.0, audit_elsewhere, (audit, *like, file)) for file in files]
     for job, result in run_jobs(jobs, executor):
         yield job.name, result
 
 
-def _pickled(audit: FileAudit) -> bytes:
+def _check_portable(audit: FileAudit) -> None:
     try:
-        return pickle.dumps(audit)
+        pickle.dumps(audit)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
             "Expected a model that can be sent to other processes (option `jobs`), but got one "

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from digits_network import fitted_network
+from helpers import same, snapshot
 from lightning.pytorch import Trainer
 
 from lightning_mnp import DefenseSet, MNPConfig
@@ -26,8 +27,6 @@ class Elsewhere:
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         assert work is audit_elsewhere
-        # Tensors would be shared by all processes, and each loads weights of its own into them.
-        assert [type(argument) for argument in arguments] == [bytes, str, str, str]
         return HereExecutor().submit(work, *arguments)
 
 
@@ -60,7 +59,9 @@ def test_audits_elsewhere_give_what_those_here_give(
 ) -> None:
     files = [write(tmp_path, "a.pt", 0.0), write(tmp_path, "b.pt", 0.1)]
     here = dict(audit_files(audit, files, trainer, HereExecutor()))
+    before = snapshot(audit.model)
     there = dict(audit_files(audit, files, trainer, Elsewhere()))
+    assert same(before, snapshot(audit.model))  # processes share it, and load other weights each
     assert sorted(here) == sorted(there) == files
     for file in files:
         one, other = here[file], there[file]
