@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from scipy.stats import binomtest, mannwhitneyu
+from scipy.stats import mannwhitneyu
 
 from benchmarks.population.recipes import Recipe
 from lightning_mnp import MNPConfig
+from lightning_mnp.signals.population import rate_interval
 
 __all__ = ["is_found", "is_named", "share", "write_table"]
 
@@ -35,9 +36,8 @@ def share(hits: int, total: int) -> str:
     """
     if total == 0:
         return "-"
-    interval = binomtest(hits, total).proportion_ci(0.95, method="exact")
-    low, high = 100 * interval.low, 100 * interval.high
-    return f"{100 * hits / total:.1f}% ({hits} of {total}; {low:.1f}% to {high:.1f}%)"
+    low, high = rate_interval(hits, total)
+    return f"{hits / total:.1%} ({hits} of {total}; {low:.1%} to {high:.1%})"
 
 
 def is_found(audit: Audit) -> bool:

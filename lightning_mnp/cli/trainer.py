@@ -224,10 +224,8 @@ class MNPTrainer(Trainer):
                 "defense_set": data.fingerprint,
                 "precision": str(self.precision_plugin.precision),
             }
-            kept, audit = (
-                CalibrationFile(output, settings),
-                FileAudit(model, data, mnp, key, network),
-            )
+            kept = CalibrationFile(output, settings)
+            audit = FileAudit(model, data, mnp, key, network)
             scores = collect_scores(
                 digests, kept, lambda left: audit_files(audit, left, self, where), _say
             )
