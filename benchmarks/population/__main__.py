@@ -6,11 +6,15 @@
     python -m benchmarks.population table --split reporting
     python -m benchmarks.population audit --conditions --jobs 2
     python -m benchmarks.population reference --split reporting
+    python -m benchmarks.population defend --split reporting --defenses default mnp --jobs 2
+    python -m benchmarks.population table --split reporting --defended
 
 Every command goes on where it stopped. `train` looks for images in ~/data/cifar10 and
 ~/data/imagenette, and keeps networks in runs/population; `audit` keeps a file for each audit in
 benchmarks/results/population, from which `table` is made. `reference` puts the scores of clean
-networks into the package, with which an audit compares its own. With `--conditions`, `audit` and
+networks into the package, with which an audit compares its own. `defend` removes the backdoors by
+one or several defenses, measures CA and ASR before and after, and keeps files in `defended` beside
+the audits. With `--conditions`, `audit` and
 `table` are about eight networks, and defense sets that are small or impure. `rates` measures the
 training rates behind the estimated minutes; `split` writes the split file, which is done once.
 """
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,14 @@ from benchmarks.population.audits import (
 )
 from benchmarks.population.conditions import CONDITIONS, NAMED, USUAL, conditions_table
 from benchmarks.population.data import load_images
+from benchmarks.population.defenses import (
+    DEFENSES,
+    defend_network,
+    defense_file,
+    defense_version,
+    defenses_table,
+    read_defenses,
+)
 from benchmarks.population.networks import RECIPES
 from benchmarks.population.rates import training_rate
 from benchmarks.population.recipes import Recipe
@@ -44,8 +56,10 @@ from benchmarks.population.training import is_trained, read_row, train_network
 from lightning_mnp.benchmark.executors import open_executor
 from lightning_mnp.benchmark.jobs import Job, run_jobs
 
-COMMANDS = ("train", "list", "audit", "table", "reference", "rates", "split")
-_AUDIT_PASSES = 22_000  # of a network of ten classes with 500 images
+COMMANDS = ("train", "list", "audit", "defend", "table", "reference", "rates", "split")
+# Of a network of ten classes with 500 images.
+_AUDIT_PASSES = 22_000
+_DEFENSE_PASSES = 80_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those behind the program's name; of this process if None.
 
     Returns:
-        The exit code: 1 if some network could not be trained or audited.
+        The exit code: 1 if some network could not be trained, audited or defended.
     """
     options = _parse(arguments)
     chosen = _chosen(options)
@@ -63,8 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _train(chosen, options)
     if options.command == "audit":
         return _audit(chosen, options)
+    if options.command == "defend":
+        return _defend(chosen, options)
     if options.command == "list":
         print(list_of(chosen, options.folder))
+    elif options.command == "table" and options.defended:
+        print(defenses_table(chosen, read_defenses(options.results)))
     elif options.command == "table" and options.conditions:
         print(conditions_table(chosen, _audits(options)))
     elif options.command == "table":
@@ -134,6 +152,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="a few named networks, with defense sets that are not as they should be",
     )
+    parser.add_argument("--defended", action="store_true", help="the table of defenses")
+    parser.add_argument(
+        "--defenses", nargs="+", choices=DEFENSES, default=["default"], help="what `defend` runs"
+    )
     parser.add_argument(
         "--renew", action="store_true", help="audit again what other code has audited"
     )
@@ -186,18 +208,14 @@ def _train(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
         )
         for each in (*first, *later)
     ]
-    failed = 0
-    with open_executor(options.executor, options.jobs, options.address, apart=True) as executor:
-        for job, row in run_jobs(jobs, executor, options.budget):
-            if isinstance(row, BaseException):
-                failed += 1
-                print(f"{job.name}: {row!r}", file=sys.stderr, flush=True)
-                continue
-            asr = "" if row["ASR"] is None else f", ASR {100 * row['ASR']:.1f}"
-            note = ", attack not learned" if row["learned"] is False else ""
-            figures = f"CA {100 * row['CA']:.1f}{asr}{note}, {row['processor_seconds']:.0f} s"
-            print(f"{job.name}: {figures} (estimated: {job.seconds:.0f} s)", flush=True)
-    return int(failed > 0)
+
+    def told(job: Job, row: dict[str, Any]) -> str:
+        asr = "" if row["ASR"] is None else f", ASR {100 * row['ASR']:.1f}"
+        note = ", attack not learned" if row["learned"] is False else ""
+        figures = f"CA {100 * row['CA']:.1f}{asr}{note}, {row['processor_seconds']:.0f} s"
+        return f"{figures} (estimated: {job.seconds:.0f} s)"
+
+    return _run(jobs, options, told)
 
 
 def _audit(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
@@ -218,6 +236,50 @@ def _audit(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
                 arguments = (recipe, number, *places, None, condition)
                 name = result_file(recipe, number, condition=condition).stem
                 jobs.append(Job(name, seconds, audit_network, arguments))
+
+    def told(job: Job, row: dict[str, Any]) -> str:
+        figures = f"{row['verdict']}, class {row['target_class']}, score {row['score']}"
+        return f"{row['kind']}, {figures}, {row['wall_seconds']:.0f} s"
+
+    return _run(jobs, options, told)
+
+
+def _defend(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
+    version = defense_version()
+    there = {
+        (row["network"], row["defense"], row["set"]): (row["weights_sha256"], row["version"])
+        for row in read_defenses(options.results)
+    }
+    jobs = []
+    for recipe, number, defense in product(chosen, range(options.sets), options.defenses):
+        if not is_trained(recipe, options.folder):
+            continue
+        row = read_row(recipe, options.folder)
+        if row["learned"] is False:
+            continue
+        done = there.get((recipe.name, defense, number))
+        if (
+            done is None
+            or done[0] != row["weights_sha256"]
+            or (options.renew and done[1] != version)
+        ):
+            seconds = _DEFENSE_PASSES / ARCHITECTURES[recipe.architecture].rate
+            arguments = (recipe, number, defense, options.data, options.folder, options.results)
+            name = defense_file(recipe, number, defense).stem
+            jobs.append(Job(name, seconds, defend_network, arguments))
+
+    def told(job: Job, row: dict[str, Any]) -> str:
+        figures = [f"{row[key]:.1%}" for key in ("CA", "CA_after")]
+        if row["ASR"] is not None:
+            figures += [f"{row[key]:.1%}" for key in ("ASR", "ASR_after")]
+        return f"{' '.join(figures)}, {row['pruned']} filters, {row['processor_seconds']:.0f} s"
+
+    return _run(jobs, options, told)
+
+
+def _run(
+    jobs: Sequence[Job], options: argparse.Namespace, told: Callable[[Job, dict[str, Any]], str]
+) -> int:
     failed = 0
     with open_executor(options.executor, options.jobs, options.address, apart=True) as executor:
         for job, row in run_jobs(jobs, executor, options.budget):
@@ -225,8 +287,7 @@ def _audit(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
                 failed += 1
                 print(f"{job.name}: {row!r}", file=sys.stderr, flush=True)
                 continue
-            figures = f"{row['verdict']}, class {row['target_class']}, score {row['score']}"
-            print(f"{job.name} ({row['kind']}): {figures}, {row['wall_seconds']:.0f} s", flush=True)
+            print(f"{job.name}: {told(job, row)}", flush=True)
     return int(failed > 0)
 
 

@@ -24,11 +24,15 @@ RESULTS = Path(__file__).parents[1] / "results" / "population"
 _ROOMS = ("config", "defense_data", "engine", "mnp", "signals", "surgery")
 
 
-def code_version() -> str:
-    """Return a digest of the code that decides on verdicts, twelve hexadecimal digits."""
+def code_version(*more: str) -> str:
+    """Return a digest of the code that decides on verdicts, twelve hexadecimal digits.
+
+    Args:
+        more: Further folders of the package that have a part in what is measured.
+    """
     found = hashlib.sha256()
     package = Path(lightning_mnp.__file__).parent
-    for room in _ROOMS:
+    for room in (*_ROOMS, *more):
         for file in sorted((package / room).rglob("*.py")):
             found.update(file.relative_to(package).as_posix().encode() + b"\0")
             found.update(file.read_bytes())

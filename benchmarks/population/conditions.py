@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.population.data import CLASSES, Images, transform_of
 from benchmarks.population.recipes import Recipe
-from benchmarks.population.table import is_named
+from benchmarks.population.table import is_named, markdown_table
 from lightning_mnp import DefenseSet
 from lightning_mnp.attacks.trigger import load_trigger
 from lightning_mnp.data import balanced_indices
@@ -124,15 +124,14 @@ def conditions_table(recipes: Sequence[Recipe], audits: Iterable[dict[str, Any]]
     found: dict[tuple[str, str], list[str]] = {}
     for row in sorted(audits, key=lambda row: int(row["set"])):
         found.setdefault((row["network"], row["condition"]), []).append(_word(row))
-    lines = [["network", *(each.told for each in CONDITIONS)]]
-    lines.append(["---"] * len(lines[0]))
+    lines = []
     for recipe in recipes:
         cells = [
             ", ".join(found.get((recipe.name, each.name), ["?"])) if each.fits(recipe) else "-"
             for each in CONDITIONS
         ]
         lines.append([f"`{recipe.name}`", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(["network", *(each.told for each in CONDITIONS)], lines)
 
 
 def _word(row: dict[str, Any]) -> str:

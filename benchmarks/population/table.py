@@ -13,7 +13,7 @@ from benchmarks.population.recipes import Recipe
 from lightning_mnp import MNPConfig
 from lightning_mnp.signals.population import rate_interval
 
-__all__ = ["is_found", "is_named", "share", "write_table"]
+__all__ = ["is_found", "is_named", "markdown_table", "share", "write_table"]
 
 Audit = dict[str, Any]
 
@@ -95,7 +95,19 @@ def write_table(split: str, recipes: Sequence[Recipe], audits: Iterable[Audit], 
     return "\n\n".join(parts)
 
 
-def _lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table in Markdown.
+
+    Args:
+        columns: Their names.
+        rows: The cells of each row.
+
+    Example:
+        >>> print(markdown_table(["a", "b"], [["1", "2"]]))
+        | a | b |
+        | --- | --- |
+        | 1 | 2 |
+    """
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -144,7 +156,7 @@ def _clean_table(rows: Sequence[Audit]) -> str:
 
     columns = ["architecture", "CA", "called backdoored", "undecided", "networks ever flagged"]
     groups = _groups(rows, lambda row: row["architecture"])
-    return _lines(columns, [line("all", rows), *(line(*group) for group in groups.items())])
+    return markdown_table(columns, [line("all", rows), *(line(*group) for group in groups.items())])
 
 
 def _worst(rows: Sequence[Audit]) -> str:
@@ -177,7 +189,7 @@ def _attacked_table(rows: Sequence[Audit], key: Callable[[Audit], str], what: st
 
     columns = [what, "networks", "ASR", "found", "undecided", "class right, of the found"]
     groups = _groups(rows, key)
-    return _lines(columns, [line("all", rows), *(line(*group) for group in groups.items())])
+    return markdown_table(columns, [line("all", rows), *(line(*group) for group in groups.items())])
 
 
 def _ratios(clean: Sequence[Audit], learned: Sequence[Audit]) -> str:

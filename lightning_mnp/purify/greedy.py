@@ -21,25 +21,31 @@ __all__ = ["GreedyConstants", "GreedyPruning"]
 
 @dataclass(frozen=True)
 class GreedyConstants:
-    """How the next filter is chosen.
+    """How the next filters are chosen, and when it is enough.
 
     Attributes:
-        candidates: Filters whose harm is measured in each step, best first.
+        candidates: Filters that are looked at in each step, best first.
+        glance_images: Images of a first look at the harm of each; what it lets pass is measured on
+            all of them.
+        glance_slack: What that look lets pass, in multiples of the harm that one filter may do.
         rejected: Greedy pruning ends when so many filters have been too harmful lately.
         patience: A filter that was too harmful is tried again after so many others.
         slope_images: Images that the slope of the clean margin is taken on.
         least_effect: Least effect of a candidate, as a share of the largest.
         harm_weight: What the slope of a clean margin counts as a rise of the clean loss, roughly.
         harm_floor: Added to every harm, in nats, so that no effect is divided by nothing.
-        harmless: A filter that does no more harm than this is taken without looking further.
+        harmless: All candidates are taken in one step if they do no more harm than this each.
         little_harm: Share of the harm allowed that filters may do once little of the backdoor
             shows.
-        gone_at: Nothing more is taken when all traces that decide are down to this share of their
-            strength at the start. 0 to go on as long as harm allows: traces can be gone before the
-            backdoor is.
+        gone_at: All traces that decide are as good as gone at this share of their strength at the
+            start; 0 to go on as long as harm allows.
+        again: Traces can be gone before the backdoor is. So pruning goes on until this many times
+            the filters are taken.
     """
 
     candidates: int = 4
+    glance_images: int = 125
+    glance_slack: float = 2.0
     rejected: int = 24
     patience: int = 4
     slope_images: int = 250
@@ -48,18 +54,20 @@ class GreedyConstants:
     harm_floor: float = 0.005
     harmless: float = 0.001
     little_harm: float = 0.25
-    gone_at: float = 0.0
+    gone_at: float = 0.1
+    again: float = 2.0
 
 
 class GreedyPruning:
-    """Takes filters one by one: those that carry the target class and that clean images do without.
+    """Takes filters that carry the target class and that clean images do without.
 
     In each step, the first-order effect of every filter on the margins of the traces is set
-    against its first-order effect on clean margins. The harm (:class:`CleanHarm`) without each of
-    the best four is measured, best first, and the one with the most effect for its harm is taken,
-    or the first that does none. It ends at the most filters, or when all that is left is
-    too harmful: one filter may do half of the harm allowed, all of them as much as is allowed
-    above the least on the way. The last filter of a layer is never taken.
+    against its first-order effect on clean margins. The best four go at once if that does next to
+    no harm (:class:`CleanHarm`). Else a look at few images tells which of them has the most effect
+    for its harm, and that one goes, if it may by all images. It ends when the traces are gone and
+    as many filters again were taken, at the most filters, or when all that is left is too harmful:
+    one step may do half of the harm allowed, all of them as much as is allowed above the least on
+    the way. The last filter of a layer is never taken.
 
     Args:
         masked: The network.
@@ -75,8 +83,9 @@ class GreedyPruning:
     Attributes:
         taken: Positions of the filters taken so far, in their order.
         spared: Positions of filters that were not tried, because each is the last of its layer.
-        curve: For each number of filters from 0: the harm, then for each trace its mean margin
-            as a share of that at the start.
+        counts: The number of filters taken before the first step and after each.
+        curve: As often, the harm, then for each trace its mean margin as a share of that at the
+            start.
         references: The strength of each trace at the start, or what it counts for at least.
         stopped: Why it ended, or "".
     """
@@ -108,18 +117,30 @@ class GreedyPruning:
         self.curve: list[tuple[float, ...]] = []
         self.stopped = ""
         self._rejected: dict[int, int] = {}
+        self.counts: list[int] = []
         self.references: list[float] = []
-        self._measure = CleanHarm(masked, clean, batch_size, impurity, constants.of(HarmConstants))
+        limits = constants.of(HarmConstants)
+        self._measure = CleanHarm(masked, clean, batch_size, impurity, limits)
+        # In the order that is stored, classes may come one after the other.
+        drawn = torch.randperm(len(clean[0]), generator=seeded_generator(seed, "glance"))
+        rows = drawn[: self.constants.glance_images]
+        few = DefenseSet(clean[0].images[rows], clean[0].labels[rows])
+        self._glance = CleanHarm(masked, [few], batch_size, impurity, limits)
+        self._glanced: tuple[int, float] | None = None
+        self._slopes: tuple[int, Tensor, Tensor] | None = None
 
     @property
     def gone(self) -> bool:
-        """Whether filters were taken, and the traces that decide are down to ``gone_at``."""
+        """Whether the traces that decide are gone, and ``again`` times the filters went."""
         least = self.constants.gone_at
         if not (self.taken and least):
             return False
-        pairs = zip(self.traces, self.curve[-1][1:], strict=True)
-        levels = [level for trace, level in pairs if trace.decides]
-        return bool(levels) and max(levels) <= least
+        for count, point in zip(self.counts, self.curve, strict=True):
+            pairs = zip(self.traces, point[1:], strict=True)
+            levels = [level for trace, level in pairs if trace.decides]
+            if count and levels and max(levels) <= least:
+                return len(self.taken) >= self.constants.again * count
+        return False
 
     def masks(self, without: Sequence[int] = ()) -> Tensor:
         """Return masks with zeros for the filters taken, and for others, shape (total filters,).
@@ -132,7 +153,7 @@ class GreedyPruning:
         return values
 
     def step(self) -> dict[str, float]:
-        """Begin, take one more filter, or end.
+        """Begin, take one or more filters, or end.
 
         Returns:
             The number of ``filters``, the ``harm`` in nats, and the greatest
@@ -164,7 +185,7 @@ class GreedyPruning:
             best = self._best()
         if best is None:
             return
-        self.taken.append(best[0])
+        self.taken += best[0]
         masks = self.masks()
         for trace in self.traces:
             trace.adapt(masks, len(self.taken))
@@ -172,6 +193,7 @@ class GreedyPruning:
 
     def _note(self, harm: float) -> None:
         levels = zip(self._levels(), self.references, strict=True)
+        self.counts.append(len(self.taken))
         self.curve.append((harm, *(level / whole for level, whole in levels)))
 
     @torch.no_grad()
@@ -180,8 +202,8 @@ class GreedyPruning:
         masks = self.masks()
         return [float(strength(trace, masks)) for trace in self.traces]
 
-    def _best(self) -> tuple[int, float] | None:
-        """The best filter to take next, and the harm with it.
+    def _best(self) -> tuple[list[int], float] | None:
+        """The best filters to take next, and the harm with them.
 
         None if all candidates of this step were too harmful, or it has ended.
         """
@@ -189,49 +211,71 @@ class GreedyPruning:
         if not bool((promise > 0).any()):
             self.stopped = "no filter is left that lowers the margins"
             return None
-        harm_now = self.curve[-1][0]
-        most = min(self._most_harm(), harm_now + self.harm / 2)
-        best: tuple[float, int, float] | None = None
         order = promise.argsort(descending=True, stable=True)[: self.constants.candidates].tolist()
-        for index in (index for index in order if promise[index] > 0):
-            if self._is_last(index):
-                self.spared.append(index)
-                continue
-            harm = self.harm_of(self.masks(without=[index]))
-            if not harm <= most:  # not so if it is NaN
-                self._rejected[index] = len(self.taken)
-                continue
-            value = float(effect[index]) / (max(harm - harm_now, 0.0) + self.constants.harm_floor)
-            if best is None or value > best[0]:
-                best = (value, index, harm)
-            if harm - harm_now <= self.constants.harmless:  # the others promise less
-                break
-        if best is None:
-            if len(self._waiting()) >= self.constants.rejected:
-                self.stopped = f"more filters would do more harm than {self.harm:g} nats"
-            return None
-        return best[1], best[2]
+        found = [index for index in order if promise[index] > 0]
+        self.spared += [index for index in found if self._empties([index])]
+        found = [index for index in found if index not in self.spared]
+        best = self._all_of(found[: self.most - len(self.taken)]) or self._one_of(found, effect)
+        if best is None and len(self._waiting()) >= self.constants.rejected:
+            self.stopped = f"more filters would do more harm than {self.harm:g} nats"
+        return best
 
-    def _is_last(self, position: int) -> bool:
-        """Whether all other filters of a filter's layer are taken."""
+    def _all_of(self, found: list[int]) -> tuple[list[int], float] | None:
+        """All candidates and the harm with them, if it is next to none."""
+        little = len(found) * self.constants.harmless
+        if len(found) < 2 or self._empties(found) or not self._glance_at(found) <= little:
+            return None
+        harm = self.harm_of(self.masks(without=found))
+        harmless = harm - self.curve[-1][0] <= little and harm <= self._most_now()
+        return (found, harm) if harmless else None
+
+    def _one_of(self, found: list[int], effect: Tensor) -> tuple[list[int], float] | None:
+        """The best candidate that may go, and the harm with it; those too harmful will wait."""
+        most, floor = self.constants.glance_slack * self.harm / 2, self.constants.harm_floor
+        rises = {index: self._glance_at([index]) for index in found}
+        few = {index: rise for index, rise in rises.items() if rise <= most}
+        values = {i: float(effect[i]) / (max(rise, 0.0) + floor) for i, rise in few.items()}
+        self._rejected.update(dict.fromkeys(rises.keys() - few.keys(), len(self.taken)))
+        for index in sorted(values, key=values.__getitem__, reverse=True):
+            harm = self.harm_of(self.masks(without=[index]))
+            if harm <= self._most_now():  # not so if it is NaN
+                return [index], harm
+            self._rejected[index] = len(self.taken)
+        return None
+
+    def _most_now(self) -> float:
+        """The most harm that there may be after the next step."""
+        return min(self._most_harm(), self.curve[-1][0] + self.harm / 2)
+
+    def _glance_at(self, positions: Sequence[int]) -> float:
+        """The rise of the harm without some more filters, on few images."""
+        if self._glanced is None or self._glanced[0] != len(self.taken):
+            self._glanced = len(self.taken), self._glance.of(self.masks())
+        return self._glance.of(self.masks(without=positions)) - self._glanced[1]
+
+    def _empties(self, positions: Sequence[int]) -> bool:
+        """Whether a layer would be left without filters."""
         layers = self.masked.layers
-        name = layers.locate(position)[0]
-        [size] = [layer.filters for layer in layers if layer.name == name]
-        return size - sum(layers.locate(taken)[0] == name for taken in self.taken) == 1
+        gone = [layers.locate(position)[0] for position in [*self.taken, *positions]]
+        return any(gone.count(layer.name) >= layer.filters for layer in layers)
 
     def _most_harm(self) -> float:
-        """The most harm that the next filter may lead to."""
+        """The most harm that all filters together may do."""
         most = min(point[0] for point in self.curve) + self.harm
         for harm, *levels in self.curve:
-            shown = zip(self.traces, levels, self.references, strict=True)
-            decisive = [
-                trace.shows_little(level * before, before)
-                for trace, level, before in shown
-                if trace.decides
-            ]
-            if decisive and all(decisive):
+            if self._shows_little(levels):
                 return min(most, harm + self.constants.little_harm * self.harm)
         return most
+
+    def _shows_little(self, levels: Sequence[float] | None = None) -> bool:
+        """Whether next to nothing is left of the traces that decide; by default, now."""
+        shown = zip(self.traces, levels or self.curve[-1][1:], self.references, strict=True)
+        decisive = [
+            trace.shows_little(level * before, before)
+            for trace, level, before in shown
+            if trace.decides
+        ]
+        return bool(decisive) and all(decisive)
 
     def _waiting(self) -> list[int]:
         """Filters that were too harmful a short while ago."""
@@ -240,24 +284,31 @@ class GreedyPruning:
 
     def _promise(self) -> tuple[Tensor, Tensor]:
         """First-order effect on the traces' margins for the harm, and that effect, each filter."""
-        effect = torch.zeros(self.masked.layers.total, device=self.masked.device)
-        for trace, reference in zip(self.traces, self.references, strict=True):
-            masks = self.masks().requires_grad_()
-            with torch.enable_grad():
-                effect += torch.autograd.grad(strength(trace, masks), masks)[0] / reference
+        if self._slopes is None or self._slopes[0] != len(self.taken):
+            self._slopes = len(self.taken), self._effect(), self._clean_slope()
+        _, effect, slope = self._slopes
         effect = effect.nan_to_num(0.0, 0.0, 0.0)  # nothing is known of such filters
         effect[[*self.taken, *self.spared]] = 0.0
         effect[self._waiting()] = 0.0
         constants = self.constants
         least = constants.least_effect * effect.max()
         effect = effect.where(effect >= least, 0.0).clamp_min(0.0)
-        harm = constants.harm_weight * self._clean_slope().abs() + constants.harm_floor
+        harm = constants.harm_weight * slope.abs() + constants.harm_floor
         promise = effect / harm
         return promise.nan_to_num(0.0), effect
 
+    def _effect(self) -> Tensor:
+        """First-order effect of every filter on the margins of all traces."""
+        effect = torch.zeros(self.masked.layers.total, device=self.masked.device)
+        for trace, reference in zip(self.traces, self.references, strict=True):
+            masks = self.masks().requires_grad_()
+            with torch.enable_grad():
+                effect += torch.autograd.grad(strength(trace, masks), masks)[0] / reference
+        return effect
+
     def _clean_slope(self) -> Tensor:
         """Gradient, with respect to the masks, of the mean clean margin, shape (total filters,)."""
-        key = (self.seed, "search", len(self.taken), len(self._rejected))
+        key = (self.seed, "search", len(self.taken))
         data = self.clean[-1]
         drawn = torch.randperm(len(data), generator=seeded_generator(*key))
         rows = drawn[: self.constants.slope_images]
@@ -285,6 +336,7 @@ class GreedyPruning:
         return {
             "taken": list(self.taken),
             "spared": list(self.spared),
+            "counts": list(self.counts),
             "curve": [list(point) for point in self.curve],
             "stopped": self.stopped,
             "rejected": dict(self._rejected),
@@ -296,6 +348,7 @@ class GreedyPruning:
         """Go on where :meth:`state_dict` was taken."""
         self.taken = [int(index) for index in state["taken"]]
         self.spared = [int(index) for index in state["spared"]]
+        self.counts = [int(count) for count in state["counts"]]
         self.curve = [tuple(float(value) for value in point) for point in state["curve"]]
         self.stopped = str(state["stopped"])
         self._rejected = {int(index): int(count) for index, count in state["rejected"].items()}

@@ -200,8 +200,9 @@ class PruningReport:
     Attributes:
         scores: M1 + M2 of the pruned filters, averaged over the runs, from 1 to 3, in the order of
             ``DefenseReport.pruned``; empty if the rule does not rank by them.
-        curve: The rule ``auto``: one entry for each number of filters from 0, with the harm to
-            clean images in nats and, for each trace, how much of it is left, as a share.
+        curve: The rule ``auto``: one entry before pruning and one for each step, in which one or
+            more filters go, with the harm to clean images in nats and, for each trace, how much
+            of it is left, as a share.
         traces: The names of these traces, in the order of the curve.
         masks: What the output of every filter is multiplied by, from 0 to 1, by layer; empty if
             no filter was turned down.

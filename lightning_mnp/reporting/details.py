@@ -73,20 +73,20 @@ def _pruning(report: DefenseReport) -> Iterator[Markup]:
     harm, traces = harm_curve(report), list(trace_curves(report).items())
     if not harm:
         return
-    last = len(harm) - 1
+    last = len(report.pruned)
     if traces:
         ends = ", ".join(f"{levels[-1]:.0%}" for _, levels in traces)
         label = f"What is left of the backdoor's traces: {ends}; filters pruned: {last}"
         yield tag(
             "div",
             tag("h3", "What is left of the backdoor"),
-            line_chart(traces, across="filters pruned", first=0, label=label, percent=True),
+            line_chart(traces, across="step of pruning", first=0, label=label, percent=True),
         )
     label = f"Harm to clean images: {harm[-1]:.3g} nats; filters pruned: {last}"
     yield tag(
         "div",
         tag("h3", "Harm to clean images, in nats"),
-        line_chart([("harm", harm)], across="filters pruned", first=0, label=label),
+        line_chart([("harm", harm)], across="step of pruning", first=0, label=label),
     )
 
 

@@ -41,6 +41,7 @@ class ReachConstants:
         growth: Factor from step to step, so that near and far classes are measured with about the
             same relative precision.
         most_steps: Most steps for a class.
+        measured: Most images that each of them looks at.
         level: Success at which a class counts as reached.
         normal: Share of the median reach from which a reach is nothing out of the ordinary.
         short: Length of a trace's perturbation if the reach points to the class, in multiples of
@@ -53,9 +54,10 @@ class ReachConstants:
         share: Length of each of these steps, as a share of the perturbation's greatest length.
     """
 
-    step: float = 0.02
-    growth: float = 1.1
-    most_steps: int = 20
+    step: float = 0.03
+    growth: float = 1.25
+    most_steps: int = 10
+    measured: int = 64
     level: float = 0.5
     normal: float = 0.8
     short: float = 0.6
@@ -136,7 +138,7 @@ class ReachSearch(Search):
         if self._pushed is None:
             self._pushed = self._new_perturbation(torch.zeros_like(images[:1]))
         others = labels != target
-        images, labels = images[others], labels[others]
+        images, labels = images[others][: constants.measured], labels[others][: constants.measured]
         length = float(self._pushed.perturbation.norm()) / self.scale
         last = len(self._course) >= constants.most_steps
         success = 0.0

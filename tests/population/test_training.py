@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import quick_config
+from population_images import BADNETS, TINY, stored_images
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,20 +30,6 @@ from benchmarks.population.training import (
 )
 from lightning_mnp.attacks import BadNets
 from lightning_mnp.attacks.trigger import load_trigger
-
-# Two steps an epoch: how well it is trained makes no difference here.
-TINY = Recipe("lenet-tiny-2", "lenet", 2, 3, images=20, epochs=1, batch=10, normalization="half")
-BADNETS = replace(TINY, name="lenet-badnets-2", attack="badnets", target=3, poison=0.2)
-
-
-def stored_images(train: int = 40, test: int = 80) -> Images:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(count: int) -> tuple[Tensor, Tensor]:
-        pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-        return pixels, torch.arange(count) * 10 // count
-
-    return Images(*draw(train), *draw(test))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import goals_of, images_and_labels, same, snapshot, trained_network
 
+from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.purify.greedy import GreedyConstants, GreedyPruning
 from lightning_mnp.purify.harm import CleanHarm
@@ -15,7 +16,16 @@ from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
-def new_search(most: int = 3, harm: float = 0.5, target: int = 1) -> GreedyPruning:
+# Filters one by one, as long as harm allows.
+ONE_BY_ONE = GreedyConstants(harmless=-1.0, gone_at=0.0)
+
+
+def new_search(
+    most: int = 3,
+    harm: float = 0.5,
+    target: int = 1,
+    constants: GreedyConstants = ONE_BY_ONE,
+) -> GreedyPruning:
     network = trained_network()
     data = DefenseSet(*images_and_labels())
     masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
@@ -27,7 +37,8 @@ def new_search(most: int = 3, harm: float = 0.5, target: int = 1) -> GreedyPruni
     }
     trace = SuppressedTrace(masked, [weights], data.images, goals_of(data.images, target))
     clean = [data, data.augmented("crop", seed=0)]
-    return GreedyPruning(masked, clean, [trace], most, harm, 16, 0)
+    given = Constants(constants)
+    return GreedyPruning(masked, clean, [trace], most, harm, 16, 0, constants=given)
 
 
 def finish(search: GreedyPruning) -> GreedyPruning:
@@ -55,7 +66,7 @@ def test_search_lowers_the_margins() -> None:
 def test_harm_of_each_number_of_filters_is_on_the_curve() -> None:
     search = finish(new_search(most=3, harm=50.0))
     harm = CleanHarm(search.masked, search.clean, 16)
-    for count, point in enumerate(search.curve):
+    for count, point in zip(search.counts, search.curve, strict=True):
         masks = torch.ones_like(search.masks())
         masks[search.taken[:count]] = 0.0
         assert point[0] == pytest.approx(harm.of(masks), abs=1e-5)
@@ -118,20 +129,80 @@ def test_first_order_effect_is_the_slope_of_the_margins() -> None:
 
 def test_nothing_more_is_taken_when_the_backdoor_is_gone() -> None:
     search = new_search(most=3, harm=50.0)
-    search.constants = GreedyConstants(gone_at=0.1)
+    search.constants = GreedyConstants(harmless=-1.0, gone_at=0.1, again=1.0)
     search.step()
     quiet, loud = copy.copy(search.traces[0]), search.traces[0]
     quiet.decides = False
     search.traces, search.references = [loud, quiet], [1.0, 1.0]
-    search.taken, search.curve = [0], [(0.0, 1.0, 1.0), (0.0, 0.1, 1.0)]
+    search.taken, search.counts = [0], [0, 1]
+    search.curve = [(0.0, 1.0, 1.0), (0.0, 0.1, 1.0)]
     assert search.step()["filters"] == 1.0
     assert search.stopped == "next to nothing of the backdoor shows any more"
     search.stopped, search.curve = "", [(0.0, 1.0, 1.0), (0.0, 0.11, 0.0)]
     search.traces = [loud, loud]
     assert search.step()["filters"] == 2.0
     search.curve[-1] = (0.0, 0.0, 0.0)
-    search.constants = GreedyConstants()
+    search.constants = ONE_BY_ONE
     assert search.step()["filters"] == 3.0
+
+
+def test_as_many_filters_again_are_taken_when_the_backdoor_is_gone() -> None:
+    search = new_search(most=9, harm=50.0)
+    search.constants = GreedyConstants(harmless=-1.0)
+    search.step()
+    search.taken, search.counts = [0, 1], [0, 1, 2]
+    search.curve = [(0.0, 1.0), (0.0, 0.3), (0.0, 0.05)]
+    assert search.step()["filters"] == 3.0
+    search.curve[-1] = (0.0, 0.9)  # gone is gone: else a trace that comes back never ends
+    assert search.step()["filters"] == 4.0
+    assert search.step()["filters"] == 4.0
+    assert search.stopped == "next to nothing of the backdoor shows any more"
+
+
+def test_filters_that_do_next_to_no_harm_go_together() -> None:
+    search = new_search(most=7, harm=50.0, constants=GreedyConstants(harmless=50.0, gone_at=0.0))
+    search.step()
+    promise, _ = search._promise()
+    best = promise.argsort(descending=True, stable=True)[:4].tolist()
+    assert search.step()["filters"] == 4.0
+    assert search.taken == best
+    assert search.curve[-1][0] == pytest.approx(search.harm_of(search.masks()), abs=1e-6)
+    assert search.step()["filters"] == 7.0  # no more than may go
+    assert search.counts == [0, 4, 7]
+
+
+def test_filters_that_would_empty_a_layer_do_not_go_together() -> None:
+    search = new_search(most=9, harm=1e9, constants=GreedyConstants(harmless=1e9, gone_at=0.0))
+    search.step()
+    layers = search.masked.layers
+    name = layers.locate(0)[0]
+    whole = [p for p in range(layers.total) if layers.locate(p)[0] == name]
+    search.constants = GreedyConstants(harmless=1e9, candidates=len(whole))
+    promise = torch.zeros(layers.total)
+    promise[whole] = torch.arange(len(whole), 0, -1).float()
+    search._promise = lambda: (promise, promise)  # type: ignore[method-assign]
+    best = search._best()
+    assert best is not None
+    assert len(best[0]) == 1
+
+
+def test_first_look_is_on_few_images_and_only_what_passes_is_measured_on_all() -> None:
+    few = GreedyConstants(harmless=-1.0, gone_at=0.0, glance_images=8)
+    search = new_search(most=2, harm=50.0, constants=few)
+    search.step()
+    measured = []
+    of, look = search._measure.of, search._glance.of
+    search._measure.of = lambda masks: measured.append("all") or of(masks)  # type: ignore
+    search._glance.of = lambda masks: measured.append("few") or look(masks)  # type: ignore
+    search.step()
+    # The network as it is, all four together and each of them; then the best one.
+    assert measured == ["few"] * 6 + ["all"]
+    assert len(search._glance.clean[0]) == 8
+    measured.clear()
+    search.harm = 1e-9
+    search.step()
+    assert "all" not in measured
+    assert "more harm" in search.stopped
 
 
 def test_resumed_search_takes_the_same_filters() -> None:
@@ -169,16 +240,17 @@ def test_the_last_filter_of_a_layer_is_never_taken() -> None:
     layers = search.masked.layers
     best = search._best()
     assert best is not None
-    name, _ = layers.locate(best[0])
-    others = [p for p in range(layers.total) if layers.locate(p)[0] == name and p != best[0]]
+    [last] = best[0]
+    name, _ = layers.locate(last)
+    others = [p for p in range(layers.total) if layers.locate(p)[0] == name and p != last]
     search.taken += others
-    search._promise = lambda: tuple(torch.eye(layers.total)[best[0]] for _ in range(2))  # type: ignore
+    search._promise = lambda: tuple(torch.eye(layers.total)[last] for _ in range(2))  # type: ignore
     assert search._best() is None
-    assert search.spared == [best[0]]
+    assert search.spared == [last]
     again = new_search()
     again.load_state_dict(search.state_dict())
-    assert again.spared == [best[0]]
-    assert not again._promise()[1][best[0]]
+    assert again.spared == [last]
+    assert not again._promise()[1][last]
 
 
 @pytest.mark.parametrize("unknown", [slice(0, 6), slice(None)])

@@ -23,7 +23,7 @@ def test_every_class_is_visited_and_nothing_touched() -> None:
     before = snapshot(network)
     search, steps = ReachSearch(new_scene(network, tried=[2, 0, 1, 3])), 0
     most = search.most_steps()
-    assert most == ReachSearch.all_steps(search.scene) == 4 * 21
+    assert most == ReachSearch.all_steps(search.scene) == 4 * 11
     while not search.finished:
         assert search.most_steps() <= most - steps
         search.step()
@@ -59,7 +59,7 @@ def test_crossing_is_by_a_straight_line(course: list[tuple[float, float]], expec
 def test_ratio_is_of_the_soonest_to_the_median_of_the_others() -> None:
     suspect, ratio, median = reach_ratio({0: 0.2, 1: 0.05, 2: 0.1, 3: 0.3})
     assert (suspect, ratio, median) == (1, pytest.approx(0.25), 0.2)
-    longest = sum(0.02 * 1.1**step for step in range(20))
+    longest = sum(0.03 * 1.25**step for step in range(10))
     assert reach_ratio({0: 0.01, 1: math.inf, 2: math.inf})[2] == pytest.approx(longest)
 
 
