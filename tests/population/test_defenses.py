@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks.population import data, defenses, training
 from benchmarks.population.__main__ import main
+from benchmarks.population.architectures import build
 from benchmarks.population.defenses import (
     DEFENSES,
     PAPER_SHARE,
@@ -64,7 +65,7 @@ def test_figures_are_those_of_the_defended_network(
 ) -> None:
     before = train_network(BADNETS, tmp_path, tmp_path)
     trigger = load_trigger(tmp_path / "lenet-badnets-2.trigger.safetensors")
-    other = training.build("lenet", 3, 32).eval()
+    other = build("lenet", 3, 32).eval()
     seen: list[tuple[int, int]] = []
 
     class Fake:
@@ -75,7 +76,7 @@ def test_figures_are_those_of_the_defended_network(
             return Outcome(self.model, "backdoored", 3, pruned=[("conv1", 2)], passes=12.0)
 
     fake = Fake()
-    monkeypatch.setitem(DEFENSES, "mnp", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(DEFENSES, "mnp", fake)
     row = defend_network(BADNETS, 0, "mnp", tmp_path, tmp_path, tmp_path)
     assert (row["CA_after"], row["ASR_after"]) == measure(other, BADNETS, images, trigger)
     assert (row["pruned"], row["passes"], row["target_class"]) == (1, 12.0, 3)

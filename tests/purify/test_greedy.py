@@ -15,7 +15,6 @@ from lightning_mnp.signals.pile_up import SuppressedTrace
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
-
 # Filters one by one, as long as harm allows.
 ONE_BY_ONE = GreedyConstants(harmless=-1.0, gone_at=0.0)
 
