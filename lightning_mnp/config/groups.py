@@ -114,7 +114,7 @@ class MaskOptions:
 class PruningOptions:
     """Which filters go, how many, and what is done after that.
 
-    The rule `auto` takes filters that carry the target class, one by one, as many as `harm` and
+    The rule `auto` takes filters that carry the target class, step by step, as many as `harm` and
     `amount` allow. The others take the filters with the lowest M1 + M2, as in the paper. By every
     rule, at least one filter of each layer stays.
 
