@@ -22,30 +22,25 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.networks import MEAN, STD
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.defense_data.subset import balanced_indices
-from lightning_mnp.engine.defense import MNPDefense, When
+from lightning_mnp.engine.defense import MNPDefense
 from lightning_mnp.engine.runner import run_defense
 from lightning_mnp.models import cifar_resnet18
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.surgery.forward import evaluating
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
-TUNING = Path("runs/tuning")
 MOST_TIME, MOST_COPIES = 1.10, 2.0
 
 
@@ -200,9 +195,7 @@ def batch_memory(network: nn.Module, data: DefenseSet, size: int, by_batch: bool
     return peak
 
 
-def defense_memory(
-    network: nn.Module, data: DefenseSet, config: MNPConfig, when: When
-) -> dict[str, int]:
+def defense_memory(network: nn.Module, data: DefenseSet, config: MNPConfig) -> dict[str, int]:
     """Peak of each phase of a defense, beyond the model and the defense set."""
     peaks: Counter[str] = Counter()
     known = [*network.state_dict(keep_vars=True).values(), data.images, data.labels]
@@ -212,7 +205,7 @@ def defense_memory(
             peaks[phase] = max(peaks[phase], meter.peak)
             meter.peak = meter.now
 
-        defense = MNPDefense(network, data, config, when=when)
+        defense = MNPDefense(network, data, config, when="always")
         note("setup")
         run_defense(defense, observe=lambda _, phase, __: note(phase))
         defense.report().model = defense.purified()
@@ -247,7 +240,7 @@ def _clocks() -> Tensor:
 
 
 def timed_defense(
-    network: nn.Module, data: DefenseSet, config: MNPConfig, when: When, bare: BareLoop
+    network: nn.Module, data: DefenseSet, config: MNPConfig, bare: BareLoop
 ) -> tuple[Stopwatch, Stopwatch, list[Pass], DefenseReport]:
     """Do what `defend` does; after each of its steps, the bare loop makes the same passes.
 
@@ -269,7 +262,7 @@ def timed_defense(
 
     with recorded() as passes:
         whole.restart()
-        defense = MNPDefense(network, data, config, when=when)
+        defense = MNPDefense(network, data, config, when="always")
         whole.stop("setup")
         run_defense(defense, observe=follow)
         report = defense.report()
@@ -278,14 +271,12 @@ def timed_defense(
     return whole, loop, made, report
 
 
-def measure_time(
-    network: nn.Module, data: DefenseSet, config: MNPConfig, when: When, repeats: int
-) -> None:
+def measure_time(network: nn.Module, data: DefenseSet, config: MNPConfig, repeats: int) -> None:
     """Print how long a defense takes in units of a bare loop of the same passes."""
     bare = BareLoop(network, data)
     runs = []
     for repeat in range(repeats):
-        whole, loop, made, report = timed_defense(network, data, config, when, bare)
+        whole, loop, made, report = timed_defense(network, data, config, bare)
         runs.append((whole, loop))
         if not repeat:
             print(f"  {report.verdict}, {len(report.pruned)} filters pruned; passes:")
@@ -313,13 +304,11 @@ def measure_time(
         )
 
 
-def measure_memory(
-    network: nn.Module, data: DefenseSet, config: MNPConfig, when: When, largest: int
-) -> None:
+def measure_memory(network: nn.Module, data: DefenseSet, config: MNPConfig, largest: int) -> None:
     """Print the peak memory of a defense in copies of the weights."""
     weights = sum(p.untyped_storage().nbytes() for p in network.parameters())
     batch = batch_memory(network, data, largest, config.filters.statistics == "batch")
-    peaks = defense_memory(network, data, config, when)
+    peaks = defense_memory(network, data, config)
     print(
         f"  weights {weights / 2**20:.1f} MiB, a batch of {largest} with its activations "
         f"{batch / 2**20:.1f} MiB, defense set {data.images.nbytes / 2**20:.1f} MiB"
@@ -330,22 +319,13 @@ def measure_memory(
     print(f"  weights copies: {copies:.2f} (at most {MOST_COPIES:.0f} is the aim)", flush=True)
 
 
-def load(options: argparse.Namespace) -> tuple[nn.Module, DefenseSet, When]:
-    """Load the network and clean images, or make a network that knows nothing and noise."""
+def load(options: argparse.Namespace) -> tuple[nn.Module, DefenseSet]:
+    """Make a network that knows nothing, and noise."""
+    torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    if options.checkpoint is None:
-        torch.manual_seed(options.seed)
-        images = torch.randn(options.images, 3, 32, 32, generator=generator)
-        data = DefenseSet(images, torch.arange(options.images) % 10)
-        return cifar_resnet18(width=options.width).eval(), data, "always"
-    state = load_file(options.checkpoint)
-    width = next(value for value in state.values() if value.ndim == 4).shape[0]
-    network = cifar_resnet18(width=width).eval()
-    network.load_state_dict(state)
-    stored = torch.load(options.data, weights_only=True)
-    chosen = balanced_indices(stored["labels"], options.images, options.seed)
-    images = (stored["images"][chosen].float() / 255.0 - MEAN) / STD
-    return network, DefenseSet(images, stored["labels"][chosen]), "flagged"
+    images = torch.randn(options.images, 3, 32, 32, generator=generator)
+    data = DefenseSet(images, torch.arange(options.images) % 10)
+    return cifar_resnet18(width=options.width).eval(), data
 
 
 def main() -> None:
@@ -353,18 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kept = TUNING / "blend-a.safetensors"
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        default=kept if kept.exists() and (TUNING / "train.pt").exists() else None,
-        help=f"a backdoored network of benchmarks.networks; by default {kept} where it exists, "
-        "else an untrained network is defended in any case",
-    )
-    parser.add_argument(
-        "--data", type=Path, default=TUNING / "train.pt", help="images kept by benchmarks.networks"
-    )
-    parser.add_argument("--width", type=int, default=16, help="of an untrained network")
+    parser.add_argument("--width", type=int, default=16, help="width of the network")
     parser.add_argument("--images", type=int, default=200, help="size of the defense set")
     parser.add_argument("--epochs", type=int, default=5, help="most passes of each stage")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each loop, in turns")
@@ -373,19 +342,19 @@ def main() -> None:
     parser.add_argument("--only", choices=["time", "memory"], help="measure one of them")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    network, data, when = load(options)
+    network, data = load(options)
     print(f"{type(network).__name__}, {data}, {options.threads} threads, torch {torch.__version__}")
     epochs = {"suppression.epochs": options.epochs, "masks.epochs": options.epochs}
-    for name, config, occasion in (
-        ("default", MNPConfig(seed=options.seed).changed(epochs), when),
-        ("paper", MNPConfig.paper(epochs, seed=options.seed), "always"),
+    for name, config in (
+        ("default", MNPConfig(seed=options.seed).changed(epochs)),
+        ("paper", MNPConfig.paper(epochs, seed=options.seed)),
     ):
         largest = math.ceil(len(data) / data.passes(config.batch_size))
         print(f"{name}:", flush=True)
         if options.only != "memory":
-            measure_time(network, data, config, occasion, options.repeats)
+            measure_time(network, data, config, options.repeats)
         if options.only != "time":
-            measure_memory(network, data, config, occasion, largest)
+            measure_memory(network, data, config, largest)
 
 
 if __name__ == "__main__":

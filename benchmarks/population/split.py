@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attacks, networks, study
-
 __all__ = ["FIRST_SEED", "REPORTING_ONLY", "SPLIT_FILE", "seen_networks", "split_of"]
 
 SPLIT_FILE = Path(__file__).with_name("split.json")
@@ -38,21 +36,14 @@ def split_of(architecture: str, seed: int) -> str:
 
 
 def seen_networks() -> dict[str, list[str]]:
-    """Return the networks of earlier studies, by what trained them.
+    """Return the networks of earlier studies, by the program that trained them.
 
     Options and thresholds were set while these were looked at, the ones that a study reported
-    included. So they may serve to choose and never to report.
+    included. So they may serve to choose and never to report. The programs are gone; the list is
+    kept in the split file.
     """
-    return {
-        "benchmarks.attacks": [
-            f"{base}/{name}" for base, recipes in attacks.RECIPES.items() for name in recipes
-        ],
-        "benchmarks.networks": list(networks.TUNING),
-        "benchmarks.study": [
-            f"{base}/{name}" for base, recipes in study.NETWORKS.items() for name in recipes
-        ],
-        "zoo": ["badnets", "blend", "clean"],
-    }
+    content = json.loads(SPLIT_FILE.read_text("utf-8"))
+    return {program: list(names) for program, names in content["seen"].items()}
 
 
 def make_split(names: dict[str, tuple[str, int]]) -> dict[str, Any]:
@@ -61,6 +52,7 @@ def make_split(names: dict[str, tuple[str, int]]) -> dict[str, Any]:
     Args:
         names: Architecture and seed of each network, by its name.
     """
+    seen = seen_networks()
     content: dict[str, Any] = {
         "rule": "reporting: architectures in reporting_only, and odd seeds; choosing: all others, "
         "and the networks in seen, which earlier studies looked at",
@@ -68,7 +60,7 @@ def make_split(names: dict[str, tuple[str, int]]) -> dict[str, Any]:
     }
     for split in ("choosing", "reporting"):
         content[split] = [name for name, key in names.items() if split_of(*key) == split]
-    return {**content, "seen": seen_networks()}
+    return {**content, "seen": seen}
 
 
 def write_split(names: dict[str, tuple[str, int]]) -> None:
