@@ -60,6 +60,7 @@ def full_report(**changes: Any) -> DefenseReport:
         "pruned": [("layer1.conv", 3)],
         "pruning": PruningReport(
             scores=[1.25],
+            counts=[0, 1],
             curve=[[0.0, 1.0], [0.01, 0.2]],
             traces=["patch"],
             masks={"layer1.conv": [1.0, 1.0, 0.5, 0.0], "layer2.conv": [1.0]},
@@ -94,7 +95,7 @@ def hostile_report() -> DefenseReport:
         triggers=[SurrogateTrigger(HOSTILE, 1, 0.97, 64, f'{png()}" onload="x', (example,))],
         runs=[RunResult(0.35, 0.1, (2, 5, 1), 12, 0.2, HOSTILE, (0.9, 0.2))],
         pruned=[(HOSTILE, 3)],
-        pruning=PruningReport(curve=[[0.0, 1.0], [0.0, 0.5]], traces=[HOSTILE]),
+        pruning=PruningReport(counts=[0, 1], curve=[[0.0, 1.0], [0.0, 0.5]], traces=[HOSTILE]),
         layers=[{"name": HOSTILE, "filters": HOSTILE}],
         skipped=[(HOSTILE, HOSTILE)],
         class_names=[HOSTILE, HOSTILE],

@@ -14,9 +14,9 @@ Every command goes on where it stopped. `train` looks for images in ~/data/cifar
 benchmarks/results/population, from which `table` is made. `reference` puts the scores of clean
 networks into the package, with which an audit compares its own. `defend` removes the backdoors by
 one or several defenses, measures CA and ASR before and after, and keeps files in `defended` beside
-the audits. With `--conditions`, `audit` and
-`table` are about eight networks, and defense sets that are small or impure. `rates` measures the
-training rates behind the estimated minutes; `split` writes the split file, which is done once.
+the audits. With `--conditions`, `audit` and `table` are about eight networks, and defense sets that
+are small or impure. `rates` measures the training rates behind the estimated minutes; `split`
+writes the split file, which is done once.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from lightning_mnp.benchmark.jobs import Job, run_jobs
 COMMANDS = ("train", "list", "audit", "defend", "table", "reference", "rates", "split")
 # Of a network of ten classes with 500 images.
 _AUDIT_PASSES = 22_000
-_DEFENSE_PASSES = 80_000
+_DEFENSE_PASSES = 80_000  # of the default, the dearest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "list":
         print(list_of(chosen, options.folder))
     elif options.command == "table" and options.defended:
-        print(defenses_table(chosen, read_defenses(options.results)))
+        print(defenses_table(chosen, read_defenses(options.results), options.sets))
     elif options.command == "table" and options.conditions:
         print(conditions_table(chosen, _audits(options)))
     elif options.command == "table":
@@ -156,15 +156,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--defenses", nargs="+", choices=DEFENSES, default=["default"], help="what `defend` runs"
     )
-    parser.add_argument(
-        "--renew", action="store_true", help="audit again what other code has audited"
-    )
+    parser.add_argument("--renew", action="store_true", help="do again what other code has done")
     parser.add_argument("--data", type=Path, default=Path("~/data"), help="folder of data sets")
     parser.add_argument("--folder", type=Path, default=Path("runs/population"), help="networks")
     parser.add_argument("--results", type=Path, default=RESULTS, help="audits")
     options = parser.parse_args(arguments)
     options.command = "list" if options.list else options.command
     options.data = options.data.expanduser()
+    if options.conditions and options.command not in ("audit", "table"):
+        parser.error(f"--conditions: only `audit` and `table` take it, but got {options.command!r}")
     unknown = sorted(set(options.only or ()) - {recipe.name for recipe in RECIPES})
     if unknown:
         parser.error(f"--only: expected names as `list` has them, but got {unknown}")
@@ -209,13 +209,13 @@ def _train(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
         for each in (*first, *later)
     ]
 
-    def told(job: Job, row: dict[str, Any]) -> str:
+    def line_of(job: Job, row: dict[str, Any]) -> str:
         asr = "" if row["ASR"] is None else f", ASR {100 * row['ASR']:.1f}"
         note = ", attack not learned" if row["learned"] is False else ""
         figures = f"CA {100 * row['CA']:.1f}{asr}{note}, {row['processor_seconds']:.0f} s"
         return f"{figures} (estimated: {job.seconds:.0f} s)"
 
-    return _run(jobs, options, told)
+    return _run(jobs, options, line_of)
 
 
 def _audit(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
@@ -237,15 +237,14 @@ def _audit(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
                 name = result_file(recipe, number, condition=condition).stem
                 jobs.append(Job(name, seconds, audit_network, arguments))
 
-    def told(job: Job, row: dict[str, Any]) -> str:
+    def line_of(job: Job, row: dict[str, Any]) -> str:
         figures = f"{row['verdict']}, class {row['target_class']}, score {row['score']}"
         return f"{row['kind']}, {figures}, {row['wall_seconds']:.0f} s"
 
-    return _run(jobs, options, told)
+    return _run(jobs, options, line_of)
 
 
 def _defend(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
-    version = defense_version()
     there = {
         (row["network"], row["defense"], row["set"]): (row["weights_sha256"], row["version"])
         for row in read_defenses(options.results)
@@ -261,24 +260,26 @@ def _defend(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
         if (
             done is None
             or done[0] != row["weights_sha256"]
-            or (options.renew and done[1] != version)
+            or (options.renew and done[1] != defense_version(defense))
         ):
             seconds = _DEFENSE_PASSES / ARCHITECTURES[recipe.architecture].rate
             arguments = (recipe, number, defense, options.data, options.folder, options.results)
             name = defense_file(recipe, number, defense).stem
             jobs.append(Job(name, seconds, defend_network, arguments))
 
-    def told(job: Job, row: dict[str, Any]) -> str:
-        figures = [f"{row[key]:.1%}" for key in ("CA", "CA_after")]
-        if row["ASR"] is not None:
-            figures += [f"{row[key]:.1%}" for key in ("ASR", "ASR_after")]
-        return f"{' '.join(figures)}, {row['pruned']} filters, {row['processor_seconds']:.0f} s"
+    def line_of(job: Job, row: dict[str, Any]) -> str:
+        rates = [name for name in ("CA", "ASR") if row[name] is not None]
+        figures = [
+            f"{name} {100 * row[name]:.1f} to {100 * row[f'{name}_after']:.1f}" for name in rates
+        ]
+        spent = f"{row['pruned']} filters, {row['processor_seconds']:.0f} s"
+        return f"{', '.join(figures)}, {spent}"
 
-    return _run(jobs, options, told)
+    return _run(jobs, options, line_of)
 
 
 def _run(
-    jobs: Sequence[Job], options: argparse.Namespace, told: Callable[[Job, dict[str, Any]], str]
+    jobs: Sequence[Job], options: argparse.Namespace, line_of: Callable[[Job, dict[str, Any]], str]
 ) -> int:
     failed = 0
     with open_executor(options.executor, options.jobs, options.address, apart=True) as executor:
@@ -287,7 +288,7 @@ def _run(
                 failed += 1
                 print(f"{job.name}: {row!r}", file=sys.stderr, flush=True)
                 continue
-            print(f"{job.name}: {told(job, row)}", flush=True)
+            print(f"{job.name}: {line_of(job, row)}", flush=True)
     return int(failed > 0)
 
 

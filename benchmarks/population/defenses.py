@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from benchmarks.population.recipes import Recipe
 from benchmarks.population.split import split_of
 from benchmarks.population.table import markdown_table
 from benchmarks.population.training import load_network, measure, read_row
+from lightning_mnp import MNPConfig
 from lightning_mnp.attacks.trigger import load_trigger
 from lightning_mnp.benchmark.methods import Method
 from lightning_mnp.benchmark.records import read_json, write_json
 
 __all__ = [
     "DEFENSES",
-    "PAPER_SHARE",
     "defend_network",
     "defense_file",
     "defense_version",
@@ -28,36 +29,28 @@ __all__ = [
     "read_defenses",
 ]
 
-# Thirty of the 4,800 filters of the paper's ResNet-18.
-PAPER_SHARE = 0.00625
-
-_AVERAGED = {
-    "augment": "crop-flip",
-    "suppression.runs": 3,
-    "suppression.lr": 0.01,
-    "suppression.momentum": 0.9,
-    "suppression.epochs": 20,
-    "suppression.parts": 1,
-    "suppression.stop_accuracy": 0.2,
-    "masks.momentum": 0.9,
-}
+_PAPER_SHARE = MNPConfig.paper().pruning.amount
 
 # Each prunes whatever the verdict, but for the default, as its users run it.
 DEFENSES = {
     "default": Method("default", {"when": "flagged"}),
     "mnp": Method("mnp"),
-    "mnp-averaged": Method("mnp", _AVERAGED),
+    "mnp-averaged": Method("mnp-averaged"),
     "rnp": Method("rnp"),
-    "rnp-share": Method("rnp", {"rule": "share", "amount": PAPER_SHARE}),
+    "rnp-share": Method("rnp", {"rule": "share", "amount": _PAPER_SHARE}),
     "anp": Method("anp"),
     "clp": Method("clp"),
     "ft": Method("ft"),
 }
 
 
-def defense_version() -> str:
-    """Return a digest of the code that decides on defenses, twelve hexadecimal digits."""
-    return code_version("baselines", "purify")
+def defense_version(defense: str) -> str:
+    """Return a digest of the code and the options of a defense.
+
+    Args:
+        defense: One of :data:`DEFENSES`.
+    """
+    return f"{code_version('baselines', 'purify')} {DEFENSES[defense].label}"
 
 
 def defense_file(recipe: Recipe, number: int, defense: str, results: Path = RESULTS) -> Path:
@@ -99,13 +92,11 @@ def defend_network(
     started = time.process_time()
     outcome = DEFENSES[defense].defend(network, defense_set(recipe, images, number), number)
     spent = time.process_time() - started
+    assert outcome.model is not None, "a defense returns a copy, also of what it leaves as it is"
     attack = None
     if not recipe.is_clean:
         attack = load_trigger(folder / f"{recipe.name}.trigger.safetensors")
-    # A network that is not flagged is left as it is.
-    ca, asr = row["CA"], row["ASR"]
-    if outcome.model is not None:
-        ca, asr = measure(outcome.model.eval(), recipe, images, attack)
+    ca, asr = measure(outcome.model.eval(), recipe, images, attack)
     content: dict[str, Any] = {
         "network": recipe.name,
         "set": number,
@@ -123,7 +114,7 @@ def defend_network(
         "pruned": len(outcome.pruned),
         "passes": outcome.passes,
         "processor_seconds": round(spent, 1),
-        "version": defense_version(),
+        "version": defense_version(defense),
     }
     write_json(defense_file(recipe, number, defense, results), content)
     return content
@@ -138,64 +129,85 @@ def read_defenses(results: Path = RESULTS) -> list[dict[str, Any]]:
     return [read_json(file) for file in sorted((results / "defended").glob("*.json"))]
 
 
-def defenses_table(recipes: Sequence[Recipe], outcomes: Iterable[dict[str, Any]]) -> str:
+def defenses_table(recipes: Sequence[Recipe], outcomes: Iterable[dict[str, Any]], sets: int) -> str:
     """Write what each defense was worth, and each network's CA and ASR.
 
     Args:
         recipes: The networks; those that did not learn their attack are left out.
         outcomes: Of any networks, defenses and defense sets.
+        sets: Defense sets of each network.
 
     Returns:
-        Markdown: one line for each defense, over the networks that all defenses have seen, and one
-        line for each network, with means over its defense sets.
+        Markdown: one line for each defense, over the networks and defense sets that all defenses
+        have seen, and one line for each network, with means over its defense sets.
     """
     known = {recipe.name: recipe for recipe in recipes}
-    rows = [row for row in outcomes if row["network"] in known and row["learned"] is not False]
+    rows = [
+        row
+        for row in outcomes
+        if row["network"] in known and row["set"] < sets and row["learned"] is not False
+    ]
     names = [name for name in DEFENSES if any(row["defense"] == name for row in rows)]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault((row["network"], row["defense"]), []).append(row)
-    common = [name for name in known if all((name, defense) in found for defense in names)]
-    columns = ["defense", "networks", "CA drop", "ASR", "above 10%", "worst", "passes", "seconds"]
-    lines = [_summary(name, [found[each, name] for each in common]) for name in names if common]
+    found = {((row["network"], row["set"]), row["defense"]): row for row in rows}
+    pairs = sorted({(row["network"], row["set"]) for row in rows})
+    common = [pair for pair in pairs if all((pair, name) in found for name in names)]
+    summary = [_summary(name, [found[pair, name] for pair in common]) for name in names]
     each = []
-    for name in known:
-        cells = [_figures(found.get((name, defense), [])) for defense in names]
-        before = next((found[name, one][0] for one in names if (name, one) in found), None)
-        if before is not None:
-            each.append([f"`{name}`", _pair(before["CA"], before["ASR"]), *cells])
+    for network in known:
+        own = {name: [row for row in rows if _is_of(row, network, name)] for name in names}
+        some = [row for part in own.values() for row in part]
+        if some:
+            before = _pair(some[0]["CA"], some[0]["ASR"])
+            each.append([f"`{network}`", before, *(_figures(own[name]) for name in names)])
+    columns = ("networks", "flagged", "CA drop", "ASR", "above 10%", "worst", "clean: CA drop")
+    versions = Counter(row["version"].split()[0] for row in rows)
+    told = ", ".join(f"{version}: {count}" for version, count in versions.most_common())
     return "\n\n".join(
-        [markdown_table(columns, lines), markdown_table(["network", "before", *names], each)]
+        [
+            markdown_table(["defense", *columns, "passes", "seconds"], summary),
+            markdown_table(["network", "before", *names], each),
+            f"Versions of the code: {told or 'none'}.",
+        ]
     )
 
 
-def _summary(name: str, networks: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
-    rows = [row for each in networks for row in each]
-    drops = [100 * (row["CA"] - row["CA_after"]) for row in rows]
-    attacked = [row for row in rows if row["ASR_after"] is not None]
+def _is_of(row: dict[str, Any], network: str, defense: str) -> bool:
+    return bool(row["network"] == network and row["defense"] == defense)
+
+
+def _summary(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    attacked = [row for row in rows if row["ASR"] is not None]
     rates = [100 * row["ASR_after"] for row in attacked]
     worst = max(attacked, key=lambda row: float(row["ASR_after"]), default=None)
-    passes = [row["passes"] for row in rows if row["passes"] is not None]
+    flagged = [row["verdict"] == "backdoored" for row in attacked if row["verdict"] is not None]
+    passes = [row["passes"] for row in attacked if row["passes"] is not None]
     return [
         name,
-        str(len(networks)),
-        f"{statistics.mean(drops):.1f}",
+        str(len({row["network"] for row in attacked})),
+        f"{sum(flagged)} of {len(flagged)}" if flagged else "-",
+        _mean_drop(attacked),
         f"{statistics.mean(rates):.1f}" if rates else "-",
         f"{sum(rate > 10 for rate in rates)} of {len(rates)}",
         f"`{worst['network']}`" if worst else "-",
+        _mean_drop([row for row in rows if row["ASR"] is None]),
         f"{statistics.median(passes):,.0f}" if passes else "-",
-        f"{statistics.median(row['processor_seconds'] for row in rows):.0f}",
+        f"{statistics.median(row['processor_seconds'] for row in attacked):.0f}" if rates else "-",
     ]
 
 
+def _mean_drop(rows: Sequence[dict[str, Any]]) -> str:
+    drops = [100 * (row["CA"] - row["CA_after"]) for row in rows]
+    return f"{statistics.mean(drops):.1f}" if drops else "-"
+
+
 def _figures(rows: Sequence[dict[str, Any]]) -> str:
+    """Mean CA and ASR after the defense, and the mean number of filters pruned."""
     if not rows:
         return "?"
     rates = [row["ASR_after"] for row in rows if row["ASR_after"] is not None]
-    figures = _pair(
-        statistics.mean(row["CA_after"] for row in rows), statistics.mean(rates) if rates else None
-    )
-    return f"{figures} ({rows[0]['pruned']})"
+    ca = statistics.mean(row["CA_after"] for row in rows)
+    pruned = statistics.mean(row["pruned"] for row in rows)
+    return f"{_pair(ca, statistics.mean(rates) if rates else None)} ({pruned:.0f})"
 
 
 def _pair(ca: float, asr: float | None) -> str:

@@ -99,6 +99,7 @@ _ATTACKS: dict[str, dict[str, Any]] = {
     },
     "blend": {"attack": "blend", "poison": 0.1},
     "blend-1%": {"attack": "blend", "poison": 0.01, "images": 40_000},
+    # Crops and flips would move its warp about.
     "wanet": {
         "attack": "wanet",
         "poison": 0.1,

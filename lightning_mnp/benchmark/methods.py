@@ -20,8 +20,12 @@ __all__ = ["Method", "Outcome", "Task", "method_names"]
 
 Task = Literal["defense", "detector"]
 
-# This package's own settings: the paper's and the default.
-_OURS: dict[str, Callable[..., MNPConfig]] = {"mnp": MNPConfig.paper, "default": MNPConfig}
+# This package's own settings: the default, the paper's, and the paper's made steadier.
+_OURS: dict[str, Callable[..., MNPConfig]] = {
+    "default": MNPConfig,
+    "mnp": MNPConfig.paper,
+    "mnp-averaged": MNPConfig.averaged_masks,
+}
 _WHENS = ("always", "flagged")
 _DEFENSES: dict[str, tuple[Callable[..., BaselineResult], type[Any]]] = {
     "ft": (baselines.ft, baselines.FTConfig),
@@ -75,8 +79,9 @@ class Method:
     """A defense or a detector, with options that differ from its defaults.
 
     Args:
-        name: `mnp` is the paper's setting, `default` this package's; all others are baselines.
-        options: Options by name. Those of `mnp` and `default` are named as in MNPConfig, such as
+        name: `default` is this package's setting, `mnp` the paper's and `mnp-averaged` the same
+            with masks averaged over three runs; all others are baselines.
+        options: Options by name. Those of the first three are named as in MNPConfig, such as
             `pruning.amount`. In addition they take `when`, which is `always` for pruning whatever
             the verdict (the default here, since baselines come to no verdict) or `flagged`.
 
@@ -213,11 +218,11 @@ def method_names(task: Task) -> list[str]:
         task: Which of the two.
 
     Example:
-        >>> method_names("detector")[:3]
-        ['default', 'mnp', 'nc']
+        >>> method_names("detector")[:4]
+        ['default', 'mnp', 'mnp-averaged', 'nc']
     """
     others = baselines.names() if task == "defense" else baselines.detector_names()
-    return ["default", "mnp", *others]
+    return [*_OURS, *others]
 
 
 def _of_report(report: DefenseReport) -> Outcome:

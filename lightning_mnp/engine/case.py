@@ -201,7 +201,7 @@ class Case:
 
     @property
     def may_prune_greedily(self) -> bool:
-        """Whether filters may have to be taken one by one, along traces."""
+        """Whether filters may have to be taken step by step, along traces."""
         return not self.ranks_by_masks and self.when != "never"
 
     @property

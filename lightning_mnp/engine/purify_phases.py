@@ -37,6 +37,7 @@ class _Pruning(Phase):
         greedy, shift = purification.greedy, purification.shift
         report.pruning = PruningReport(
             scores=[float(scores[position]) for position in removed] if ranked else [],
+            counts=[] if greedy is None else list(greedy.counts),
             curve=[] if greedy is None else [list(point) for point in greedy.curve],
             traces=[] if greedy is None else [trace.name for trace in greedy.traces],
             masks=self._by_layer(purification.masks),
@@ -74,7 +75,7 @@ class ThresholdPhase(_Pruning, OneStepPhase):
 
 
 class GreedyPhase(_Pruning):
-    """Greedy pruning along traces, one filter a step."""
+    """Greedy pruning along traces, one or more filters a step."""
 
     @property
     def done(self) -> bool:
@@ -83,11 +84,11 @@ class GreedyPhase(_Pruning):
         return greedy is not None and bool(greedy.stopped)
 
     def most_steps(self) -> int:
-        """Return a step for each filter that may go, one to begin and one to stop."""
+        """Return a step for each filter that may go at most, one to begin and one to stop."""
         return 0 if self.done else self.case.purification.most_filters + 2
 
     def step(self, updates: Updates) -> dict[str, float]:
-        """Begin, or take one more filter."""
+        """Begin, or take one or more filters."""
         purification = self.case.purification
         if purification.greedy is None:
             purification.begin(self.case.traces())

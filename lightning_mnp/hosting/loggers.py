@@ -140,13 +140,17 @@ def _pictures(report: DefenseReport) -> dict[str, Any]:
 
 def _points(report: DefenseReport) -> Iterator[tuple[str, int, float]]:
     """Yield the name of a curve, a pass or a number of filters, and the value there."""
-    curves = [
-        *((f"accuracy-{run}", 1, values) for run, values in suppression_curves(report).items()),
-        *((f"left-{name}", 0, values) for name, values in trace_curves(report).items()),
-        ("harm", 0, harm_curve(report)),
+    counts = report.pruning.counts
+    curves: list[tuple[str, Sequence[int], Sequence[float]]] = [
+        *(
+            (f"accuracy-{run}", range(1, len(values) + 1), values)
+            for run, values in suppression_curves(report).items()
+        ),
+        *((f"left-{name}", counts, values) for name, values in trace_curves(report).items()),
+        ("harm", counts, harm_curve(report)),
     ]
-    for name, first, values in curves:
-        for number, value in enumerate(values, first):
+    for name, numbers, values in curves:
+        for number, value in zip(numbers, values, strict=False):
             if math.isfinite(value):
                 yield f"mnp/curve/{_plain(name)}", number, value
 

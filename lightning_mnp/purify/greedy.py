@@ -1,9 +1,9 @@
-"""Greedy pruning: filters taken one by one, worst first, as many as clean images can do without."""
+"""Greedy pruning: filters taken in steps, worst first, until the traces of a backdoor are gone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,22 +25,23 @@ class GreedyConstants:
 
     Attributes:
         candidates: Filters that are looked at in each step, best first.
-        glance_images: Images of a first look at the harm of each; what it lets pass is measured on
+        glance_images: Images of a glance at the harm of each; what that lets pass is measured on
             all of them.
-        glance_slack: What that look lets pass, in multiples of the harm that one filter may do.
+        glance_slack: What a glance lets pass, in multiples of the harm that a step may do.
         rejected: Greedy pruning ends when so many filters have been too harmful lately.
-        patience: A filter that was too harmful is tried again after so many others.
+        patience: A filter that was too harmful is tried again after so many steps.
         slope_images: Images that the slope of the clean margin is taken on.
         least_effect: Least effect of a candidate, as a share of the largest.
         harm_weight: What the slope of a clean margin counts as a rise of the clean loss, roughly.
         harm_floor: Added to every harm, in nats, so that no effect is divided by nothing.
-        harmless: All candidates are taken in one step if they do no more harm than this each.
+        harmless: All candidates are taken in one step if together they do no more harm than this
+            times their number.
         little_harm: Share of the harm allowed that filters may do once little of the backdoor
             shows.
         gone_at: All traces that decide are as good as gone at this share of their strength at the
             start; 0 to go on as long as harm allows.
-        again: Traces can be gone before the backdoor is. So pruning goes on until this many times
-            the filters are taken.
+        again: Filters that are taken after that, as a multiple of those taken until then, since
+            traces can be gone before the backdoor is.
     """
 
     candidates: int = 4
@@ -55,7 +56,7 @@ class GreedyConstants:
     harmless: float = 0.001
     little_harm: float = 0.25
     gone_at: float = 0.1
-    again: float = 2.0
+    again: float = 1.0
 
 
 class GreedyPruning:
@@ -63,11 +64,11 @@ class GreedyPruning:
 
     In each step, the first-order effect of every filter on the margins of the traces is set
     against its first-order effect on clean margins. The best four go at once if that does next to
-    no harm (:class:`CleanHarm`). Else a look at few images tells which of them has the most effect
-    for its harm, and that one goes, if it may by all images. It ends when the traces are gone and
-    as many filters again were taken, at the most filters, or when all that is left is too harmful:
-    one step may do half of the harm allowed, all of them as much as is allowed above the least on
-    the way. The last filter of a layer is never taken.
+    no harm (:class:`CleanHarm`). Else a glance at few images tells which of them has the most
+    effect for its harm, and that one goes, if all images agree. It ends when the traces are gone
+    and as many filters again were taken, at the most filters, or when all that is left is too
+    harmful: one step may do half of the harm allowed, all of them as much as is allowed above the
+    least on the way. The last filter of a layer is never taken.
 
     Args:
         masked: The network.
@@ -84,8 +85,8 @@ class GreedyPruning:
         taken: Positions of the filters taken so far, in their order.
         spared: Positions of filters that were not tried, because each is the last of its layer.
         counts: The number of filters taken before the first step and after each.
-        curve: As often, the harm, then for each trace its mean margin as a share of that at the
-            start.
+        curve: For each of these, the harm, then for each trace its mean margin as a share of that
+            at the start.
         references: The strength of each trace at the start, or what it counts for at least.
         stopped: Why it ended, or "".
     """
@@ -114,32 +115,36 @@ class GreedyPruning:
         self.seed = seed
         self.taken: list[int] = []
         self.spared: list[int] = []
+        self.counts: list[int] = []
         self.curve: list[tuple[float, ...]] = []
         self.stopped = ""
         self._rejected: dict[int, int] = {}
-        self.counts: list[int] = []
         self.references: list[float] = []
         limits = constants.of(HarmConstants)
         self._measure = CleanHarm(masked, clean, batch_size, impurity, limits)
         # In the order that is stored, classes may come one after the other.
-        drawn = torch.randperm(len(clean[0]), generator=seeded_generator(seed, "glance"))
+        seen = clean[-1]
+        drawn = torch.randperm(len(seen), generator=seeded_generator(seed, "glance"))
         rows = drawn[: self.constants.glance_images]
-        few = DefenseSet(clean[0].images[rows], clean[0].labels[rows])
-        self._glance = CleanHarm(masked, [few], batch_size, impurity, limits)
+        few = DefenseSet(seen.images[rows], seen.labels[rows])
+        # The same harm as on all images: the rise of their loss is trusted as much.
+        enough = max(1, round(limits.enough_images * len(rows) / len(seen)))
+        likewise = replace(limits, enough_images=enough)
+        self._glance = CleanHarm(masked, [few], batch_size, impurity, likewise)
         self._glanced: tuple[int, float] | None = None
         self._slopes: tuple[int, Tensor, Tensor] | None = None
 
     @property
-    def gone(self) -> bool:
-        """Whether the traces that decide are gone, and ``again`` times the filters went."""
+    def _enough(self) -> bool:
+        """Whether the traces that decide were gone, and as many filters again were taken."""
         least = self.constants.gone_at
         if not (self.taken and least):
             return False
         for count, point in zip(self.counts, self.curve, strict=True):
             pairs = zip(self.traces, point[1:], strict=True)
             levels = [level for trace, level in pairs if trace.decides]
-            if count and levels and max(levels) <= least:
-                return len(self.taken) >= self.constants.again * count
+            if count and levels and all(level <= least for level in levels):  # not so if NaN
+                return len(self.taken) >= (1 + self.constants.again) * count
         return False
 
     def masks(self, without: Sequence[int] = ()) -> Tensor:
@@ -174,8 +179,8 @@ class GreedyPruning:
         self._note(0.0)
 
     def _take_next(self) -> None:
-        if self.gone:
-            self.stopped = "next to nothing of the backdoor shows any more"
+        if self._enough:
+            self.stopped = "the traces were gone, and as many filters again were taken"
             return
         if len(self.taken) >= self.most:
             self.stopped = f"the most filters, {self.most}, were taken"
@@ -188,7 +193,7 @@ class GreedyPruning:
         self.taken += best[0]
         masks = self.masks()
         for trace in self.traces:
-            trace.adapt(masks, len(self.taken))
+            trace.adapt(masks, len(self.counts))
         self._note(best[1])
 
     def _note(self, harm: float) -> None:
@@ -233,14 +238,16 @@ class GreedyPruning:
         """The best candidate that may go, and the harm with it; those too harmful will wait."""
         most, floor = self.constants.glance_slack * self.harm / 2, self.constants.harm_floor
         rises = {index: self._glance_at([index]) for index in found}
-        few = {index: rise for index, rise in rises.items() if rise <= most}
-        values = {i: float(effect[i]) / (max(rise, 0.0) + floor) for i, rise in few.items()}
-        self._rejected.update(dict.fromkeys(rises.keys() - few.keys(), len(self.taken)))
+        passed = {index: rise for index, rise in rises.items() if rise <= most}
+        values = {
+            index: float(effect[index]) / (max(rise, 0.0) + floor) for index, rise in passed.items()
+        }
+        self._rejected.update(dict.fromkeys(rises.keys() - passed.keys(), len(self.counts)))
         for index in sorted(values, key=values.__getitem__, reverse=True):
             harm = self.harm_of(self.masks(without=[index]))
             if harm <= self._most_now():  # not so if it is NaN
                 return [index], harm
-            self._rejected[index] = len(self.taken)
+            self._rejected[index] = len(self.counts)
         return None
 
     def _most_now(self) -> float:
@@ -267,9 +274,9 @@ class GreedyPruning:
                 return min(most, harm + self.constants.little_harm * self.harm)
         return most
 
-    def _shows_little(self, levels: Sequence[float] | None = None) -> bool:
-        """Whether next to nothing is left of the traces that decide; by default, now."""
-        shown = zip(self.traces, levels or self.curve[-1][1:], self.references, strict=True)
+    def _shows_little(self, levels: Sequence[float]) -> bool:
+        """Whether next to nothing is left of the traces that decide."""
+        shown = zip(self.traces, levels, self.references, strict=True)
         decisive = [
             trace.shows_little(level * before, before)
             for trace, level, before in shown
@@ -279,7 +286,7 @@ class GreedyPruning:
 
     def _waiting(self) -> list[int]:
         """Filters that were too harmful a short while ago."""
-        since = len(self.taken) - self.constants.patience
+        since = len(self.counts) - self.constants.patience
         return [index for index, count in self._rejected.items() if count > since]
 
     def _promise(self) -> tuple[Tensor, Tensor]:
@@ -351,6 +358,7 @@ class GreedyPruning:
         self.counts = [int(count) for count in state["counts"]]
         self.curve = [tuple(float(value) for value in point) for point in state["curve"]]
         self.stopped = str(state["stopped"])
+        self._slopes = self._glanced = None
         self._rejected = {int(index): int(count) for index, count in state["rejected"].items()}
         self.references = [float(value) for value in state["reference"]]
         for trace, part in zip(self.traces, state["traces"], strict=True):

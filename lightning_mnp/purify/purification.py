@@ -28,7 +28,7 @@ __all__ = ["Purification"]
 class Purification:
     """Finds what to change in a network, and changes it.
 
-    Filters are named from outside (:meth:`remove`) or taken one by one
+    Filters are named from outside (:meth:`remove`) or taken step by step
     (:meth:`begin`, :meth:`greedy_step`), and then turned down (:meth:`soft_mask_step`).
     :meth:`check` measures what is left and fits the repair. The network itself changes only by
     :meth:`apply`.
@@ -48,7 +48,7 @@ class Purification:
         shift: What is added to the logits, or None.
         accuracy: Accuracy on the defense set after all that, or None before :meth:`check`.
         class_accuracy: The same for each class that has images; empty before :meth:`check`.
-        greedy: What takes filters one by one, once it has begun.
+        greedy: What takes filters step by step, once it has begun.
         soft: What turns filters down, once it has begun.
         settled: Whether soft masks have come to their end, and the masks are known.
         warnings: What the reader of the report should know, in words.
@@ -140,7 +140,7 @@ class Purification:
         )
 
     def greedy_step(self) -> dict[str, float]:
-        """Take one more filter; it is over when ``greedy.stopped`` says why.
+        """Take one or more filters; it is over when ``greedy.stopped`` says why.
 
         Returns:
             Numbers of this step, see :meth:`GreedyPruning.step`.

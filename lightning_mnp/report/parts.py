@@ -200,15 +200,16 @@ class PruningReport:
     Attributes:
         scores: M1 + M2 of the pruned filters, averaged over the runs, from 1 to 3, in the order of
             ``DefenseReport.pruned``; empty if the rule does not rank by them.
-        curve: The rule ``auto``: one entry before pruning and one for each step, in which one or
-            more filters go, with the harm to clean images in nats and, for each trace, how much
-            of it is left, as a share.
+        curve: The rule ``auto``: for each of the `counts`, the harm to clean images in nats and,
+            for each trace, how much of it is left, as a share.
         traces: The names of these traces, in the order of the curve.
         masks: What the output of every filter is multiplied by, from 0 to 1, by layer; empty if
             no filter was turned down.
         shift: What was added to each class's logit; empty if nothing was.
         sums: M1 + M2 of every filter, averaged over the runs, by layer; empty if the rule does not
             rank by them.
+        counts: The rule ``auto``: the number of filters pruned at the start, 0, and after each
+            step, in which one or more go.
     """
 
     scores: list[float] = field(default_factory=list)
@@ -217,6 +218,7 @@ class PruningReport:
     masks: dict[str, list[float]] = field(default_factory=dict)
     shift: list[float] = field(default_factory=list)
     sums: dict[str, list[float]] = field(default_factory=dict)
+    counts: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def read_fields(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
         masks={n: [_number(value) for value in part] for n, part in pruning["masks"].items()},
         shift=[_number(value) for value in pruning["shift"]],
         sums={n: [_number(value) for value in part] for n, part in pruning["sums"].items()},
+        counts=[int(count) for count in pruning["counts"]],
     )
     if read["reference"] is not None:
         read["reference"] = ReferenceRate(**read["reference"])

@@ -19,7 +19,7 @@ def suppression_curves(report: DefenseReport) -> dict[str, Sequence[float]]:
 
 
 def trace_curves(report: DefenseReport) -> dict[str, Sequence[float]]:
-    """Return how much of each trace is left, by its name, after each step of pruning from 0.
+    """Return how much of each trace is left, by its name, before pruning and after each step.
 
     Args:
         report: The outcome; only the rule ``auto`` has traces.
@@ -33,7 +33,7 @@ def trace_curves(report: DefenseReport) -> dict[str, Sequence[float]]:
 
 
 def harm_curve(report: DefenseReport) -> Sequence[float]:
-    """Return the harm to clean images in nats, after each step of pruning from 0.
+    """Return the harm to clean images in nats, before pruning and after each step.
 
     Args:
         report: The outcome; only the rule ``auto`` measures harm.

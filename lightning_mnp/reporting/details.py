@@ -73,16 +73,16 @@ def _pruning(report: DefenseReport) -> Iterator[Markup]:
     harm, traces = harm_curve(report), list(trace_curves(report).items())
     if not harm:
         return
-    last = len(report.pruned)
+    pruned = len(report.pruned)
     if traces:
         ends = ", ".join(f"{levels[-1]:.0%}" for _, levels in traces)
-        label = f"What is left of the backdoor's traces: {ends}; filters pruned: {last}"
+        label = f"What is left of the backdoor's traces: {ends}; filters pruned: {pruned}"
         yield tag(
             "div",
             tag("h3", "What is left of the backdoor"),
             line_chart(traces, across="step of pruning", first=0, label=label, percent=True),
         )
-    label = f"Harm to clean images: {harm[-1]:.3g} nats; filters pruned: {last}"
+    label = f"Harm to clean images: {harm[-1]:.3g} nats; filters pruned: {pruned}"
     yield tag(
         "div",
         tag("h3", "Harm to clean images, in nats"),

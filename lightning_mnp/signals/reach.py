@@ -41,7 +41,7 @@ class ReachConstants:
         growth: Factor from step to step, so that near and far classes are measured with about the
             same relative precision.
         most_steps: Most steps for a class.
-        measured: Most images that each of them looks at.
+        measured: Most images that a step towards a class looks at.
         level: Success at which a class counts as reached.
         normal: Share of the median reach from which a reach is nothing out of the ordinary.
         short: Length of a trace's perturbation if the reach points to the class, in multiples of

@@ -57,7 +57,7 @@ def test_names() -> None:
     ("name", "options", "task", "message"),
     [
         ("rpn", {}, "defense", r"Expected a defense out of default, mnp, .*Did you mean 'rnp'\?"),
-        ("anp", {}, "detector", "Expected a detector out of default, mnp, nc"),
+        ("anp", {}, "detector", "Expected a detector out of default, mnp, mnp-averaged, nc"),
         ("anp", {"amuont": 3}, "defense", "option of 'anp'.* got 'amuont'. Did you mean 'amount'"),
         ("anp", {"amount.x": 3}, "defense", "got 'amount.x'"),
         ("nc", {"search": 3}, "defense", "got 'search'"),

@@ -156,6 +156,7 @@ def test_no_logger_gets_numbers_that_are_not_finite(kind: type[FakeLogger]) -> N
         signals=[Signal("patch", math.nan, 1, math.nan, 1.5, ""), Signal("x", 1e9, 1, 1, 1, "")],
         runs=[RunResult(math.nan, 0.1, (2, 5), 12, 0.2, "", (0.9, math.nan))],
         pruning=PruningReport(
+            counts=[0, 1],
             curve=[[0.0, 1.0], [math.inf, math.nan]],
             traces=["patch"],
             sums={"conv": [1.0, math.nan, 3.0]},

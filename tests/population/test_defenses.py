@@ -13,7 +13,6 @@ from benchmarks.population.__main__ import main
 from benchmarks.population.architectures import build
 from benchmarks.population.defenses import (
     DEFENSES,
-    PAPER_SHARE,
     defend_network,
     defense_file,
     defense_version,
@@ -24,7 +23,7 @@ from benchmarks.population.networks import RECIPES
 from benchmarks.population.training import measure, train_network
 from lightning_mnp import MNPConfig
 from lightning_mnp.attacks.trigger import load_trigger
-from lightning_mnp.benchmark.methods import Outcome
+from lightning_mnp.benchmark.methods import Method, Outcome
 
 
 @pytest.fixture(autouse=True)
@@ -40,50 +39,58 @@ def test_every_defense_has_options_that_are_known() -> None:
     for name, method in DEFENSES.items():
         method.check("defense")
         assert name.startswith(method.name)
-    assert pytest.approx(30 / 4800) == PAPER_SHARE == MNPConfig.paper().pruning.amount
+    amount = DEFENSES["rnp-share"].options["amount"]
+    assert amount == MNPConfig.paper().pruning.amount == pytest.approx(30 / 4800)
+
+
+def test_the_version_follows_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = defense_version("rnp-share")
+    assert before != defense_version("rnp")
+    monkeypatch.setitem(DEFENSES, "rnp-share", Method("rnp", {"rule": "share", "amount": 0.5}))
+    assert before != defense_version("rnp-share")
 
 
 def test_a_defense_leaves_a_file(images: data.Images, tmp_path: Path) -> None:
     before = train_network(BADNETS, tmp_path, tmp_path)
-    row = defend_network(BADNETS, 1, "clp", tmp_path, tmp_path, tmp_path / "results")
+    defend_network(BADNETS, 1, "clp", tmp_path, tmp_path, tmp_path / "results")
     [kept] = read_defenses(tmp_path / "results")
     file = defense_file(BADNETS, 1, "clp", tmp_path / "results")
     assert file.name == "lenet-badnets-2-clp-set1.json"
     assert json.loads(file.read_text()) == kept
     wanted = {"network": "lenet-badnets-2", "set": 1, "defense": "clp", "split": "choosing"}
-    wanted |= {"kind": "badnets", "target": 3, "version": defense_version(), "verdict": None}
+    wanted |= {"kind": "badnets", "target": 3, "version": defense_version("clp"), "verdict": None}
     assert {key: kept[key] for key in wanted} == wanted
     assert kept["CA"] == pytest.approx(before["CA"])
     assert kept["weights_sha256"] == before["weights_sha256"]
-    assert {key: kept[key] for key in ("CA_after", "pruned")} == {
-        key: pytest.approx(row[key]) for key in ("CA_after", "pruned")
-    }
+    network = training.load_network(BADNETS, tmp_path)
+    again = DEFENSES["clp"].defend(network, data.defense_set(BADNETS, images, 1), 1)
+    assert again.model is not None
+    trigger = load_trigger(tmp_path / "lenet-badnets-2.trigger.safetensors")
+    found = measure(again.model, BADNETS, images, trigger)
+    assert (kept["CA_after"], kept["ASR_after"]) == pytest.approx(found, abs=1e-5)
+    assert kept["pruned"] == len(again.pruned)
 
 
 def test_figures_are_those_of_the_defended_network(
     images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = train_network(BADNETS, tmp_path, tmp_path)
+    train_network(BADNETS, tmp_path, tmp_path)
     trigger = load_trigger(tmp_path / "lenet-badnets-2.trigger.safetensors")
     other = build("lenet", 3, 32).eval()
     seen: list[tuple[int, int]] = []
 
     class Fake:
-        model: nn.Module | None = other
+        label = "fake"
 
         def defend(self, network: nn.Module, given: Any, seed: int) -> Outcome:
             seen.append((len(given), seed))
-            return Outcome(self.model, "backdoored", 3, pruned=[("conv1", 2)], passes=12.0)
+            return Outcome(other, "backdoored", 3, pruned=[("conv1", 2)], passes=12.0)
 
-    fake = Fake()
-    monkeypatch.setitem(DEFENSES, "mnp", fake)
+    monkeypatch.setitem(DEFENSES, "mnp", Fake())
     row = defend_network(BADNETS, 0, "mnp", tmp_path, tmp_path, tmp_path)
     assert (row["CA_after"], row["ASR_after"]) == measure(other, BADNETS, images, trigger)
     assert (row["pruned"], row["passes"], row["target_class"]) == (1, 12.0, 3)
     assert seen == [(20, 0)]
-    fake.model = None  # not flagged, so left as it is
-    row = defend_network(BADNETS, 0, "mnp", tmp_path, tmp_path, tmp_path)
-    assert (row["CA_after"], row["ASR_after"]) == (before["CA"], before["ASR"])
     train_network(TINY, tmp_path, tmp_path)
     row = defend_network(TINY, 0, "mnp", tmp_path, tmp_path, tmp_path)
     assert (row["ASR"], row["ASR_after"]) == (None, None)
@@ -94,34 +101,38 @@ def outcome(
 ) -> dict[str, Any]:
     fields: dict[str, Any] = {"network": network, "defense": defense, "set": 0, "learned": True}
     fields |= {"CA": 0.6, "ASR": None if asr is None else 1.0, "pruned": 3, "passes": 100.0}
+    fields |= {"verdict": None, "version": "ab12 rnp"}
     return {**fields, "CA_after": ca, "ASR_after": asr, "processor_seconds": 7.0, **more}
 
 
-def test_the_table_compares_defenses_over_the_networks_that_all_have_seen() -> None:
+def test_the_table_compares_defenses_over_what_all_have_seen() -> None:
     first, second, third = RECIPES[6], RECIPES[7], RECIPES[0]
     rows = [
-        outcome(first.name, "default", 0.58, 0.02),
-        outcome(first.name, "default", 0.56, 0.32, set=1, passes=300.0),
+        outcome(first.name, "default", 0.58, 0.02, verdict="backdoored"),
+        outcome(first.name, "default", 0.56, 0.32, set=1, passes=300.0, pruned=5),
         outcome(first.name, "rnp", 0.5, 0.1, passes=None),
         outcome(second.name, "default", 0.1, 0.9),  # not seen by the other
-        outcome(third.name, "default", 0.6, None),
-        outcome(third.name, "rnp", 0.6, None, passes=None),
+        outcome(third.name, "default", 0.6, None, verdict="clean"),
+        outcome(third.name, "rnp", 0.57, None, passes=None),
         outcome(RECIPES[8].name, "rnp", 0.1, 0.9, learned=False),
         outcome("another", "rnp", 0.1, 0.9),
     ]
-    lines = defenses_table(RECIPES, rows).splitlines()
-    assert lines[2] == f"| default | 2 | 2.0 | 17.0 | 1 of 2 | `{first.name}` | 100 | 7 |"
-    assert lines[3] == f"| rnp | 2 | 5.0 | 10.0 | 0 of 1 | `{first.name}` | - | 7 |"
+    lines = defenses_table(RECIPES, rows, sets=2).splitlines()
+    worst = f"`{first.name}`"
+    assert lines[2] == f"| default | 1 | 1 of 1 | 2.0 | 2.0 | 0 of 1 | {worst} | 0.0 | 100 | 7 |"
+    assert lines[3] == f"| rnp | 1 | - | 10.0 | 10.0 | 0 of 1 | {worst} | 3.0 | - | 7 |"
     assert lines[5] == "| network | before | default | rnp |"
-    assert lines[7:] == [
-        f"| `{third.name}` | 60.0 | 60.0 (3) | 60.0 (3) |",
-        f"| `{first.name}` | 60.0/100.0 | 57.0/17.0 (3) | 50.0/10.0 (3) |",
+    assert lines[7:10] == [
+        f"| `{third.name}` | 60.0 | 60.0 (3) | 57.0 (3) |",
+        f"| `{first.name}` | 60.0/100.0 | 57.0/17.0 (4) | 50.0/10.0 (3) |",
         f"| `{second.name}` | 60.0/100.0 | 10.0/90.0 (3) | ? |",
     ]
+    assert lines[-1] == "Versions of the code: ab12: 6."
+    assert "58.0/2.0 (3) | 50.0" in defenses_table(RECIPES, rows, sets=1)
 
 
 def test_the_table_of_nothing_has_its_columns() -> None:
-    assert defenses_table(RECIPES, []).startswith("| defense | networks | CA drop |")
+    assert defenses_table(RECIPES, [], 2).startswith("| defense | networks | flagged | CA drop |")
 
 
 def test_the_command_defends_what_is_missing_or_of_another_version(
@@ -147,14 +158,18 @@ def test_the_command_defends_what_is_missing_or_of_another_version(
     names = ["cnn-light-202-default", "cnn-light-202-rnp"]
     names += ["cnn-blend-216-default", "cnn-blend-216-rnp"]
     assert done == [f"{name}-set0" for name in names]  # the attack of the third was not learned
-    assert "cnn-blend-216-rnp-set0: 60.0% 50.0% 100.0% 1.0%, 3 filters, 7 s" in (
-        capsys.readouterr().out
-    )
+    told = "cnn-blend-216-rnp-set0: CA 60.0 to 50.0, ASR 100.0 to 1.0, 3 filters, 7 s"
+    assert told in capsys.readouterr().out
     there = outcome("cnn-blend-216", "default", 0.5, 0.1, weights_sha256="ab", version="old")
     monkeypatch.setattr(module, "read_defenses", lambda results: [there])
     for arguments, count in (([], 1), (["--renew"], 2)):
         done.clear()
         assert main(["defend", *arguments, *places]) == 0
         assert len(done) == count
+    with pytest.raises(SystemExit):
+        main(["defend", "--conditions", *places])
+    assert "--conditions: only `audit` and `table` take it, but got 'defend'" in (
+        capsys.readouterr().err
+    )
     assert main(["table", "--defended", *places]) == 0
     assert "| `cnn-blend-216` | 60.0/100.0 | 50.0/10.0 (3) |" in capsys.readouterr().out

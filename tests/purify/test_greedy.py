@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 # Filters one by one, as long as harm allows.
 ONE_BY_ONE = GreedyConstants(harmless=-1.0, gone_at=0.0)
+# Up to four at a time, as long as harm allows.
+TOGETHER = GreedyConstants(harmless=50.0, gone_at=0.0)
 
 
 def new_search(
@@ -62,8 +65,10 @@ def test_search_lowers_the_margins() -> None:
     assert levels[-1] < levels[0]
 
 
-def test_harm_of_each_number_of_filters_is_on_the_curve() -> None:
-    search = finish(new_search(most=3, harm=50.0))
+@pytest.mark.parametrize("constants", [ONE_BY_ONE, TOGETHER])
+def test_harm_of_each_number_of_filters_is_on_the_curve(constants: GreedyConstants) -> None:
+    search = finish(new_search(most=6, harm=50.0, constants=constants))
+    assert len(search.counts) == (7 if constants == ONE_BY_ONE else 3)
     harm = CleanHarm(search.masked, search.clean, 16)
     for count, point in zip(search.counts, search.curve, strict=True):
         masks = torch.ones_like(search.masks())
@@ -72,9 +77,10 @@ def test_harm_of_each_number_of_filters_is_on_the_curve() -> None:
         assert search.harm_of(masks) == pytest.approx(harm.of(masks), abs=1e-5)
 
 
+@pytest.mark.parametrize("constants", [ONE_BY_ONE, TOGETHER])
 @pytest.mark.parametrize("harm", [0.001, 0.05])
-def test_harm_never_rises_above_the_allowance(harm: float) -> None:
-    search = finish(new_search(most=8, harm=harm))
+def test_harm_never_rises_above_the_allowance(harm: float, constants: GreedyConstants) -> None:
+    search = finish(new_search(most=8, harm=harm, constants=constants))
     rises = [point[0] for point in search.curve]
     for index, rise in enumerate(rises):
         assert rise - min(rises[: index + 1]) <= harm + 1e-6
@@ -128,7 +134,7 @@ def test_first_order_effect_is_the_slope_of_the_margins() -> None:
 
 def test_nothing_more_is_taken_when_the_backdoor_is_gone() -> None:
     search = new_search(most=3, harm=50.0)
-    search.constants = GreedyConstants(harmless=-1.0, gone_at=0.1, again=1.0)
+    search.constants = GreedyConstants(harmless=-1.0, gone_at=0.1, again=0.0)
     search.step()
     quiet, loud = copy.copy(search.traces[0]), search.traces[0]
     quiet.decides = False
@@ -136,7 +142,7 @@ def test_nothing_more_is_taken_when_the_backdoor_is_gone() -> None:
     search.taken, search.counts = [0], [0, 1]
     search.curve = [(0.0, 1.0, 1.0), (0.0, 0.1, 1.0)]
     assert search.step()["filters"] == 1.0
-    assert search.stopped == "next to nothing of the backdoor shows any more"
+    assert search.stopped == "the traces were gone, and as many filters again were taken"
     search.stopped, search.curve = "", [(0.0, 1.0, 1.0), (0.0, 0.11, 0.0)]
     search.traces = [loud, loud]
     assert search.step()["filters"] == 2.0
@@ -155,11 +161,21 @@ def test_as_many_filters_again_are_taken_when_the_backdoor_is_gone() -> None:
     search.curve[-1] = (0.0, 0.9)  # gone is gone: else a trace that comes back never ends
     assert search.step()["filters"] == 4.0
     assert search.step()["filters"] == 4.0
-    assert search.stopped == "next to nothing of the backdoor shows any more"
+    assert search.stopped == "the traces were gone, and as many filters again were taken"
+
+
+def test_a_trace_that_is_not_known_is_not_gone() -> None:
+    search = new_search(most=3, harm=50.0)
+    search.constants = GreedyConstants(harmless=-1.0, again=0.0)
+    search.step()
+    search.traces, search.references = [search.traces[0]] * 2, [1.0, 1.0]
+    search.taken, search.counts = [0], [0, 1]
+    search.curve = [(0.0, 1.0, 1.0), (0.0, 0.05, math.nan)]
+    assert search.step()["filters"] == 2.0
 
 
 def test_filters_that_do_next_to_no_harm_go_together() -> None:
-    search = new_search(most=7, harm=50.0, constants=GreedyConstants(harmless=50.0, gone_at=0.0))
+    search = new_search(most=7, harm=50.0, constants=TOGETHER)
     search.step()
     promise, _ = search._promise()
     best = promise.argsort(descending=True, stable=True)[:4].tolist()
@@ -168,6 +184,40 @@ def test_filters_that_do_next_to_no_harm_go_together() -> None:
     assert search.curve[-1][0] == pytest.approx(search.harm_of(search.masks()), abs=1e-6)
     assert search.step()["filters"] == 7.0  # no more than may go
     assert search.counts == [0, 4, 7]
+
+
+def test_what_a_glance_takes_for_harmless_is_measured_on_all_images() -> None:
+    search = new_search(most=7, harm=50.0, constants=TOGETHER)
+    search.step()
+    search._glance.of = lambda masks: 0.0  # type: ignore[method-assign]
+    search.constants = replace(TOGETHER, harmless=1e-9)
+    assert search.step()["filters"] == 1.0
+
+
+def test_a_glance_that_cannot_be_told_rejects(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = new_search(most=3, harm=50.0)
+    search.step()
+    monkeypatch.setattr(search._glance, "of", lambda masks: math.nan)
+    monkeypatch.setattr(search, "harm_of", lambda masks: pytest.fail("measured on all images"))
+    search.step()
+    assert search.taken == []
+    assert "more filters would do more harm" in search.stopped
+
+
+def test_slopes_are_taken_once_for_each_number_of_filters() -> None:
+    search = new_search(most=3, harm=1e-9)
+    search.step()
+    slope, taken = search._clean_slope, []
+    search._clean_slope = lambda: taken.append(1) or slope()  # type: ignore
+    search.step()  # rejects one filter after the other
+    assert len(search._rejected) > 4
+    assert taken == [1]
+
+
+def test_a_glance_measures_the_same_harm_as_all_images() -> None:
+    search = new_search(constants=replace(ONE_BY_ONE, glance_images=8))
+    assert len(search.clean[-1]) > 8
+    assert search._glance._share == pytest.approx(search._measure._share)
 
 
 def test_filters_that_would_empty_a_layer_do_not_go_together() -> None:
@@ -185,9 +235,9 @@ def test_filters_that_would_empty_a_layer_do_not_go_together() -> None:
     assert len(best[0]) == 1
 
 
-def test_first_look_is_on_few_images_and_only_what_passes_is_measured_on_all() -> None:
+def test_a_glance_is_on_few_images_and_only_what_passes_is_measured_on_all() -> None:
     few = GreedyConstants(harmless=-1.0, gone_at=0.0, glance_images=8)
-    search = new_search(most=2, harm=50.0, constants=few)
+    search = new_search(most=2, harm=0.9, constants=few)
     search.step()
     measured = []
     of, look = search._measure.of, search._glance.of
@@ -198,21 +248,31 @@ def test_first_look_is_on_few_images_and_only_what_passes_is_measured_on_all() -
     assert measured == ["few"] * 6 + ["all"]
     assert len(search._glance.clean[0]) == 8
     measured.clear()
-    search.harm = 1e-9
+    search._glance.of = lambda masks: float((masks == 0).sum())  # type: ignore
     search.step()
     assert "all" not in measured
     assert "more harm" in search.stopped
 
 
-def test_resumed_search_takes_the_same_filters() -> None:
-    reference = finish(new_search(most=4, harm=0.2))
-    search = new_search(most=4, harm=0.2)
+@pytest.mark.parametrize(
+    "constants", [ONE_BY_ONE, GreedyConstants(harmless=50.0, candidates=2, gone_at=0.9)]
+)
+def test_resumed_search_takes_the_same_filters(constants: GreedyConstants) -> None:
+    reference = finish(new_search(most=6, harm=0.2, constants=constants))
+    search = new_search(most=6, harm=0.2, constants=constants)
     search.step()
+    search._rejected[3] = 0
     search.step()
-    again = new_search(most=4, harm=0.2)
+    assert search.taken
+    again = new_search(most=6, harm=0.2, constants=constants)
+    finish(again)  # what it knew before is of no account
     again.load_state_dict(search.state_dict())
-    assert finish(again).taken == reference.taken
-    assert again.curve == reference.curve
+    assert again._rejected == search._rejected
+    assert finish(again).taken == finish(search).taken
+    assert (again.curve, again.counts) == (search.curve, search.counts)
+    assert again.stopped == search.stopped
+    if search.taken == reference.taken:
+        assert search.curve == reference.curve
 
 
 def test_network_is_left_as_it_was() -> None:

@@ -19,9 +19,11 @@ def test_curves_that_are_too_short_or_have_no_trace() -> None:
     runs = [RunResult(0.3, 0.1, (1, 2), 0, 0.5, "it took no step")]
     assert curves(DefenseReport("clean", runs=runs)) is None
     assert curves(DefenseReport("clean", pruning=PruningReport(curve=[[0.0, 1.0]]))) is None
-    bare = curves(DefenseReport("clean", pruning=PruningReport(curve=[[0.0], [0.5]])))
+    step = PruningReport(counts=[0, 2], curve=[[0.0], [0.5]])
+    both = [("conv1", 0), ("conv1", 1)]
+    bare = curves(DefenseReport("clean", pruned=both, pruning=step))
     assert bare is not None
-    assert "Harm to clean images: 0.5 nats; filters pruned: 1" in bare
+    assert "Harm to clean images: 0.5 nats; filters pruned: 2" in bare
     assert "What is left" not in bare
     holes = PruningReport(curve=[[0.0, 1.0], [math.nan, math.nan]])
     assert "nan," not in str(curves(DefenseReport("clean", pruning=holes)))
