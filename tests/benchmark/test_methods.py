@@ -124,6 +124,7 @@ def test_what_detectors_look_at() -> None:
     assert kinds == {
         "default": None,
         "mnp": None,
+        "mnp-averaged": None,
         "nc": None,
         "mm-bd": None,
         "ac": "training",
