@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.command == "table" and options.defended:
         print(defenses_table(chosen, read_defenses(options.results), options.sets))
     elif options.command == "table" and options.conditions:
-        print(conditions_table(chosen, _audits(options)))
+        audits = [row for row in _audits(options) if row["set"] < options.sets]
+        print(conditions_table(chosen, audits))
     elif options.command == "table":
         audits = read_audits(options.results)
         for split in dict.fromkeys(split_of(each.architecture, each.seed) for each in chosen):
