@@ -115,8 +115,8 @@ class PruningOptions:
     """Which filters go, how many, and what is done after that.
 
     The rule `auto` takes filters that carry the target class, step by step, until the traces of
-    the backdoor are gone or `harm` and `amount` allow no more. The others take the filters with the lowest M1 + M2, as in the paper. By every
-    rule, at least one filter of each layer stays.
+    the backdoor are gone or `harm` and `amount` allow no more. The others take the filters with
+    the lowest M1 + M2, as in the paper. By every rule, at least one filter of each layer stays.
 
     Harm is counted in nats: the rise of the loss on clean images, and with fewer than 2,500 of
     them also how far predictions move.
