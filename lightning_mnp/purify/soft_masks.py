@@ -1,8 +1,8 @@
 """Soft masks: factors from 0 to 1 for the filters that are left after pruning.
 
-The filters that carry a backdoor carry clean classes, too. Taken out a few at a time, they cost more
-clean accuracy than is allowed long before some attacks are gone; turned down together, with the
-clean loss in the same objective, they do not.
+The filters that carry a backdoor carry clean classes, too. Taken out a few at a time, they cost
+more clean accuracy than is allowed long before some attacks are gone; turned down together, with
+the clean loss in the same objective, they do not.
 """
 
 from __future__ import annotations
