@@ -232,7 +232,7 @@ def _audit(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
         seconds = _AUDIT_PASSES / ARCHITECTURES[recipe.architecture].rate
         for number in range(options.sets):
             done = there.get((recipe.name, condition.name, number))
-            if done is None or done[0] != weights or (options.renew and done[1] != version):
+            if _is_due(done, weights, version if options.renew else None):
                 places = (options.data, options.folder, options.results)
                 arguments = (recipe, number, *places, None, condition)
                 name = result_file(recipe, number, condition=condition).stem
@@ -258,11 +258,8 @@ def _defend(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
         if row["learned"] is False:
             continue
         done = there.get((recipe.name, defense, number))
-        if (
-            done is None
-            or done[0] != row["weights_sha256"]
-            or (options.renew and done[1] != defense_version(defense))
-        ):
+        version = defense_version(defense) if options.renew else None
+        if _is_due(done, row["weights_sha256"], version):
             seconds = _DEFENSE_PASSES / ARCHITECTURES[recipe.architecture].rate
             arguments = (recipe, number, defense, options.data, options.folder, options.results)
             name = defense_file(recipe, number, defense).stem
@@ -277,6 +274,11 @@ def _defend(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
         return f"{', '.join(figures)}, {spent}"
 
     return _run(jobs, options, line_of)
+
+
+def _is_due(done: tuple[str, str] | None, weights: str, version: str | None) -> bool:
+    """Whether a result is missing, of other weights, or of another version if one is wanted."""
+    return done is None or done[0] != weights or version not in (None, done[1])
 
 
 def _run(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,16 @@ from benchmarks.population.recipes import Recipe
 from benchmarks.population.split import split_of
 from benchmarks.population.training import load_network, read_row
 from lightning_mnp import MNPConfig
+from lightning_mnp.benchmark.records import read_json, write_json
 
-__all__ = ["RESULTS", "audit_network", "code_version", "read_audits", "result_file"]
+__all__ = [
+    "RESULTS",
+    "audit_network",
+    "code_version",
+    "network_fields",
+    "read_audits",
+    "result_file",
+]
 
 RESULTS = Path(__file__).parents[1] / "results" / "population"
 
@@ -97,12 +105,7 @@ def audit_network(
         "network": recipe.name,
         "set": number,
         "condition": condition.name,
-        "split": split_of(recipe.architecture, recipe.seed),
-        "architecture": recipe.architecture,
-        "kind": recipe.kind,
-        "target": recipe.target,
-        "poison": recipe.poison,
-        **{key: row[key] for key in ("CA", "ASR", "learned", "weights_sha256")},
+        **network_fields(recipe, row),
         "version": code_version(),
         "images": len(data),
         "processor_seconds": round(spent[0], 1),
@@ -115,13 +118,25 @@ def audit_network(
             for signal in told["signals"]
         ],
     }
-    file = result_file(recipe, number, results, condition)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    lines = [f"{json.dumps(key)}: {json.dumps(_short(value))}" for key, value in content.items()]
-    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")  # a line for each field
-    partial.rename(file)
+    write_json(result_file(recipe, number, results, condition), content)
     return content
+
+
+def network_fields(recipe: Recipe, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what every result says of the network itself.
+
+    Args:
+        recipe: How the network was trained.
+        row: What was measured of it.
+    """
+    return {
+        "split": split_of(recipe.architecture, recipe.seed),
+        "architecture": recipe.architecture,
+        "kind": recipe.kind,
+        "target": recipe.target,
+        "poison": recipe.poison,
+        **{key: row[key] for key in ("CA", "ASR", "learned", "weights_sha256")},
+    }
 
 
 def read_audits(results: Path = RESULTS) -> list[dict[str, Any]]:
@@ -130,14 +145,5 @@ def read_audits(results: Path = RESULTS) -> list[dict[str, Any]]:
     Args:
         results: Where they are kept.
     """
-    rows = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+    rows = [read_json(file) for file in sorted(results.glob("*.json"))]
     return [{"condition": USUAL.name, **row} for row in rows]  # early files do not name it
-
-
-def _short(value: Any) -> Any:
-    """Return numbers with six digits, in lists and by name as well."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: _short(each) for key, each in value.items()}
-    return [_short(each) for each in value] if isinstance(value, list) else value

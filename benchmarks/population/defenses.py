@@ -9,10 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.population.audits import RESULTS, code_version
+from benchmarks.population.audits import RESULTS, code_version, network_fields
 from benchmarks.population.data import defense_set, load_images
 from benchmarks.population.recipes import Recipe
-from benchmarks.population.split import split_of
 from benchmarks.population.table import markdown_table
 from benchmarks.population.training import load_network, measure, read_row
 from lightning_mnp import MNPConfig
@@ -101,12 +100,7 @@ def defend_network(
         "network": recipe.name,
         "set": number,
         "defense": defense,
-        "split": split_of(recipe.architecture, recipe.seed),
-        "architecture": recipe.architecture,
-        "kind": recipe.kind,
-        "target": recipe.target,
-        "poison": recipe.poison,
-        **{key: row[key] for key in ("CA", "ASR", "learned", "weights_sha256")},
+        **network_fields(recipe, row),
         "CA_after": ca,
         "ASR_after": asr,
         "verdict": outcome.verdict,
