@@ -126,7 +126,7 @@ class PruningOptions:
         amount: The count, share or threshold; for `auto`, the most to prune as a share of all.
         harm: Most harm to clean images by the rule `auto`, in nats.
         impurity: Share of the defense set that may be poisoned; harm is measured without it.
-        soft_mask_steps: Most steps in which the rule `auto` turns down filters that are left.
+        soft_mask_steps: Steps in which the rule `auto` turns down kernels, if pruning leaves much.
         repair: Whether the logits are balanced again after pruning; the target's logit stays.
         reaudit: Whether a pruned network is audited again.
         removes: What pruning sets to zero: the output `map`, or the weights of the `filter` alone,
@@ -137,7 +137,7 @@ class PruningOptions:
     amount: float = option(0.05)
     harm: float = option(0.015, above=0)
     impurity: float = option(0.0, at_least=0, below=0.5)
-    soft_mask_steps: int = option(150, at_least=0)
+    soft_mask_steps: int = option(30, at_least=0)
     repair: bool = option(True)
     reaudit: bool = option(True)
     removes: Removal = option("map", choices=get_args(Removal))

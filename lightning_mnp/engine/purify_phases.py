@@ -40,7 +40,7 @@ class _Pruning(Phase):
             counts=[] if greedy is None else list(greedy.counts),
             curve=[] if greedy is None else [list(point) for point in greedy.curve],
             traces=[] if greedy is None else [trace.name for trace in greedy.traces],
-            masks=self._by_layer(purification.masks),
+            masks=purification.left(),
             shift=[] if shift is None else shift.values.tolist(),
             sums=self._by_layer(scores if ranked else None),
         )
@@ -97,7 +97,7 @@ class GreedyPhase(_Pruning):
 
 
 class SoftMaskPhase(Phase):
-    """Soft masks for the filters that are left."""
+    """Soft masks for the kernels that are left."""
 
     name = "soft_masks"
 
@@ -111,7 +111,7 @@ class SoftMaskPhase(Phase):
         return 0 if self.done else self.case.config.pruning.soft_mask_steps - self.steps
 
     def step(self, updates: Updates) -> dict[str, float]:
-        """Turn filters down by one step."""
+        """Turn kernels down by one step."""
         self.steps += 1
         return self.case.purification.soft_mask_step()
 

@@ -226,7 +226,7 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
     """Take the first process's outcome, so that rounding cannot part the processes.
 
     Args:
-        defense: The engine, finished; it is told which filters to remove, the masks of the others,
+        defense: The engine, finished; it is told which filters to remove, the masks of the kernels,
             and the repair.
 
     Returns:
@@ -235,9 +235,10 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
     # Not a broadcast, which would not tell that another process has died.
     own = defense.purification
     bias = None if own.shift is None else own.shift.name
-    removed, bias, report = gather_objects((own.removed.tolist(), bias, defense.report()))[0]
+    masks = None if own.kernel_masks is None else own.kernel_masks.cpu()
+    outcome = own.removed.tolist(), bias, masks, defense.report()
+    removed, bias, masks, report = gather_objects(outcome)[0]
     own.shift = None if bias is None else LogitShift(bias, torch.tensor(report.pruning.shift))
     own.remove(torch.tensor(removed, dtype=torch.long))
-    masks = [value for part in report.pruning.masks.values() for value in part]
-    own.masks = torch.tensor(masks, device=own.removed.device) if masks else None
+    own.kernel_masks = None if masks is None else masks.to(own.removed.device)
     return cast(DefenseReport, report)

@@ -135,15 +135,22 @@ class GreedyPruning:
         self._slopes: tuple[int, Tensor, Tensor] | None = None
 
     @property
+    def gone(self) -> bool:
+        """Whether the traces that decide are as good as gone by now."""
+        return bool(self.curve) and self._were_gone(self.curve[-1][1:])
+
+    def _were_gone(self, levels: Sequence[float]) -> bool:
+        pairs = zip(self.traces, levels, strict=True)
+        decisive = [level for trace, level in pairs if trace.decides]
+        return bool(decisive) and all(level <= self.constants.gone_at for level in decisive)
+
+    @property
     def _enough(self) -> bool:
         """Whether the traces that decide were gone, and as many filters again were taken."""
-        least = self.constants.gone_at
-        if not (self.taken and least):
+        if not self.constants.gone_at:
             return False
         for count, point in zip(self.counts, self.curve, strict=True):
-            pairs = zip(self.traces, point[1:], strict=True)
-            levels = [level for trace, level in pairs if trace.decides]
-            if count and levels and all(level <= least for level in levels):  # not so if NaN
+            if count and self._were_gone(point[1:]):
                 return len(self.taken) >= (1 + self.constants.again) * count
         return False
 

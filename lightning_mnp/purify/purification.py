@@ -1,4 +1,4 @@
-"""What is done to a flagged network: filters pruned, others turned down, logits repaired."""
+"""What is done to a flagged network: filters pruned, kernels turned down, logits repaired."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks, harmle
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, repair_shift
 from lightning_mnp.surgery.masked_network import MaskedNetwork
-from lightning_mnp.surgery.masks import scalable_filters
 from lightning_mnp.surgery.network import copy_network
 from lightning_mnp.surgery.prune import Pruning, prune, without_filters
 
@@ -38,18 +37,18 @@ class Purification:
         data: The defense set.
         config: Options.
         raised: The same network with the logits of rare classes raised, by which filters are
-            pruned and turned down: else those of the backdoor would be kept for the little that
-            they do for such a class. None for the network as it is.
+            pruned and kernels turned down: else those of the backdoor would be kept for the little
+            that they do for such a class. None for the network as it is.
         constants: Constants that differ from their defaults.
 
     Attributes:
         removed: Positions of the filters to prune, worst first.
-        masks: What all filters are multiplied by, shape (total filters,), or None.
+        kernel_masks: What all kernels are multiplied by, shape (total kernels,), or None.
         shift: What is added to the logits, or None.
         accuracy: Accuracy on the defense set after all that, or None before :meth:`check`.
         class_accuracy: The same for each class that has images; empty before :meth:`check`.
         greedy: What takes filters step by step, once it has begun.
-        soft: What turns filters down, once it has begun.
+        soft: What turns kernels down, once it has begun.
         settled: Whether soft masks have come to their end, and the masks are known.
         warnings: What the reader of the report should know, in words.
 
@@ -79,7 +78,7 @@ class Purification:
         self.data = data
         self.config = config
         self.removed = torch.empty(0, dtype=torch.long, device=masked.device)
-        self.masks: Tensor | None = None
+        self.kernel_masks: Tensor | None = None
         self.shift: LogitShift | None = None
         self.accuracy: float | None = None
         self.class_accuracy: dict[int, float] = {}
@@ -92,7 +91,7 @@ class Purification:
     @property
     def changes(self) -> bool:
         """Whether the purified network differs from the one that was audited."""
-        return len(self.removed) > 0 or self.masks is not None
+        return len(self.removed) > 0 or self.kernel_masks is not None
 
     @property
     def most_filters(self) -> int:
@@ -153,18 +152,19 @@ class Purification:
         return metrics
 
     def soft_mask_step(self) -> dict[str, float]:
-        """Turn filters down by one step, until ``soft.finished``.
+        """Turn kernels down by one step, until ``settled``; not if the traces are gone.
 
         Returns:
             Numbers of this step, see :meth:`SoftMasks.step`.
         """
+        if self.soft is None and self._begun.gone:
+            self.settled = True
+            return {}
         self.soft = self.soft or self._new_soft_masks()
         metrics = {} if self.soft.finished else self.soft.step()
-        if not self.soft.finished and self._is_dear(self.soft):
-            self.soft.stop()
         if self.soft.finished:
             if self.soft.taken:
-                self.masks = self._harmless(self.soft.masks)
+                self.kernel_masks = self._harmless(self.soft.masks)
             self.settled = True
         return metrics
 
@@ -192,7 +192,6 @@ class Purification:
             greedy.traces,
             greedy.references,
             greedy.masks(),
-            scalable_filters(self.masked.network, self.masked.layers).to(self.masked.device),
             self._clean.augment,
             config.pruning.soft_mask_steps,
             config.batch_size,
@@ -201,14 +200,10 @@ class Purification:
             self.constants,
         )
 
-    def _is_dear(self, soft: SoftMasks) -> bool:
-        """Whether masks do too much harm to be turned down further."""
-        if not soft.constants.looks_after(soft.taken):
-            return False
-        return not self._harm_beyond_pruning(soft.masks) <= self.config.pruning.harm  # so if NaN
-
-    def _harm_beyond_pruning(self, masks: Tensor) -> float:
-        return self._begun.harm_of(masks) - self._begun.curve[-1][0]
+    def _harm_beyond_pruning(self, kernel_masks: Tensor) -> float:
+        greedy = self._begun
+        with self.raised.masking_kernels(kernel_masks):
+            return greedy.harm_of(greedy.masks()) - greedy.curve[-1][0]
 
     def _harmless(self, masks: Tensor) -> Tensor | None:
         """The masks, turned back as far as they do more harm than is allowed.
@@ -220,37 +215,46 @@ class Purification:
         rise = self._harm_beyond_pruning(masks)
         if rise <= most:
             return masks
-        begun = self._begun.masks()
+        begun = torch.ones_like(masks)
         share = harmless_share(
             lambda share: self._harm_beyond_pruning(begun.lerp(masks, share)),
             most,
             constants.halvings,
         )
-        done = f"filters were turned down by {share:.0%} of what was found"
+        done = f"kernels were turned down by {share:.0%} of what was found"
         self.warnings.append(
-            f"{done if share else 'filters were not turned down'}: all of it did {rise:.3g} nats "
+            f"{done if share else 'kernels were not turned down'}: all of it did {rise:.3g} nats "
             f"more harm than pruning, and {most:g}, {constants.harm} times `pruning.harm`, is "
             "allowed"
         )
         return begun.lerp(masks, share) if share else None
 
-    def factors(self) -> Tensor:
-        """Return what every filter is multiplied by, 0 for those pruned, shape (total filters,)."""
+    def filter_masks(self) -> Tensor:
+        """Return 0 for the filters pruned and 1 for the others, shape (total filters,)."""
         values = torch.ones(self.masked.layers.total, device=self.masked.device)
-        if self.masks is not None:
-            values = self.masks.clone()
         values[self.removed] = 0.0
         return values
+
+    def left(self) -> dict[str, list[float]]:
+        """Return how much of each filter is left, by layer; empty if no kernel was turned down."""
+        if self.kernel_masks is None:
+            return {}
+        shares = self.masked.kernels.left(self.masked.weights(), self.kernel_masks)
+        for name, index in map(self.masked.layers.locate, self.removed.tolist()):
+            shares[name][index] = 0.0
+        return shares
 
     @property
     def _weights_only(self) -> bool:
         return self.config.pruning.removes == "filter"
 
     def _changed(self) -> dict[str, Any]:
-        """What a call of the network takes to run without the filters that go."""
-        if not self._weights_only:
-            return {"masks": self.factors()}
+        """What a call of the network takes to run as it will be."""
         weights = self.masked.weights()
+        if self.kernel_masks is not None:
+            weights = self.masked.kernels.scaled(weights, self.kernel_masks)
+        if not self._weights_only:
+            return {"weights": weights, "masks": self.filter_masks()}
         return {
             "weights": {**weights, **without_filters(self.masked.layers, weights, self.removed)}
         }
@@ -294,8 +298,14 @@ class Purification:
         Returns:
             What was removed; its ``undo`` puts it back.
         """
-        layers, only = self.masked.layers, self._weights_only
-        return prune(network, layers, self.removed, self.shift, self.masks, only)
+        return prune(
+            network,
+            self.masked.layers,
+            self.removed,
+            self.shift,
+            weights_only=self._weights_only,
+            kernel_masks=self.kernel_masks,
+        )
 
     def purified(self) -> nn.Module:
         """Return a changed copy of the network."""
@@ -307,7 +317,7 @@ class Purification:
         """Return the state as tensors and primitives."""
         return {
             "removed": self.removed,
-            "masks": self.masks,
+            "kernel_masks": self.kernel_masks,
             "shift": None if self.shift is None else [self.shift.name, self.shift.values],
             "augment": None if self._known is None else self._known.augment,
             "accuracy": self.accuracy,
@@ -327,7 +337,8 @@ class Purification:
         """
         device = self.masked.device
         self.remove(state["removed"])
-        self.masks = None if state["masks"] is None else state["masks"].to(device)
+        masks = state["kernel_masks"]
+        self.kernel_masks = None if masks is None else masks.to(device)
         self.shift = None if state["shift"] is None else LogitShift(*state["shift"])
         self._known = None
         if state["augment"] is not None:

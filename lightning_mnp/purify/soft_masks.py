@@ -1,8 +1,9 @@
-"""Soft masks: factors from 0 to 1 for the filters that are left after pruning.
+"""Soft masks: factors from 0 to 1 for the kernels that are left after pruning.
 
 The filters that carry a backdoor carry clean classes, too. Taken out a few at a time, they cost
-more clean accuracy than is allowed long before some attacks are gone; turned down together, with
-the clean loss in the same objective, they do not.
+more clean accuracy than is allowed long before some attacks are gone. Within a filter, the kernels
+of the one and of the other differ: turned down together, with the clean loss in the same
+objective, they do not.
 """
 
 from __future__ import annotations
@@ -27,40 +28,29 @@ __all__ = ["SoftMaskConstants", "SoftMasks", "harmless_share"]
 
 @dataclass(frozen=True)
 class SoftMaskConstants:
-    """How filters are turned down, and how far.
+    """How kernels are turned down, and how far.
 
     Attributes:
         weight: What the traces count against the clean loss, in nats for all of their strength at
             the start.
-        step: Length of a step: the root mean square over all filters, if gradients agree.
+        step: Length of a step: the root mean square over all kernels, if gradients agree.
         momentum: Momentum of the steps.
         average: Weight of the masks so far in their mean over the latest steps, the outcome.
         follow: The traces follow the network in every so many steps.
+        images: Clean images of a step; never more than a batch.
         harm: Harm that masks may do beside that of pruning, in units of what pruning may.
-        look_from: After so many steps, masks that do more than `harm` beside pruning are left
-            as they are: what they gain by then is not worth what they cost.
-        look_every: The same at so many more steps each time.
         halvings: Masks that do too much harm are turned back to a share that is known to within
             1 / 2 ** halvings.
     """
 
     weight: float = 0.1
-    step: float = 0.03
+    step: float = 0.01
     momentum: float = 0.9
     average: float = 0.9
-    follow: int = 2
+    follow: int = 5
+    images: int = 64
     harm: int = 2
-    look_from: int = 30
-    look_every: int = 10
     halvings: int = 4
-
-    def looks_after(self, taken: int) -> bool:
-        """Return whether harm is looked at after so many steps.
-
-        Args:
-            taken: The steps.
-        """
-        return taken >= self.look_from and taken % self.look_every == 0
 
 
 def harmless_share(harm: Callable[[float], float], most: float, halvings: int) -> float:
@@ -87,24 +77,22 @@ def harmless_share(harm: Callable[[float], float], most: float, halvings: int) -
 
 
 class SoftMasks:
-    """Turns filters down: the least of clean loss and traces, over masks from 0 to 1.
+    """Turns kernels down: the least of clean loss and traces, over masks from 0 to 1.
 
-    It is the optimization of masks in the paper (Sec. 4.2) with two changes: what counts against
-    the clean loss is not the norm of the filters but the margin of the target class where the
-    backdoor shows, and the masks stay as they are instead of being cut at a threshold. Steps have
-    a length that does not depend on the scale of the gradients: momentum, divided by the running
-    root mean square over all filters. They end when all traces that decide are weak.
+    It is the optimization of masks in the paper (Sec. 4.2) with three changes: masks are on
+    kernels, not on filters; what counts against the clean loss is not the norm of the filters but
+    the margin of the target class where the backdoor shows; and the masks stay as they are instead
+    of being cut at a threshold. Steps have a length that does not depend on the scale of the
+    gradients: momentum, divided by the running root mean square over all kernels.
 
     Args:
         masked: The network.
         data: The defense set.
         traces: Where the backdoor shows; they follow the network.
         references: The strength of each trace before anything was pruned, above 0.
-        masks: Masks to begin with, shape (total filters,), 0 for the filters pruned, which stay
-            pruned.
-        free: Which filters may be turned down, boolean, same shape.
+        filter_masks: Zeros for the filters pruned, ones for the others, shape (total filters,).
         augment: What is done to the images.
-        steps: Most steps.
+        steps: The steps to take.
         batch_size: Most images in a batch.
         seed: Seed of order and augmentation.
         impurity: The share of images that may be poisoned; of each batch, as many are left out of
@@ -114,9 +102,7 @@ class SoftMasks:
     Attributes:
         steps: Number of steps.
         taken: Steps taken.
-        enough: Whether the traces that decide are weak.
-        stopped: Whether :meth:`stop` has ended it.
-        masks: Mean of the masks over the latest steps, shape (total filters,).
+        masks: Mean of the masks over the latest steps, shape (total kernels,).
 
     Example:
         >>> from torch import nn
@@ -129,12 +115,12 @@ class SoftMasks:
         >>> trace = SuppressedTrace(masked, [masked.weights()], data.images, goals)
         >>> soft = SoftMasks(
         ...     masked, data, [trace], [1.0], torch.tensor([0.0, 1.0, 1.0, 1.0]),
-        ...     free=torch.ones(4) > 0, augment="none", steps=5, batch_size=8, seed=0,
+        ...     augment="none", steps=5, batch_size=8, seed=0,
         ... )
         >>> while not soft.finished:
         ...     metrics = soft.step()
-        >>> float(soft.masks[0]), float(soft.masks.max()) <= 1
-        (0.0, True)
+        >>> soft.masks.shape, 0 <= float(soft.masks.min()) <= float(soft.masks.max()) <= 1
+        (torch.Size([12]), True)
     """
 
     def __init__(
@@ -143,8 +129,7 @@ class SoftMasks:
         data: DefenseSet,
         traces: Sequence[Trace],
         references: Sequence[float],
-        masks: Tensor,
-        free: Tensor,
+        filter_masks: Tensor,
         augment: Augmentation,
         steps: int,
         batch_size: int,
@@ -161,27 +146,21 @@ class SoftMasks:
         self.references = list(references)
         self.augment = augment
         self.steps = steps
-        self.batch_size = batch_size
+        self.batch_size = min(batch_size, self.constants.images)
         self.seed = seed
         self.impurity = impurity
         self.taken = 0
-        self.enough = False
-        self.stopped = False
-        self.masks = masks.clone()
-        self._free = (free & (masks != 0)).to(masks)
-        self._values = masks.clone()
-        self._velocity = torch.zeros_like(masks)
+        self._filters = filter_masks.clone()
+        self._values = torch.ones(masked.kernels.total, device=masked.device)
+        self.masks = self._values.clone()
+        self._velocity = torch.zeros_like(self._values)
         self._square = 0.0
         self._now: list[float] = []  # the strength of each trace when this stage began
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were taken, or no more are needed or wanted."""
-        return self.enough or self.stopped or self.taken >= self.steps
-
-    def stop(self) -> None:
-        """Take no more steps."""
-        self.stopped = True
+        """Whether all steps were taken."""
+        return self.taken >= self.steps
 
     def step(self) -> dict[str, float]:
         """Take one step.
@@ -192,7 +171,7 @@ class SoftMasks:
         """
         if not self._now:
             with torch.no_grad():
-                begun = [float(strength(trace, self._values)) for trace in self.traces]
+                begun = [float(strength(trace, self._filters)) for trace in self.traces]
             self._now = [max(each, self._least) for each in begun]
         epoch, index = divmod(self.taken, self.data.passes(self.batch_size))
         key = (self.seed, "attenuation", epoch)
@@ -200,35 +179,28 @@ class SoftMasks:
             index, self.batch_size, self.masked.device, self.augment, key
         )
         masks = self._values.clone().requires_grad_()
-        with torch.enable_grad():
-            logits = self.masked(images, masks=masks, statistics="running")
+        greatest = 0.0
+        with self.masked.masking_kernels(masks), torch.enable_grad():
+            logits = self.masked(images, masks=self._filters, statistics="running")
             losses = F.cross_entropy(logits, labels, reduction="none")
             loss = trimmed_mean(losses, self.impurity)
             (gradient,) = torch.autograd.grad(loss, masks)
-        greatest, enough = 0.0, True
-        # One by one, so that no more than one batch's activations are in memory.
-        for trace, now, before in zip(self.traces, self._now, self.references, strict=True):
-            with torch.enable_grad():
-                found = strength(trace, masks)
-                gradient = (
-                    gradient + self.constants.weight / now * torch.autograd.grad(found, masks)[0]
-                )
-            level = float(found.detach()) / before
-            greatest = max(greatest, level)
-            if trace.decides:
-                enough = enough and trace.is_weak(float(found.detach()), before)
-        self.enough = enough
-        if not self.enough:
-            self._move(gradient)
-            if self.taken % self.constants.follow == 0:
+            # One by one, so that no more than one batch's activations are in memory.
+            for trace, now, before in zip(self.traces, self._now, self.references, strict=True):
+                found = strength(trace, self._filters)
+                (slope,) = torch.autograd.grad(found, masks)
+                gradient = gradient + self.constants.weight / now * slope
+                greatest = max(greatest, float(found.detach()) / before)
+        self._move(gradient)
+        if self.taken % self.constants.follow == 0:
+            with self.masked.masking_kernels(self._values):
                 for trace in self.traces:
-                    trace.adapt(self._values, self.taken)
+                    trace.adapt(self._filters, self.taken)
         return {"loss": float(loss.detach()), "margin": greatest}
 
     def _move(self, gradient: Tensor) -> None:
         constants = self.constants
         rest = 1 - constants.momentum
-        gradient = gradient * self._free
         self.taken += 1
         self._square += rest * (float(gradient.square().mean()) - self._square)
         size = (self._square / (1 - constants.momentum**self.taken)) ** 0.5
@@ -240,8 +212,6 @@ class SoftMasks:
         """Return the state as tensors and primitives; that of the traces is not part of it."""
         return {
             "taken": self.taken,
-            "enough": self.enough,
-            "stopped": self.stopped,
             "masks": self.masks,
             "values": self._values,
             "velocity": self._velocity,
@@ -253,8 +223,6 @@ class SoftMasks:
         """Go on where :meth:`state_dict` was taken."""
         device = self.masked.device
         self.taken = int(state["taken"])
-        self.enough = bool(state["enough"])
-        self.stopped = bool(state["stopped"])
         self.masks = state["masks"].to(device)
         self._values = state["values"].to(device)
         self._velocity = state["velocity"].to(device)

@@ -25,7 +25,7 @@ def find_traces(
     """Collect what shows the suspected backdoor.
 
     The suppressed network always does. Each search adds a trace if what it measured for the class
-    is out of the ordinary. The suppressed network decides on how long filters are turned down if
+    is out of the ordinary. The suppressed network decides on how long pruning goes on if
     the margin is the signal most believed, with which the pile-up agrees, or if it is the only
     trace: what is left of a pile-up need not be the backdoor.
 

@@ -203,8 +203,8 @@ class PruningReport:
         curve: The rule ``auto``: for each of the `counts`, the harm to clean images in nats and,
             for each trace, how much of it is left, as a share.
         traces: The names of these traces, in the order of the curve.
-        masks: What the output of every filter is multiplied by, from 0 to 1, by layer; empty if
-            no filter was turned down.
+        masks: How much of each filter's weights is left, as a share, by layer; empty if no kernel
+            was turned down. Each row of a linear layer counts as a filter.
         shift: What was added to each class's logit; empty if nothing was.
         sums: M1 + M2 of every filter, averaged over the runs, by layer; empty if the rule does not
             rank by them.

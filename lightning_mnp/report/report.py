@@ -152,7 +152,7 @@ class DefenseReport:
 
     @property
     def turned_down(self) -> int:
-        """Number of filters whose output is turned down and not removed."""
+        """Number of filters that lost more than 1% of their weights, but not all."""
         values = (value for part in self.pruning.masks.values() for value in part)
         return sum(0 < value < 0.99 for value in values)
 

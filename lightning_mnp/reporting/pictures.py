@@ -44,7 +44,7 @@ def pictures(
     if report.signals:
         found["signals"] = _signals(Words(report, class_names))
     if values := mask_values(report):
-        name = "soft masks" if report.pruning.masks else "M1 + M2"
+        name = "what is left" if report.pruning.masks else "M1 + M2"
         found["masks"] = _histogram(values, f"{name} of {len(values):,} filters")
     for trigger in report.triggers:
         shown = [part for each in trigger.examples for part in (each.clean, each.triggered)]
@@ -55,7 +55,7 @@ def pictures(
 
 
 def mask_values(report: DefenseReport) -> list[float]:
-    """Return the soft mask of every filter; M1 + M2 if there are no soft masks, else nothing.
+    """Return how much is left of every filter; M1 + M2 if no kernel was turned down, else nothing.
 
     Args:
         report: The outcome.

@@ -138,7 +138,7 @@ class SuppressedTrace(Trace):
         images: Clean images, shape (N, C, ...), which the runs share.
         goals: The class, other than its own, that a backdoor takes each image to, shape (N,).
         constants: Constants that differ from their defaults.
-        decides: Whether filters are turned down as long as predictions pile up.
+        decides: Whether pruning goes on as long as predictions pile up.
     """
 
     name = "suppressed network"

@@ -22,17 +22,15 @@ class TraceConstants:
     """When a trace is weak.
 
     Attributes:
-        weak_at: Share of the strength at the start from which filters are not turned down further.
-        little_at: Share from which next to nothing is left.
+        little_at: Share of the strength at the start from which next to nothing is left.
         least_strength: A trace that is as weak as this from the start has nothing to give.
         images: Most images of a trace; they go through the network at once, so never more than a
             batch.
     """
 
-    weak_at: float = 0.25
     little_at: float = 0.1
     least_strength: float = 1.0
-    images: int = 128
+    images: int = 32
 
 
 class Trace(ABC):
@@ -40,11 +38,11 @@ class Trace(ABC):
 
     Args:
         constants: Constants that differ from their defaults.
-        decides: Whether filters are turned down as long as the backdoor shows in this trace.
+        decides: Whether pruning goes on as long as the backdoor shows in this trace.
 
     Attributes:
         name: What it is.
-        weak_below: A trace is weak only below this strength, whatever it was at the start.
+        weak_below: Little is left only below this strength, whatever it was at the start.
     """
 
     name: ClassVar[str]
@@ -53,15 +51,6 @@ class Trace(ABC):
     def __init__(self, constants: Constants, decides: bool = True) -> None:
         self._limits = constants.of(TraceConstants)
         self.decides = decides
-
-    def is_weak(self, found: float, before: float) -> bool:
-        """Return whether a strength is no reason to turn filters down; False for NaN.
-
-        Args:
-            found: The strength.
-            before: The strength at the start.
-        """
-        return found <= min(self._limits.weak_at * before, self.weak_below)
 
     def shows_little(self, found: float, before: float) -> bool:
         """Return whether a strength is next to nothing; False for NaN.

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from lightning_mnp.surgery.forward import (
     evaluating,
     holding_statistics,
 )
+from lightning_mnp.surgery.kernels import Kernels, find_kernels
 from lightning_mnp.surgery.layers import FilterLayer, FilterLayers
 from lightning_mnp.surgery.masks import FilterMasks
 
@@ -89,6 +91,7 @@ class MaskedNetwork:
 
     Attributes:
         raised: What is added to the logits of some classes, by class; see :meth:`with_raised`.
+        kernel_masks: What every kernel is multiplied by, or None; see :meth:`masking_kernels`.
         seen: The images that went through the network, by this object and those made of it.
 
     Example:
@@ -120,7 +123,36 @@ class MaskedNetwork:
         self.statistics = statistics
         self.autocast = autocast
         self.raised: dict[int, float] = {}
+        self.kernel_masks: Tensor | None = None
         self.seen = ImageCount()
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        """The kernels of the network."""
+        return find_kernels(self.network)
+
+    @contextmanager
+    def masking_kernels(self, masks: Tensor | None) -> Iterator[None]:
+        """Multiply the kernels by masks in all calls of this object for a while.
+
+        Args:
+            masks: One factor for each kernel, shape (total kernels,), with or without a gradient;
+                None for no masks.
+
+        Example:
+            >>> from lightning_mnp.surgery.layers import find_filter_layers
+            >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2, False))
+            >>> images = torch.rand(2, 1, 4, 4)
+            >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
+            >>> with masked.masking_kernels(torch.zeros(masked.kernels.total)):
+            ...     float(masked(images).abs().sum())
+            0.0
+        """
+        before, self.kernel_masks = self.kernel_masks, masks
+        try:
+            yield
+        finally:
+            self.kernel_masks = before
 
     def with_raised(self, values: Mapping[int, float]) -> MaskedNetwork:
         """Return an object for the same network that raises the logits of some classes.
@@ -209,6 +241,8 @@ class MaskedNetwork:
         """
         normalization = statistics or self.statistics
         weights = self.weights() if weights is None else weights
+        if self.kernel_masks is not None:
+            weights = self.kernels.scaled(weights, self.kernel_masks)
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.network, _TRAINING[normalization]))
             if normalization == "held":

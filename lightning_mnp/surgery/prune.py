@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lightning_mnp.surgery.kernels import find_kernels
 from lightning_mnp.surgery.layers import FilterLayers
 from lightning_mnp.surgery.logit_shift import LogitShift
 from lightning_mnp.surgery.masks import FilterMasks
@@ -57,6 +58,7 @@ def prune(
     shift: LogitShift | None = None,
     masks: Tensor | None = None,
     weights_only: bool = False,
+    kernel_masks: Tensor | None = None,
 ) -> Pruning:
     """Remove filters from a network: their output maps are zero from then on.
 
@@ -69,6 +71,8 @@ def prune(
             None.
         weights_only: Whether only the weights of the filters are set to zero, see
             :func:`without_filters`. Masks other than 0 and 1 are not possible then.
+        kernel_masks: Factors of the kernels, see
+            :class:`~lightning_mnp.surgery.kernels.Kernels`; all ones if None.
 
     Returns:
         The removed filters, and what :meth:`Pruning.undo` needs.
@@ -96,13 +100,18 @@ def prune(
     prefixes = {f"{layer.name}." for layer in layers if layer.name in touched}
     prefixes |= {f"{layer.site}." for layer in layers if layer.name in touched}
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    scaled = _scaled(network, kernel_masks)
     saved = {
         name: tensor.detach().clone()
         for name, tensor in tensors.items()
-        if f"{name.rpartition('.')[0]}." in prefixes or (shift and name == shift.name)
+        if f"{name.rpartition('.')[0]}." in prefixes
+        or name in scaled
+        or (shift and name == shift.name)
     }
     pruning = Pruning(pruned, saved)
     try:
+        for name, weight in scaled.items():
+            tensors[name].data.copy_(weight)
         if weights_only:
             for name, weight in without_filters(layers, dict(tensors), positions).items():
                 tensors[name].data.copy_(weight)
@@ -115,6 +124,16 @@ def prune(
     except BaseException:  # also after an interrupt, either all these filters are gone or none
         pruning.undo(network)
         raise
+
+
+@torch.no_grad()
+def _scaled(network: nn.Module, masks: Tensor | None) -> dict[str, Tensor]:
+    """The weights that kernel masks change, multiplied by them."""
+    if masks is None:
+        return {}
+    weights = dict(network.named_parameters())
+    changed = find_kernels(network).scaled(weights, masks)
+    return {name: weight for name, weight in changed.items() if not weight.equal(weights[name])}
 
 
 def without_filters(

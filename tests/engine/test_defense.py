@@ -17,18 +17,17 @@ from lightning_mnp.config import Constants
 from lightning_mnp.mnp.detection_ratio import LITERAL_WARNING, saliency_correlation
 from lightning_mnp.mnp.saliency import approximate_clc, filter_magnitudes
 from lightning_mnp.mnp.suppression import suppression_parts
+from lightning_mnp.purify.greedy import GreedyConstants
 from lightning_mnp.signals.abstention import AbstentionConstants
 from lightning_mnp.signals.overlay import OverlaySearch
 from lightning_mnp.signals.reach import ReachSearch
-from lightning_mnp.signals.trace import TraceConstants
 from lightning_mnp.signals.verdict import Judgement, signals_to_repeat
-from lightning_mnp.surgery.masks import FilterMasks
 
 short = pytest.mark.usefixtures("short_searches")
 
 JUDGED = Constants(AbstentionConstants(abstain=False))  # so that 40 images are enough
-# The suppressed network's pile-up is never weak, so that soft masks take steps.
-TURNING = Constants(TraceConstants(weak_at=-1.0), AbstentionConstants(abstain=False))
+# No trace is ever gone, so that soft masks take steps.
+TURNING = Constants(GreedyConstants(gone_at=-1.0), AbstentionConstants(abstain=False))
 
 
 def new_defense(
@@ -363,18 +362,24 @@ AUTO = {"rule": "auto", "amount": 0.06, "harm": 50.0, "runs": 1}
 def test_soft_masks_turns_down_what_is_left() -> None:
     defense = finished(at_soft_masks())
     report = defense.report()
-    masks = torch.tensor([value for part in report.pruning.masks.values() for value in part])
-    assert list(report.pruning.masks) == [layer.name for layer in defense.case.layers]
+    found = defense.purification.kernel_masks
+    assert found is not None
+    left = report.pruning.masks
+    assert list(left) == [layer.name for layer in defense.case.masked.kernels.layers]
     told = f"{len(report.pruned)} of 88 filters pruned, {report.turned_down} turned down"
     assert told in str(report)
-    assert int((masks == 0).sum()) >= len(report.pruned) > 0
-    assert int(((masks > 0) & (masks < 1)).sum()) > 0
+    assert len(report.pruned) > 0
+    assert all(left[name][index] == 0 for name, index in report.pruned)
+    assert report.turned_down == sum(0 < value < 0.99 for part in left.values() for value in part)
+    assert min(value for part in left.values() for value in part if value > 0) < 1
     plain = finished(new_defense(trained_network(), constants=TURNING, **AUTO, soft_mask_steps=0))
     assert plain.report().pruning.masks == {}
     assert plain.report().pruned == report.pruned
     images = defense.case.data.images
-    with torch.no_grad(), FilterMasks(plain.case.model, plain.case.layers, masks):
-        expected = plain.case.model(images) + torch.tensor(report.pruning.shift)
+    masked, filters = plain.case.masked, plain.purification.filter_masks()
+    with torch.no_grad(), masked.masking_kernels(found):
+        logits = masked(images, masks=filters, statistics="running")
+        expected = logits + torch.tensor(report.pruning.shift)
         torch.testing.assert_close(defense.purified()(images), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -403,7 +408,7 @@ def test_soft_masks_that_does_harm_is_dropped_and_told(monkeypatch: pytest.Monke
     assert report.pruning.masks == {}
     [told] = [text for text in report.warnings if "turned down" in text]
     assert told == (
-        "filters were not turned down: all of it did 100 nats more harm than pruning, and 100, 2 "
+        "kernels were not turned down: all of it did 100 nats more harm than pruning, and 100, 2 "
         "times `pruning.harm`, is allowed"
     )
 
@@ -412,39 +417,30 @@ def test_soft_masks_that_does_harm_is_dropped_and_told(monkeypatch: pytest.Monke
 def test_soft_masks_that_does_too_much_harm_is_turned_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = finished(at_soft_masks()).purification.factors()
+    whole = finished(at_soft_masks()).purification.kernel_masks
+    assert whole is not None
     defense = at_soft_masks()
-    search = defense.purification.greedy
+    search, raised = defense.purification.greedy, defense.purification.raised
     assert search is not None
-    pruned, begun = search.curve[-1][0], search.masks()
+    pruned, begun = search.curve[-1][0], torch.ones_like(whole)
 
-    def harm_of(masks: torch.Tensor) -> float:  # in proportion to how far filters are turned down
-        return pruned + 158.0 * float((begun - masks).sum() / (begun - whole).sum())
+    def harm_of(masks: torch.Tensor) -> float:  # in proportion to how far kernels are turned down
+        if raised.kernel_masks is None:
+            return pruned
+        return pruned + 158.0 * float((begun - raised.kernel_masks).sum() / (begun - whole).sum())
 
     monkeypatch.setattr(search, "harm_of", harm_of)
     report = finished(defense).report()
     share = 0.625  # the largest sixteenth below 100 / 158
     expected = torch.lerp(begun, whole, share)
-    torch.testing.assert_close(defense.purification.factors(), expected)
+    found = defense.purification.kernel_masks
+    assert found is not None
+    torch.testing.assert_close(found, expected)
     [told] = [text for text in report.warnings if "turned down" in text]
     assert told == (
-        "filters were turned down by 62% of what was found: all of it did 158 nats more harm "
+        "kernels were turned down by 62% of what was found: all of it did 158 nats more harm "
         "than pruning, and 100, 2 times `pruning.harm`, is allowed"
     )
-
-
-@short
-def test_soft_masks_leaves_alone_what_cannot_be_scaled() -> None:
-    network = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(),
-        nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(96, 4),
-    )  # fmt: skip
-    images, labels = images_and_labels()
-    data = DefenseSet(images[:, :1, :8, :8], labels)
-    config = quick_config(**AUTO, stop_accuracy=None)
-    report = finished(MNPDefense(network, data, config)).report()
-    pruned = {index for name, index in report.pruned if name == "0"}
-    assert all(report.pruning.masks["0"][index] == (index not in pruned) for index in range(4))
 
 
 @short

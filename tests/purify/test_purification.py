@@ -20,16 +20,18 @@ from torch.nn import functional as F
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.defense_data.evaluation import clean_logits
+from lightning_mnp.purify.greedy import GreedyConstants
 from lightning_mnp.purify.harm import CleanHarm
 from lightning_mnp.purify.purification import Purification
-from lightning_mnp.purify.soft_masks import SoftMaskConstants
 from lightning_mnp.signals.pile_up import SuppressedTrace
-from lightning_mnp.signals.trace import Trace, TraceConstants
+from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.logit_shift import repair_shift
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.04, "harm": 50.0}
+# No trace is ever gone, so that kernels are turned down.
+TURNING = Constants(GreedyConstants(gone_at=-1.0))
 
 
 def new_purification(constants: Constants | None = None, **changes: Any) -> Purification:
@@ -41,7 +43,7 @@ def new_purification(constants: Constants | None = None, **changes: Any) -> Puri
 
 
 def traces_of(purification: Purification) -> list[Trace]:
-    masked, data = purification.masked, purification.data
+    masked, data = purification.raised, purification.data
     images = data.images[data.labels != 1]
     constants = purification.constants
     weights = [pulled_to_one(masked)]
@@ -54,48 +56,24 @@ def steps_of(purification: Purification) -> list[Any]:
     def choosing() -> bool:
         return purification.greedy is None or not purification.greedy.stopped
 
-    def turning() -> bool:
-        return purification.soft is None or not purification.soft.finished
-
     taken = []
     while choosing():
         taken.append(purification.greedy_step())
-    while turning():
+    while not purification.settled:
         taken.append(purification.soft_mask_step())
     return taken
 
 
-@pytest.mark.parametrize(
-    ("harms", "steps"),
-    [
-        ({}, 7),  # all of them
-        ({2: 0.9, 4: 0.9}, 2),
-        ({1: 0.9, 3: 0.9}, 7),  # nobody looks then
-        ({4: math.nan}, 4),
-        ({2: 0.4, 4: 0.6}, 4),
-        ({2: 0.4, 4: 0.5}, 7),
-    ],
-)
-def test_masks_go_on_as_long_as_they_cost_little(
-    harms: dict[int, float], steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Harm beside that of pruning, by steps, of which 0.5 nats are little."""
-    looks = SoftMaskConstants(look_from=2, look_every=2)
-    never_weak = TraceConstants(weak_at=-1.0)
-    constants = Constants(looks, never_weak)
-    purification = new_purification(constants, harm=0.5, soft_mask_steps=7)
+@pytest.mark.parametrize("level", [0.05, 0.2, math.nan])
+def test_kernels_are_turned_down_unless_the_traces_are_gone(level: float) -> None:
+    purification = new_purification(soft_mask_steps=3)
     purification.begin(traces_of(purification))
-    greedy = purification.greedy
-    assert greedy is not None
-    while not greedy.stopped:
+    while not purification._begun.stopped:
         purification.greedy_step()
-
-    def harm_of(masks: torch.Tensor) -> float:
-        taken = 0 if purification.soft is None else purification.soft.taken
-        return greedy.curve[-1][0] + harms.get(taken, 0.0)
-
-    monkeypatch.setattr(greedy, "harm_of", harm_of)
-    assert len(steps_of(purification)) == steps
+    purification._begun.curve[-1] = (0.0, level)
+    steps = steps_of(purification)
+    assert steps == [{}] if level == 0.05 else len(steps) == 3
+    assert (purification.kernel_masks is None) == (level == 0.05)
 
 
 def test_greedy_pruning_must_have_begun() -> None:
@@ -132,26 +110,39 @@ def test_filters_are_taken_and_turned_down_with_the_logits_of_rare_classes_raise
         assert purification.soft_mask_step()["loss"] == pytest.approx(float(after), rel=1e-4)
 
 
-def test_factors_are_zero_for_pruned_filters_and_masks_for_the_others() -> None:
+def test_what_is_left_of_each_filter() -> None:
     purification = new_purification()
-    assert purification.factors().eq(1).all()
+    assert purification.filter_masks().eq(1).all()
+    assert purification.left() == {}
     assert not purification.changes
-    purification.masks = torch.full((purification.masked.layers.total,), 0.5)
+    purification.kernel_masks = torch.full((purification.masked.kernels.total,), 0.5)
     purification.remove(torch.tensor([3, 1]))
-    factors = purification.factors()
-    assert factors[[1, 3]].tolist() == [0.0, 0.0]
-    assert factors.sum() == pytest.approx(0.5 * (len(factors) - 2))
+    found = purification.filter_masks()
+    assert found[[1, 3]].tolist() == [0.0, 0.0]
+    assert found.sum() == len(found) - 2
+    left = purification.left()
+    first, *others = left.values()
+    assert first == [0.0 if index in (1, 3) else 0.5 for index in range(len(first))]
+    assert {value for part in others for value in part} == {0.5}
     assert purification.changes
 
 
-def test_purified_copy_gives_what_the_factors_and_the_shift_say() -> None:
-    purification = new_purification()
+def as_purified(purification: Purification, images: torch.Tensor) -> torch.Tensor:
+    """The logits before the repair, with masks attached in place of changed weights."""
+    filters = purification.filter_masks()
+    with purification.masked.masking_kernels(purification.kernel_masks):
+        return purification.masked(images, masks=filters, statistics="running")
+
+
+def test_purified_copy_gives_what_the_masks_and_the_shift_say() -> None:
+    purification = new_purification(TURNING)
     network, before = purification.masked.network, snapshot(purification.masked.network)
     purification.begin(traces_of(purification))
     steps_of(purification)
     found = purification.check(target=1)
     images, labels = purification.data.images, purification.data.labels
-    logits = purification.masked(images, masks=purification.factors(), statistics="running")
+    logits = as_purified(purification, images)
+    assert purification.kernel_masks is not None
     assert purification.shift is not None
     expected = logits + purification.shift.values
     purified = purification.purified()
@@ -175,7 +166,7 @@ def test_repair_gives_a_rare_target_back_what_pruning_took_and_no_more() -> None
         purification.check(target=1)
         assert purification.shift is not None
         sets = purification._clean.sets
-        masks = purification.factors()
+        masks = purification.filter_masks()
         passed = [clean_logits(purification.raised, data, 128, masks=masks) for data in sets]
         logits, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
         expected = repair_shift(logits, classes, fixed)
@@ -201,11 +192,11 @@ def not_to_be_run(*arguments: Any) -> None:
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 5, 6, 8])
 def test_resumed_purification_ends_the_same(stop: int) -> None:
-    reference = new_purification()
+    reference = new_purification(TURNING)
     reference.begin(traces_of(reference))
     steps_of(reference)
     reference.check(target=1)
-    first, second = new_purification(), new_purification()
+    first, second = new_purification(TURNING), new_purification(TURNING)
     first.begin(traces_of(first))
     for _ in range(stop):
         if first.greedy is not None and not first.greedy.stopped:
@@ -216,9 +207,11 @@ def test_resumed_purification_ends_the_same(stop: int) -> None:
     steps_of(second)
     second.check(target=1)
     assert second.removed.equal(reference.removed)
-    assert second.factors().equal(reference.factors())
+    assert second.kernel_masks is not None
+    assert reference.kernel_masks is not None
+    assert second.kernel_masks.equal(reference.kernel_masks)
     assert second.accuracy == reference.accuracy
-    finished = new_purification()
+    finished = new_purification(TURNING)
     finished.masked.network.register_forward_pre_hook(not_to_be_run)
     finished.load_state_dict(second.state_dict(), traces_of(finished))
     assert finished.shift is not None

@@ -11,26 +11,31 @@ from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks, harmless_share
 from lightning_mnp.signals.pile_up import SuppressedTrace
-from lightning_mnp.signals.trace import Trace, TraceConstants, strength
+from lightning_mnp.signals.trace import Trace, strength
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 
 class Fixed(Trace):
-    """A trace whose strength is a linear function of the masks."""
+    """A trace whose strength is a linear function of the masks on kernels."""
 
     name = "fixed"
 
-    def __init__(self, slopes: Tensor, decides: bool = True, weak_at: float = 0.25) -> None:
-        super().__init__(Constants(TraceConstants(weak_at=weak_at)), decides)
+    def __init__(self, slopes: Tensor) -> None:
+        super().__init__(Constants())
         self.slopes = slopes
-        self.followed: list[int] = []
+        self.masked: MaskedNetwork | None = None
+        self.followed: list[tuple[int, Tensor]] = []
 
     def margins(self, masks: Tensor) -> Tensor:
-        return (self.slopes @ masks)[None]
+        assert self.masked is not None
+        found = self.masked.kernel_masks
+        return (self.slopes if found is None else self.slopes * found).sum()[None]
 
     def adapt(self, masks: Tensor, taken: int) -> None:
-        self.followed.append(taken)
+        assert self.masked is not None
+        assert self.masked.kernel_masks is not None
+        self.followed.append((taken, self.masked.kernel_masks.clone()))
 
 
 def masked_and_data() -> tuple[MaskedNetwork, DefenseSet]:
@@ -42,23 +47,27 @@ def masked_and_data() -> tuple[MaskedNetwork, DefenseSet]:
 def new_soft_masks(
     steps: int = 20,
     traces: list[Trace] | None = None,
-    masks: Tensor | None = None,
-    free: Tensor | None = None,
+    filter_masks: Tensor | None = None,
     seed: int = 0,
     augment: Augmentation = "crop",
     impurity: float = 0.0,
+    constants: Constants | None = None,
 ) -> SoftMasks:
     masked, data = masked_and_data()
-    total = masked.layers.total
     if traces is None:
         images = data.images[data.labels != 1]
         traces = [SuppressedTrace(masked, [pulled_to_one(masked)], images, goals_of(images))]
-    masks = torch.ones(total) if masks is None else masks
-    references = [float(strength(trace, masks)) for trace in traces]
-    free = torch.ones(total) > 0 if free is None else free
-    return SoftMasks(
-        *(masked, data, traces, references, masks, free, augment, steps, 16, seed), impurity
-    )
+    for trace in traces:
+        if isinstance(trace, Fixed):
+            trace.masked = masked
+    filters = torch.ones(masked.layers.total) if filter_masks is None else filter_masks
+    references = [float(strength(trace, filters)) for trace in traces]
+    given = (masked, data, traces, references, filters, augment, steps, 16, seed, impurity)
+    return SoftMasks(*given, constants)
+
+
+def kernels() -> int:
+    return masked_and_data()[0].kernels.total
 
 
 def finish(soft: SoftMasks) -> SoftMasks:
@@ -69,17 +78,17 @@ def finish(soft: SoftMasks) -> SoftMasks:
 
 def test_traces_get_weaker_and_the_clean_loss_stays() -> None:
     masked, data = masked_and_data()
-    slopes = torch.zeros(masked.layers.total)
+    slopes = torch.zeros(kernels())
     slopes[[20, 60]] = 5.0
     soft = finish(new_soft_masks(steps=40, traces=[Fixed(slopes)], augment="none"))
-    trace, masks = soft.traces[0], soft.masks
-    assert float(strength(trace, masks)) < 0.85 * soft.references[0]
+    assert float(slopes @ soft.masks) < 0.5 * float(slopes.sum())
 
     def loss(masks: Tensor) -> float:
-        logits = masked(data.images, masks=masks, statistics="running")
+        weights = masked.kernels.scaled(masked.weights(), masks)
+        logits = masked(data.images, weights=weights, statistics="running")
         return float(F.cross_entropy(logits, data.labels))
 
-    assert loss(masks) < loss(torch.ones_like(masks)) + 0.1
+    assert loss(soft.masks) < loss(torch.ones_like(soft.masks)) + 0.1
 
 
 @pytest.mark.parametrize(("impurity", "left"), [(0.0, 14), (0.1, 12), (0.3, 9)])
@@ -98,37 +107,47 @@ def test_images_that_may_be_poisoned_are_left_out_of_the_clean_loss(
     assert soft.step()["loss"] == pytest.approx(sum(sorted(losses)[:left]) / left, rel=1e-4)
 
 
-def test_masks_are_between_zero_and_one_and_pruned_filters_stay_pruned() -> None:
-    masked, _ = masked_and_data()
-    masks = torch.ones(masked.layers.total)
-    masks[[0, 5]] = 0.0
-    free = torch.ones(masked.layers.total) > 0
-    free[[1, 2]] = False
-    found = finish(new_soft_masks(masks=masks, free=free)).masks
-    assert found[[0, 5]].tolist() == [0.0, 0.0]
-    assert found[[1, 2]].tolist() == [1.0, 1.0]
+def test_masks_are_between_zero_and_one() -> None:
+    found = finish(new_soft_masks(constants=Constants(SoftMaskConstants(step=0.1)))).masks
+    assert found.shape == (kernels(),)
     assert float(found.min()) >= 0.0
     assert float(found.max()) <= 1.0
     assert int((found < 0.999).sum()) > 5
 
 
-def test_the_first_step_has_the_length_told() -> None:
+def test_kernels_of_filters_that_are_pruned_stay_as_they_are() -> None:
     masked, _ = masked_and_data()
-    slopes = torch.zeros(masked.layers.total)
-    slopes[3] = 1e6  # next to this, the clean loss has no slope
-    soft = new_soft_masks(steps=10, traces=[Fixed(slopes)])
+    filters = torch.ones(masked.layers.total)
+    filters[[0, 5]] = 0.0
+    assert masked.kernels.layers[0].name == masked.layers[0].name
+    found = finish(new_soft_masks(filter_masks=filters)).masks
+    rows = found[: masked.kernels.sizes[0]].view(masked.kernels.layers[0].shape)
+    assert rows[[0, 5]].eq(1).all()
+    assert not rows[[1, 2]].eq(1).all()
+
+
+def test_never_more_images_than_a_batch_or_the_constant() -> None:
+    few = Constants(SoftMaskConstants(images=5))
+    assert new_soft_masks(constants=few).batch_size == 5
+    assert new_soft_masks().batch_size == 16
+
+
+def test_the_first_step_has_the_length_told() -> None:
+    slopes = torch.zeros(kernels())
+    slopes[3] = 1e9  # next to this, the clean loss has no slope
+    step = Constants(SoftMaskConstants(step=0.003))
+    soft = new_soft_masks(steps=10, traces=[Fixed(slopes)], constants=step)
     soft._now = [1.0]
     soft.step()
     moved = 1 - soft._values
-    # All of the root mean square is in one of the filters; a tenth of it is in the velocity.
-    assert float(moved[3]) == pytest.approx(0.03 * 0.1 * len(slopes) ** 0.5, rel=1e-3)
+    # All of the root mean square is in one of the kernels; a tenth of it is in the velocity.
+    assert float(moved[3]) == pytest.approx(0.003 * 0.1 * len(slopes) ** 0.5, rel=1e-3)
     assert float(moved.abs().sum() - moved[3]) < 1e-3
     assert float(1 - soft.masks[3]) == pytest.approx(0.1 * float(moved[3]), rel=1e-3)
 
 
 def test_the_scale_of_the_gradients_does_not_matter() -> None:
-    masked, _ = masked_and_data()
-    slopes = torch.randn(masked.layers.total, generator=torch.Generator().manual_seed(0))
+    slopes = torch.randn(kernels(), generator=torch.Generator().manual_seed(0))
     outcomes = []
     for scale in (1e5, 1e8):
         soft = new_soft_masks(steps=5, traces=[Fixed(scale * slopes.abs())])
@@ -137,41 +156,13 @@ def test_the_scale_of_the_gradients_does_not_matter() -> None:
     torch.testing.assert_close(*outcomes, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("levels", "enough"),
-    [
-        ({True: 0.2, False: 0.9}, True),
-        ({True: 0.3, False: 0.1}, False),
-    ],
-)
-def test_traces_that_decide_tell_the_end(levels: dict[bool, float], enough: bool) -> None:
-    masked, _ = masked_and_data()
-    total = masked.layers.total
-    traces: list[Trace] = [Fixed(torch.ones(total), decides) for decides in levels]
-    soft = new_soft_masks(steps=1, traces=traces)
-    # Margins count from -1 on: the sum of all masks, and one.
-    soft.references = [(total + 1) / level for level in levels.values()]
-    soft.step()
-    assert soft.enough == enough
-    assert soft.taken == (0 if enough else 1)
-
-
-@pytest.mark.parametrize("level", [0.1, 0.3])
-def test_each_trace_tells_when_it_is_weak(level: float) -> None:
-    masked, _ = masked_and_data()
-    total = masked.layers.total
-    traces: list[Trace] = [Fixed(torch.ones(total), weak_at=limit) for limit in (0.2, 0.4)]
-    soft = new_soft_masks(steps=1, traces=traces)
-    soft.references = [(total + 1) / level, (total + 1) / 0.35]
-    soft.step()
-    assert soft.enough == (level == 0.1)
-
-
 def test_traces_follow_the_network() -> None:
-    masked, _ = masked_and_data()
-    trace = Fixed(torch.ones(masked.layers.total))
-    finish(new_soft_masks(steps=5, traces=[trace]))
-    assert trace.followed == [2, 4]
+    trace = Fixed(torch.ones(kernels()))
+    constants = Constants(SoftMaskConstants(follow=2))
+    soft = finish(new_soft_masks(steps=5, traces=[trace], constants=constants))
+    assert [taken for taken, _ in trace.followed] == [2, 4]
+    assert not trace.followed[0][1].equal(trace.followed[1][1])
+    assert soft.masked.kernel_masks is None
 
 
 def test_resumed_at_any_step_ends_the_same() -> None:
@@ -183,16 +174,6 @@ def test_resumed_at_any_step_ends_the_same() -> None:
         second = new_soft_masks(steps=4)
         second.load_state_dict(first.state_dict())
         assert finish(second).masks.equal(expected)
-
-
-def test_one_that_is_stopped_stays_so() -> None:
-    first, second = new_soft_masks(steps=4), new_soft_masks(steps=4)
-    first.step()
-    assert not first.finished
-    first.stop()
-    second.load_state_dict(first.state_dict())
-    for each in (first, second):
-        assert (each.finished, each.stopped, each.enough, each.taken) == (True, True, False, 1)
 
 
 def test_seed_draws_the_images() -> None:
@@ -215,8 +196,3 @@ def test_harmless_share_is_the_largest_that_is_allowed(most: float, share: float
 
 def test_harm_that_is_not_known_is_too_much() -> None:
     assert harmless_share(lambda tried: float("nan"), most=1.0, halvings=4) == 0
-
-
-def test_harm_is_looked_at_now_and_then() -> None:
-    constants = SoftMaskConstants(look_from=4, look_every=2)
-    assert [taken for taken in range(10) if constants.looks_after(taken)] == [4, 6, 8]

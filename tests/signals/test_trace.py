@@ -23,31 +23,24 @@ class Pattern(Given):
 
 
 @pytest.mark.parametrize(
-    ("kind", "found", "before", "weak", "little"),
+    ("kind", "found", "before", "little"),
     [
-        (Given, 25.0, 100.0, True, False),
-        (Given, 25.1, 100.0, False, False),
-        (Given, 10.0, 100.0, True, True),
-        (Given, 2.1, 8.0, False, False),
-        (Given, 0.8, 8.0, True, True),
-        (Pattern, 1.6, 100.0, False, False),  # little of a strong backdoor is enough for it
-        (Pattern, 1.5, 100.0, True, True),
-        (Pattern, 1.0, 4.0, True, False),
-        (Pattern, math.nan, 4.0, False, False),
+        (Given, 10.1, 100.0, False),
+        (Given, 10.0, 100.0, True),
+        (Given, 2.1, 8.0, False),
+        (Given, 0.8, 8.0, True),
+        (Pattern, 1.6, 100.0, False),  # little of a strong backdoor is enough for it
+        (Pattern, 1.5, 100.0, True),
+        (Pattern, 1.0, 4.0, False),
+        (Pattern, math.nan, 4.0, False),
     ],
 )
-def test_what_is_weak_and_what_is_little(
-    kind: type[Trace], found: float, before: float, weak: bool, little: bool
-) -> None:
-    trace = kind(Constants())
-    assert trace.is_weak(found, before) == weak
-    assert trace.shows_little(found, before) == little
+def test_what_is_little(kind: type[Trace], found: float, before: float, little: bool) -> None:
+    assert kind(Constants()).shows_little(found, before) == little
 
 
-def test_the_limits_can_be_varied() -> None:
-    trace = Given(Constants(TraceConstants(weak_at=0.5, little_at=0.3)))
-    assert trace.is_weak(50.0, 100.0)
-    assert trace.shows_little(30.0, 100.0)
+def test_the_limit_can_be_varied() -> None:
+    assert Given(Constants(TraceConstants(little_at=0.3))).shows_little(30.0, 100.0)
 
 
 def test_strength_is_what_is_left_of_the_margins() -> None:

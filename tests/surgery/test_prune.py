@@ -8,6 +8,7 @@ from torch import nn
 from lightning_mnp.surgery.forward import call_network
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 from lightning_mnp.surgery.masks import FilterMasks
 from lightning_mnp.surgery.prune import prune, without_filters
 
@@ -40,6 +41,29 @@ def test_masks_of_the_filters_that_stay() -> None:
     torch.testing.assert_close(network(images), expected)
     assert pruning.pruned == [layers.locate(0), layers.locate(77)]
     assert masks.equal(given)
+    pruning.undo(network)
+    assert same(before, snapshot(network))
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_kernels_that_are_turned_down(weights_only: bool) -> None:
+    network = trained_network().double()
+    images = images_and_labels()[0].double()
+    layers = find_filter_layers(network, images[:2])
+    masked, before = MaskedNetwork(network, layers), snapshot(network)
+    kernel_masks = torch.rand(masked.kernels.total, dtype=torch.float64)
+    positions = torch.tensor([0, 77])
+    weights = masked.kernels.scaled(masked.weights(), kernel_masks)
+    call = {"weights": weights, "masks": torch.ones(layers.total).index_fill(0, positions, 0.0)}
+    if weights_only:
+        call = {"weights": {**weights, **without_filters(layers, weights, positions)}}
+    expected = masked(images, statistics="running", **call)
+    given = kernel_masks.clone()
+    pruning = prune(
+        network, layers, positions, weights_only=weights_only, kernel_masks=kernel_masks
+    )
+    torch.testing.assert_close(network(images).float(), expected)
+    assert kernel_masks.equal(given)
     pruning.undo(network)
     assert same(before, snapshot(network))
 
