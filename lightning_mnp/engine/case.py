@@ -191,12 +191,12 @@ class Case:
     def first_runs(self) -> int:
         """Number of suppression runs before the first verdict.
 
-        One is enough if no signal speaks: the others are made when a verdict or pruning needs them.
-        None is made if none of the signals needs one.
+        One is enough if filters are not ranked by masks: the others are made when the verdict needs
+        them. None is made if none of the signals needs one.
         """
         if self.judges_by_signals and not (self.measured is None or "pile-up" in self.measured):
             return 0
-        waits = self.when == "never" or (self.when == "flagged" and not self.ranks_by_masks)
+        waits = self.when == "never" or not self.ranks_by_masks
         return 1 if self.judges_by_signals and waits else self.config.suppression.runs
 
     @property

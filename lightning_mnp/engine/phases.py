@@ -322,20 +322,15 @@ class VerdictPhase(OneStepPhase):
         if further:
             entries = [(name, run) for run in further for name in ("suppression", "saliency")]
             return [*entries, ("verdict", 0)]
-        return self._pruning if self._prunes else []
-
-    @property
-    def _prunes(self) -> bool:
-        """Whether pruning follows because the network is flagged."""
         assert self.case.judgement is not None
-        return self.case.when == "flagged" and self.case.judgement.verdict == "backdoored"
+        flagged = self.case.judgement.verdict == "backdoored"
+        return self._pruning if flagged and self.case.when == "flagged" else []
 
     def _further_runs(self) -> range:
         """The runs to make before the next verdict.
 
-        The audit begins with one. The usual number is made if the verdict may hang on the pile-up,
-        and for greedy pruning, which looks at all of these suppressed networks. If the pile-up is
-        unclear even then, one more for each part follows.
+        The audit begins with one. The usual number is made if the verdict may hang on the pile-up.
+        If that is unclear even then, one more for each part follows.
         """
         case, made = self.case, len(self.case.runs)
         # Of a network that is not judged in any case, more runs would say nothing.
@@ -345,8 +340,7 @@ class VerdictPhase(OneStepPhase):
         constants, found = case.constants.of(VerdictConstants), case.signals()
         if made < suppression.runs:
             wanted = suppression.runs
-            traced = self._prunes and not case.ranks_by_masks
-            needed = traced or hangs_on_pile_up(found, constants)
+            needed = hangs_on_pile_up(found, constants)
         else:
             parts = suppression_parts(case.data, case.config)
             wanted = min(made + parts, suppression.runs + suppression.more_runs)

@@ -97,7 +97,7 @@ def test_the_usual_runs_are_made_if_the_verdict_hangs_on_the_pile_up(
 
 
 @short
-def test_a_flagged_network_gets_the_usual_runs_before_it_is_pruned(
+def test_a_flagged_network_is_pruned_with_the_runs_of_its_verdict(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judgement = Judgement("backdoored", 0.5, 0.7, 0, ("a test says so",))
@@ -105,10 +105,10 @@ def test_a_flagged_network_gets_the_usual_runs_before_it_is_pruned(
     changes = {"rule": "auto", "amount": 0.05, "runs": 2}
     defense = new_defense(when="flagged", **changes)
     assert phases(defense)[7:] == [
-        "verdict", "suppression", "saliency", "verdict", "reach", "overlay", "pruning",
-        "soft_masks", "check",
+        "verdict", "reach", "overlay", "pruning", "soft_masks", "check",
     ]  # fmt: skip
     always = finished(new_defense(**changes))
+    assert len(defense.case.runs) == 1
     assert defense.case.runs == always.case.runs
     assert defense.report().pruned == always.report().pruned
 
