@@ -35,7 +35,8 @@ class FilterOptions:
     Args:
         include: Name patterns of the layers to take.
         exclude: Name patterns of the layers to leave out.
-        linear: Whether hidden linear layers take part, as convolutions with 1x1 kernels.
+        linear: Whether hidden linear layers take part, as convolutions with 1x1 kernels. The soft
+            masks of the rule `auto` act on all linear layers in any case.
         site: Where a mask acts: `norm`, behind the normalization layer, or `filter`. The latter
             needs `running` statistics for M1 and M2: those of the batch undo such masks.
         statistics: Suppression, saliency and masks normalize by `batch` or `running` statistics.
@@ -61,7 +62,8 @@ class SuppressionOptions:
 
     Args:
         runs: Number of suppression runs, over which masks and the pile-up are averaged. An audit
-            makes one, and the others if the verdict hangs on the pile-up or filters are pruned.
+            makes one, and the others if the verdict hangs on the pile-up or by Eq. 8, or if
+            filters are ranked by masks.
         more_runs: Most further runs, made if the verdict hangs on an unclear pile-up.
         lr: Learning rate, eta_1 in the paper.
         momentum: Momentum; above 0 it takes memory for one more copy of the weights.
@@ -126,7 +128,7 @@ class PruningOptions:
         amount: The count, share or threshold; for `auto`, the most to prune as a share of all.
         harm: Most harm to clean images by the rule `auto`, in nats.
         impurity: Share of the defense set that may be poisoned; harm is measured without it.
-        soft_mask_steps: Steps in which the rule `auto` turns down kernels, if pruning leaves much.
+        soft_mask_steps: Steps in which the rule `auto` turns down kernels, if traces are left.
         repair: Whether the logits are balanced again after pruning; the target's logit stays.
         reaudit: Whether a pruned network is audited again.
         removes: What pruning sets to zero: the output `map`, or the weights of the `filter` alone,

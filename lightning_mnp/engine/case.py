@@ -191,8 +191,8 @@ class Case:
     def first_runs(self) -> int:
         """Number of suppression runs before the first verdict.
 
-        One is enough if filters are not ranked by masks: the others are made when the verdict needs
-        them. None is made if none of the signals needs one.
+        One is enough for a verdict by signals if no filters are ranked by masks: the others are
+        made when that verdict needs them. None is made if none of the signals needs one.
         """
         if self.judges_by_signals and not (self.measured is None or "pile-up" in self.measured):
             return 0
@@ -300,7 +300,8 @@ class Case:
 
     def traces(self) -> list[Trace]:
         """Collect what shows the backdoor of the suspected class."""
-        suppressed = [*self.suppressed, self.suppression.weights]
+        # The weights of the latest run may be among those kept for a run that did not follow.
+        suppressed = [*self.suppressed[: max(0, len(self.runs) - 1)], self.suppression.weights]
         return find_traces(self.scene, suppressed, self.signals()[0], self.searches)
 
 

@@ -20,7 +20,7 @@ from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack
 from lightning_mnp.defense_data.names import find_class_names
 from lightning_mnp.engine.defense import MNPDefense
 from lightning_mnp.hosting.loggers import is_a, run_name
-from lightning_mnp.hosting.processes import do_in_first, gather_objects, process_count
+from lightning_mnp.hosting.processes import do_in_first, gather_objects, process_count, process_rank
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.reporting.files import save_report
 from lightning_mnp.surgery.logit_shift import LogitShift
@@ -235,7 +235,8 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
     # Not a broadcast, which would not tell that another process has died.
     own = defense.purification
     bias = None if own.shift is None else own.shift.name
-    masks = None if own.kernel_masks is None else own.kernel_masks.cpu()
+    first = process_rank() == 0  # of the others, nothing is taken
+    masks = own.kernel_masks.cpu() if first and own.kernel_masks is not None else None
     outcome = own.removed.tolist(), bias, masks, defense.report()
     removed, bias, masks, report = gather_objects(outcome)[0]
     own.shift = None if bias is None else LogitShift(bias, torch.tensor(report.pruning.shift))

@@ -39,7 +39,7 @@ class GreedyConstants:
         little_harm: Share of the harm allowed that filters may do once little of the backdoor
             shows.
         gone_at: All traces that decide are as good as gone at this share of their strength at the
-            start; 0 to go on as long as harm allows.
+            start; with 0, they never are, and pruning goes on as long as harm allows.
         again: Filters that are taken after that, as a multiple of those taken until then, since
             traces can be gone before the backdoor is.
     """
@@ -137,20 +137,18 @@ class GreedyPruning:
     @property
     def gone(self) -> bool:
         """Whether the traces that decide are as good as gone by now."""
-        return bool(self.curve) and self._were_gone(self.curve[-1][1:])
+        return bool(self.curve) and self._are_gone(self.curve[-1][1:])
 
-    def _were_gone(self, levels: Sequence[float]) -> bool:
-        pairs = zip(self.traces, levels, strict=True)
+    def _are_gone(self, levels: Sequence[float]) -> bool:
+        least, pairs = self.constants.gone_at, zip(self.traces, levels, strict=True)
         decisive = [level for trace, level in pairs if trace.decides]
-        return bool(decisive) and all(level <= self.constants.gone_at for level in decisive)
+        return least > 0 and bool(decisive) and all(level <= least for level in decisive)
 
     @property
     def _enough(self) -> bool:
         """Whether the traces that decide were gone, and as many filters again were taken."""
-        if not self.constants.gone_at:
-            return False
         for count, point in zip(self.counts, self.curve, strict=True):
-            if count and self._were_gone(point[1:]):
+            if count and self._are_gone(point[1:]):
                 return len(self.taken) >= (1 + self.constants.again) * count
         return False
 

@@ -99,11 +99,14 @@ class CleanHarm:
     def of(self, masks: Tensor) -> float:
         """Measure the harm of filter masks, in nats; 0 for masks of ones.
 
+        Masks on kernels, if the network has any at the time, count as part of the harm.
+
         Args:
             masks: Filter masks, shape (total filters,).
         """
         if self._before is None:
-            self._before = self._log_probabilities(torch.ones_like(masks))[0]
+            with self.masked.masking_kernels(None):
+                self._before = self._log_probabilities(torch.ones_like(masks))[0]
         before = self._before
         after, labels = self._log_probabilities(masks)
         own = labels[:, None]

@@ -28,7 +28,7 @@ class Purification:
     """Finds what to change in a network, and changes it.
 
     Filters are named from outside (:meth:`remove`) or taken step by step
-    (:meth:`begin`, :meth:`greedy_step`), and then turned down (:meth:`soft_mask_step`).
+    (:meth:`begin`, :meth:`greedy_step`). Kernels are then turned down (:meth:`soft_mask_step`).
     :meth:`check` measures what is left and fits the repair. The network itself changes only by
     :meth:`apply`.
 
@@ -152,7 +152,7 @@ class Purification:
         return metrics
 
     def soft_mask_step(self) -> dict[str, float]:
-        """Turn kernels down by one step, until ``settled``; not if the traces are gone.
+        """Turn kernels down by one step, until ``settled``; takes none if the traces are gone.
 
         Returns:
             Numbers of this step, see :meth:`SoftMasks.step`.
@@ -163,8 +163,7 @@ class Purification:
         self.soft = self.soft or self._new_soft_masks()
         metrics = {} if self.soft.finished else self.soft.step()
         if self.soft.finished:
-            if self.soft.taken:
-                self.kernel_masks = self._harmless(self.soft.masks)
+            self.kernel_masks = self._harmless(self.soft.masks)
             self.settled = True
         return metrics
 
@@ -236,13 +235,18 @@ class Purification:
         return values
 
     def left(self) -> dict[str, list[float]]:
-        """Return how much of each filter is left, by layer; empty if no kernel was turned down."""
+        """Return how much of each filter is left, as a share of its weights, by layer.
+
+        It is empty if no kernel was turned down. Linear layers that have no filters are not told.
+        """
         if self.kernel_masks is None:
             return {}
         shares = self.masked.kernels.left(self.masked.weights(), self.kernel_masks)
+        whole = {layer.name: [1.0] * layer.filters for layer in self.masked.layers}
+        found = {name: shares.get(name, values) for name, values in whole.items()}
         for name, index in map(self.masked.layers.locate, self.removed.tolist()):
-            shares[name][index] = 0.0
-        return shares
+            found[name][index] = 0.0
+        return found
 
     @property
     def _weights_only(self) -> bool:

@@ -33,7 +33,7 @@ class SoftMaskConstants:
     Attributes:
         weight: What the traces count against the clean loss, in nats for all of their strength at
             the start.
-        step: Length of a step: the root mean square over all kernels, if gradients agree.
+        step: Length of a step: the root mean square over all kernels in use, if gradients agree.
         momentum: Momentum of the steps.
         average: Weight of the masks so far in their mean over the latest steps, the outcome.
         follow: The traces follow the network in every so many steps.
@@ -83,12 +83,13 @@ class SoftMasks:
     kernels, not on filters; what counts against the clean loss is not the norm of the filters but
     the margin of the target class where the backdoor shows; and the masks stay as they are instead
     of being cut at a threshold. Steps have a length that does not depend on the scale of the
-    gradients: momentum, divided by the running root mean square over all kernels.
+    gradients: momentum, divided by the running root mean square over all kernels in use.
 
     Args:
         masked: The network.
         data: The defense set.
-        traces: Where the backdoor shows; they follow the network.
+        traces: Where the backdoor shows; they follow the network, and run it by `masked` or an
+            object made of it, which have the masks at the time.
         references: The strength of each trace before anything was pruned, above 0.
         filter_masks: Zeros for the filters pruned, ones for the others, shape (total filters,).
         augment: What is done to the images.
@@ -202,7 +203,9 @@ class SoftMasks:
         constants = self.constants
         rest = 1 - constants.momentum
         self.taken += 1
-        self._square += rest * (float(gradient.square().mean()) - self._square)
+        used = gradient[gradient != 0]  # layers that are not called would make all steps longer
+        square = float(used.square().mean()) if len(used) else 0.0
+        self._square += rest * (square - self._square)
         size = (self._square / (1 - constants.momentum**self.taken)) ** 0.5
         self._velocity = constants.momentum * self._velocity + rest * gradient / max(size, 1e-12)
         self._values = (self._values - constants.step * self._velocity).clamp(0.0, 1.0)

@@ -204,7 +204,8 @@ class PruningReport:
             for each trace, how much of it is left, as a share.
         traces: The names of these traces, in the order of the curve.
         masks: How much of each filter's weights is left, as a share, by layer; empty if no kernel
-            was turned down. Each row of a linear layer counts as a filter.
+            was turned down. Linear layers without filters are
+            left out.
         shift: What was added to each class's logit; empty if nothing was.
         sums: M1 + M2 of every filter, averaged over the runs, by layer; empty if the rule does not
             rank by them.

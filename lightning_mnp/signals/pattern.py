@@ -291,7 +291,7 @@ class PatternTrace(Trace):
     def __init__(self, trigger: PatternTrigger) -> None:
         super().__init__(trigger.constants)
         self.trigger = trigger
-        self.weak_below = trigger.constants.of(PatternConstants).weak_below
+        self.little_below = trigger.constants.of(PatternConstants).little_below
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -28,7 +28,7 @@ class PatternConstants:
         least_distance: Least usual distance to a class, in logits. A network that knows little has
             its classes close together, and all are easily reached.
         following_steps: Steps in which a trace's pattern follows the network.
-        weak_below: A trace is weak only below this strength, whatever it was at the start. With
+        little_below: Little is left only below this strength, whatever it was at the start. With
             1.5, images are half a logit past the border of their own class; no pattern of that
             size gets them there in an ordinary network.
     """
@@ -37,7 +37,7 @@ class PatternConstants:
     searched_images: int = 32
     least_distance: float = 1.0
     following_steps: int = 3
-    weak_below: float = 1.5
+    little_below: float = 1.5
 
 
 class PatternTrigger(ABC):

@@ -19,7 +19,7 @@ _LOWEST_MARGIN = -1.0
 
 @dataclass(frozen=True)
 class TraceConstants:
-    """When a trace is weak.
+    """When little is left of a trace.
 
     Attributes:
         little_at: Share of the strength at the start from which next to nothing is left.
@@ -42,11 +42,11 @@ class Trace(ABC):
 
     Attributes:
         name: What it is.
-        weak_below: Little is left only below this strength, whatever it was at the start.
+        little_below: Little is left only below this strength, whatever it was at the start.
     """
 
     name: ClassVar[str]
-    weak_below: float = math.inf
+    little_below: float = math.inf
 
     def __init__(self, constants: Constants, decides: bool = True) -> None:
         self._limits = constants.of(TraceConstants)
@@ -59,7 +59,7 @@ class Trace(ABC):
             found: The strength.
             before: The strength at the start.
         """
-        return found <= min(self._limits.little_at * before, self.weak_below)
+        return found <= min(self._limits.little_at * before, self.little_below)
 
     @abstractmethod
     def margins(self, masks: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Kernels: what a filter makes of one of its inputs; the smallest part that masks act on."""
+"""Kernels: the weights of one filter on one input map; the smallest part that masks act on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_mnp.surgery.layers import filter_rows
+from lightning_mnp.surgery.layers import FilterLayers, filter_rows
 
 __all__ = ["KernelLayer", "Kernels", "find_kernels"]
 
@@ -79,8 +79,8 @@ class Kernels:
         changed = dict(weights)
         for layer, part in zip(self.layers, masks.split(self.sizes), strict=True):
             weight = weights[layer.weight]
-            factors = part.view(*layer.shape, *[1] * (weight.ndim - 2))
-            changed[layer.weight] = weight * factors.to(weight)
+            factors = part.view(*layer.shape, *[1] * (weight.ndim - 2)).to(weight.device)
+            changed[layer.weight] = (weight * factors).to(weight.dtype)
         return changed
 
     def left(self, weights: Mapping[str, Tensor], masks: Tensor) -> dict[str, list[float]]:
@@ -103,21 +103,23 @@ class Kernels:
         for layer in self.layers:
             kind = layer.transposed, layer.groups
             whole, rest = (
-                filter_rows(each[layer.weight], *kind).abs().sum(1) for each in (weights, changed)
+                filter_rows(each[layer.weight].float(), *kind).abs().sum(1)
+                for each in (weights, changed)
             )
             shares[layer.name] = torch.where(whole > 0, rest / whole, 1.0).tolist()
         return shares
 
 
-def find_kernels(network: nn.Module) -> Kernels:
-    """Find the kernels of a network.
+def find_kernels(network: nn.Module, layers: FilterLayers | None = None) -> Kernels:
+    """Find the kernels of a network. The network does not run.
 
     Args:
         network: The network.
+        layers: Its layers with filters, which know the names that are left out; None for none.
 
     Returns:
-        The kernels of all convolutions and linear layers whose weight is a parameter of the
-        network. A weight that several layers share is there once.
+        The kernels of all convolutions and linear layers, the classifier head among them, whose
+        weight is a parameter of the network. A weight that several layers share is there once.
 
     Example:
         >>> [layer.weight for layer in find_kernels(nn.Sequential(nn.Conv2d(1, 2, 3))).layers]
@@ -126,11 +128,14 @@ def find_kernels(network: nn.Module) -> Kernels:
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     found = []
     for name, module in network.named_modules():
-        if not isinstance(module, (_ConvNd, nn.Linear)):
+        if not isinstance(module, (_ConvNd, nn.Linear)) or (layers and not layers.wants(name)):
             continue
-        weight = names.pop(id(module.weight), None)  # computed ones are no parameters
+        parameter = module._parameters.get("weight")  # without computing what is computed
+        if parameter is None or not parameter.is_floating_point():
+            continue
+        weight = names.pop(id(parameter), None)
         if weight is not None:
-            first, second = module.weight.shape[:2]
+            first, second = parameter.shape[:2]
             transposed = isinstance(module, _ConvTransposeNd)
             groups = getattr(module, "groups", 1)
             found.append(KernelLayer(name, weight, (first, second), transposed, groups))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -89,6 +89,8 @@ class FilterLayers(Sequence[FilterLayer]):
     Attributes:
         layers: The layers whose filters can be pruned.
         skipped: Pairs (name, reason) of the convolutions that are left alone.
+        include: Name patterns of the layers to take.
+        exclude: Name patterns of the layers to leave out.
 
     Example:
         >>> layers = FilterLayers((FilterLayer("a", 4, "a", 1), FilterLayer("b", 6, "b", 1)))
@@ -98,6 +100,17 @@ class FilterLayers(Sequence[FilterLayer]):
 
     layers: tuple[FilterLayer, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def wants(self, name: str) -> bool:
+        """Return whether a layer may be changed, as far as its name goes.
+
+        Args:
+            name: Its dotted name.
+        """
+        taken = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.include)
+        return taken and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
 
     @property
     def sizes(self) -> list[int]:
@@ -231,10 +244,9 @@ def find_filter_layers(
     heads = tracer.makers([logits])
     owners = _owners(network)
     layers, skipped = [], []
+    chosen = FilterLayers((), (), tuple(include), tuple(exclude))
     for name, convolution in convolutions.items():
-        chosen = any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
-        chosen &= not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
-        if not chosen:
+        if not chosen.wants(name):
             skipped.append((name, "left out by name"))
         elif name not in tracer.uses:
             skipped.append((name, "not called by the network"))
@@ -256,7 +268,7 @@ def find_filter_layers(
             f"Expected at least one convolution to remain, but all {len(skipped)} are left out "
             f"({reasons}). Change the arguments `include` and `exclude`, or the network."
         )
-    return FilterLayers(tuple(layers), tuple(skipped))
+    return replace(chosen, layers=tuple(layers), skipped=tuple(skipped))
 
 
 def _owners(network: nn.Module) -> Counter[int]:

@@ -91,7 +91,6 @@ class MaskedNetwork:
 
     Attributes:
         raised: What is added to the logits of some classes, by class; see :meth:`with_raised`.
-        kernel_masks: What every kernel is multiplied by, or None; see :meth:`masking_kernels`.
         seen: The images that went through the network, by this object and those made of it.
 
     Example:
@@ -123,17 +122,25 @@ class MaskedNetwork:
         self.statistics = statistics
         self.autocast = autocast
         self.raised: dict[int, float] = {}
-        self.kernel_masks: Tensor | None = None
         self.seen = ImageCount()
+        self._kernel_masks: list[Tensor | None] = [None]  # shared with the objects made of this one
 
     @cached_property
     def kernels(self) -> Kernels:
-        """The kernels of the network."""
-        return find_kernels(self.network)
+        """The kernels of the network, without those of layers that are left out by name."""
+        return find_kernels(self.network, self.layers)
+
+    @property
+    def kernel_masks(self) -> Tensor | None:
+        """What every kernel is multiplied by at the time; see :meth:`masking_kernels`."""
+        return self._kernel_masks[0]
 
     @contextmanager
     def masking_kernels(self, masks: Tensor | None) -> Iterator[None]:
-        """Multiply the kernels by masks in all calls of this object for a while.
+        """Multiply the kernels by masks for a while.
+
+        That goes for all calls of this object, and of those that it was made of or that were made
+        of it.
 
         Args:
             masks: One factor for each kernel, shape (total kernels,), with or without a gradient;
@@ -148,11 +155,12 @@ class MaskedNetwork:
             ...     float(masked(images).abs().sum())
             0.0
         """
-        before, self.kernel_masks = self.kernel_masks, masks
+        before = self.kernel_masks
+        self._kernel_masks[0] = masks
         try:
             yield
         finally:
-            self.kernel_masks = before
+            self._kernel_masks[0] = before
 
     def with_raised(self, values: Mapping[int, float]) -> MaskedNetwork:
         """Return an object for the same network that raises the logits of some classes.

@@ -100,7 +100,7 @@ def prune(
     prefixes = {f"{layer.name}." for layer in layers if layer.name in touched}
     prefixes |= {f"{layer.site}." for layer in layers if layer.name in touched}
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    scaled = _scaled(network, kernel_masks)
+    scaled = _scaled(network, layers, kernel_masks)
     saved = {
         name: tensor.detach().clone()
         for name, tensor in tensors.items()
@@ -127,12 +127,12 @@ def prune(
 
 
 @torch.no_grad()
-def _scaled(network: nn.Module, masks: Tensor | None) -> dict[str, Tensor]:
+def _scaled(network: nn.Module, layers: FilterLayers, masks: Tensor | None) -> dict[str, Tensor]:
     """The weights that kernel masks change, multiplied by them."""
     if masks is None:
         return {}
     weights = dict(network.named_parameters())
-    changed = find_kernels(network).scaled(weights, masks)
+    changed = find_kernels(network, layers).scaled(weights, masks)
     return {name: weight for name, weight in changed.items() if not weight.equal(weights[name])}
 
 

@@ -27,7 +27,7 @@ short = pytest.mark.usefixtures("short_searches")
 
 JUDGED = Constants(AbstentionConstants(abstain=False))  # so that 40 images are enough
 # No trace is ever gone, so that soft masks take steps.
-TURNING = Constants(GreedyConstants(gone_at=-1.0), AbstentionConstants(abstain=False))
+TURNING = Constants(GreedyConstants(gone_at=0.0), AbstentionConstants(abstain=False))
 
 
 def new_defense(
@@ -365,7 +365,7 @@ def test_soft_masks_turns_down_what_is_left() -> None:
     found = defense.purification.kernel_masks
     assert found is not None
     left = report.pruning.masks
-    assert list(left) == [layer.name for layer in defense.case.masked.kernels.layers]
+    assert list(left) == [layer.name for layer in defense.case.layers]
     told = f"{len(report.pruned)} of 88 filters pruned, {report.turned_down} turned down"
     assert told in str(report)
     assert len(report.pruned) > 0

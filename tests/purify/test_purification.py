@@ -31,7 +31,7 @@ from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.04, "harm": 50.0}
 # No trace is ever gone, so that kernels are turned down.
-TURNING = Constants(GreedyConstants(gone_at=-1.0))
+TURNING = Constants(GreedyConstants(gone_at=0.0))
 
 
 def new_purification(constants: Constants | None = None, **changes: Any) -> Purification:
@@ -108,6 +108,21 @@ def test_filters_are_taken_and_turned_down_with_the_logits_of_rare_classes_raise
         assert purification._begun.harm_of(masks) == pytest.approx(harm.of(masks), abs=1e-5)
         assert harm.of(masks) >= share * float(after - before) - 1e-5  # the rest is a divergence
         assert purification.soft_mask_step()["loss"] == pytest.approx(float(after), rel=1e-4)
+
+
+def test_harm_of_kernel_masks_is_measured_against_the_network_as_it_was() -> None:
+    """Also where no harm was measured before: after a resume, or if nothing could be pruned."""
+    purification = new_purification(TURNING)
+    purification.begin(traces_of(purification))
+    purification._begun.curve, purification._begun.counts = [(0.0, 1.0)], [0]
+    kernel_masks = torch.full((purification.masked.kernels.total,), 0.9)
+    found = purification._harm_beyond_pruning(kernel_masks)
+    measure = CleanHarm(purification.masked, purification._clean.sets, 16)
+    filters = purification.filter_masks()
+    assert measure.of(filters) == 0
+    with purification.masked.masking_kernels(kernel_masks):
+        assert found == pytest.approx(measure.of(filters), rel=1e-4)
+    assert found > 0.01
 
 
 def test_what_is_left_of_each_filter() -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from helpers import goals_of, images_and_labels, pulled_to_one, same, snapshot, trained_network
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mnp.config import Constants
@@ -38,8 +40,10 @@ class Fixed(Trace):
         self.followed.append((taken, self.masked.kernel_masks.clone()))
 
 
-def masked_and_data() -> tuple[MaskedNetwork, DefenseSet]:
+def masked_and_data(*idle: nn.Module) -> tuple[MaskedNetwork, DefenseSet]:
     network = trained_network()
+    for number, module in enumerate(idle):
+        network.add_module(f"idle_{number}", module)
     data = DefenseSet(*images_and_labels())
     return MaskedNetwork(network, find_filter_layers(network, data.images[:2])), data
 
@@ -52,8 +56,9 @@ def new_soft_masks(
     augment: Augmentation = "crop",
     impurity: float = 0.0,
     constants: Constants | None = None,
+    idle: Sequence[nn.Module] = (),
 ) -> SoftMasks:
-    masked, data = masked_and_data()
+    masked, data = masked_and_data(*idle)
     if traces is None:
         images = data.images[data.labels != 1]
         traces = [SuppressedTrace(masked, [pulled_to_one(masked)], images, goals_of(images))]
@@ -144,6 +149,15 @@ def test_the_first_step_has_the_length_told() -> None:
     assert float(moved[3]) == pytest.approx(0.003 * 0.1 * len(slopes) ** 0.5, rel=1e-3)
     assert float(moved.abs().sum() - moved[3]) < 1e-3
     assert float(1 - soft.masks[3]) == pytest.approx(0.1 * float(moved[3]), rel=1e-3)
+
+
+def test_layers_that_are_not_called_do_not_make_steps_longer() -> None:
+    def moved(*idle: nn.Module) -> Tensor:
+        soft = new_soft_masks(steps=1, idle=idle)
+        soft.step()
+        return soft._values[: kernels()]
+
+    torch.testing.assert_close(moved(nn.Linear(100, 100)), moved())
 
 
 def test_the_scale_of_the_gradients_does_not_matter() -> None:

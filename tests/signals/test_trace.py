@@ -19,7 +19,7 @@ class Given(Trace):
 
 
 class Pattern(Given):
-    weak_below = PatternConstants().weak_below
+    little_below = PatternConstants().little_below
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_mnp.surgery.kernels import Kernels, find_kernels
 from lightning_mnp.surgery.layers import find_filter_layers
@@ -82,12 +82,41 @@ def test_a_weight_in_half_precision_stays_so() -> None:
     layer = nn.Linear(2, 1).bfloat16()
     changed = find_kernels(layer).scaled(weights_of(layer), torch.ones(2))
     assert changed["weight"].dtype == torch.bfloat16
+    kept = find_kernels(layer).left(weights_of(layer), torch.tensor([1.0, 0.0]))[""]
+    weight = layer.weight.detach().float().abs()[0]
+    assert kept == pytest.approx([float(weight[0] / weight.sum())])
 
 
 def test_shared_weights_are_there_once_and_computed_ones_never() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), weight_norm(nn.Linear(2, 2)))
     network[1].weight = network[0].weight
     assert [layer.weight for layer in find_kernels(network).layers] == ["0.weight"]
+
+
+def test_layers_that_are_left_out_by_name_have_none() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(2, 3))
+    layers = find_filter_layers(network, torch.rand(2, 1, 5, 5), exclude=["0"])
+    assert [layer.name for layer in find_kernels(network, layers).layers] == ["1", "3"]
+    layers = find_filter_layers(network, torch.rand(2, 1, 5, 5), include=["0"])
+    assert [layer.name for layer in find_kernels(network, layers).layers] == ["0"]
+
+
+def test_computed_weights_are_not_computed() -> None:
+    layer = spectral_norm(nn.Linear(2, 2)).train()
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    assert find_kernels(layer).layers == ()
+    assert all(buffer.equal(before[name]) for name, buffer in layer.named_buffers())
+
+
+def test_objects_made_of_a_masked_network_share_its_masks() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).eval()
+    images = torch.rand(2, 1, 4, 4)
+    masked = MaskedNetwork(network, find_filter_layers(network, images))
+    before = masked.with_raised({})
+    with masked.masking_kernels(torch.zeros(masked.kernels.total)):
+        expected = masked(images)
+        assert before(images).equal(expected)
+        assert masked.with_raised({}).without_autocast()(images).equal(expected)
 
 
 def test_a_network_without_any_layer_has_no_kernels() -> None:
