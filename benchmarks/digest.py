@@ -62,7 +62,7 @@ def digest(report: DefenseReport) -> str:
 
 
 def masks_of(report: DefenseReport) -> dict[str, list[float]]:
-    """Return the factors of all filters, by layer; nothing where there are none."""
+    """Return how much of each filter is left, by layer; nothing if no kernel was turned down."""
     return report.pruning.masks
 
 

@@ -590,7 +590,7 @@ def test_defense_set_draws_on_the_cpu_and_moves_what_is_drawn() -> None:
     assert images.shape == (14, 1, 8, 8)
 
 
-def test_removed_filters_are_on_the_device_of_each_process(tmp_path: Path) -> None:
+def test_removed_filters_and_masks_are_on_the_device_of_each_process(tmp_path: Path) -> None:
     """Positions travel between processes as numbers, for each has a device of its own."""
     from lightning_mnp.hosting.lightning_host import follow_first
 
@@ -598,7 +598,11 @@ def test_removed_filters_are_on_the_device_of_each_process(tmp_path: Path) -> No
     while not defense.finished:
         defense.step()
     before = defense.purification.removed
+    masks = torch.rand(defense.case.masked.kernels.total)
+    defense.purification.kernel_masks = masks.clone()
     report = follow_first(defense)
+    assert defense.purification.kernel_masks is not None
+    assert defense.purification.kernel_masks.equal(masks)
     assert torch.equal(before, defense.purification.removed)
     assert defense.purification.removed.device == before.device
     assert report.pruned == [defense.case.layers.locate(int(each)) for each in before]
