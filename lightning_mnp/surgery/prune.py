@@ -126,13 +126,13 @@ def prune(
         raise
 
 
-@torch.no_grad()
 def _scaled(network: nn.Module, layers: FilterLayers, masks: Tensor | None) -> dict[str, Tensor]:
     """The weights that kernel masks change, multiplied by them."""
     if masks is None:
         return {}
-    weights = dict(network.named_parameters())
-    changed = find_kernels(network, layers).scaled(weights, masks)
+    # An interrupt could leave gradients off, if they were to be off here.
+    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    changed = find_kernels(network, layers).scaled(weights, masks.detach())
     return {name: weight for name, weight in changed.items() if not weight.equal(weights[name])}
 
 
