@@ -15,6 +15,7 @@ from benchmarks.population.recipes import Recipe
 from benchmarks.population.split import split_of
 from benchmarks.population.training import load_network, read_row
 from lightning_mnp import MNPConfig
+from lightning_mnp.benchmark.code_version import undocumented
 from lightning_mnp.benchmark.records import read_json, write_json
 
 __all__ = [
@@ -35,6 +36,8 @@ _ROOMS = ("config", "defense_data", "engine", "mnp", "signals", "surgery")
 def code_version(*more: str) -> str:
     """Return a digest of the code that decides on verdicts, twelve hexadecimal digits.
 
+    Comments, docstrings and line breaks have no part in it.
+
     Args:
         more: Further folders of the package that have a part in what is measured.
     """
@@ -43,7 +46,7 @@ def code_version(*more: str) -> str:
     for room in (*_ROOMS, *more):
         for file in sorted((package / room).rglob("*.py")):
             found.update(file.relative_to(package).as_posix().encode() + b"\0")
-            found.update(file.read_bytes())
+            found.update(undocumented(file.read_text("utf-8")).encode())
     return found.hexdigest()[:12]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import lightning_mnp
 
-__all__ = ["code_version", "imported_modules"]
+__all__ = ["code_version", "imported_modules", "undocumented"]
 
 _PACKAGE = "lightning_mnp"
 _ROOT = Path(lightning_mnp.__file__).parent
@@ -91,7 +91,23 @@ def _tree(name: str) -> ast.Module:
 @cache
 def _code(name: str) -> str:
     """Return the source of a module without comments and docstrings."""
-    tree = _tree(name)
+    return _undocumented(_tree(name))
+
+
+def undocumented(source: str) -> str:
+    r"""Return a source without comments, docstrings and layout.
+
+    Args:
+        source: The source of a module.
+
+    Example:
+        >>> undocumented("def f():\n    'Add one.'\n    return (1 +\n            1)  # two")
+        'def f():\n    return 1 + 1'
+    """
+    return _undocumented(ast.parse(source))
+
+
+def _undocumented(tree: ast.Module) -> str:
     for node in ast.walk(tree):
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:

@@ -231,6 +231,8 @@ def test_the_version_follows_the_code(tmp_path: Path, monkeypatch: pytest.Monkey
     (package / "cli").mkdir()
     (package / "cli" / "printed.py").write_text("b = 1\n")
     assert code_version() == first
+    (package / "signals" / "patch.py").write_text('"""One."""\n\na = 1  # one\n')
+    assert code_version() == first
     (package / "signals" / "patch.py").write_text("a = 2\n")
     assert code_version() != first
 
