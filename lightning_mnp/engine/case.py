@@ -300,8 +300,7 @@ class Case:
 
     def traces(self) -> list[Trace]:
         """Collect what shows the backdoor of the suspected class."""
-        # The weights of the latest run may be among those kept for a run that did not follow.
-        suppressed = [*self.suppressed[: max(0, len(self.runs) - 1)], self.suppression.weights]
+        suppressed = [*self.suppressed, self.suppression.weights]
         return find_traces(self.scene, suppressed, self.signals()[0], self.searches)
 
 

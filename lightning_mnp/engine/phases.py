@@ -131,10 +131,18 @@ class SuppressionPhase(Phase):
         """Return the steps of all passes that are left."""
         return self._images.most_steps - self.steps
 
+    def _keep_for_pruning(self) -> None:
+        """Keep the weights of the run before this one, if pruning may look at them."""
+        case, most = self.case, self.case.config.suppression.runs - 1
+        if case.may_prune_greedily and self.run > 0 and len(case.suppressed) < most:
+            weights = case.suppression.weights
+            case.suppressed.append({name: weight.clone() for name, weight in weights.items()})
+
     def step(self, updates: Updates) -> dict[str, float]:
         """Climb the clean loss by one step."""
         suppression, seen = self.case.suppression, self._images
         if self.steps == 0:
+            self._keep_for_pruning()
             suppression.restart()
         images, labels = seen.batch(self.steps, self.case.masked.device)
         metrics = suppression.step(images, labels, seen.size, updates)
@@ -173,8 +181,6 @@ class SaliencyPhase(_Pass):
         )
         if self.run == len(case.runs):  # a repeated run is known already
             case.runs.append(result)
-        if case.may_prune_greedily and len(case.suppressed) < case.config.suppression.runs - 1:
-            case.suppressed.append({name: weight.clone() for name, weight in weights.items()})
         self.steps += 1
         return {"detection_ratio": result.detection_ratio, "pile_up": result.pile_up}
 

@@ -242,9 +242,9 @@ class Purification:
         if self.kernel_masks is None:
             return {}
         shares = self.masked.kernels.left(self.masked.weights(), self.kernel_masks)
-        whole = {layer.name: [1.0] * layer.filters for layer in self.masked.layers}
-        found = {name: shares.get(name, values) for name, values in whole.items()}
-        for name, index in map(self.masked.layers.locate, self.removed.tolist()):
+        layers = self.masked.layers
+        found = {layer.name: shares.get(layer.name, [1.0] * layer.filters) for layer in layers}
+        for name, index in map(layers.locate, self.removed.tolist()):
             found[name][index] = 0.0
         return found
 

@@ -84,7 +84,7 @@ class Kernels:
         return changed
 
     def left(self, weights: Mapping[str, Tensor], masks: Tensor) -> dict[str, list[float]]:
-        """Tell how much masks leave of each filter.
+        """Compute how much masks leave of each filter.
 
         Args:
             weights: Parameters of the network by name.
@@ -128,7 +128,8 @@ def find_kernels(network: nn.Module, layers: FilterLayers | None = None) -> Kern
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     found = []
     for name, module in network.named_modules():
-        if not isinstance(module, (_ConvNd, nn.Linear)) or (layers and not layers.wants(name)):
+        wanted = layers is None or layers.wants(name)
+        if not (wanted and isinstance(module, (_ConvNd, nn.Linear))):
             continue
         parameter = module._parameters.get("weight")  # without computing what is computed
         if parameter is None or not parameter.is_floating_point():
