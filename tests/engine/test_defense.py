@@ -109,6 +109,7 @@ def test_a_flagged_network_is_pruned_with_the_runs_of_its_verdict(
     ]  # fmt: skip
     always = finished(new_defense(**changes))
     assert len(defense.case.runs) == 1
+    assert defense.case.suppressed == []  # nothing is kept for a run that does not follow
     assert defense.case.runs == always.case.runs
     assert defense.report().pruned == always.report().pruned
 
