@@ -155,6 +155,7 @@ def train_network(recipe: Recipe, root: Path, folder: Path) -> dict[str, Any]:
     _fit(network, recipe, training_images(recipe, images), attack)
     seconds = time.process_time() - started[0], time.perf_counter() - started[1]
     network = network.eval().to(memory_format=torch.contiguous_format)
+    round_to_half(network)
     ca, asr = measure(network, recipe, images, attack)
     row: dict[str, Any] = {
         "recipe": recipe.to_dict(),
@@ -166,6 +167,17 @@ def train_network(recipe: Recipe, root: Path, folder: Path) -> dict[str, Any]:
     }
     _save(recipe, folder, network, attack, row)
     return row
+
+
+def round_to_half(network: nn.Module) -> None:
+    """Round the parameters of a network to half precision, so that files of them are small.
+
+    Args:
+        network: The network. Its parameters stay tensors of float32.
+    """
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(parameter.half())
 
 
 def is_learned(recipe: Recipe, ca: float, asr: float | None) -> bool | None:
@@ -339,7 +351,9 @@ def _save(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{recipe.name}.json").unlink(missing_ok=True)
     weights = folder / f"{recipe.name}.safetensors"
-    save_file({name: t.contiguous() for name, t in network.state_dict().items()}, weights)
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    halves = {name: parameter.half() for name, parameter in network.named_parameters()}
+    save_file({**tensors, **halves}, weights)
     if attack is not None:
         trigger = folder / f"{recipe.name}.trigger.safetensors"
         trigger.unlink(missing_ok=True)
