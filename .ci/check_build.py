@@ -18,7 +18,7 @@ PACKAGE = "lightning_mnp"
 NEEDED = {"CHANGELOG.md", "LICENSE", "README.md", "docs/index.md", "pyproject.toml"}
 FOLDERS = {"benchmarks", "docs", "examples", "lightning_mnp", "tests"}
 CONFIGURATIONS = "examples"  # in the wheel, they are a folder of the package
-UNWANTED = ("benchmarks/results/", "docs/_build/", "docs/reference/modules/")
+UNWANTED = ("benchmarks/results/", "benchmarks/weights/", "docs/_build/", "docs/reference/modules/")
 
 
 def package_files() -> set[str]:

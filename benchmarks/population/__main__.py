@@ -8,15 +8,19 @@
     python -m benchmarks.population reference --split reporting
     python -m benchmarks.population defend --split reporting --defenses default mnp --jobs 2
     python -m benchmarks.population table --split reporting --defended
+    python -m benchmarks.population detect --split reporting --detectors nc mm-bd --jobs 2
+    python -m benchmarks.population table --split reporting --detected
+    python -m benchmarks.population keep --split reporting
 
 Every command goes on where it stopped. `train` looks for images in ~/data/cifar10 and
 ~/data/imagenette, and keeps networks in runs/population; `audit` keeps a file for each audit in
 benchmarks/results/population, from which `table` is made. `reference` puts the scores of clean
 networks into the package, with which an audit compares its own. `defend` removes the backdoors by
 one or several defenses, measures CA and ASR before and after, and keeps files in `defended` beside
-the audits. With `--conditions`, `audit` and `table` are about eight networks, and defense sets that
-are small or impure. `rates` measures the training rates behind the estimated minutes; `split`
-writes the split file, which is done once.
+the audits. `detect` asks rival detectors, and keeps files in `detected`. `keep` copies networks to
+benchmarks/weights, from where `train` takes them. With `--conditions`, `audit` and `table` are
+about eight networks, and defense sets that are small or impure. `rates` measures the training rates
+behind the estimated minutes; `split` writes the split file, which is done once.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.population.architectures import ARCHITECTURES
 from benchmarks.population.audits import (
@@ -46,6 +50,14 @@ from benchmarks.population.defenses import (
     defenses_table,
     read_defenses,
 )
+from benchmarks.population.detections import (
+    DETECTORS,
+    detect_network,
+    detection_file,
+    detection_version,
+    detections_table,
+    read_detections,
+)
 from benchmarks.population.networks import RECIPES
 from benchmarks.population.rates import training_rate
 from benchmarks.population.recipes import Recipe
@@ -53,13 +65,18 @@ from benchmarks.population.reference import reference_of, write_reference
 from benchmarks.population.split import split_of, write_split
 from benchmarks.population.table import write_table
 from benchmarks.population.training import is_trained, read_row, train_network
+from benchmarks.population.weights import keep, restore
 from lightning_mnp.benchmark.executors import open_executor
 from lightning_mnp.benchmark.jobs import Job, run_jobs
 
-COMMANDS = ("train", "list", "audit", "defend", "table", "reference", "rates", "split")
+COMMANDS = (
+    *("train", "list", "audit", "defend", "detect", "table", "reference", "keep", "rates"),
+    "split",
+)
 # Of a network of ten classes with 500 images.
 _AUDIT_PASSES = 22_000
 _DEFENSE_PASSES = 80_000  # of the default, the dearest
+_DETECTION_PASSES = 60_000  # of NC
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,10 +96,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _audit(chosen, options)
     if options.command == "defend":
         return _defend(chosen, options)
+    if options.command == "detect":
+        return _detect(chosen, options)
     if options.command == "list":
         print(list_of(chosen, options.folder))
     elif options.command == "table" and options.defended:
         print(defenses_table(chosen, read_defenses(options.results), options.sets))
+    elif options.command == "table" and options.detected:
+        defenses = read_defenses(options.results)
+        detections = read_detections(options.results)
+        print(detections_table(chosen, detections, defenses, options.sets))
     elif options.command == "table" and options.conditions:
         audits = [row for row in _audits(options) if row["set"] < options.sets]
         print(conditions_table(chosen, audits))
@@ -94,6 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.command == "reference":
         audits = [row for row in read_audits(options.results) if row["set"] < options.sets]
         write_reference(reference_of(chosen, audits))
+    elif options.command == "keep":
+        for recipe in chosen:
+            if is_trained(recipe, options.folder):
+                keep(recipe, options.folder)
     elif options.command == "rates":
         for name in ARCHITECTURES:
             print(f"{name}: {training_rate(name):.0f} images/s", flush=True)
@@ -157,6 +184,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--defenses", nargs="+", choices=DEFENSES, default=["default"], help="what `defend` runs"
     )
+    parser.add_argument("--detected", action="store_true", help="the table of detectors")
+    parser.add_argument(
+        "--detectors",
+        nargs="+",
+        choices=DETECTORS,
+        default=list(DETECTORS),
+        help="what `detect` runs; without it, all",
+    )
     parser.add_argument("--renew", action="store_true", help="do again what other code has done")
     parser.add_argument("--data", type=Path, default=Path("~/data"), help="folder of data sets")
     parser.add_argument("--folder", type=Path, default=Path("runs/population"), help="networks")
@@ -189,6 +224,8 @@ def _audits(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _train(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
+    for recipe in chosen:
+        restore(recipe, options.folder)
     missing = [recipe for recipe in chosen if not is_trained(recipe, options.folder)]
     needed = {recipe.needs for recipe in missing}
     first = [
@@ -246,24 +283,7 @@ def _audit(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
 
 
 def _defend(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
-    there = {
-        (row["network"], row["defense"], row["set"]): (row["weights_sha256"], row["version"])
-        for row in read_defenses(options.results)
-    }
-    jobs = []
-    for recipe, number, defense in product(chosen, range(options.sets), options.defenses):
-        if not is_trained(recipe, options.folder):
-            continue
-        row = read_row(recipe, options.folder)
-        if row["learned"] is False:
-            continue
-        done = there.get((recipe.name, defense, number))
-        version = defense_version(defense) if options.renew else None
-        if _is_due(done, row["weights_sha256"], version):
-            seconds = _DEFENSE_PASSES / ARCHITECTURES[recipe.architecture].rate
-            arguments = (recipe, number, defense, options.data, options.folder, options.results)
-            name = defense_file(recipe, number, defense).stem
-            jobs.append(Job(name, seconds, defend_network, arguments))
+    jobs = _due_jobs(chosen, options, "defend")
 
     def line_of(job: Job, row: dict[str, Any]) -> str:
         rates = [name for name in ("CA", "ASR") if row[name] is not None]
@@ -274,6 +294,52 @@ def _defend(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
         return f"{', '.join(figures)}, {spent}"
 
     return _run(jobs, options, line_of)
+
+
+def _detect(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
+    jobs = _due_jobs(chosen, options, "detect")
+
+    def line_of(job: Job, row: dict[str, Any]) -> str:
+        found = f"{row['verdict']}, class {row['target_class']}"
+        return f"{row['kind']}, {found}, {row['processor_seconds']:.0f} s"
+
+    return _run(jobs, options, line_of)
+
+
+def _due_jobs(
+    chosen: Sequence[Recipe], options: argparse.Namespace, command: Literal["defend", "detect"]
+) -> list[Job]:
+    """The methods to run on the trained networks that have learned their attack."""
+    work: Callable[..., dict[str, Any]]
+    file_of: Callable[[Recipe, int, str], Path]
+    version_of: Callable[[str], str]
+    if command == "defend":
+        methods, rows = options.defenses, read_defenses(options.results)
+        work, file_of, version_of = defend_network, defense_file, defense_version
+        passes = _DEFENSE_PASSES
+    else:
+        methods, rows = options.detectors, read_detections(options.results)
+        work, file_of, version_of = detect_network, detection_file, detection_version
+        passes = _DETECTION_PASSES
+    there = {
+        (row["network"], row["defense"], row["set"]): (row["weights_sha256"], row["version"])
+        for row in rows
+    }
+    jobs = []
+    for recipe, number, method in product(chosen, range(options.sets), methods):
+        if not is_trained(recipe, options.folder):
+            continue
+        row = read_row(recipe, options.folder)
+        if row["learned"] is False:
+            continue
+        done = there.get((recipe.name, method, number))
+        version = version_of(method) if options.renew else None
+        if _is_due(done, row["weights_sha256"], version):
+            seconds = passes / ARCHITECTURES[recipe.architecture].rate
+            arguments = (recipe, number, method, options.data, options.folder, options.results)
+            name = file_of(recipe, number, method).stem
+            jobs.append(Job(name, seconds, work, arguments))
+    return jobs
 
 
 def _is_due(done: tuple[str, str] | None, weights: str, version: str | None) -> bool:

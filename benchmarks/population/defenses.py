@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -16,8 +17,10 @@ from benchmarks.population.table import markdown_table
 from benchmarks.population.training import load_network, measure, read_row
 from lightning_mnp import MNPConfig
 from lightning_mnp.attacks.trigger import load_trigger
+from lightning_mnp.benchmark.machine import Meter
 from lightning_mnp.benchmark.methods import Method
 from lightning_mnp.benchmark.records import read_json, write_json
+from lightning_mnp.report import DefenseReport
 
 __all__ = [
     "DEFENSES",
@@ -38,8 +41,16 @@ DEFENSES = {
     "rnp": Method("rnp"),
     "rnp-share": Method("rnp", {"rule": "share", "amount": _PAPER_SHARE}),
     "anp": Method("anp"),
+    "anp-share": Method("anp", {"rule": "share", "amount": _PAPER_SHARE}),
     "clp": Method("clp"),
+    "clp-share": Method("clp", {"rule": "share", "amount": _PAPER_SHARE}),
+    "fp": Method("fp"),
+    "nc": Method("nc"),
+    "nad": Method("nad"),
+    "i-bau": Method("i-bau"),
     "ft": Method("ft"),
+    "ft-sam": Method("ft-sam"),
+    "nft": Method("nft"),
 }
 
 
@@ -89,7 +100,8 @@ def defend_network(
     network, row = load_network(recipe, folder), read_row(recipe, folder)
     images = load_images(recipe.data, root, folder / "data")
     started = time.process_time()
-    outcome = DEFENSES[defense].defend(network, defense_set(recipe, images, number), number)
+    with Meter(network, "cpu") as meter:
+        outcome = DEFENSES[defense].defend(network, defense_set(recipe, images, number), number)
     spent = time.process_time() - started
     assert outcome.model is not None, "a defense returns a copy, also of what it leaves as it is"
     attack = None
@@ -106,12 +118,29 @@ def defend_network(
         "verdict": outcome.verdict,
         "target_class": outcome.target_class,
         "pruned": len(outcome.pruned),
-        "passes": outcome.passes,
+        "passes": meter.passes if outcome.passes is None else outcome.passes,
         "processor_seconds": round(spent, 1),
         "version": defense_version(defense),
+        **_second_audit(outcome.report),
     }
     write_json(defense_file(recipe, number, defense, results), content)
     return content
+
+
+def _second_audit(report: DefenseReport | None) -> dict[str, Any]:
+    """What the audits before and after say; nothing after a defense that makes none."""
+    if report is None:
+        return {}
+    after = report.reaudit
+    scores = {"score": report.score, "score_after": None if after is None else after.score}
+    return {
+        **{
+            key: value if value is None or math.isfinite(value) else None
+            for key, value in scores.items()
+        },
+        "all_to_all": report.all_to_all,
+        "verdict_after": report.verdict_after,
+    }
 
 
 def read_defenses(results: Path = RESULTS) -> list[dict[str, Any]]:

@@ -63,6 +63,7 @@ class Outcome:
         passes: Images that went through the network, as the method counts them itself; None if it
             does not. Forward and backward of one image counts 1, forward alone a third.
         details: Further numbers about the run, by name.
+        report: What this package's own settings report; None after a baseline.
     """
 
     model: nn.Module | None = None
@@ -72,6 +73,7 @@ class Outcome:
     pruned: list[tuple[str, int]] = field(default_factory=list)
     passes: float | None = None
     details: dict[str, float] = field(default_factory=dict)
+    report: DefenseReport | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,7 @@ def _of_report(report: DefenseReport) -> Outcome:
         report.pruned,
         sum(report.passes.values()),
         {"detection_ratio": report.detection_ratio, "turned_down": report.turned_down},
+        report,
     )
 
 

@@ -1,0 +1,55 @@
+"""The trained networks that are kept in the repository, so that nobody need train them again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from benchmarks.population.recipes import Recipe
+from benchmarks.population.training import is_trained
+
+__all__ = ["KEPT", "keep", "restore"]
+
+KEPT = Path(__file__).parents[1] / "weights"
+
+# The one that says that a network is there comes last.
+_ENDINGS = (".safetensors", ".trigger.safetensors", ".json")
+
+
+def keep(recipe: Recipe, folder: Path, kept: Path = KEPT) -> None:
+    """Copy a trained network, its trigger and its figures into the repository.
+
+    Args:
+        recipe: How it was trained.
+        folder: Where trained networks are.
+        kept: Where they are kept.
+    """
+    _copy(recipe, folder, kept)
+
+
+def restore(recipe: Recipe, folder: Path, kept: Path = KEPT) -> bool:
+    """Copy a network from the repository, if it was trained by this very recipe and kept.
+
+    A network that is there already stays.
+
+    Args:
+        recipe: How it was trained.
+        folder: Where trained networks are.
+        kept: Where they are kept.
+
+    Returns:
+        Whether it was copied.
+    """
+    if is_trained(recipe, folder) or not is_trained(recipe, kept):
+        return False
+    _copy(recipe, kept, folder)
+    return True
+
+
+def _copy(recipe: Recipe, source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    (target / f"{recipe.name}.json").unlink(missing_ok=True)
+    for ending in _ENDINGS:
+        file = source / f"{recipe.name}{ending}"
+        if file.exists():
+            shutil.copyfile(file, target / file.name)
