@@ -101,7 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "list":
         print(list_of(chosen, options.folder))
     elif options.command == "table" and options.defended:
-        print(defenses_table(chosen, read_defenses(options.results), options.sets))
+        outcomes = [
+            row
+            for row in read_defenses(options.results)
+            if options.defenses is None or row["defense"] in options.defenses
+        ]
+        print(defenses_table(chosen, outcomes, options.sets))
     elif options.command == "table" and options.detected:
         defenses = read_defenses(options.results)
         detections = read_detections(options.results)
@@ -182,7 +187,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--defended", action="store_true", help="the table of defenses")
     parser.add_argument(
-        "--defenses", nargs="+", choices=DEFENSES, default=["default"], help="what `defend` runs"
+        "--defenses",
+        nargs="+",
+        choices=DEFENSES,
+        help="what `defend` runs (without it, the default), or the table is of (all)",
     )
     parser.add_argument("--detected", action="store_true", help="the table of detectors")
     parser.add_argument(
@@ -314,7 +322,7 @@ def _due_jobs(
     file_of: Callable[[Recipe, int, str], Path]
     version_of: Callable[[str], str]
     if command == "defend":
-        methods, rows = options.defenses, read_defenses(options.results)
+        methods, rows = options.defenses or ["default"], read_defenses(options.results)
         work, file_of, version_of = defend_network, defense_file, defense_version
         passes = _DEFENSE_PASSES
     else:

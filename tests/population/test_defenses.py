@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from benchmarks.population.training import measure, train_network
 from lightning_mnp import MNPConfig
 from lightning_mnp.attacks.trigger import load_trigger
 from lightning_mnp.benchmark.methods import Method, Outcome
+from lightning_mnp.report import DefenseReport
+from lightning_mnp.report.parts import SecondAudit
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +72,8 @@ def test_a_defense_leaves_a_file(images: data.Images, tmp_path: Path) -> None:
     found = measure(again.model, BADNETS, images, trigger)
     assert (kept["CA_after"], kept["ASR_after"]) == pytest.approx(found, abs=1e-5)
     assert kept["pruned"] == len(again.pruned)
+    assert "score" not in kept
+    assert kept["passes"] > 0
 
 
 def test_figures_are_those_of_the_defended_network(
@@ -84,12 +89,16 @@ def test_figures_are_those_of_the_defended_network(
 
         def defend(self, network: nn.Module, given: Any, seed: int) -> Outcome:
             seen.append((len(given), seed))
-            return Outcome(other, "backdoored", 3, pruned=[("conv1", 2)], passes=12.0)
+            again = SecondAudit("clean", 0.25, None, False, math.nan, math.nan, [])
+            report = DefenseReport("backdoored", score=math.nan, pruned=[("conv1", 2)])
+            report.reaudit = again
+            return Outcome(other, "backdoored", 3, None, report.pruned, 12.0, report=report)
 
     monkeypatch.setitem(DEFENSES, "mnp", Fake())
     row = defend_network(BADNETS, 0, "mnp", tmp_path, tmp_path, tmp_path)
     assert (row["CA_after"], row["ASR_after"]) == measure(other, BADNETS, images, trigger)
     assert (row["pruned"], row["passes"], row["target_class"]) == (1, 12.0, 3)
+    assert (row["score"], row["score_after"], row["verdict_after"]) == (None, 0.25, "clean")
     assert seen == [(20, 0)]
     train_network(TINY, tmp_path, tmp_path)
     row = defend_network(TINY, 0, "mnp", tmp_path, tmp_path, tmp_path)
@@ -173,3 +182,5 @@ def test_the_command_defends_what_is_missing_or_of_another_version(
     )
     assert main(["table", "--defended", *places]) == 0
     assert "| `cnn-blend-216` | 60.0/100.0 | 50.0/10.0 (3) |" in capsys.readouterr().out
+    assert main(["table", "--defended", "--defenses", "rnp", *places]) == 0
+    assert "cnn-blend-216" not in capsys.readouterr().out

@@ -305,3 +305,17 @@ def test_weights_are_plain_tensors(images: Images, tmp_path: Path) -> None:
     train_network(TINY, tmp_path, tmp_path)
     weights = load_file(tmp_path / "lenet-tiny-2.safetensors")
     assert all(tensor.is_contiguous() for tensor in weights.values())
+
+
+def test_parameters_are_measured_and_kept_in_half_precision(images: Images, tmp_path: Path) -> None:
+    recipe = replace(TINY, name="resnet-tiny-2", architecture="resnet")
+    train_network(recipe, tmp_path, tmp_path)
+    weights = load_file(tmp_path / "resnet-tiny-2.safetensors")
+    network = load_network(recipe, tmp_path)
+    for name, parameter in network.named_parameters():
+        assert weights[name].dtype == torch.float16
+        assert parameter.dtype == torch.float32
+        assert parameter.equal(weights[name].float())
+    for name, buffer in network.named_buffers():
+        assert weights[name].equal(buffer)
+        assert weights[name].dtype == buffer.dtype
