@@ -18,8 +18,10 @@ from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.densenet import DenseNet
 from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+from torchvision.models.googlenet import Inception
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from torchvision.models.regnet import BlockParams, RegNet
+from torchvision.models.squeezenet import Fire
 from torchvision.models.vgg import make_layers
 from torchvision.ops import Conv2dNormActivation
 
@@ -285,6 +287,60 @@ def _timm_resnet(width: int, stride: int) -> nn.Module:
     return _with_stem(network, stride)
 
 
+def _resnext(width: int, stride: int) -> nn.Module:
+    """Timm's ResNeXt: bottlenecks whose middle convolution has four groups."""
+    from timm.models.resnet import Bottleneck, ResNet
+
+    network: nn.Module = ResNet(
+        Bottleneck,
+        (1, 1, 1, 1),
+        num_classes=CLASSES,
+        channels=(width, 2 * width, 4 * width, 8 * width),
+        cardinality=4,
+        base_width=32,
+    )
+    return _with_stem(network, stride)
+
+
+def _squeezenet(width: int, stride: int) -> nn.Module:
+    """Torchvision's fire modules of SqueezeNet, without normalization, and a linear layer."""
+    w = width
+    return nn.Sequential(
+        *(nn.Conv2d(3, 2 * w, 3, stride, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(Fire(2 * w, w, 2 * w, 2 * w), Fire(4 * w, w, 2 * w, 2 * w), nn.MaxPool2d(2)),
+        *(Fire(4 * w, 2 * w, 4 * w, 4 * w), Fire(8 * w, 2 * w, 4 * w, 4 * w)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * w, CLASSES)),
+    )
+
+
+def _inception(width: int, stride: int) -> nn.Module:
+    """Torchvision's inception modules of GoogLeNet, with batch normalization."""
+
+    def module(before: int, after: int) -> nn.Module:
+        part = after // 4
+        return Inception(before, part, part // 2, part, part // 2, part, part)
+
+    w = width
+    return nn.Sequential(
+        *(nn.Conv2d(3, w, 3, stride, padding=1), nn.BatchNorm2d(w), nn.ReLU(), nn.MaxPool2d(2)),
+        *(module(w, 2 * w), module(2 * w, 4 * w), nn.MaxPool2d(2)),
+        *(module(4 * w, 8 * w), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ).append(nn.Linear(8 * w, CLASSES))
+
+
+def _all_convolutional(width: int, stride: int) -> nn.Module:
+    """Convolutions with strides in place of pooling (Springenberg et al., 2015), and leaky ReLU."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for after, step in ((1, stride), (2, 2), (2, 1), (4, 2), (4, 1)):
+        layers.append(nn.Conv2d(channels, after * width, 3, step, padding=1, bias=False))
+        channels = after * width
+        layers += [nn.BatchNorm2d(channels), nn.LeakyReLU(0.1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).append(
+        nn.Linear(channels, CLASSES)
+    )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "cnn": Architecture(_cnn, 16, 1934, "adam"),
     "plain-cnn": Architecture(partial(_cnn, normalized=False), 16, 2556, "adam", 0.02, 2e-3),
@@ -302,4 +358,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "regnet": Architecture(_regnet, 16, 931, "sgd"),
     "norm-free": Architecture(_norm_free, 12, 1256, "adam", 0.05, 2e-3),
     "timm-resnet": Architecture(_timm_resnet, 8, 804, "sgd"),
+    "resnext": Architecture(_resnext, 8, 600, "sgd"),
+    "squeezenet": Architecture(_squeezenet, 12, 1150, "adam", 0.02, 2e-3),
+    "inception": Architecture(_inception, 16, 800, "sgd"),
+    "all-conv": Architecture(_all_convolutional, 12, 1250, "sgd"),
 }

@@ -35,6 +35,10 @@ _EPOCHS = {
     "regnet": 4,
     "norm-free": 5,
     "timm-resnet": 4,
+    "resnext": 4,
+    "squeezenet": 6,
+    "inception": 4,
+    "all-conv": 4,
 }
 
 _VARIANTS: dict[str, dict[str, Any]] = {
@@ -75,7 +79,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 # In a short training these do not learn a patch of 3x3 pixels that random crops move about.
 _SLOW_AT_PATCHES = (
     *("cnn", "plain-cnn", "lenet", "norm-free", "convnext", "efficientnet"),
-    *("mobilenet-v2", "shufflenet"),
+    *("mobilenet-v2", "shufflenet", "squeezenet", "inception", "resnext", "all-conv"),
 )
 
 # What these architectures get twice as many epochs for.
@@ -128,7 +132,9 @@ _CHOOSING = {
     "timm-resnet": "light small-batch blend-1% cl/heavy",
 }
 
-_REPORTING = {
+# Reported until the present verdict was set with them in view: since then they serve to choose. A
+# list of its own, because their seeds follow from it.
+_REPORTED_BEFORE = {
     "cnn": "light no-decay other adversarial imagenette rotations raw "
     "badnets/heavy blend wanet iab lira sig all-to-all blend-1%",
     "plain-cnn": "light heavy from-digits badnets/smoothed blend/plain lira",
@@ -146,6 +152,31 @@ _REPORTING = {
     "shufflenet": "light no-decay other heavy imagenette badnets sig",
     "efficientnet": "light no-decay half plain imagenette badnets blend/smoothed",
     "convnext": "light no-decay imbalanced heavy from-digits badnets blend",
+}
+
+
+# Attacks stand at other places of each line, for other targets and patterns.
+_REPORTING = {
+    "cnn": "light no-decay other rotations raw badnets/heavy blend sig wanet iab lira",
+    "plain-cnn": "badnets blend/plain lira light heavy no-decay other from-digits",
+    "lenet": "light badnets no-decay blend adversarial imbalanced digits",
+    "vgg": "badnets/no-decay sig light no-decay blend cl smoothed heavy iab all-to-all imagenette",
+    "norm-free": "light heavy badnets blend no-decay imbalanced smoothed",
+    "squeezenet": "badnets light no-decay other heavy imbalanced blend",
+    "all-conv": "light no-decay blend/smoothed smoothed half imagenette sig badnets",
+    "mobilenet-v3": "light heavy other badnets/half sig half plain",
+    "regnet": "light wanet badnets blend/smoothed",
+    "inception": "light no-decay badnets cl",
+    "convnext": "light badnets imbalanced",
+    "preact-resnet": "badnets/plain light",
+    "timm-resnet": "light blend",
+    "resnet": "light badnets/heavy badnets-1%",
+    "shufflenet": "light sig badnets",
+    "mobilenet-v2": "blend/smoothed light",
+    "resnext": "light badnets",
+    "wide-resnet": "sig light",
+    "densenet": "light blend",
+    "efficientnet": "badnets light",
 }
 
 
@@ -204,6 +235,7 @@ def _recipe(architecture: str, word: str, seed: int) -> Recipe:
 
 
 RECIPES: list[Recipe] = [
-    *_recipes(_CHOOSING, FIRST_SEED["choosing"]),
+    *_recipes(_CHOOSING, FIRST_SEED["choosing"] + 1),
+    *_recipes(_REPORTED_BEFORE, FIRST_SEED["choosing"]),
     *_recipes(_REPORTING, FIRST_SEED["reporting"]),
 ]
