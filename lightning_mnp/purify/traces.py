@@ -26,8 +26,8 @@ def find_traces(
 
     The suppressed network always does. Each search adds a trace if what it measured for the class
     is out of the ordinary. The suppressed network decides on how long pruning goes on if
-    the margin is the signal most believed, with which the pile-up agrees, or if it is the only
-    trace: what is left of a pile-up need not be the backdoor.
+    the signal most believed is the pile-up, or the margin, with which the pile-up agrees, or if it
+    is the only trace: what is left of a pile-up need not be the backdoor otherwise.
 
     Args:
         scene: What the searches worked on.
@@ -50,6 +50,6 @@ def find_traces(
     else:
         images, labels = scene.data.others(target, count, device, (scene.config.seed, "sources"))
         goals = torch.full_like(labels, target)
-        decides = believed.name == "margin" or not found
+        decides = believed.name in ("margin", "pile-up") or not found
     pulled = SuppressedTrace(scene.masked, suppressed, images, goals, scene.constants, decides)
     return [pulled, *found]

@@ -152,13 +152,7 @@ class Search(ABC):
 
 
 class SignalSearch(Search):
-    """A search that is part of every audit, and the signal that it gives.
-
-    Attributes:
-        decides: Whether its signal can call a network backdoored by itself.
-    """
-
-    decides: ClassVar[bool] = True
+    """A search that is part of every audit, and the signal that it gives."""
 
     @abstractmethod
     def signal(self) -> Signal:

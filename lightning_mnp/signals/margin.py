@@ -16,7 +16,7 @@ from lightning_mnp.defense_data.defense_set import seeded_generator, value_range
 from lightning_mnp.report import Signal
 from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.logits import class_margins, least_positive
-from lightning_mnp.signals.pile_up import PileUp
+from lightning_mnp.signals.pile_up import PileUp, PileUpConstants
 from lightning_mnp.signals.standout import StandoutConstants, find_standout
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork
@@ -31,9 +31,6 @@ class MarginConstants:
     Attributes:
         counts_from: How far one class stands out, from where it counts fully, if predictions pile
             up on the same class; see :func:`~lightning_mnp.signals.standout.find_standout`.
-        rare_from: What the logit of that class lacks on clean images, in nats, from where the
-            lack counts like a gap that counts fully; see
-            :func:`~lightning_mnp.signals.rare_classes.find_rare_classes`.
         normal: Multiple of the next class's margin up to which the greatest one is no trace.
         images: Images for each class.
         steps: Steps of each image.
@@ -45,7 +42,6 @@ class MarginConstants:
     """
 
     counts_from: float = 1.0
-    rare_from: float = 1.2
     normal: float = 1.5
     images: int = 4
     steps: int = 60
@@ -235,31 +231,25 @@ class MarginSearch(SignalSearch):
 
         Each alone is found in clean networks, too: a class may have objects of great margin, and
         a suppressed network may fall back to one class. Its strength is the lesser of both.
-
-        An attack that leaves labels alone makes its target rare on clean images. A class that is
-        rare, leads by its margin, and yet is what a suppressed network falls back to, need not lead
-        by much.
         """
         constants, counts_from = self.scene.constants, self.constants.counts_from
         usual = statistics.median(abs(value) for value in self.margins.values())
         limits = constants.of(StandoutConstants)
         found = find_standout(self.margins, max(usual, 1e-12), limits)
-        known = all(math.isfinite(margin) for margin in self.margins.values())
-        lack = self.scene.masked.raised.get(found.target_class, 0.0) if known else 0.0
-        value = max(found.value, lack / self.constants.rare_from * counts_from)
-        pile_up = PileUp(self.scene).signal()
-        agree = pile_up.target_class == found.target_class
-        strength = min(value / counts_from, pile_up.strength) if agree else 0.0
-        points = "the same class" if agree else f"class {pile_up.target_class}"
-        rare = f"; as it is rare on clean images, that counts like {value:.2f}"
+        piled = PileUp(self.scene).standout()
+        agree = piled.target_class == found.target_class
+        confirmed = piled.value / constants.of(PileUpConstants).counts_from
+        strength = min(found.value / counts_from, confirmed) if agree else 0.0
+        points = "the same class" if agree else f"class {piled.target_class}"
         reason = (
             f"the greatest margin is that of class {found.target_class}, where the gap to the next "
             f"class is {found.value:.2f} times the spread of the others (counts from "
-            f"{counts_from:g}, together with the pile-up, which points to {points}"
-            f"{rare if value > found.value else ''})"
+            f"{counts_from:g}, together with the pile-up, which points to {points})"
         )
         classes = dict(self.margins)
-        return Signal(self.name, strength, found.target_class, value, counts_from, reason, classes)
+        return Signal(
+            self.name, strength, found.target_class, found.value, counts_from, reason, classes
+        )
 
     def stands_out(self, target: int) -> bool:
         """Return whether the margin of a class is out of the ordinary.

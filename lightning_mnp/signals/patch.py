@@ -12,16 +12,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_mnp.config import Constants
+from lightning_mnp.report import Signal
 from lightning_mnp.signals.base import Search
 from lightning_mnp.signals.logits import goal_margins, leads, least_positive, push_loss
 from lightning_mnp.signals.pattern import PatternSignal, PatternTrace
 from lightning_mnp.signals.pattern_trigger import PatternTrigger
+from lightning_mnp.signals.pile_up import PileUp
 from lightning_mnp.signals.trace import Trace
 
 __all__ = ["PatchConstants", "PatchSearch", "PatchTrigger", "patch_ratio"]
@@ -38,6 +40,13 @@ class PatchConstants:
     Attributes:
         counts_from: How far one class stands out, from where it counts fully, see
             :func:`~lightning_mnp.signals.standout.find_standout`.
+        far_counts_from: The same if the patch takes images far.
+        agreeing_counts_from: The same if the patch takes images far, and predictions pile up on
+            the class after clean suppression.
+        arrives_from: How far the patch takes images to the class, from where that counts fully; in
+            multiples of the usual distance to a class.
+        far_from: From there on, it takes them far.
+        piled_from: How far the pile-up has to stand out.
         trace_from: How much further than usual a patch takes images to one class, from where it is
             a trace for pruning; in multiples of the usual distance to a class.
         share: Share of the pixels that a patch may cover.
@@ -55,6 +64,11 @@ class PatchConstants:
     """
 
     counts_from: float = 1.5
+    far_counts_from: float = 1.15
+    agreeing_counts_from: float = 0.5
+    arrives_from: float = 1.0
+    far_from: float = 2.5
+    piled_from: float = 2.5
     trace_from: float = 0.85
     share: float = 0.05
     first_share: float = 0.5
@@ -231,8 +245,37 @@ class PatchSearch(PatternSignal[PatchTrigger]):
 
     @property
     def counts_from(self) -> float:
-        """How far a class has to stand out to count fully."""
-        return self.scene.constants.of(PatchConstants).counts_from
+        """How far the class has to stand out to count fully.
+
+        Less is enough where the patch takes images far beyond the border of the class, as the
+        trigger of a backdoor does. Still less is enough where the pile-up points to the class, too.
+        """
+        constants, furthest = self.scene.constants.of(PatchConstants), self.furthest
+        if self.margins[furthest] < constants.far_from:
+            return constants.counts_from
+        piled = PileUp(self.scene).standout() if self.scene.runs else None
+        if piled is None or piled.target_class != furthest or piled.value < constants.piled_from:
+            return constants.far_counts_from
+        return constants.agreeing_counts_from
+
+    @property
+    def furthest(self) -> int:
+        """The class that a patch takes images to furthest."""
+        return max(self.margins, key=self.margins.__getitem__)
+
+    def signal(self) -> Signal:
+        """Return how far that class stands out; little counts if images hardly arrive there."""
+        signal = super().signal()
+        arrives_from = self.scene.constants.of(PatchConstants).arrives_from
+        arrived = self.margins[self.furthest]
+        if not arrived / arrives_from < signal.strength:
+            return signal
+        reason = (
+            f"{signal.reason}; but images get there by {max(arrived, 0.0):.2f} of the usual "
+            f"distance only (counts fully from {arrives_from:g})"
+        )
+        strength = max(arrived, 0.0) / arrives_from
+        return replace(signal, strength=strength, reason=reason)
 
     @property
     def figures(self) -> dict[int, float]:

@@ -19,7 +19,7 @@ from lightning_mnp.defense_data.defense_set import LEAST_BATCH
 from lightning_mnp.report import RunResult, Signal
 from lightning_mnp.signals.base import Scene, SignalSearch
 from lightning_mnp.signals.logits import leads
-from lightning_mnp.signals.standout import StandoutConstants, find_standout
+from lightning_mnp.signals.standout import Standout, StandoutConstants, find_standout
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Statistics, Weights
 
@@ -33,11 +33,16 @@ class PileUpConstants:
     Attributes:
         counts_from: How far one class stands out, from where it counts fully, see
             :func:`~lightning_mnp.signals.standout.find_standout`.
+        alone_from: The same for a pile-up that decides by itself, on a class that is rare.
+        rare_from: What the logit of that class lacks on clean images, in nats, from where it counts
+            fully; see :func:`~lightning_mnp.signals.rare_classes.find_rare_classes`.
         least_share: Added to every share, so that one run without a single prediction on a class
             does not decide alone.
     """
 
     counts_from: float = 1.0
+    alone_from: float = 2.0
+    rare_from: float = 1.2
     least_share: float = 0.01
 
 
@@ -62,7 +67,6 @@ class PileUp(SignalSearch):
     """
 
     name = "pile-up"
-    decides = False
 
     @classmethod
     def all_steps(cls, scene: Scene) -> int:
@@ -87,29 +91,52 @@ class PileUp(SignalSearch):
         """Always False: counts of predictions always mean something."""
         return False
 
+    @property
+    def shares(self) -> dict[int, float]:
+        """Share of the predictions on each class, over all runs."""
+        least = self.scene.constants.of(PileUpConstants).least_share
+        return dict(enumerate(_usual_shares(self.scene.runs, least)))
+
+    def standout(self) -> Standout:
+        """Return the class that predictions pile up on, and how far it stands out."""
+        shares = self.shares
+        return find_standout(shares, 1 / len(shares), self.scene.constants.of(StandoutConstants))
+
     def signal(self) -> Signal:
-        """Return what the runs say together."""
-        runs, constants = self.scene.runs, self.scene.constants.of(PileUpConstants)
-        usual = _usual_shares(runs, constants.least_share)
-        shares = dict(enumerate(usual))
-        limits = self.scene.constants.of(StandoutConstants)
-        found = find_standout(shares, 1 / len(shares), limits)
+        """Return what the runs say together.
+
+        The pile-up decides by itself only if its class is rare on clean images. An attack that
+        leaves labels alone makes its target so, and yet that is what a suppressed network falls
+        back to. A class that is rare for want of images is not: suppression unlearns it first.
+        Otherwise the pile-up confirms other signals.
+        """
+        constants, found = self.scene.constants.of(PileUpConstants), self.standout()
+        lack = self.scene.masked.raised.get(found.target_class, 0.0)
+        counts_from = constants.alone_from if lack else constants.counts_from
+        strength = found.value / counts_from
+        what = f"counts from {counts_from:g}, together with the margin or the patch"
+        if lack:
+            strength = min(strength, lack / constants.rare_from)
+            what = (
+                f"counts fully from {counts_from:g}, since the class is rare on clean images: its "
+                f"logit lacks {lack:.2f} nats there, which counts fully from "
+                f"{constants.rare_from:g}"
+            )
+        shares, runs = self.shares, len(self.scene.runs)
         reason = (
-            f"after clean suppression, {usual[found.target_class]:.0%} of the predictions fall on "
+            f"after clean suppression, {shares[found.target_class]:.0%} of the predictions fall on "
             f"class {found.target_class}, where the gap to the next class is {found.value:.2f} "
-            f"times the spread of the others (mean of {len(runs)} runs; counts from "
-            f"{constants.counts_from:g}, together with the margin)"
+            f"times the spread of the others (mean of {runs} runs; {what})"
         )
-        strength = found.value / constants.counts_from
         return Signal(
             self.name,
             strength,
             found.target_class,
             found.value,
-            constants.counts_from,
+            counts_from,
             reason,
             shares,
-            decides=self.decides,
+            decides=lack > 0,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lightning_mnp.config import Constants, MNPConfig
 from lightning_mnp.report import RunResult, Signal, Verdict
+from lightning_mnp.signals.patch import PatchConstants
 
 __all__ = [
     "Judgement",
@@ -156,7 +157,8 @@ def signals_to_repeat(ranked: Sequence[Signal], threshold: float = 1.0) -> froze
     """Return the names of the signals that an audit of the purified network makes again.
 
     These are the one most believed, and those that came half as far as what counts. The margin and
-    the pile-up go together, and are made again only if the margin is the one most believed.
+    the pile-up go together, and are made again only if one of them is the one most believed. The
+    pile-up is also made again for a patch that counts for less because the two agree.
 
     Args:
         ranked: All signals, as :func:`rank_signals` returns them; at least one.
@@ -172,8 +174,10 @@ def signals_to_repeat(ranked: Sequence[Signal], threshold: float = 1.0) -> froze
     pair = {"margin", "pile-up"}
     if first.name in pair:
         return frozenset(pair)
-    near = {each.name for each in others if 2 * each.strength >= threshold}
-    return frozenset({first.name, *near} - pair)
+    near = {each.name for each in others if 2 * each.strength >= threshold} - pair
+    if first.name == "patch" and first.threshold <= PatchConstants().agreeing_counts_from:
+        near.add("pile-up")
+    return frozenset({first.name, *near})
 
 
 def judge(

@@ -37,7 +37,7 @@ class WarpConstants:
         length: Root mean square of a step, as a share of the farthest move.
     """
 
-    counts_from: float = 2.0
+    counts_from: float = 1.4
     trace_from: float = 0.3
     grid: int = 8
     farthest: float = 0.5
