@@ -251,7 +251,7 @@ class PatchSearch(PatternSignal[PatchTrigger]):
         trigger of a backdoor does. Still less is enough where the pile-up points to the class, too.
         """
         constants, furthest = self.scene.constants.of(PatchConstants), self.furthest
-        if self.margins[furthest] < constants.far_from:
+        if not self.margins[furthest] >= constants.far_from:  # NaN is not far
             return constants.counts_from
         piled = PileUp(self.scene).standout() if self.scene.runs else None
         if piled is None or piled.target_class != furthest or piled.value < constants.piled_from:

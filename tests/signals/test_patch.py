@@ -7,6 +7,7 @@ import torch
 from helpers import Shortcut, finish, margins_of, new_scene
 
 from lightning_mnp.config import Constants
+from lightning_mnp.report import RunResult
 from lightning_mnp.signals.patch import PatchConstants, PatchSearch, patch_ratio
 
 
@@ -92,14 +93,14 @@ def test_a_pixel_that_leads_to_a_class_stands_out() -> None:
     ("margins", "value"),
     [
         ({0: -0.5, 1: 2.0, 2: 0.5, 3: 0.0, 4: -0.25}, 1.5),
-        ({0: -0.5, 1: -0.375, 2: -0.5, 3: -0.5, 4: -0.5}, 0.5),  # others are too even
+        ({0: 1.0, 1: 1.25, 2: 1.0, 3: 1.0, 4: 1.0}, 1.0),  # others are too even
         ({0: -0.5, 1: 2.0, 2: 0.25, 3: 0.0}, 1.75),  # so few that the usual distance is the spread
         ({0: math.nan, 1: 2.0, 2: 0.5, 3: 0.0, 4: -0.25}, 0.0),
     ],
 )
 def test_signal_is_the_gap_over_the_spread(margins: dict[int, float], value: float) -> None:
-    for counts_from in (1.5, 0.5):
-        constants = Constants(PatchConstants(counts_from=counts_from))
+    for counts_from in (1.5, 0.75):
+        constants = Constants(PatchConstants(counts_from=counts_from, arrives_from=0.25))
         search = PatchSearch(new_scene(constants=constants))
         search.margins, search.rises = margins, dict.fromkeys(margins, 9.0)
         signal = search.signal()
@@ -111,6 +112,49 @@ def test_signal_is_the_gap_over_the_spread(margins: dict[int, float], value: flo
             assert signal.target_class == 1
             assert signal.classes == margins
     assert PatchConstants().counts_from == 1.5
+
+
+NEAR = {0: -0.5, 1: 2.25, 2: 0.75, 3: 0.0, 4: -0.25}  # the gap is 1.5, the spread 1.25
+FAR = {0: 0.5, 1: 4.0, 2: 2.5, 3: 2.0, 4: 1.25}  # the gap is 1.5, the spread 2.0
+
+
+@pytest.mark.parametrize(
+    ("margins", "predictions", "counts_from"),
+    [
+        (NEAR, None, 1.5),
+        (NEAR, (1, 90, 1, 1, 1), 1.5),  # the pile-up confirms only what goes far
+        (FAR, None, 1.15),
+        (FAR, (1, 90, 1, 1, 1), 0.5),
+        (FAR, (90, 1, 1, 1, 1), 1.15),  # another class
+        (FAR, (10, 60, 21, 8, 1), 1.15),  # too little
+    ],
+)
+def test_a_patch_that_goes_far_or_agrees_with_the_pile_up_need_not_stand_out_as_much(
+    margins: dict[int, float], predictions: tuple[int, ...] | None, counts_from: float
+) -> None:
+    search = PatchSearch(new_scene())
+    search.margins = margins
+    if predictions is not None:
+        search.scene.runs.append(RunResult(0.5, 0.3, predictions, 9, 0.2, ""))
+    signal = search.signal()
+    assert (signal.threshold, signal.target_class) == (counts_from, 1)
+    assert signal.strength == pytest.approx(signal.value / counts_from)
+    assert f"(counts fully from {counts_from:g})" in signal.reason
+
+
+@pytest.mark.parametrize(("arrived", "strength"), [(0.25, 0.25), (-0.5, 0.0), (1.75, 1.5)])
+def test_a_patch_counts_little_if_images_hardly_get_to_the_class(
+    arrived: float, strength: float
+) -> None:
+    """The gap is 2.25 times the spread of the others."""
+    others = (arrived - 2.25 - 0.25 * place for place in range(5))
+    search = PatchSearch(new_scene())
+    search.margins = dict(enumerate([arrived, *others]))
+    signal = search.signal()
+    assert signal.value == pytest.approx(2.25)
+    assert signal.strength == pytest.approx(strength)
+    told = f"images get there by {max(arrived, 0):.2f} of the usual distance only"
+    assert (told in signal.reason) == (arrived < 1)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_signal_is_the_formula() -> None:
     assert signal.reason == (
         f"after clean suppression, {usual[0]:.0%} of the predictions fall on class 0, where the "
         f"gap to the next class is {signal.value:.2f} times the spread of the others (mean of 3 "
-        "runs; counts from 1, together with the margin)"
+        "runs; counts from 1, together with the margin or the patch)"
     )
 
 
@@ -57,6 +57,39 @@ def test_it_does_not_decide_by_itself() -> None:
     signal = signal_of((91, *[1] * 9))
     assert signal.strength > 30
     assert (signal.decides, signal.counts) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("rare", "lack", "predictions", "strength"),
+    [
+        (0, 1.8, (40, 10, *range(2, 10)), 1.5),  # the lack is the lesser of both
+        (0, 1.2, (40, 10, *range(2, 10)), 1.0),
+        (0, 0.9, (40, 10, *range(2, 10)), 0.75),
+        (0, 9.0, (15, 9, *range(1, 9)), 6 / 8 / 2),  # the gap is
+    ],
+)
+def test_it_decides_on_a_class_that_is_rare_on_clean_images(
+    rare: int, lack: float, predictions: tuple[int, ...], strength: float
+) -> None:
+    scene = new_scene(constants=Constants(PileUpConstants(least_share=0.0)))
+    scene.masked.raised = {rare: lack}
+    scene.runs.append(RunResult(0.5, 0.3, predictions, 9, 0.2, ""))
+    signal = PileUp(scene).signal()
+    assert signal.decides
+    assert (signal.target_class, signal.threshold) == (0, 2.0)
+    assert signal.strength == pytest.approx(strength, rel=0.15)
+    assert signal.counts == (strength >= 1)
+    assert (
+        f"counts fully from 2, since the class is rare on clean images: its logit lacks {lack:.2f} "
+        "nats there, which counts fully from 1.2)"
+    ) in signal.reason
+
+
+def test_it_does_not_decide_if_another_class_is_rare() -> None:
+    scene = new_scene()
+    scene.masked.raised = {3: 2.0}
+    scene.runs.append(RunResult(0.5, 0.3, (91, *[1] * 9), 9, 0.2, ""))
+    assert not PileUp(scene).signal().decides
 
 
 def test_shares_as_even_as_can_be_are_taken_for_less_even() -> None:

@@ -116,14 +116,14 @@ def test_verdict_by_patch(margin: float, verdict: str, target: int | None) -> No
 
 @pytest.mark.parametrize(
     ("rise", "verdict", "target"),
-    [(1.85, "backdoored", 5), (1.7, "undecided", 5), (1.6, "clean", None)],
+    [(1.3, "backdoored", 5), (1.2, "undecided", 5), (1.1, "clean", None)],
 )
 def test_verdict_by_warp(rise: float, verdict: str, target: int | None) -> None:
-    """A gap of twice the spread counts fully, which is 1.8 here."""
+    """A gap of 1.4 times the spread counts fully, which is 1.26 here."""
     judgement = judge([run(EVEN)], 0.6, evidence(warp_rises={**LEVELS, 5: rise}), MNPConfig(), 0.9)
     assert judgement.verdict == verdict
     assert judgement.target_class == target
-    assert judgement.score == pytest.approx(rise / 0.9 / 2)
+    assert judgement.score == pytest.approx(rise / 0.9 / 1.4)
     assert "a warp by half a pixel at most brings images nearer to class 5" in judgement.reasons[0]
 
 
@@ -178,13 +178,13 @@ def test_verdict_by_permutation(moved: float, verdict: str, all_to_all: bool) ->
 
 
 def test_exchange_that_counts_fully_comes_before_a_class_that_stands_out_more() -> None:
-    found = evidence(patch_margins={**LEVELS, 7: 2.7}, moved=0.6)
+    found = evidence(patch_margins={**LEVELS, 7: 2.4}, moved=0.6)
     judgement = judge([run(EVEN)], 0.6, found, MNPConfig(), 0.9)
     assert judgement.all_to_all
-    assert judgement.score == pytest.approx(2.0)  # of the patch, which is stronger
-    weak = evidence(patch_margins={**LEVELS, 7: 2.7}, moved=0.45)
+    assert judgement.score == pytest.approx(2.4 / 0.9 / 1.5)  # of the patch, which is stronger
+    weak = evidence(patch_margins={**LEVELS, 7: 2.4}, moved=0.45)
     assert judge([run(EVEN)], 0.6, weak, MNPConfig(), 0.9).target_class == 7
-    strict = judge([run(EVEN)], 0.6, found, config_of(threshold=1.9), 0.9)
+    strict = judge([run(EVEN)], 0.6, found, config_of(threshold=1.7), 0.9)
     assert strict.target_class == 7  # the exchange alone would not reach this threshold
 
 
@@ -262,6 +262,13 @@ def test_signals_that_spoke_are_made_again(
     assert signals_to_repeat(ranked, threshold) == expected
 
 
+@pytest.mark.parametrize(("threshold", "again"), [(0.5, True), (1.15, False), (1.5, False)])
+def test_a_pile_up_that_a_patch_leans_on_is_made_again(threshold: float, again: bool) -> None:
+    patch = Signal("patch", 1.2, 3, 1.2 * threshold, threshold, "a test says so")
+    pile_up = Signal("pile-up", 4.0, 3, 4.0, 1.0, "a test says so", decides=False)
+    assert ("pile-up" in signals_to_repeat([patch, pile_up])) == again
+
+
 def test_a_verdict_needs_no_run_where_no_signal_does() -> None:
     ranked = [Signal("patch", 0.2, 4, 0.3, 1.5, "a test says so")]
     judgement = verdict.judge([], 0.5, ranked, MNPConfig(), 0.9)
@@ -287,9 +294,9 @@ def test_without_the_margin_or_the_pile_up_nothing_is_in_doubt(name: str) -> Non
 def test_score_is_the_strongest_signal_and_the_threshold_is_an_option() -> None:
     found = evidence(patch_margins={**LEVELS, 4: 2.7}, warp_rises={**LEVELS, 7: 9.0})
     judgement = judge([run(EVEN)], 0.6, found, MNPConfig(), 0.9)
-    assert judgement.score == pytest.approx(5.0)
+    assert judgement.score == pytest.approx(9.0 / 0.9 / 1.4)
     assert judgement.suspect == 7
-    calm = judge([run(EVEN)], 0.6, found, config_of(threshold=6.0), 0.9)
+    calm = judge([run(EVEN)], 0.6, found, config_of(threshold=8.0), 0.9)
     assert calm.verdict == "clean"
 
 

@@ -103,7 +103,7 @@ def test_signal_is_the_gap_over_the_spread(rises: dict[int, float], value: float
         if not search.failed:
             assert signal.target_class == max(rises, key=lambda index: rises[index])
             assert signal.classes == rises
-    assert WarpConstants().counts_from == 2.0
+    assert WarpConstants().counts_from == 1.4
 
 
 def test_images_without_height_and_width_are_not_warped() -> None:
