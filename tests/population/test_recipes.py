@@ -99,8 +99,8 @@ def test_every_network_has_a_recipe_of_its_own() -> None:
         assert recipe.attack not in ("wanet", "iab", "lira") or recipe.optimizer == "sgd"
 
 
-def test_all_of_them_train_in_seven_hours_of_a_core() -> None:
-    assert sum(recipe.minutes for recipe in RECIPES) <= 420
+def test_all_of_them_train_in_ten_hours_of_a_core() -> None:
+    assert sum(recipe.minutes for recipe in RECIPES) <= 600
 
 
 def test_slow_networks_take_twice_the_time_for_what_they_learn_slowly() -> None:
