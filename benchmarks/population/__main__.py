@@ -62,6 +62,7 @@ from benchmarks.population.networks import RECIPES
 from benchmarks.population.rates import training_rate
 from benchmarks.population.recipes import Recipe
 from benchmarks.population.reference import reference_of, write_reference
+from benchmarks.population.rescoring import rescored
 from benchmarks.population.split import split_of, write_split
 from benchmarks.population.table import write_table
 from benchmarks.population.training import is_trained, read_row, train_network
@@ -116,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(conditions_table(chosen, audits))
     elif options.command == "table":
         audits = read_audits(options.results)
+        if options.rescored:
+            audits = list(map(rescored, audits))
         for split in dict.fromkeys(split_of(each.architecture, each.seed) for each in chosen):
             part = [each for each in chosen if split_of(each.architecture, each.seed) == split]
             print(write_table(split, part, audits, options.sets))
@@ -191,6 +194,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=DEFENSES,
         help="what `defend` runs (without it, the default), or the table is of (all)",
+    )
+    parser.add_argument(
+        "--rescored", action="store_true", help="judge kept audits anew by the present rules"
     )
     parser.add_argument("--detected", action="store_true", help="the table of detectors")
     parser.add_argument(

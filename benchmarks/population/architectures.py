@@ -318,7 +318,8 @@ def _inception(width: int, stride: int) -> nn.Module:
 
     def module(before: int, after: int) -> nn.Module:
         part = after // 4
-        return Inception(before, part, part // 2, part, part // 2, part, part)
+        inception: nn.Module = Inception(before, part, part // 2, part, part // 2, part, part)
+        return inception
 
     w = width
     return nn.Sequential(

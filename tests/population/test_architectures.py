@@ -44,7 +44,9 @@ def test_only_four_architectures_have_no_normalization() -> None:
 
 
 def test_what_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`name` to be one of \['all-conv', .*, but got 'alexnet'"):
+    with pytest.raises(
+        ValueError, match=r"`name` to be one of \['all-conv', .*, but got 'alexnet'"
+    ):
         build("alexnet")
     with pytest.raises(ValueError, match="`size` to be 32 or 64 pixels, but got 224"):
         build("cnn", size=224)
