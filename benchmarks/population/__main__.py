@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -116,9 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         audits = [row for row in _audits(options) if row["set"] < options.sets]
         print(conditions_table(chosen, audits))
     elif options.command == "table":
-        audits = read_audits(options.results)
-        if options.rescored:
-            audits = list(map(rescored, audits))
+        audits = _audits(options)
         for split in dict.fromkeys(split_of(each.architecture, each.seed) for each in chosen):
             part = [each for each in chosen if split_of(each.architecture, each.seed) == split]
             print(write_table(split, part, audits, options.sets))
@@ -222,19 +220,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _chosen(options: argparse.Namespace) -> list[Recipe]:
+    named: Collection[str] | None = NAMED if options.conditions else None
+    if options.conditions and options.command == "table":  # of whatever was audited so
+        named = {row["network"] for row in read_audits(options.results / "conditions")}
     return [
         recipe
         for recipe in RECIPES
         if options.split in (None, split_of(recipe.architecture, recipe.seed))
-        and (not options.conditions or recipe.name in NAMED)
+        and (named is None or recipe.name in named)
         and (options.only is None or recipe.name in options.only)
     ]
 
 
 def _audits(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Read the audits of all networks, or also those under other conditions."""
-    usual = read_audits(options.results)
-    return [*usual, *read_audits(options.results / "conditions")] if options.conditions else usual
+    """Read the audits of all networks, also those under other conditions if these are wanted."""
+    audits = read_audits(options.results)
+    if options.conditions:
+        audits += read_audits(options.results / "conditions")
+    return list(map(rescored, audits)) if options.rescored else audits
 
 
 def _train(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
