@@ -87,7 +87,9 @@ class MNPDefense:
     def _audit_of(self, model: nn.Module) -> MNPDefense:
         """Make the engine that audits a purified copy, by the signals that spoke."""
         case, limit = self.case, self.case.config.verdict.threshold
-        again = signals_to_repeat(case.signals(), limit) if case.judges_by_signals else None
+        again = None
+        if case.judges_by_signals:
+            again = signals_to_repeat(case.signals(), limit, case.constants)
         return MNPDefense(
             model,
             case.data,

@@ -23,7 +23,7 @@ from lightning_mnp.report import DefenseReport, DefenseSetSummary, RunResult
 from lightning_mnp.signals.abstention import find_doubts
 from lightning_mnp.signals.rare_classes import RareClassConstants, find_rare_classes
 from lightning_mnp.signals.screening import Screening
-from lightning_mnp.signals.verdict import VerdictConstants, hangs_on_pile_up, in_doubt
+from lightning_mnp.signals.verdict import hangs_on_pile_up, in_doubt
 
 __all__ = [
     "MaskPhase",
@@ -343,7 +343,7 @@ class VerdictPhase(OneStepPhase):
         if not case.judges_by_signals or case.doubts:
             return range(0)
         suppression = case.config.suppression
-        constants, found = case.constants.of(VerdictConstants), case.signals()
+        constants, found = case.constants, case.signals()
         if made < suppression.runs:
             wanted = suppression.runs
             needed = hangs_on_pile_up(found, constants)

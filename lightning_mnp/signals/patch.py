@@ -267,15 +267,14 @@ class PatchSearch(PatternSignal[PatchTrigger]):
         """Return how far that class stands out; little counts if images hardly arrive there."""
         signal = super().signal()
         arrives_from = self.scene.constants.of(PatchConstants).arrives_from
-        arrived = self.margins[self.furthest]
-        if not arrived / arrives_from < signal.strength:
+        arrived = max(self.margins[self.furthest], 0.0)
+        if not arrived < min(1.0, signal.strength) * arrives_from:
             return signal
         reason = (
-            f"{signal.reason}; but images get there by {max(arrived, 0.0):.2f} of the usual "
-            f"distance only (counts fully from {arrives_from:g})"
+            f"{signal.reason}; but images get there by {arrived:.2f} of the usual distance only "
+            f"(counts fully from {arrives_from:g})"
         )
-        strength = max(arrived, 0.0) / arrives_from
-        return replace(signal, strength=strength, reason=reason)
+        return replace(signal, strength=arrived / arrives_from, reason=reason)
 
     @property
     def figures(self) -> dict[int, float]:

@@ -34,8 +34,8 @@ class PileUpConstants:
         counts_from: How far one class stands out, from where it counts fully, see
             :func:`~lightning_mnp.signals.standout.find_standout`.
         alone_from: The same for a pile-up that decides by itself, on a class that is rare.
-        rare_from: What the logit of that class lacks on clean images, in nats, from where it counts
-            fully; see :func:`~lightning_mnp.signals.rare_classes.find_rare_classes`.
+        rare_from: What the logit of a class lacks on clean images, in nats, from where it is rare
+            enough for that; see :func:`~lightning_mnp.signals.rare_classes.find_rare_classes`.
         least_share: Added to every share, so that one run without a single prediction on a class
             does not decide alone.
     """
@@ -105,22 +105,20 @@ class PileUp(SignalSearch):
     def signal(self) -> Signal:
         """Return what the runs say together.
 
-        The pile-up decides by itself only if its class is rare on clean images. An attack that
-        leaves labels alone makes its target so, and yet that is what a suppressed network falls
-        back to. A class that is rare for want of images is not: suppression unlearns it first.
-        Otherwise the pile-up confirms other signals.
+        The pile-up decides by itself only if its class is rare enough on clean images. An attack
+        that leaves labels alone makes its target so, and yet that is what a suppressed network
+        falls back to. A class that is rare for want of images is not: suppression unlearns it
+        first. Otherwise the pile-up confirms other signals.
         """
         constants, found = self.scene.constants.of(PileUpConstants), self.standout()
         lack = self.scene.masked.raised.get(found.target_class, 0.0)
-        counts_from = constants.alone_from if lack else constants.counts_from
-        strength = found.value / counts_from
-        what = f"counts from {counts_from:g}, together with the margin or the patch"
-        if lack:
-            strength = min(strength, lack / constants.rare_from)
-            what = (
-                f"counts fully from {counts_from:g}, since the class is rare on clean images: its "
-                f"logit lacks {lack:.2f} nats there, which counts fully from "
-                f"{constants.rare_from:g}"
+        decides = lack >= constants.rare_from
+        counts_from = constants.alone_from if decides else constants.counts_from
+        what = f"counts from {constants.counts_from:g}, together with the margin or the patch"
+        if decides:
+            what += (
+                f", and by itself from {counts_from:g}, since the class is rare on clean images: "
+                f"its logit lacks {lack:.2f} nats"
             )
         shares, runs = self.shares, len(self.scene.runs)
         reason = (
@@ -130,13 +128,13 @@ class PileUp(SignalSearch):
         )
         return Signal(
             self.name,
-            strength,
+            found.value / counts_from,
             found.target_class,
             found.value,
             counts_from,
             reason,
             shares,
-            decides=lack > 0,
+            decides=decides,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lightning_mnp.config import Constants, MNPConfig
 from lightning_mnp.report import RunResult, Signal, Verdict
 from lightning_mnp.signals.patch import PatchConstants
+from lightning_mnp.signals.pile_up import PileUpConstants
 
 __all__ = [
     "Judgement",
@@ -96,7 +97,14 @@ def rank_signals(found: Sequence[Signal], threshold: float = 1.0) -> list[Signal
     def counts(signal: Signal) -> bool:
         return signal.decides and signal.strength >= full
 
-    votes = Counter(signal.target_class for signal in found if counts(signal))
+    voting = [signal for signal in found if counts(signal)]
+    # The margin counts by the pile-up: together they are one voice.
+    pair = {signal.target_class for signal in voting if signal.name == "margin"}
+    votes = Counter(
+        signal.target_class
+        for signal in voting
+        if signal.name != "pile-up" or signal.target_class not in pair
+    )
 
     def order(signal: Signal) -> tuple[bool, bool, int, float]:
         exchange = counts(signal) and signal.target_class is None
@@ -106,30 +114,56 @@ def rank_signals(found: Sequence[Signal], threshold: float = 1.0) -> list[Signal
     return sorted(found, key=order)
 
 
-def hangs_on_pile_up(found: Sequence[Signal], constants: VerdictConstants | None = None) -> bool:
-    """Return whether the verdict hangs on the pile-up: the margin speaks, and nothing else counts.
+def _leans_on_pile_up(signal: Signal, constants: Constants) -> bool:
+    """Whether a patch counts for what it is because the pile-up agrees with it."""
+    patch = constants.of(PatchConstants)
+    leans = signal.name == "patch" and signal.threshold <= patch.agreeing_counts_from
+    return leans and signal.value < patch.far_counts_from
+
+
+def _pile_up_bars(found: Sequence[Signal], constants: Constants) -> list[float]:
+    """How far the pile-up has to stand out for each signal that speaks and leans on it.
+
+    None if something counts that does not.
+    """
+    known = {signal.name: signal for signal in found}
+    if "pile-up" not in known:
+        return []
+    least, piled = constants.of(VerdictConstants).undecided_from, constants.of(PileUpConstants)
+    bars, settled = [], False
+    for signal in found:
+        if signal.name == "margin" and signal.value >= least * signal.threshold:
+            bars.append(piled.counts_from)
+        elif signal.name == "pile-up" and signal.decides:
+            bars.append(piled.alone_from)
+        elif _leans_on_pile_up(signal, constants) and signal.strength >= least:
+            bars.append(constants.of(PatchConstants).piled_from)
+        else:
+            settled |= signal.counts and signal.name not in ("margin", "pile-up")
+    return [] if settled else bars
+
+
+def hangs_on_pile_up(found: Sequence[Signal], constants: Constants | None = None) -> bool:
+    """Return whether the verdict hangs on the pile-up: nothing counts but what leans on it.
+
+    The margin leans on it, a pile-up that decides is one, and a patch may count for more because
+    the two agree.
 
     Args:
         found: All signals.
-        constants: From where on a network is not called clean.
+        constants: Constants that differ from their defaults.
 
     Example:
-        >>> margin = Signal("margin", 0.0, 0, value=2.0, threshold=0.8, reason="")
+        >>> margin = Signal("margin", 0.0, 0, value=2.0, threshold=1.0, reason="")
         >>> pile_up = Signal("pile-up", 0.1, 1, value=0.1, threshold=1.0, reason="", decides=False)
         >>> patch = Signal("patch", 3.0, 0, value=4.5, threshold=1.5, reason="")
         >>> hangs_on_pile_up([margin, pile_up]), hangs_on_pile_up([margin, pile_up, patch])
         (True, False)
     """
-    known = {signal.name: signal for signal in found}
-    if not {"margin", "pile-up"} <= known.keys():
-        return False
-    margin = known["margin"]
-    settled = any(each.counts for each in found if each is not margin)
-    least = (constants or VerdictConstants()).undecided_from * margin.threshold
-    return not settled and margin.value >= least
+    return bool(_pile_up_bars(found, constants or Constants()))
 
 
-def in_doubt(found: Sequence[Signal], constants: VerdictConstants | None = None) -> bool:
+def in_doubt(found: Sequence[Signal], constants: Constants | None = None) -> bool:
     """Return whether the score hangs on a pile-up that more suppression runs would make clearer.
 
     It does not depend on the threshold of the verdict: the score would, then, and a threshold that
@@ -140,33 +174,35 @@ def in_doubt(found: Sequence[Signal], constants: VerdictConstants | None = None)
         constants: Which pile-ups are unclear.
 
     Example:
-        >>> margin = Signal("margin", 1.1, 0, value=2.0, threshold=0.8, reason="")
+        >>> margin = Signal("margin", 1.1, 0, value=2.0, threshold=1.0, reason="")
         >>> pile_up = Signal("pile-up", 1.1, 0, value=1.1, threshold=1.0, reason="", decides=False)
         >>> patch = Signal("patch", 3.0, 0, value=4.5, threshold=1.5, reason="")
         >>> in_doubt([margin, pile_up]), in_doubt([margin, pile_up, patch])
         (True, False)
     """
-    constants = constants or VerdictConstants()
-    if not hangs_on_pile_up(found, constants):
-        return False
-    pile_up = next(signal for signal in found if signal.name == "pile-up")
-    return constants.doubt_from <= pile_up.strength < constants.doubt_to
+    constants = constants or Constants()
+    bars, limits = _pile_up_bars(found, constants), constants.of(VerdictConstants)
+    value = next((signal.value for signal in found if signal.name == "pile-up"), 0.0)
+    return any(limits.doubt_from <= value / bar < limits.doubt_to for bar in bars)
 
 
-def signals_to_repeat(ranked: Sequence[Signal], threshold: float = 1.0) -> frozenset[str]:
+def signals_to_repeat(
+    ranked: Sequence[Signal], threshold: float = 1.0, constants: Constants | None = None
+) -> frozenset[str]:
     """Return the names of the signals that an audit of the purified network makes again.
 
-    These are the one most believed, and those that came half as far as what counts. The margin and
-    the pile-up go together, and are made again only if one of them is the one most believed. The
-    pile-up is also made again for a patch that counts for less because the two agree.
+    These are the one most believed, and those that came half as far as what counts. If the one most
+    believed is the margin or the pile-up, they are these two. Otherwise the pile-up is made again
+    for a patch that leans on it.
 
     Args:
         ranked: All signals, as :func:`rank_signals` returns them; at least one.
         threshold: The score from which a network is backdoored, above 0.
+        constants: Constants that differ from their defaults.
 
     Example:
         >>> strengths = {"patch": 5.0, "margin": 2.0, "warp": 0.6, "permutation": 0.0}
-        >>> ranked = [Signal(name, value, 0, 0, 0, "") for name, value in strengths.items()]
+        >>> ranked = [Signal(name, value, 0, 9, 1, "") for name, value in strengths.items()]
         >>> sorted(signals_to_repeat(ranked))
         ['patch', 'warp']
     """
@@ -174,10 +210,11 @@ def signals_to_repeat(ranked: Sequence[Signal], threshold: float = 1.0) -> froze
     pair = {"margin", "pile-up"}
     if first.name in pair:
         return frozenset(pair)
-    near = {each.name for each in others if 2 * each.strength >= threshold} - pair
-    if first.name == "patch" and first.threshold <= PatchConstants().agreeing_counts_from:
-        near.add("pile-up")
-    return frozenset({first.name, *near})
+    again = [first, *(each for each in others if 2 * each.strength >= threshold)]
+    names = {each.name for each in again} - pair
+    if any(_leans_on_pile_up(each, constants or Constants()) for each in again):
+        names.add("pile-up")
+    return frozenset(names)
 
 
 def judge(

@@ -308,9 +308,9 @@ def test_weights_are_plain_tensors(images: Images, tmp_path: Path) -> None:
 
 
 def test_parameters_are_measured_and_kept_in_half_precision(images: Images, tmp_path: Path) -> None:
-    recipe = replace(TINY, name="resnet-tiny-2", architecture="resnet")
+    recipe = replace(TINY, name="cnn-tiny-2", architecture="cnn")
     train_network(recipe, tmp_path, tmp_path)
-    weights = load_file(tmp_path / "resnet-tiny-2.safetensors")
+    weights = load_file(tmp_path / "cnn-tiny-2.safetensors")
     network = load_network(recipe, tmp_path)
     for name, parameter in network.named_parameters():
         assert weights[name].dtype == torch.float16

@@ -142,7 +142,9 @@ def test_a_patch_that_goes_far_or_agrees_with_the_pile_up_need_not_stand_out_as_
     assert f"(counts fully from {counts_from:g})" in signal.reason
 
 
-@pytest.mark.parametrize(("arrived", "strength"), [(0.25, 0.25), (-0.5, 0.0), (1.75, 1.5)])
+@pytest.mark.parametrize(
+    ("arrived", "strength"), [(0.25, 0.25), (-0.5, 0.0), (0.99, 0.99), (1.0, 1.5), (1.75, 1.5)]
+)
 def test_a_patch_counts_little_if_images_hardly_get_to_the_class(
     arrived: float, strength: float
 ) -> None:

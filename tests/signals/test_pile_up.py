@@ -59,30 +59,24 @@ def test_it_does_not_decide_by_itself() -> None:
     assert (signal.decides, signal.counts) == (False, False)
 
 
+@pytest.mark.parametrize(("lack", "decides"), [(1.2, True), (3.0, True), (1.1, False)])
 @pytest.mark.parametrize(
-    ("rare", "lack", "predictions", "strength"),
-    [
-        (0, 1.8, (40, 10, *range(2, 10)), 1.5),  # the lack is the lesser of both
-        (0, 1.2, (40, 10, *range(2, 10)), 1.0),
-        (0, 0.9, (40, 10, *range(2, 10)), 0.75),
-        (0, 9.0, (15, 9, *range(1, 9)), 6 / 8 / 2),  # the gap is
-    ],
+    ("predictions", "value"), [((40, 10, *range(2, 10)), 3.75), ((15, 9, *range(1, 9)), 0.75)]
 )
 def test_it_decides_on_a_class_that_is_rare_on_clean_images(
-    rare: int, lack: float, predictions: tuple[int, ...], strength: float
+    lack: float, decides: bool, predictions: tuple[int, ...], value: float
 ) -> None:
-    scene = new_scene(constants=Constants(PileUpConstants(least_share=0.0)))
-    scene.masked.raised = {rare: lack}
+    scene = new_scene(constants=Constants(PileUpConstants(least_share=1e-9)))
+    scene.masked.raised = {0: lack}
     scene.runs.append(RunResult(0.5, 0.3, predictions, 9, 0.2, ""))
     signal = PileUp(scene).signal()
-    assert signal.decides
-    assert (signal.target_class, signal.threshold) == (0, 2.0)
-    assert signal.strength == pytest.approx(strength, rel=0.15)
-    assert signal.counts == (strength >= 1)
-    assert (
-        f"counts fully from 2, since the class is rare on clean images: its logit lacks {lack:.2f} "
-        "nats there, which counts fully from 1.2)"
-    ) in signal.reason
+    assert signal.decides == decides
+    assert (signal.target_class, signal.threshold) == (0, 2.0 if decides else 1.0)
+    assert signal.value == pytest.approx(value)
+    assert signal.strength == pytest.approx(value / signal.threshold)
+    told = f"by itself from 2, since the class is rare on clean images: its logit lacks {lack:.2f}"
+    assert (told in signal.reason) == decides
+    assert "counts from 1, together with the margin or the patch" in signal.reason
 
 
 def test_it_does_not_decide_if_another_class_is_rare() -> None:

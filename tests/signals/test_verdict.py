@@ -32,6 +32,10 @@ EVEN = (4,) * 10
 ROUND = {index: (index + 1) % 10 for index in range(10)}
 
 
+def varied(**values: float) -> Constants:
+    return Constants(VerdictConstants(**values))
+
+
 def run(
     predictions: tuple[int, ...] = (30,) + (1,) * 9, ratio: float = 0.5, steps: int = 9
 ) -> RunResult:
@@ -241,8 +245,8 @@ def test_a_margin_just_below_what_counts_makes_a_verdict_hang() -> None:
     shown = signals([piled(1.2)], evidence(margins={**SURE, 7: 40.0}))
     value = next(signal.value for signal in shown if signal.name == "margin")
     least = value / MarginConstants().counts_from
-    assert hangs_on_pile_up(shown, VerdictConstants(undecided_from=0.99 * least))
-    assert not hangs_on_pile_up(shown, VerdictConstants(undecided_from=1.01 * least))
+    assert hangs_on_pile_up(shown, varied(undecided_from=0.99 * least))
+    assert not hangs_on_pile_up(shown, varied(undecided_from=1.01 * least))
 
 
 @pytest.mark.parametrize(
@@ -258,15 +262,65 @@ def test_a_margin_just_below_what_counts_makes_a_verdict_hang() -> None:
 def test_signals_that_spoke_are_made_again(
     strengths: dict[str, float], threshold: float, expected: set[str]
 ) -> None:
-    ranked = [Signal(name, value, 0, 0.0, 1.0, "") for name, value in strengths.items()]
+    ranked = [Signal(name, value, 0, value, 1.0, "") for name, value in strengths.items()]
     assert signals_to_repeat(ranked, threshold) == expected
 
 
-@pytest.mark.parametrize(("threshold", "again"), [(0.5, True), (1.15, False), (1.5, False)])
-def test_a_pile_up_that_a_patch_leans_on_is_made_again(threshold: float, again: bool) -> None:
-    patch = Signal("patch", 1.2, 3, 1.2 * threshold, threshold, "a test says so")
-    pile_up = Signal("pile-up", 4.0, 3, 4.0, 1.0, "a test says so", decides=False)
-    assert ("pile-up" in signals_to_repeat([patch, pile_up])) == again
+def of(name: str, value: float, threshold: float, decides: bool = True) -> Signal:
+    return Signal(name, value / threshold, 3, value, threshold, "a test says so", decides=decides)
+
+
+# A patch counts from 0.5 where the pile-up agrees; by 1.2, it would count without.
+LEANING, FIRM = of("patch", 0.6, 0.5), of("patch", 1.2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ranked", "again"),
+    [
+        ([LEANING], {"patch", "pile-up"}),
+        ([FIRM], {"patch"}),
+        ([of("patch", 1.2, 1.15)], {"patch"}),
+        ([of("warp", 4.2, 1.4), LEANING], {"warp", "patch", "pile-up"}),
+        ([of("warp", 4.2, 1.4), FIRM], {"warp", "patch"}),
+        ([of("warp", 4.2, 1.4), of("patch", 0.1, 0.5)], {"warp"}),
+    ],
+)
+def test_a_pile_up_that_a_patch_leans_on_is_made_again(
+    ranked: list[Signal], again: set[str]
+) -> None:
+    assert signals_to_repeat([*ranked, of("pile-up", 4.0, 1.0, decides=False)]) == again
+    assert signals_to_repeat([of("pile-up", 4.0, 2.0), *ranked]) == {"margin", "pile-up"}
+
+
+@pytest.mark.parametrize(
+    ("others", "piled", "decides", "hangs", "doubt"),
+    [
+        ([], 4.0, False, False, False),
+        ([], 3.9, True, True, True),  # it counts from 2.0
+        ([], 1.1, True, True, False),
+        ([], 4.1, True, True, False),
+        ([LEANING], 4.9, False, True, True),  # the patch wants 2.5
+        ([LEANING], 5.1, False, True, False),
+        ([FIRM], 4.9, False, False, False),
+        ([of("warp", 1.4, 1.4)], 3.9, True, False, False),
+        ([of("warp", 1.3, 1.4)], 3.9, True, True, True),
+        ([of("margin", 0.9, 1.0)], 1.2, True, True, True),  # the margin wants 1.0 only
+        ([of("margin", 0.8, 1.0)], 1.1, True, True, False),
+    ],
+)
+def test_a_verdict_hangs_on_a_pile_up_that_decides_or_that_a_patch_leans_on(
+    others: list[Signal], piled: float, decides: bool, hangs: bool, doubt: bool
+) -> None:
+    threshold = 2.0 if decides else 1.0
+    found = [*others, of("pile-up", piled, threshold, decides=decides)]
+    assert (hangs_on_pile_up(found), in_doubt(found)) == (hangs, doubt)
+
+
+def test_margin_and_pile_up_are_one_voice() -> None:
+    pair = [of("margin", 1.1, 1.0), of("pile-up", 2.2, 2.0)]
+    strong = Signal("patch", 6.0, 5, 6.0, 1.0, "a test says so")
+    assert rank_signals([*pair, strong])[0].name == "patch"
+    assert rank_signals([pair[1], strong, of("warp", 1.5, 1.4)])[0].target_class == 3
 
 
 def test_a_verdict_needs_no_run_where_no_signal_does() -> None:
@@ -279,8 +333,8 @@ def test_a_verdict_needs_no_run_where_no_signal_does() -> None:
 def test_what_is_in_doubt_can_be_varied() -> None:
     shown = signals([piled(1.2)], evidence(margins={**SURE, 7: 40.0}))
     assert in_doubt(shown)
-    assert not in_doubt(shown, VerdictConstants(doubt_to=1.1))
-    assert not in_doubt(shown, VerdictConstants(doubt_from=1.3))
+    assert not in_doubt(shown, varied(doubt_to=1.1))
+    assert not in_doubt(shown, varied(doubt_from=1.3))
 
 
 @pytest.mark.parametrize("name", ["margin", "pile-up"])
