@@ -109,9 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
         print(defenses_table(chosen, outcomes, options.sets))
     elif options.command == "table" and options.detected:
-        defenses = read_defenses(options.results)
         detections = read_detections(options.results)
-        print(detections_table(chosen, detections, defenses, options.sets))
+        print(detections_table(chosen, detections, _audits(options), options.sets))
     elif options.command == "table" and options.conditions:
         audits = [row for row in _audits(options) if row["set"] < options.sets]
         print(conditions_table(chosen, audits))
@@ -213,6 +212,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.data = options.data.expanduser()
     if options.conditions and options.command not in ("audit", "table"):
         parser.error(f"--conditions: only `audit` and `table` take it, but got {options.command!r}")
+    if options.rescored and options.command != "table":
+        parser.error(f"--rescored: only `table` takes it, but got {options.command!r}")
     unknown = sorted(set(options.only or ()) - {recipe.name for recipe in RECIPES})
     if unknown:
         parser.error(f"--only: expected names as `list` has them, but got {unknown}")
@@ -241,15 +242,12 @@ def _audits(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _train(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
-    for recipe in chosen:
+    needed = {recipe.needs for recipe in chosen}  # also for images that CL has poisoned
+    references = [recipe for recipe in RECIPES if recipe.name in needed]
+    for recipe in (*references, *chosen):
         restore(recipe, options.folder)
     missing = [recipe for recipe in chosen if not is_trained(recipe, options.folder)]
-    needed = {recipe.needs for recipe in missing}
-    first = [
-        recipe
-        for recipe in RECIPES
-        if recipe.name in needed and not is_trained(recipe, options.folder)
-    ]
+    first = [recipe for recipe in references if not is_trained(recipe, options.folder)]
     later = [recipe for recipe in missing if recipe not in first]
     for name in sorted({recipe.data for recipe in [*first, *later]}):
         load_images(name, options.data, options.folder / "data")  # once, not in each process

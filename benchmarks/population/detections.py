@@ -44,9 +44,6 @@ DETECTORS = {name: Method(name) for name in ("nc", "ac", "sc", "strip", "mm-bd")
 _SUSPECTS = 2000
 _INPUTS = 500
 
-# The verdicts of this package's settings are those that their defenses begin with.
-_OURS = ("default", "mnp")
-
 
 def detection_version(detector: str) -> str:
     """Return a digest of the code and the options of a detector.
@@ -77,7 +74,8 @@ def suspects_of(recipe: Recipe, images: Images, number: int, kind: str, folder: 
         images: Its data set.
         number: Number of the defense set, from 0; others are drawn for each.
         kind: ``"training"`` for images that the network was trained on, the same number of each
-            class, poisoned as for the training; ``"inputs"`` for test images, half of them with
+            class, with as many poisoned as in the training (the cross and noise images of attacks
+            that are trained with the network are left out); ``"inputs"`` for test images, half of them with
             the trigger. Inputs are in no defense set.
         folder: Where networks and their triggers are kept.
 
@@ -194,7 +192,7 @@ def read_detections(results: Path = RESULTS) -> list[dict[str, Any]]:
 def detections_table(
     recipes: Sequence[Recipe],
     detections: Iterable[dict[str, Any]],
-    defenses: Iterable[dict[str, Any]],
+    audits: Iterable[dict[str, Any]],
     sets: int,
 ) -> str:
     """Write which networks each detector flags, by attack, and how many clean ones.
@@ -202,7 +200,7 @@ def detections_table(
     Args:
         recipes: The networks; those that did not learn their attack are left out.
         detections: Verdicts of rivals on any networks.
-        defenses: Outcomes of defenses: this package's begin with a verdict.
+        audits: What this package's default says of them.
         sets: Defense sets of each network.
 
     Returns:
@@ -210,20 +208,20 @@ def detections_table(
         whose numbers stand there.
     """
     known = {recipe.name: recipe for recipe in recipes}
-    ours = (row for row in defenses if row["defense"] in _OURS and row["verdict"] is not None)
+    ours = ({**row, "defense": "default"} for row in audits)
     rows = [
         row
         for row in (*ours, *detections)
         if row["network"] in known and row["set"] < sets and row["learned"] is not False
     ]
-    names = [name for name in (*_OURS, *DETECTORS) if any(r["defense"] == name for r in rows)]
+    names = [name for name in ("default", *DETECTORS) if any(r["defense"] == name for r in rows)]
     seen = {row["network"] for row in rows}
     kinds = dict.fromkeys(_column(r) for r in recipes if r.name in seen and not r.is_clean)
     lines = [
         _line(name, list(kinds), known, [row for row in rows if row["defense"] == name])
         for name in names
     ]
-    heads = ["detector", *kinds, "all", "class right, of the found", "clean networks flagged"]
+    heads = ["detector", *kinds, "all", "class right, of the found", "clean audits flagged"]
     return markdown_table([*heads, "passes"], lines)
 
 

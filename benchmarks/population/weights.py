@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from benchmarks.population.recipes import Recipe
 from benchmarks.population.training import is_trained
 
@@ -23,7 +26,16 @@ def keep(recipe: Recipe, folder: Path, kept: Path = KEPT) -> None:
         recipe: How it was trained.
         folder: Where trained networks are.
         kept: Where they are kept.
+
+    Raises:
+        ValueError: If it was trained before parameters were rounded.
     """
+    tensors = load_file(folder / f"{recipe.name}.safetensors")
+    if not any(tensor.dtype == torch.float16 for tensor in tensors.values()):
+        raise ValueError(
+            f"Expected {recipe.name} to have parameters of half precision, as it is trained now, "
+            f"but got none. Delete {folder / recipe.name}.json and train it anew."
+        )
     _copy(recipe, folder, kept)
 
 

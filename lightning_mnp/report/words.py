@@ -118,7 +118,7 @@ class Words:
             return ""
         if report.verdict == "clean":
             names = _listed([signal.name for signal in deciding], "or")
-            return f" No class stands out enough from the others in {names}."
+            return f" No class stands out enough in {names}."
         if report.verdict == "undecided":
             strongest = max(deciding, key=lambda signal: signal.strength)
             return f" The strongest signal, {strongest.name}, {self._points([strongest])}."
@@ -187,7 +187,11 @@ class Words:
             return "means nothing"
         if not signal.decides:
             return "only confirms"
-        return "counts" if signal.strength >= self.flagged_from else "does not count"
+        if signal.strength >= self.flagged_from:
+            return "counts"
+        if signal.name == "patch" and signal.value >= signal.threshold:
+            return "does not count: hardly any image gets to the class"
+        return "does not count"
 
     @staticmethod
     def measured(signal: Signal) -> tuple[str, str]:

@@ -166,11 +166,7 @@ def test_the_table_counts_by_attack_and_clean_networks() -> None:
         verdict(badnets, "nc", True, set=1),
         verdict(places["cnn-wanet-218"], "nc", True, learned=False),
     ]
-    ours = [
-        verdict(badnets, "default", True),
-        verdict(0, "default", False),
-        verdict(blend, "rnp", False, verdict=None),
-    ]
+    ours = [verdict(badnets, "", True), verdict(0, "", False)]
     lines = detections_table(RECIPES, rows, ours, sets=1).splitlines()
     assert lines[0].startswith("| detector | badnets | blend | blend, 1% | all |")
     assert lines[2].startswith("| default | 1 of 1 | 0 of 0 | 0 of 0 | 100.0% (1 of 1;")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from population_images import BADNETS, TINY, stored_images
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.population import training
 from benchmarks.population.networks import RECIPES
@@ -32,6 +32,15 @@ def test_a_kept_network_comes_back_as_it_was(tmp_path: Path) -> None:
     before, after = (load_network(BADNETS, folder).state_dict() for folder in (here, there))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert train_network(BADNETS, tmp_path, there) == row  # nothing to train
+
+
+def test_a_network_of_single_precision_is_not_kept(tmp_path: Path) -> None:
+    train_network(TINY, tmp_path, tmp_path)
+    file = tmp_path / "lenet-tiny-2.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="Expected lenet-tiny-2 to have parameters of half precis"):
+        keep(TINY, tmp_path, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_network_that_is_there_stays(tmp_path: Path) -> None:

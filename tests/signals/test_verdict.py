@@ -8,6 +8,7 @@ import pytest
 from helpers import config_of, new_scene
 
 from lightning_mnp import DefenseReport, MNPConfig, RunResult
+from lightning_mnp.config import Constants
 from lightning_mnp.report import Signal
 from lightning_mnp.signals import verdict
 from lightning_mnp.signals.base import SignalSearch
