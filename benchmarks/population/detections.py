@@ -74,9 +74,9 @@ def suspects_of(recipe: Recipe, images: Images, number: int, kind: str, folder: 
         images: Its data set.
         number: Number of the defense set, from 0; others are drawn for each.
         kind: ``"training"`` for images that the network was trained on, the same number of each
-            class, with as many poisoned as in the training (the cross and noise images of attacks
-            that are trained with the network are left out); ``"inputs"`` for test images, half of them with
-            the trigger. Inputs are in no defense set.
+            class, with as many poisoned as in the training (cross and noise images of attacks that
+            are trained with the network are left out); ``"inputs"`` for test images, half of them
+            with the trigger. Inputs are in no defense set.
         folder: Where networks and their triggers are kept.
 
     Returns:
