@@ -96,7 +96,7 @@ def test_how_far_a_score_is_from_the_threshold(score: float, threshold: float, t
         ({"verdict": "clean"}, "Score 0.50, below 1 (the threshold)."),
         (
             {"verdict": "clean", "signals": [WARP, PATCH, EXCHANGE, PILE_UP]},
-            "Score 0.50, below 1 (the threshold). No class stands out enough from the others in "
+            "Score 0.50, below 1 (the threshold). No class stands out enough in "
             "warp, patch or permutation.",
         ),
         (
