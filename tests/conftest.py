@@ -26,7 +26,7 @@ def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
         MarginConstants: {"steps": 4, "first_steps": 4, "next_steps": 2},
         OverlayConstants: {"steps": 2},
         # In so few steps no patch gets images anywhere, and yet it is to count.
-        PatchConstants: {"far_steps": 2, "near_steps": 1, "arrives_from": 1e-9},
+        PatchConstants: {"far_steps": 2, "near_steps": 1, "arrives_from": -9.0},
         PermutationConstants: {"away_steps": 2, "far_steps": 2, "near_steps": 3},
         ReachConstants: {"most_steps": 3},
         WarpConstants: {"steps": 2},
