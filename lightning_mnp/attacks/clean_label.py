@@ -21,6 +21,7 @@ from lightning_mnp.attacks.crafting import (
 )
 from lightning_mnp.attacks.reference import ReferenceNetwork
 from lightning_mnp.attacks.registry import register
+from lightning_mnp.models.memory_format import fastest_format
 
 __all__ = ["CL", "CornerPattern", "Norm"]
 
@@ -167,7 +168,7 @@ class CL(CleanLabelAttack):
             return images.clone()
         with crafting() as device:
             network = clean_network(self.reference, "perturb images with", images.shape[1])
-            network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network = network.to(device, memory_format=fastest_format(network))  # type: ignore[call-overload]
             clean = scaled(images)
             parts = [
                 self._ascend(network, some, classes, places).to(images.device)
@@ -190,7 +191,7 @@ class CL(CleanLabelAttack):
         change = self._allowed(start[filled].to(device), base)
         for _ in range(self.steps):
             change.requires_grad_()
-            logits = network((base + change).contiguous(memory_format=torch.channels_last))
+            logits = network((base + change).contiguous(memory_format=fastest_format(network)))
             if int(labels.max()) >= logits.shape[1]:
                 raise ValueError(
                     f"Expected argument `reference` to know the class {int(labels.max())}, but got "

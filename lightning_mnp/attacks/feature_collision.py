@@ -21,6 +21,7 @@ from lightning_mnp.attacks.crafting import (
 from lightning_mnp.attacks.reference import ReferenceNetwork
 from lightning_mnp.attacks.registry import register
 from lightning_mnp.models.head import penultimate_features
+from lightning_mnp.models.memory_format import fastest_format
 
 __all__ = ["FeatureCollision"]
 
@@ -233,7 +234,7 @@ class FeatureCollision(Attack):
             return images.clone()
         with crafting() as device:
             network = clean_network(self.reference, "craft poisons with", images.shape[1])
-            network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network = network.to(device, memory_format=fastest_format(network))  # type: ignore[call-overload]
             if self._target_images is None:
                 raise ValueError(_UNPREPARED)
             base = scaled(images)
@@ -325,7 +326,7 @@ class FeatureCollision(Attack):
 
 
 def _features(network: nn.Module, images: Tensor) -> Tensor:
-    return penultimate_features(network, images.contiguous(memory_format=torch.channels_last))
+    return penultimate_features(network, images.contiguous(memory_format=fastest_format(network)))
 
 
 def _each(values: Tensor) -> Tensor:

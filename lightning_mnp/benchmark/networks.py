@@ -25,6 +25,7 @@ from lightning_mnp.benchmark.records import read_json, write_json
 from lightning_mnp.checkpoints.read import read_state_dict
 from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.models import CifarResNet, build_network
+from lightning_mnp.models.memory_format import fastest_format
 from lightning_mnp.surgery.network import weights_digest
 
 __all__ = ["Fit", "NetworkFolder", "training_version", "using_threads"]
@@ -197,7 +198,7 @@ class NetworkFolder:
         network = build_network(**{"architecture": "cifar_resnet18", **self.recipe.network})
         load_into(network, read_state_dict(self.checkpoint))
         if isinstance(network, CifarResNet):
-            network = network.to(memory_format=torch.channels_last)
+            network = network.to(memory_format=fastest_format(network))
         return network.eval().to(self.recipe.device)
 
 

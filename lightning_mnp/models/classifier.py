@@ -22,6 +22,7 @@ from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
 from lightning_mnp.models.build import build_network
 from lightning_mnp.models.head import classifier_head
+from lightning_mnp.models.memory_format import fastest_format
 from lightning_mnp.models.resnet import CifarResNet
 
 __all__ = ["Classifier", "Schedule", "Trainable"]
@@ -131,8 +132,9 @@ class Classifier(LightningModule):
             network.requires_grad_(False)
             head.requires_grad_(True)
         if channels_last:
-            network = network.to(memory_format=torch.channels_last)
+            network = network.to(memory_format=fastest_format(network))
         self.network = network
+        self._format = fastest_format(network)
         self.channels_last = channels_last
         self.trainable = trainable
         self.lr = lr
@@ -169,7 +171,7 @@ class Classifier(LightningModule):
             Shape (N, K).
         """
         if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=self._format)
         logits: Tensor = self.network(x)
         return logits
 
@@ -180,7 +182,7 @@ class Classifier(LightningModule):
             # So that a network built from the checkpoint computes the same to the last bit.
             self.hparams["channels_last"] = self.channels_last
             if self.channels_last:
-                self.network.to(memory_format=torch.channels_last)
+                self.network.to(memory_format=self._format)
 
     def on_fit_start(self) -> None:
         """Say so if this CPU is slow at the precision."""
