@@ -222,8 +222,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _chosen(options: argparse.Namespace) -> list[Recipe]:
     named: Collection[str] | None = NAMED if options.conditions else None
-    if options.conditions and options.command == "table":  # of whatever was audited so
-        named = {row["network"] for row in read_audits(options.results / "conditions")}
+    if options.conditions and options.command == "table":  # also of others that were audited so
+        named = {*NAMED, *(row["network"] for row in read_audits(options.results / "conditions"))}
     return [
         recipe
         for recipe in RECIPES
