@@ -21,6 +21,13 @@ from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 __all__ = ["rescored"]
 
+# Searches whose signal is made of one figure for each class, and the attribute that holds these.
+_FIGURES: dict[str, tuple[type[SignalSearch], str]] = {
+    "margin": (MarginSearch, "margins"),
+    "patch": (PatchSearch, "margins"),
+    "warp": (WarpSearch, "rises"),
+}
+
 
 def rescored(audit: dict[str, Any]) -> dict[str, Any]:
     """Judge an audit anew by the present rules.
@@ -93,24 +100,17 @@ def _search(name: str, signal: dict[str, Any], scene: Scene) -> SignalSearch:
     classes = {int(index): value for index, value in signal["classes"].items()}
     if name == "pile-up":
         return PileUp(scene)
-    if name == "margin":
-        margin = MarginSearch(scene)
-        margin.margins = classes
-        return margin
     if name == "permutation":
         permutation = PermutationSearch(scene)
         permutation.permutation = {index: int(goal) for index, goal in classes.items()}
         permutation.moved = signal["value"]
         return permutation
-    if name == "warp":
-        warp = WarpSearch(scene)
-        warp.rises = classes
-        return warp
-    if name == "patch":
-        patch = PatchSearch(scene)
-        patch.margins = classes
-        return patch
-    raise ValueError(
-        f"Expected a signal of an audit that is known here, but got {name!r} of "
-        "another version. Audit the network anew."
-    )
+    if name not in _FIGURES:
+        raise ValueError(
+            f"Expected a signal of an audit that is known here, but got {name!r} of "
+            "another version. Audit the network anew."
+        )
+    kind, figures = _FIGURES[name]
+    search = kind(scene)
+    setattr(search, figures, classes)
+    return search

@@ -189,9 +189,10 @@ class CL(CleanLabelAttack):
         base, labels = images.cpu()[filled].to(device), labels.cpu()[filled].to(device)
         step = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         change = self._allowed(start[filled].to(device), base)
+        layout = fastest_format(network)
         for _ in range(self.steps):
             change.requires_grad_()
-            logits = network((base + change).contiguous(memory_format=fastest_format(network)))
+            logits = network((base + change).contiguous(memory_format=layout))
             if int(labels.max()) >= logits.shape[1]:
                 raise ValueError(
                     f"Expected argument `reference` to know the class {int(labels.max())}, but got "

@@ -131,10 +131,10 @@ class Classifier(LightningModule):
         if head is not None:
             network.requires_grad_(False)
             head.requires_grad_(True)
-        if channels_last:
-            network = network.to(memory_format=fastest_format(network))
-        self.network = network
         self._format = fastest_format(network)
+        if channels_last:
+            network = network.to(memory_format=self._format)
+        self.network = network
         self.channels_last = channels_last
         self.trainable = trainable
         self.lr = lr

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from population_images import BADNETS, TINY, stored_images
+from population_images import BADNETS, TINY, give_stored_images
 from torch import nn
 
 from benchmarks.population import data, defenses, training
@@ -31,11 +31,8 @@ from lightning_mnp.report.parts import SecondAudit
 
 @pytest.fixture(autouse=True)
 def images(monkeypatch: pytest.MonkeyPatch) -> data.Images:
-    stored = stored_images()
-    for module in (training, defenses):
-        monkeypatch.setattr(module, "load_images", lambda *arguments: stored)
     monkeypatch.setattr(data, "DEFENSE_SIZE", {"cifar10": 20})
-    return stored
+    return give_stored_images(monkeypatch, training, defenses)
 
 
 def test_every_defense_has_options_that_are_known() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from population_images import BADNETS, TINY, stored_images
+from population_images import BADNETS, TINY, give_stored_images
 from torch import nn
 
 from benchmarks.population import data, detections, training
@@ -32,11 +32,8 @@ from lightning_mnp.benchmark.methods import Outcome
 
 @pytest.fixture(autouse=True)
 def images(monkeypatch: pytest.MonkeyPatch) -> data.Images:
-    stored = stored_images()
-    for module in (training, detections):
-        monkeypatch.setattr(module, "load_images", lambda *arguments: stored)
     monkeypatch.setattr(data, "DEFENSE_SIZE", {"cifar10": 20})
-    return stored
+    return give_stored_images(monkeypatch, training, detections)
 
 
 def stored_bytes(inputs: torch.Tensor) -> list[bytes]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from population_images import BADNETS, TINY, stored_images
+from population_images import BADNETS, TINY, give_stored_images
 from safetensors.torch import load_file, save_file
 
 from benchmarks.population import training
@@ -16,8 +16,7 @@ from benchmarks.population.weights import KEPT, keep, restore
 
 @pytest.fixture(autouse=True)
 def images(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = stored_images()
-    monkeypatch.setattr(training, "load_images", lambda *arguments: stored)
+    give_stored_images(monkeypatch, training)
 
 
 def test_a_kept_network_comes_back_as_it_was(tmp_path: Path) -> None:
