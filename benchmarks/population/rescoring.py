@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from lightning_mnp import DefenseSet, MNPConfig
-from lightning_mnp.report import RunResult, Signal
+from lightning_mnp.report import RunResult
 from lightning_mnp.signals.base import Scene, SignalSearch
 from lightning_mnp.signals.margin import MarginSearch
 from lightning_mnp.signals.patch import PatchSearch
 from lightning_mnp.signals.permutation import PermutationSearch
 from lightning_mnp.signals.pile_up import PileUp
-from lightning_mnp.signals.verdict import hangs_on_pile_up, in_doubt, judge, rank_signals
+from lightning_mnp.signals.verdict import judge, rank_signals, runs_wanted
 from lightning_mnp.signals.warp import WarpSearch
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
@@ -47,10 +47,11 @@ def rescored(audit: dict[str, Any]) -> dict[str, Any]:
     measured = {signal["name"]: signal for signal in audit["signals"]}
     searches = [_search(name, signal, scene) for name, signal in measured.items()]
     made, wanted = list(scene.runs), min(1, len(scene.runs))
+    options = scene.config.suppression
     while True:
         scene.runs[:] = made[:wanted]
         found = rank_signals([search.signal() for search in searches])
-        more = min(_wanted_runs(wanted, found), len(made))
+        more = min(runs_wanted(wanted, found, options, options.parts), len(made))
         if more == wanted:
             break
         wanted = more
@@ -66,14 +67,6 @@ def rescored(audit: dict[str, Any]) -> dict[str, Any]:
         "all_to_all": judgement.all_to_all,
         "version": f"{audit['version']}, judged anew",
     }
-
-
-def _wanted_runs(made: int, found: list[Signal]) -> int:
-    """How many suppression runs an audit wants after so many, as its verdict phase does."""
-    options = MNPConfig().suppression
-    if made < options.runs:
-        return options.runs if hangs_on_pile_up(found) else made
-    return min(made + options.parts, options.runs + options.more_runs) if in_doubt(found) else made
 
 
 def _rare(audit: dict[str, Any]) -> dict[int, float]:

@@ -23,7 +23,7 @@ from lightning_mnp.report import DefenseReport, DefenseSetSummary, RunResult
 from lightning_mnp.signals.abstention import find_doubts
 from lightning_mnp.signals.rare_classes import RareClassConstants, find_rare_classes
 from lightning_mnp.signals.screening import Screening
-from lightning_mnp.signals.verdict import hangs_on_pile_up, in_doubt
+from lightning_mnp.signals.verdict import runs_wanted
 
 __all__ = [
     "MaskPhase",
@@ -333,25 +333,14 @@ class VerdictPhase(OneStepPhase):
         return self._pruning if flagged and self.case.when == "flagged" else []
 
     def _further_runs(self) -> range:
-        """The runs to make before the next verdict.
-
-        The audit begins with one. The usual number is made if the verdict may hang on the pile-up.
-        If that is unclear even then, one more for each part follows.
-        """
+        """The runs to make before the next verdict."""
         case, made = self.case, len(self.case.runs)
         # Of a network that is not judged in any case, more runs would say nothing.
         if not case.judges_by_signals or case.doubts:
             return range(0)
-        suppression = case.config.suppression
-        constants, found = case.constants, case.signals()
-        if made < suppression.runs:
-            wanted = suppression.runs
-            needed = hangs_on_pile_up(found, constants)
-        else:
-            parts = suppression_parts(case.data, case.config)
-            wanted = min(made + parts, suppression.runs + suppression.more_runs)
-            needed = in_doubt(found, constants)
-        return range(made, wanted if needed else made)
+        parts = suppression_parts(case.data, case.config)
+        found, options = case.signals(), case.config.suppression
+        return range(made, runs_wanted(made, found, options, parts, case.constants))
 
     def report(self, report: DefenseReport) -> None:
         """Write the verdict with its signals and reasons."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_mnp.config import Constants, MNPConfig
+from lightning_mnp.config import Constants, MNPConfig, SuppressionOptions
 from lightning_mnp.report import RunResult, Signal, Verdict
 from lightning_mnp.signals.patch import PatchConstants
 from lightning_mnp.signals.pile_up import PileUpConstants
@@ -19,6 +19,7 @@ __all__ = [
     "in_doubt",
     "judge",
     "rank_signals",
+    "runs_wanted",
     "signals_to_repeat",
     "top_class",
 ]
@@ -121,23 +122,22 @@ def _leans_on_pile_up(signal: Signal, constants: Constants) -> bool:
     return leans and signal.value < patch.far_counts_from
 
 
-def _pile_up_bars(found: Sequence[Signal], constants: Constants) -> list[float]:
-    """How far the pile-up has to stand out for each signal that speaks and leans on it.
+def _pile_up_bars(found: Sequence[Signal], constants: Constants) -> list[tuple[int | None, float]]:
+    """The class of each signal that speaks and leans on the pile-up, and how far that has to be.
 
-    None if something counts that does not.
+    None if something counts that does not lean on it.
     """
-    known = {signal.name: signal for signal in found}
-    if "pile-up" not in known:
+    if not any(signal.name == "pile-up" for signal in found):
         return []
     least, piled = constants.of(VerdictConstants).undecided_from, constants.of(PileUpConstants)
     bars, settled = [], False
     for signal in found:
         if signal.name == "margin" and signal.value >= least * signal.threshold:
-            bars.append(piled.counts_from)
+            bars.append((signal.target_class, piled.counts_from))
         elif signal.name == "pile-up" and signal.decides:
-            bars.append(piled.alone_from)
+            bars.append((signal.target_class, piled.alone_from))
         elif _leans_on_pile_up(signal, constants) and signal.strength >= least:
-            bars.append(constants.of(PatchConstants).piled_from)
+            bars.append((signal.target_class, constants.of(PatchConstants).piled_from))
         else:
             settled |= signal.counts and signal.name not in ("margin", "pile-up")
     return [] if settled else bars
@@ -166,6 +166,8 @@ def hangs_on_pile_up(found: Sequence[Signal], constants: Constants | None = None
 def in_doubt(found: Sequence[Signal], constants: Constants | None = None) -> bool:
     """Return whether the score hangs on a pile-up that more suppression runs would make clearer.
 
+    A pile-up on another class than that of the margin is clear enough: the two do not agree.
+
     It does not depend on the threshold of the verdict: the score would, then, and a threshold that
     was found from the scores of clean networks would be one for other scores.
 
@@ -181,9 +183,50 @@ def in_doubt(found: Sequence[Signal], constants: Constants | None = None) -> boo
         (True, False)
     """
     constants = constants or Constants()
-    bars, limits = _pile_up_bars(found, constants), constants.of(VerdictConstants)
-    value = next((signal.value for signal in found if signal.name == "pile-up"), 0.0)
-    return any(limits.doubt_from <= value / bar < limits.doubt_to for bar in bars)
+    limits = constants.of(VerdictConstants)
+    piled = [signal for signal in found if signal.name == "pile-up"]
+    return any(
+        limits.doubt_from <= pile_up.value / bar < limits.doubt_to
+        for index, bar in _pile_up_bars(found, constants)
+        for pile_up in piled
+        if pile_up.target_class == index
+    )
+
+
+def runs_wanted(
+    made: int,
+    found: Sequence[Signal],
+    suppression: SuppressionOptions,
+    parts: int = 2,
+    constants: Constants | None = None,
+) -> int:
+    """Return how many suppression runs an audit wants, after so many.
+
+    An audit begins with one. The usual number is made if the verdict may hang on the pile-up. If
+    that is unclear even then, one more for each part of the defense set follows.
+
+    Args:
+        made: The runs that are made, at least 1.
+        found: All signals.
+        suppression: ``runs`` is the usual number; ``more_runs`` may follow.
+        parts: Parts of the defense set that runs take in turn, at least 1.
+        constants: Constants that differ from their defaults.
+
+    Returns:
+        At least ``made``.
+
+    Example:
+        >>> margin = Signal("margin", 1.1, 0, value=2.0, threshold=1.0, reason="")
+        >>> pile_up = Signal("pile-up", 1.1, 0, value=1.1, threshold=1.0, reason="", decides=False)
+        >>> options = SuppressionOptions(runs=2, more_runs=6)
+        >>> runs_wanted(1, [margin, pile_up], options), runs_wanted(2, [margin, pile_up], options)
+        (2, 4)
+    """
+    if made < suppression.runs:
+        return suppression.runs if hangs_on_pile_up(found, constants) else made
+    if not in_doubt(found, constants):
+        return made
+    return max(made, min(made + parts, suppression.runs + suppression.more_runs))
 
 
 def signals_to_repeat(

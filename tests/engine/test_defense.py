@@ -88,7 +88,9 @@ def test_phases_of_an_audit() -> None:
 def test_the_usual_runs_are_made_if_the_verdict_hangs_on_the_pile_up(
     monkeypatch: pytest.MonkeyPatch, settled: bool
 ) -> None:
-    monkeypatch.setattr("lightning_mnp.engine.phases.hangs_on_pile_up", lambda *found: not settled)
+    monkeypatch.setattr(
+        "lightning_mnp.signals.verdict.hangs_on_pile_up", lambda *found: not settled
+    )
     defense = new_defense(when="never", runs=3)
     again = ["suppression", "saliency"] * 2 + ["verdict"]
     assert phases(defense)[7:] == ["verdict", *([] if settled else again)]
@@ -171,8 +173,8 @@ def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> N
         judged.append([run.steps for run in defense.case.runs])
         return True
 
-    monkeypatch.setattr("lightning_mnp.engine.phases.hangs_on_pile_up", lambda *found: True)
-    monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", unclear)
+    monkeypatch.setattr("lightning_mnp.signals.verdict.hangs_on_pile_up", lambda *found: True)
+    monkeypatch.setattr("lightning_mnp.signals.verdict.in_doubt", unclear)
     defense = new_defense(when="never", more_runs=3)
     assert phases(defense)[6:] == [
         "permutation", "verdict", "suppression", "saliency", "verdict",
@@ -188,7 +190,7 @@ def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> N
 def test_further_runs_are_resumed_and_leave_the_masks_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", lambda *found: True)
+    monkeypatch.setattr("lightning_mnp.signals.verdict.in_doubt", lambda *found: True)
     defense = new_defense(more_runs=2)
     while len(defense.case.runs) < 3:
         defense.step()
@@ -206,7 +208,9 @@ def test_further_runs_are_resumed_and_leave_the_masks_alone(
 def test_there_are_no_further_runs(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", lambda *found: "verdict" in changes)
+    monkeypatch.setattr(
+        "lightning_mnp.signals.verdict.in_doubt", lambda *found: "verdict" in changes
+    )
     assert len(finished(new_defense(more_runs=2, **changes)).case.runs) == 2
 
 
@@ -214,7 +218,7 @@ def test_there_are_no_further_runs(
 def test_a_network_that_is_not_judged_gets_no_further_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lightning_mnp.engine.phases.in_doubt", lambda *found: True)
+    monkeypatch.setattr("lightning_mnp.signals.verdict.in_doubt", lambda *found: True)
     defense = finished(new_defense(when="never", constants=None, more_runs=2))
     assert defense.case.doubts
     assert len(defense.case.runs) == 1

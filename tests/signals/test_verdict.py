@@ -8,7 +8,7 @@ import pytest
 from helpers import config_of, new_scene
 
 from lightning_mnp import DefenseReport, MNPConfig, RunResult
-from lightning_mnp.config import Constants
+from lightning_mnp.config import Constants, SuppressionOptions
 from lightning_mnp.report import Signal
 from lightning_mnp.signals import verdict
 from lightning_mnp.signals.base import SignalSearch
@@ -22,6 +22,7 @@ from lightning_mnp.signals.verdict import (
     hangs_on_pile_up,
     in_doubt,
     rank_signals,
+    runs_wanted,
     signals_to_repeat,
 )
 from lightning_mnp.signals.warp import WarpSearch
@@ -315,6 +316,34 @@ def test_a_verdict_hangs_on_a_pile_up_that_decides_or_that_a_patch_leans_on(
     threshold = 2.0 if decides else 1.0
     found = [*others, of("pile-up", piled, threshold, decides=decides)]
     assert (hangs_on_pile_up(found), in_doubt(found)) == (hangs, doubt)
+
+
+def test_a_pile_up_on_another_class_than_the_margin_is_clear() -> None:
+    elsewhere = Signal("pile-up", 1.2, 5, 1.2, 1.0, "a test says so", decides=False)
+    found = [of("margin", 0.95, 1.0), elsewhere]
+    assert hangs_on_pile_up(found)  # by one run; another may pile up on the margin's class
+    assert not in_doubt(found)
+    assert in_doubt([found[0], of("pile-up", 1.2, 1.0, decides=False)])
+
+
+@pytest.mark.parametrize(
+    ("made", "piled", "parts", "wanted"),
+    [
+        (1, 1.2, 2, 3),  # the usual number, whatever the pile-up
+        (1, 9.0, 2, 3),
+        (3, 1.2, 2, 5),
+        (3, 1.2, 1, 4),
+        (6, 1.2, 2, 7),  # three more at most
+        (7, 1.2, 2, 7),
+        (9, 1.2, 2, 9),
+        (3, 9.0, 2, 3),
+    ],
+)
+def test_runs_that_a_verdict_wants(made: int, piled: float, parts: int, wanted: int) -> None:
+    found = [of("margin", 1.1, 1.0), of("pile-up", piled, 1.0, decides=False)]
+    options = SuppressionOptions(runs=3, more_runs=4)
+    assert runs_wanted(made, found, options, parts) == wanted
+    assert runs_wanted(made, [*found, FIRM], options, parts) == made
 
 
 def test_margin_and_pile_up_are_one_voice() -> None:
