@@ -277,8 +277,9 @@ def _audit(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
         key = row["network"], row["condition"], row["set"]
         there[key] = row["weights_sha256"], row["version"]
     jobs = []
-    for recipe, condition in product(chosen, CONDITIONS[1:] if options.conditions else (USUAL,)):
-        if not (is_trained(recipe, options.folder) and condition.fits(recipe)):
+    trained = _trained(chosen, options)
+    for recipe, condition in product(trained, CONDITIONS[1:] if options.conditions else (USUAL,)):
+        if not condition.fits(recipe):
             continue
         weights = read_row(recipe, options.folder)["weights_sha256"]
         seconds = _AUDIT_PASSES / ARCHITECTURES[recipe.architecture].rate
@@ -341,9 +342,7 @@ def _due_jobs(
         for row in rows
     }
     jobs = []
-    for recipe, number, method in product(chosen, range(options.sets), methods):
-        if not is_trained(recipe, options.folder):
-            continue
+    for recipe, number, method in product(_trained(chosen, options), range(options.sets), methods):
         row = read_row(recipe, options.folder)
         if row["learned"] is False:
             continue
@@ -355,6 +354,19 @@ def _due_jobs(
             name = file_of(recipe, number, method).stem
             jobs.append(Job(name, seconds, work, arguments))
     return jobs
+
+
+def _trained(chosen: Sequence[Recipe], options: argparse.Namespace) -> list[Recipe]:
+    """Return those networks that are trained, and tell how many are not."""
+    trained = [recipe for recipe in chosen if is_trained(recipe, options.folder)]
+    if missing := len(chosen) - len(trained):
+        print(
+            f"{missing} of {len(chosen)} networks are not trained, and are left out; "
+            "`train` with the same options makes them",
+            file=sys.stderr,
+            flush=True,
+        )
+    return trained
 
 
 def _is_due(done: tuple[str, str] | None, weights: str, version: str | None) -> bool:

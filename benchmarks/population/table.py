@@ -211,14 +211,14 @@ def _ratios(clean: Sequence[Audit], learned: Sequence[Audit]) -> str:
 
 
 def _costs(rows: Sequence[Audit]) -> str:
-    def middle(values: Sequence[float]) -> str:
+    def median_of(values: Sequence[float]) -> str:
         ordered = sorted(values)
         return f"{ordered[len(ordered) // 2]:,.0f}" if ordered else "-"
 
     seconds = [row["processor_seconds"] for row in rows]
     passes = [row["passes"] for row in rows if row["passes"] is not None]
     return (
-        f"Processor seconds of an audit: {middle(seconds)} in the middle, "
-        f"{max(seconds, default=0):,.0f} at most. Image passes: {middle(passes)} in the middle, "
+        f"Processor seconds of an audit: {median_of(seconds)} (median), "
+        f"{max(seconds, default=0):,.0f} at most. Image passes: {median_of(passes)} (median), "
         f"{max(passes, default=0):,.0f} at most, where they were counted."
     )

@@ -45,7 +45,7 @@ class FeatureCollision(Attack):
     **Attack success is the share of the target instances, unchanged, that get the base class.**
     No other test image counts: :meth:`triggered_indices` returns the target instances only, and
     :meth:`apply` returns images as they are. The reference network classifies all target
-    instances rightly, so the share is 0 before the attack.
+    instances correctly, so the share is 0 before the attack.
 
     Each poison minimizes, by forward-backward splitting (Shafahi et al., Eq. 1 and Algorithm 1),
 
@@ -115,7 +115,7 @@ class FeatureCollision(Attack):
 
         Raises:
             ValueError: If there is no reference network, if it classifies too few test images of
-                other classes rightly, or if the trigger file was made with other test images.
+                other classes correctly, or if the trigger file was made with other test images.
         """
         if self._target_images is not None:
             return
@@ -142,7 +142,7 @@ class FeatureCollision(Attack):
                     return torch.tensor(chosen[: self.targets]).sort().values
         raise ValueError(
             f"Expected argument `targets` to be at most {len(chosen)}, the number of test images "
-            f"of other classes that `reference` classifies rightly, but got {self.targets}."
+            f"of other classes that `reference` classifies correctly, but got {self.targets}."
         )
 
     def _check(self, labels: Tensor) -> Tensor:

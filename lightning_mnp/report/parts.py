@@ -74,7 +74,7 @@ class Signal:
         classes: What was measured for each class that was tried. For ``permutation``, the class
             that each class is taken to.
         decides: Whether the signal can call a network backdoored. The pile-up can do so only if its
-            class is rare on clean images; otherwise it confirms the margin or the patch.
+            class is far too rare on clean images; otherwise it confirms the margin or the patch.
     """
 
     name: str

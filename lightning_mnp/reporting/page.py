@@ -32,7 +32,7 @@ _ASKS = {
     "warp": "How much nearer does a warp by half a pixel bring images to one class?",
     "margin": "How sure of one class can the network be made? Counts only with the pile-up.",
     "pile-up": "On which class do predictions fall once the network has unlearned its task? "
-    "Counts by itself only on a class that is rare on clean images.",
+    "Counts by itself only on a class that is far too rare on clean images.",
     "permutation": "Can one patch take each class to another one?",
 }
 _KINDS = {

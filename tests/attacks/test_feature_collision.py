@@ -179,7 +179,7 @@ def test_only_images_that_the_network_recognizes_are_taken(
     reference: ReferenceNetwork, test_set: MemoryDataset
 ) -> None:
     swapped = MemoryDataset(test_set.images, (test_set.labels + 1) % CLASSES)
-    with pytest.raises(ValueError, match=r"`targets` to be at most 0, .* rightly, but got 3"):
+    with pytest.raises(ValueError, match=r"`targets` to be at most 0, .* correctly, but got 3"):
         prepared(reference, swapped)
 
 

@@ -319,3 +319,13 @@ def test_parameters_are_measured_and_kept_in_half_precision(images: Images, tmp_
     for name, buffer in network.named_buffers():
         assert weights[name].equal(buffer)
         assert weights[name].dtype == buffer.dtype
+
+
+@pytest.mark.parametrize("command", ["audit", "defend", "detect"])
+def test_networks_that_are_not_trained_are_told(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--folder", str(tmp_path), "--results", str(tmp_path / "results")]
+    assert main([command, *places, "--only", "cnn-light-202", "lenet-light-202"]) == 0
+    told = "2 of 2 networks are not trained, and are left out; `train` with the same options"
+    assert told in capsys.readouterr().err
