@@ -212,8 +212,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.data = options.data.expanduser()
     if options.conditions and options.command not in ("audit", "table"):
         parser.error(f"--conditions: only `audit` and `table` take it, but got {options.command!r}")
-    if options.rescored and options.command != "table":
-        parser.error(f"--rescored: only `table` takes it, but got {options.command!r}")
+    for name in ("rescored", "defended", "detected"):
+        if getattr(options, name) and options.command != "table":
+            parser.error(f"--{name}: only `table` takes it, but got {options.command!r}")
     unknown = sorted(set(options.only or ()) - {recipe.name for recipe in RECIPES})
     if unknown:
         parser.error(f"--only: expected names as `list` has them, but got {unknown}")

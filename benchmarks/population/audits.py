@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Mapping
@@ -33,10 +34,12 @@ RESULTS = Path(__file__).parents[1] / "results" / "population"
 _ROOMS = ("config", "defense_data", "engine", "mnp", "signals", "surgery")
 
 
+@functools.cache
 def code_version(*more: str) -> str:
     """Return a digest of the code that decides on verdicts, twelve hexadecimal digits.
 
-    Comments, docstrings and line breaks have no part in it.
+    Comments, docstrings and line breaks have no part in it. The code is read once in a process:
+    what is edited later is not what this process runs.
 
     Args:
         more: Further folders of the package that have a part in what is measured.
@@ -96,6 +99,7 @@ def audit_network(
         data = defense_set(recipe, images, number)
     else:
         data = condition_set(recipe, images, number, condition, network, folder)
+    version = code_version()  # before the work: of the code that does it
     started = time.process_time(), time.perf_counter()
     report = lightning_mnp.audit(network, data, seed=number, config=config)
     spent = time.process_time() - started[0], time.perf_counter() - started[1]
@@ -109,7 +113,7 @@ def audit_network(
         "set": number,
         "condition": condition.name,
         **network_fields(recipe, row),
-        "version": code_version(),
+        "version": version,
         "images": len(data),
         "processor_seconds": round(spent[0], 1),
         "wall_seconds": round(spent[1], 1),

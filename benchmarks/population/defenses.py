@@ -99,6 +99,7 @@ def defend_network(
     """
     network, row = load_network(recipe, folder), read_row(recipe, folder)
     images = load_images(recipe.data, root, folder / "data")
+    version = defense_version(defense)  # before the work: of the code that does it
     started = time.process_time()
     with Meter(network, "cpu") as meter:
         outcome = DEFENSES[defense].defend(network, defense_set(recipe, images, number), number)
@@ -120,7 +121,7 @@ def defend_network(
         "pruned": len(outcome.pruned),
         "passes": meter.passes if outcome.passes is None else outcome.passes,
         "processor_seconds": round(spent, 1),
-        "version": defense_version(defense),
+        "version": version,
         **_second_audit(outcome.report),
     }
     write_json(defense_file(recipe, number, defense, results), content)

@@ -158,6 +158,7 @@ def detect_network(
     images = load_images(recipe.data, root, folder / "data")
     kind = method.suspects
     suspects = None if kind is None else suspects_of(recipe, images, number, kind, folder)
+    version = detection_version(detector)  # before the work: of the code that does it
     started = time.process_time()
     with Meter(network, "cpu") as meter:
         clean = defense_set(recipe, images, number)
@@ -174,7 +175,7 @@ def detect_network(
         "suspects": 0 if suspects is None else len(suspects),
         "passes": meter.passes,
         "processor_seconds": round(time.process_time() - started, 1),
-        "version": detection_version(detector),
+        "version": version,
     }
     write_json(detection_file(recipe, number, detector, results), content)
     return content

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning_mnp
 from benchmarks.population.recipes import Recipe
+from lightning_mnp.checkpoints.atomic_write import write_atomically
 from lightning_mnp.signals.population import SCORES_FORMAT
 
 __all__ = ["REFERENCE_FILE", "reference_of", "write_reference"]
@@ -70,4 +71,7 @@ def write_reference(content: dict[str, Any], file: Path = REFERENCE_FILE) -> Non
         content: What :func:`reference_of` has returned.
         file: Where to.
     """
-    file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(
+        file, lambda path: path.write_text(text, "utf-8"), argument="file", replace=True
+    )
