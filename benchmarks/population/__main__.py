@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(write_table(split, part, audits, options.sets))
     elif options.command == "reference":
         audits = [row for row in read_audits(options.results) if row["set"] < options.sets]
-        write_reference(reference_of(chosen, audits))
+        write_reference(reference_of(chosen, audits, code_version()))
     elif options.command == "keep":
         for recipe in chosen:
             if is_trained(recipe, options.folder):

@@ -18,27 +18,31 @@ REFERENCE_FILE = Path(lightning_mnp.__file__).parent / "signals" / "population.j
 _NAMES = {"cifar10": "CIFAR-10", "imagenette": "Imagenette at 64 pixels", "digits": "digits"}
 
 
-def reference_of(recipes: Sequence[Recipe], audits: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def reference_of(
+    recipes: Sequence[Recipe], audits: Iterable[dict[str, Any]], version: str
+) -> dict[str, Any]:
     """Return the scores of the clean networks among audits, as the package reads them.
 
     Args:
         recipes: Networks of one split.
-        audits: Audits of any networks; those of others, of backdoored networks, and without a
-            score that means something are left out.
+        audits: Audits of any networks; those of others, of backdoored networks, by other versions
+            of the code, and without a score that means something are left out.
+        version: Digest of the code whose scores are wanted.
 
     Returns:
         Primitives.
 
     Raises:
-        ValueError: If nothing is left, or the audits are by different versions of the code.
+        ValueError: If nothing is left.
     """
     known = {recipe.name: recipe for recipe in recipes if recipe.is_clean}
-    rows = [row for row in audits if row["network"] in known and row["judged"]]
-    versions = sorted({row["version"] for row in rows})
-    if len(versions) != 1:
+    clean = [row for row in audits if row["network"] in known and row["judged"]]
+    rows = [row for row in clean if row["version"] == version]
+    if not rows:
+        found = sorted({row["version"] for row in clean})
         raise ValueError(
-            f"Expected audits of clean networks by one version of the code, but found {versions}. "
-            "Audit them with `--renew`."
+            f"Expected audits of clean networks by version {version} of the code, but found "
+            f"{found or 'none'}. Audit them with `--renew`."
         )
     seen = [known[name] for name in dict.fromkeys(row["network"] for row in rows)]
     accuracies = [row["CA"] for row in rows]
@@ -50,7 +54,7 @@ def reference_of(recipes: Sequence[Recipe], audits: Iterable[dict[str, Any]]) ->
             f"clean networks of {architectures} small architectures ({data}; accuracies from "
             f"{min(accuracies):.0%} to {max(accuracies):.0%}) that were audited for comparison"
         ),
-        "version": versions[0],
+        "version": version,
         "networks": [
             {
                 "file": f"{row['network']}, set {row['set']}",

@@ -39,8 +39,9 @@ def test_clean_networks_that_were_judged(tmp_path: Path) -> None:
         audit("b", 1, None, judged=False),
         audit("c", 0, 5.0),
         audit("other", 0, 6.0),
+        audit("b", 2, 7.0, version="34"),
     ]
-    content = reference_of(RECIPES, audits)
+    content = reference_of(RECIPES, audits, "12ef")
     assert [each["file"] for each in content["networks"]] == ["a, set 0", "a, set 1", "b, set 0"]
     assert content["described"] == (
         "clean networks of 2 small architectures (CIFAR-10, Imagenette at 64 pixels; accuracies "
@@ -51,7 +52,9 @@ def test_clean_networks_that_were_judged(tmp_path: Path) -> None:
     assert read_population(str(file)).scores == {"of a": 0.5, "of b": 0.1}
 
 
-@pytest.mark.parametrize("audits", [[], [audit("a", 0, 0.1), audit("b", 0, 0.1, version="34")]])
-def test_audits_that_do_not_belong_together(audits: list[dict[str, Any]]) -> None:
-    with pytest.raises(ValueError, match=r"one version of the code, but found .* `--renew`"):
-        reference_of(RECIPES, audits)
+@pytest.mark.parametrize(
+    ("audits", "found"), [([], "none"), ([audit("a", 0, 0.1, version="34")], r"\['34'\]")]
+)
+def test_no_audits_by_the_version(audits: list[dict[str, Any]], found: str) -> None:
+    with pytest.raises(ValueError, match=rf"by version 12ef .*, but found {found}.* `--renew`"):
+        reference_of(RECIPES, audits, "12ef")
