@@ -70,6 +70,8 @@ def _one_by_one(options: ScanOptions) -> list[ScanOptions]:
         return [options]
     files = (options.weights, *options.others)
     folders = [re.sub(r"[^\w.-]+", "-", file).strip("-.") for file in files]
+    # A weights file in the folder of the reports has the name itself.
+    folders = [f"{name}-report" if (options.out / name).is_file() else name for name in folders]
     return [
         replace(
             options,

@@ -218,6 +218,16 @@ def test_images_of_a_size_that_the_network_cannot_take_end_the_scan_of_that_file
     assert out.partition("small.pt:\n")[2].startswith("CLEAN")
 
 
+def test_several_files_in_the_folder_of_the_reports(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", reporting("clean"))
+    Path("again.ckpt").write_bytes(Path("model.ckpt").read_bytes())
+    assert main(["scan", "again.ckpt", *WORDS[1:]]) == 0
+    for name in ("again.ckpt", "model.ckpt"):
+        assert DefenseReport.load(f"{name}-report/report.json").verdict == "clean"
+
+
 def test_an_interrupt_ends_with_130(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
