@@ -120,10 +120,11 @@ class MNPTrainer(Trainer):
         """Audit the network in a checkpoint, prune it if asked, and write its weights.
 
         Only the weights in the file are read; nothing in it is run, and it is never written to.
-        The output loads strictly into the same class, and is written whatever the verdict. The
-        exit code tells the verdict on the network that was written: 0 for clean, 3 for backdoored,
-        4 for undecided, 2 for wrong use. It is that of the second audit; of the first one if
-        nothing was changed. A changed network that is not audited again is undecided.
+        The output loads strictly into the same class, and is written whatever the verdict. Extra
+        states (``get_extra_state``) in it are the model's, since those in the file are not read.
+        The exit code tells the verdict on the network that was written: 0 for clean, 3 for
+        backdoored, 4 for undecided, 2 for wrong use. It is that of the second audit; of the first
+        one if nothing was changed. A changed network that is not audited again is undecided.
 
         Args:
             model: The model that the weights belong to.

@@ -131,6 +131,31 @@ def test_output_keeps_the_names_of_the_input(tmp_path: Path) -> None:
     network.load_state_dict(torch.load(output, weights_only=True), strict=True)
 
 
+class Counting(Classifier):
+    """A model with a state beside its weights."""
+
+    state: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.state or {"steps": 0}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+def test_defend_keeps_an_extra_state_or_refuses_the_format_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Counting(width=4, in_channels=1)
+    torch.save(model.state_dict(), "counting.pt")
+    args = ["defend", *COMMON, *QUICK, RATIO, "--when=never", f"--model={__name__}.Counting"]
+    assert main([*args, "--ckpt_path=counting.pt", "--output=out.pt"]) in (0, 3, 4)
+    model.load_state_dict(torch.load("out.pt", weights_only=True), strict=True)
+    assert model.state == {"steps": 0}
+    assert main([*args, "--ckpt_path=missing.pt", "--output=out.safetensors"]) == 2
+    assert "but _extra_state is an extra state: builtins.dict" in capsys.readouterr().err
+
+
 def test_purified_lightning_checkpoint_is_tested_by_lightning(
     checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -119,7 +119,7 @@ def scan(options: ScanOptions, config: MNPConfig | None = None) -> DefenseReport
     network = architecture.network.eval().to(options.device)
     match = load_into(network, weights.tensors)
     if options.purify is not None:
-        check_output(options.purify, weights.tensors, "--purify")
+        check_output(options.purify, network.state_dict(), "--purify")
 
     channels = _channels(network)
     preparation = find_preparation(options, weights.facts, source, architecture, channels)

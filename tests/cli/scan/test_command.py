@@ -112,6 +112,35 @@ def test_exit_codes_and_formats(
     assert names == ["report.html", "report.json"]
 
 
+class Counting(nn.Module):
+    """A network with a state beside its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = cifar_resnet18(CLASSES, 4, in_channels=1)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.network(images)
+
+    def get_extra_state(self) -> Any:
+        return {"steps": 0}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == {"steps": 0}
+
+
+def test_purified_weights_with_an_extra_state(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*WORDS, f"--arch={__name__}:Counting", "--purify"]
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.defend", None)
+    assert main([*words, "out.safetensors"]) == 2
+    assert "but _extra_state is an extra state: builtins.dict" in capsys.readouterr().err
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.defend", reporting("backdoored"))
+    assert main([*words, "out.pt"]) == 3
+    Counting().load_state_dict(torch.load("out.pt", weights_only=True), strict=True)
+
+
 @pytest.mark.parametrize("verdict", ["clean", "backdoored"])
 def test_purified_weights_have_the_names_of_the_file(
     verdict: str,
