@@ -7,13 +7,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from lightning_mnp.benchmark.executors import ExecutorName, open_executor
+from lightning_mnp.benchmark.networks import using_threads
 from lightning_mnp.calibration.file import CalibrationFile
 from lightning_mnp.calibration.run import (
     check_networks,
@@ -274,21 +274,21 @@ class MNPTrainer(Trainer):
             check_writable(path, "output_dir")
         folder.mkdir(parents=True, exist_ok=True)
         # Sums depend on the number of threads, and what is shown should not depend on the machine.
-        torch.set_num_threads(1)
-        _say(f"Training a network under attack: {datamodule.attack}")
-        self.fit(model, datamodule=datamodule)
-        before = self._scores(model, datamodule)
-        write_state_dict(files["backdoored.ckpt"], model.state_dict())
-        outcome = self.defend(
-            model,
-            files["backdoored.ckpt"],
-            files["purified.ckpt"],
-            datamodule,
-            when="always",
-            mnp=mnp,
-            report=folder / "report.json",
-        )
-        Console().print(scores_table(before, self._scores(model, datamodule), outcome))
+        with using_threads(1):
+            _say(f"Training a network under attack: {datamodule.attack}")
+            self.fit(model, datamodule=datamodule)
+            before = self._scores(model, datamodule)
+            write_state_dict(files["backdoored.ckpt"], model.state_dict())
+            outcome = self.defend(
+                model,
+                files["backdoored.ckpt"],
+                files["purified.ckpt"],
+                datamodule,
+                when="always",
+                mnp=mnp,
+                report=folder / "report.json",
+            )
+            Console().print(scores_table(before, self._scores(model, datamodule), outcome))
         save_report(outcome, page, argument="output_dir")
         _say(f"Networks and report are in {folder}; open report.html in a browser")
         return outcome

@@ -15,6 +15,7 @@ from checkpoint_files import RunsFunction
 from commands import COMMON, DATA, MODEL, QUICK, TRAINER
 from helpers import same, snapshot
 
+from lightning_mnp.benchmark.networks import using_threads
 from lightning_mnp.cli.command_line import MNPCLI, _exit_code, _named_command, main
 from lightning_mnp.models import Classifier
 from lightning_mnp.report import DefenseReport, SecondAudit
@@ -272,7 +273,9 @@ def test_demo_writes_networks_and_report(tmp_path: Path) -> None:
     quick = [*QUICK, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
     quick += ["--model.width=4", "--data.image_size=8", "--trainer.enable_progress_bar=false"]
     quick += ["--mnp.pruning.reaudit=false"]
-    assert main(["demo", *quick, f"--output_dir={tmp_path / 'demo'}"]) == 0
+    with using_threads(2):
+        assert main(["demo", *quick, f"--output_dir={tmp_path / 'demo'}"]) == 0
+        assert torch.get_num_threads() == 2  # one while it runs
     names = sorted(path.name for path in (tmp_path / "demo").iterdir())
     assert names == ["backdoored.ckpt", "purified.ckpt", "report.html", "report.json"]
     assert main(["demo", *quick, f"--output_dir={tmp_path / 'demo'}"]) == 2
