@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import Path_fr
 from rich.console import Console
@@ -19,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lightning_mnp.benchmark.executors import ExecutorName, open_executor
 from lightning_mnp.benchmark.grid import Cell, Grid, cells_of
 from lightning_mnp.benchmark.networks import Fit, NetworkFolder
-from lightning_mnp.benchmark.recipe import nearest
+from lightning_mnp.benchmark.recipe import nearest, read_yaml
 from lightning_mnp.benchmark.report import write_report
 from lightning_mnp.benchmark.run import Places, Summary, run_benchmark
 
@@ -137,7 +136,7 @@ def _check_names(args: Sequence[str]) -> None:
         path = Path(value or next(iter(args[place + 1 : place + 2]), ""))
         if name != "--config" or not path.is_file():
             continue
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = read_yaml(path)
         if not isinstance(content, Mapping):
             continue
         _require_known(f"an option in {path}", content, options)

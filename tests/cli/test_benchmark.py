@@ -134,6 +134,17 @@ def test_a_mistake_is_an_error_of_the_command(
     assert "LIGHTNING_MNP_DEBUG" in told
 
 
+@pytest.mark.parametrize("word", ["--config={}", "--base={}"])
+def test_a_file_that_is_no_yaml_is_an_error_of_the_command(
+    word: str, config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config(CONFIG)
+    bad = path.with_name("bad.yaml")
+    bad.write_text("grids: [\n  a: b")
+    assert main(["benchmark", "run", "--config", str(path), word.format(bad)]) == 2
+    assert "bad.yaml to hold YAML, but in line 2 it does not:" in capsys.readouterr().err
+
+
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write([result()], tmp_path / "cells")
     command = ["benchmark", "report", "--results", "cells", "--out", "page", "--plots", "false"]
