@@ -254,10 +254,23 @@ class NetworkRecipe:
                 _set(content, name, str(clean_checkpoint), only_known=True)
         return content
 
+    @property
+    def _rate(self) -> float | None:
+        """Share of the images that are poisoned; the attack's own if it is not configured."""
+        if not self.attack_options:
+            return None
+        arguments = self.attack_options["init_args"]
+        taken = inspect.signature(find_class(self.attack_options["class_path"])).parameters
+        defaults = {name: each.default for name, each in taken.items()}
+        for given in (arguments, defaults):
+            for name in ("poison_rate", "class_rate"):
+                if isinstance(given.get(name), (int, float)):
+                    return float(given[name])
+        return None
+
     def described(self) -> dict[str, Any]:
         """Return what a row of a table says about the network, as primitives."""
         arguments = self.attack_options.get("init_args", {})
-        rates = ("poison_rate", "class_rate")
         return {
             "name": self.name,
             "digest": self.digest,
@@ -266,7 +279,7 @@ class NetworkRecipe:
             "attack": self.attack,
             "attack_class": self.attack_name,
             "mode": arguments.get("mode", "all-to-one") if arguments else None,
-            "rate": next((arguments[name] for name in rates if name in arguments), None),
+            "rate": self._rate,
             "usual": self.poison_rate is None and self.mode is None and "+" not in self.attack,
             "seed": self.seed,
             "architecture": self.network.get("architecture", "cifar_resnet18"),

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_site import BASE, make_site
+from benchmark_site import ATTACKS, BASE, make_site
 
 from lightning_mnp.benchmark.recipe import NetworkRecipe, find_class, nearest
 
@@ -133,6 +133,13 @@ def test_a_recipe_that_needs_a_clean_network(base: Path) -> None:
 def test_mistakes(base: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _ = NetworkRecipe(base, **changes).content
+
+
+def test_a_rate_that_is_not_configured_is_that_of_the_attack(base: Path) -> None:
+    for name, rate in (("BadNets", 0.1), ("SIG", 0.8), ("FeatureCollision", None)):
+        text = ATTACKS["badnets"].partition("      init_args:\n        patch")[0]
+        (base.parent / "own.yaml").write_text(text.replace("BadNets", name))
+        assert NetworkRecipe(base, "own").described()["rate"] == rate
 
 
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"
