@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -224,6 +225,7 @@ class MNPTrainer(Trainer):
                 "network": network,
                 "defense_set": data.fingerprint,
                 "precision": str(self.precision_plugin.precision),
+                "version": version("lightning-mnp"),  # another one may come to other scores
             }
             kept = CalibrationFile(output, settings)
             audit = FileAudit(model, data, mnp, key, network)
