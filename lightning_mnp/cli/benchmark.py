@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,7 +264,7 @@ def _progress(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 def _report(results: Path, out: Path, plots: bool) -> int:
     files = write_report(results, out, plots)
-    if plots and not any(path.suffix == ".png" for path in files):
+    if plots and find_spec("matplotlib") is None:
         print('No plots: `pip install "lightning-mnp[plots]"` adds matplotlib.')
     print(f"{len(files)} files written: {files[0]} and others beside it")
     return 0

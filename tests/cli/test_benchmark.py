@@ -157,9 +157,22 @@ def test_a_report_without_matplotlib_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write([result()], tmp_path / "cells")
-    monkeypatch.setattr("lightning_mnp.benchmark.report.find_spec", lambda name: None)
+    for place in ("benchmark.report", "cli.benchmark"):
+        monkeypatch.setattr(f"lightning_mnp.{place}.find_spec", lambda name: None)
     assert main(["benchmark", "report", "--results", "cells"]) == 0
     assert 'No plots: `pip install "lightning-mnp[plots]"`' in capsys.readouterr().out
+
+
+def test_a_report_with_nothing_to_draw_does_not_ask_for_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    write([result("nc", None, task="detector", verdict="clean")], tmp_path / "cells")
+    assert main(["benchmark", "report", "--results", "cells"]) == 0
+    out = capsys.readouterr().out
+    assert "files written" in out
+    assert "matplotlib" not in out
+    assert not list((tmp_path / "runs").rglob("*.png"))
 
 
 @pytest.mark.parametrize(
