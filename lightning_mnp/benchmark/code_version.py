@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ import lightning_mnp
 __all__ = ["code_version", "imported_modules", "undocumented"]
 
 _PACKAGE = "lightning_mnp"
+_MAIN = "__main__"
 _ROOT = Path(lightning_mnp.__file__).parent
 
 
@@ -27,6 +29,7 @@ def code_version(modules: Iterable[str]) -> str:
 
     Args:
         modules: Full names. Of modules of other packages, only their own source counts.
+            ``__main__`` is the script that runs, also in the processes that it starts.
 
     Returns:
         Twelve hexadecimal digits.
@@ -35,7 +38,8 @@ def code_version(modules: Iterable[str]) -> str:
         >>> code_version(["lightning_mnp.metrics.share"]) == code_version([])
         False
     """
-    return _digest(frozenset(modules))
+    # A process that is started has the script under this name.
+    return _digest(frozenset(_MAIN if name == "__mp_main__" else name for name in modules))
 
 
 @cache
@@ -72,14 +76,25 @@ def imported_modules(modules: Iterable[str]) -> set[str]:
 def _path(name: str) -> Path | None:
     """Return the file of a module; None if there is none."""
     if name != _PACKAGE and not name.startswith(f"{_PACKAGE}."):
-        spec = find_spec(name)
-        known = spec is not None and spec.origin is not None and spec.origin.endswith(".py")
-        return Path(spec.origin) if known else None  # type: ignore[union-attr, arg-type]
+        return _script() if name == _MAIN else _foreign_path(name)
     place = _ROOT.joinpath(*name.split(".")[1:])
     for path in (place.with_suffix(".py"), place / "__init__.py"):
         if path.is_file():
             return path
     return None
+
+
+def _script() -> Path | None:
+    """Return the file that Python was started with; None if there is none, as in a shell."""
+    file = getattr(sys.modules[_MAIN], "__file__", None)
+    return Path(file) if file is not None and Path(file).is_file() else None
+
+
+def _foreign_path(name: str) -> Path | None:
+    """Return the file of a module of another package; None if it has no source."""
+    spec = find_spec(name)
+    known = spec is not None and spec.origin is not None and spec.origin.endswith(".py")
+    return Path(spec.origin) if known else None  # type: ignore[union-attr, arg-type]
 
 
 @cache

@@ -64,6 +64,8 @@ class HereExecutor:
 class Processes:
     """Does work in several processes of one thread each; they end with this one.
 
+    They get :data:`ENVIRONMENT`, for which it stands in this process until :meth:`close`.
+
     Args:
         count: Number of processes.
     """
@@ -71,9 +73,10 @@ class Processes:
     def __init__(self, count: int) -> None:
         self.slots = count
         self._pool = self._open()
+        self._before = {name: os.environ.get(name) for name in ENVIRONMENT}
+        os.environ.update(ENVIRONMENT)  # a process is started when there is work for it
 
     def _open(self) -> ProcessPoolExecutor:
-        os.environ.update(ENVIRONMENT)  # processes that are started get it
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(self.slots, context, _prepare)
 
@@ -87,8 +90,15 @@ class Processes:
             return self._pool.submit(work, *arguments)
 
     def close(self) -> None:
-        """End the processes, after the work that they have begun."""
-        self._pool.shutdown(cancel_futures=True)
+        """End the processes, after the work that they have begun; put the environment back."""
+        try:
+            self._pool.shutdown(cancel_futures=True)
+        finally:
+            for name, value in self._before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 class _Ray:

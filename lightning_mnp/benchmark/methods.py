@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -125,7 +126,10 @@ class Method:
         if self.name in _OURS:
             return ["lightning_mnp.api"]
         find = baselines.find if task == "defense" else baselines.find_detector
-        return [str(getattr(find(self.name), "__module__", ""))]
+        function: Any = find(self.name)
+        while isinstance(function, partial):  # whose own module is functools
+            function = function.func
+        return [str(getattr(function, "__module__", ""))]
 
     def check(self, task: Task) -> None:
         """Check name and options.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import hashlib
@@ -17,7 +18,9 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
-__all__ = ["CLEAN", "NetworkRecipe", "find_class", "nearest"]
+from lightning_mnp.checkpoints.printable import printable
+
+__all__ = ["CLEAN", "NetworkRecipe", "find_class", "nearest", "read_yaml"]
 
 CLEAN = "clean"
 _SAVE_LAST = {
@@ -48,6 +51,35 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     found = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If it is no YAML; the message tells the file and the line.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "base.yaml")
+        >>> path.write_text("trainer: {max_epochs: 1}")
+        24
+        >>> read_yaml(path)
+        {'trainer': {'max_epochs': 1}}
+    """
+    try:
+        return yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}"
+        what = getattr(error, "problem", None) or getattr(error, "reason", str(error))
+        raise ValueError(
+            f"Expected {printable(str(path))} to hold YAML, but{where} it does not: "
+            f"{printable(what, 300)}. Correct the file."
+        ) from error
 
 
 def find_class(path: str) -> type[Any]:
@@ -125,9 +157,11 @@ class NetworkRecipe:
             if getattr(self, name) is not None:
                 _set(content, f"model.{name}", getattr(self, name))
         self._change_attack(content)
-        callbacks = content["trainer"].setdefault("callbacks", [])
-        if not any("ModelCheckpoint" in str(each.get("class_path")) for each in callbacks):
+        callbacks = content["trainer"].get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]  # one alone
+        if not any("ModelCheckpoint" in _class_path(each) for each in callbacks):
             callbacks.append(copy.deepcopy(_SAVE_LAST))
+        content["trainer"]["callbacks"] = callbacks
         return content
 
     def _change_attack(self, content: dict[str, Any]) -> None:
@@ -135,7 +169,7 @@ class NetworkRecipe:
         attack = _attack_of(content)
         if attack is None:
             return
-        arguments = attack.setdefault("init_args", {})
+        arguments = _arguments(attack)
         taken = inspect.signature(find_class(attack["class_path"])).parameters
         changes = {"seed": self.seed, "poison_rate": self.poison_rate, "mode": self.mode}
         for name, value in changes.items():
@@ -178,7 +212,7 @@ class NetworkRecipe:
 
     @property
     def _starts_from_clean(self) -> bool:
-        return "checkpoint" in self.content["model"].get("init_args", {})
+        return "checkpoint" in (self.content["model"].get("init_args") or {})
 
     @cached_property
     def digest(self) -> str:
@@ -220,10 +254,23 @@ class NetworkRecipe:
                 _set(content, name, str(clean_checkpoint), only_known=True)
         return content
 
+    @property
+    def _rate(self) -> float | None:
+        """Share of the images that are poisoned; the attack's own if it is not configured."""
+        if not self.attack_options:
+            return None
+        arguments = self.attack_options["init_args"]
+        taken = inspect.signature(find_class(self.attack_options["class_path"])).parameters
+        defaults = {name: each.default for name, each in taken.items()}
+        for given in (arguments, defaults):
+            for name in ("poison_rate", "class_rate"):
+                if isinstance(given.get(name), (int, float)):
+                    return float(given[name])
+        return None
+
     def described(self) -> dict[str, Any]:
         """Return what a row of a table says about the network, as primitives."""
         arguments = self.attack_options.get("init_args", {})
-        rates = ("poison_rate", "class_rate")
         return {
             "name": self.name,
             "digest": self.digest,
@@ -232,7 +279,7 @@ class NetworkRecipe:
             "attack": self.attack,
             "attack_class": self.attack_name,
             "mode": arguments.get("mode", "all-to-one") if arguments else None,
-            "rate": next((arguments[name] for name in rates if name in arguments), None),
+            "rate": self._rate,
             "usual": self.poison_rate is None and self.mode is None and "+" not in self.attack,
             "seed": self.seed,
             "architecture": self.network.get("architecture", "cifar_resnet18"),
@@ -244,7 +291,7 @@ class NetworkRecipe:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text("utf-8"))
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"Expected {path} to hold options of `fit`, but got {content!r}.")
     return content
@@ -260,8 +307,9 @@ def _overlay(base: Path, name: str) -> Path:
 def _unknown(base: Path, name: str) -> str:
     known = [CLEAN]
     for path in sorted(base.parent.glob("*.yaml")):
-        if _attack_of(_read(path)) is not None:
-            known.append(path.stem)
+        with contextlib.suppress(ValueError, OSError):  # a file that is no configuration
+            if _attack_of(_read(path)) is not None:
+                known.append(path.stem)
     return (
         f"Expected an attack out of {', '.join(known)}, but got {name!r}."
         f"{nearest(name, known)} Each is a file in {base.parent}."
@@ -271,14 +319,21 @@ def _unknown(base: Path, name: str) -> str:
 def _attack_of(content: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the part of a configuration that names the attack, the same object."""
     for owner in ("data", "model"):
-        attack = content.get(owner, {}).get("init_args", {}).get("attack")
+        attack: Any = content
+        for step in (owner, "init_args", "attack"):
+            attack = attack.get(step) if isinstance(attack, dict) else None
         if isinstance(attack, dict) and "class_path" in attack:
             return attack
     return None
 
 
+def _class_path(callback: Any) -> str:
+    """Return the class of a callback, of which a configuration may name the class alone."""
+    return str(callback.get("class_path") if isinstance(callback, dict) else callback)
+
+
 def _network_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = content["model"].get("init_args", {})
+    arguments = content["model"].get("init_args") or {}
     names = ("architecture", "width", "num_classes", "in_channels")
     return {name: arguments[name] for name in names if name in arguments}
 
@@ -324,7 +379,9 @@ def _check_option(content: Mapping[str, Any], name: str) -> None:
 
 
 def _arguments(content: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = (
-        content.setdefault("init_args", {}) if "class_path" in content else (content)
-    )
+    if "class_path" not in content:
+        return content
+    if content.get("init_args") is None:  # `init_args:` with nothing behind it
+        content["init_args"] = {}
+    found: dict[str, Any] = content["init_args"]
     return found

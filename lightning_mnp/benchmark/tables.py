@@ -252,13 +252,15 @@ def by_rate(results: Sequence[Result], marks: Marks) -> list[Table]:
     """Make Table 3: BadNets by poison rate and mode, a table for each setting and defense.
 
     Args:
-        results: All results.
+        results: All results. Those without a rate, as earlier versions left them if it was not
+            configured, are left out.
         marks: Names what rows were measured on.
     """
     wanted = [
         each
         for each in results
         if each.task == "defense" and each.attack == "BadNets" and "+" not in each.network["attack"]
+        if each.network["rate"] is not None
     ]
     published = paper_figures()["3"]
     tables = []

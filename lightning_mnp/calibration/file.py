@@ -53,7 +53,7 @@ class CalibrationFile:
         networks: The scores so far, also those of networks from earlier calls.
 
     Raises:
-        OutputError: If the file cannot be written.
+        OutputError: If the file cannot be written or read.
         ValueError: If the file holds something else, or scores of other settings.
 
     Example:
@@ -143,6 +143,11 @@ class CalibrationFile:
             settings = _flat(dict(content["settings"]))
             networks = [NetworkScore(**entry) for entry in content["networks"]]
             known = known and all(_is_sound(network) for network in networks)
+        except OSError as error:
+            raise OutputError(
+                f"Expected argument `output` not to exist or to be a file that can be read, but "
+                f"got {shown}: {error.strerror}. Choose another name, or change its permissions."
+            ) from error
         except (ValueError, KeyError, TypeError, RecursionError):
             known = False
         if not known:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import Path_fr
 from rich.console import Console
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lightning_mnp.benchmark.executors import ExecutorName, open_executor
 from lightning_mnp.benchmark.grid import Cell, Grid, cells_of
 from lightning_mnp.benchmark.networks import Fit, NetworkFolder
-from lightning_mnp.benchmark.recipe import nearest
+from lightning_mnp.benchmark.recipe import nearest, read_yaml
 from lightning_mnp.benchmark.report import write_report
 from lightning_mnp.benchmark.run import Places, Summary, run_benchmark
 
@@ -137,7 +137,7 @@ def _check_names(args: Sequence[str]) -> None:
         path = Path(value or next(iter(args[place + 1 : place + 2]), ""))
         if name != "--config" or not path.is_file():
             continue
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = read_yaml(path)
         if not isinstance(content, Mapping):
             continue
         _require_known(f"an option in {path}", content, options)
@@ -264,7 +264,7 @@ def _progress(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 def _report(results: Path, out: Path, plots: bool) -> int:
     files = write_report(results, out, plots)
-    if plots and not any(path.suffix == ".png" for path in files):
+    if plots and find_spec("matplotlib") is None:
         print('No plots: `pip install "lightning-mnp[plots]"` adds matplotlib.')
     print(f"{len(files)} files written: {files[0]} and others beside it")
     return 0

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from lightning_mnp.benchmark.executors import ExecutorName, open_executor
+from lightning_mnp.benchmark.networks import using_threads
 from lightning_mnp.calibration.file import CalibrationFile
 from lightning_mnp.calibration.run import (
     check_networks,
@@ -120,10 +121,11 @@ class MNPTrainer(Trainer):
         """Audit the network in a checkpoint, prune it if asked, and write its weights.
 
         Only the weights in the file are read; nothing in it is run, and it is never written to.
-        The output loads strictly into the same class, and is written whatever the verdict. The
-        exit code tells the verdict on the network that was written: 0 for clean, 3 for backdoored,
-        4 for undecided, 2 for wrong use. It is that of the second audit; of the first one if
-        nothing was changed. A changed network that is not audited again is undecided.
+        The output loads strictly into the same class, and is written whatever the verdict. Extra
+        states (``get_extra_state``) in it are the model's, since those in the file are not read.
+        The exit code tells the verdict on the network that was written: 0 for clean, 3 for
+        backdoored, 4 for undecided, 2 for wrong use. It is that of the second audit; of the first
+        one if nothing was changed. A changed network that is not audited again is undecided.
 
         Args:
             model: The model that the weights belong to.
@@ -223,6 +225,7 @@ class MNPTrainer(Trainer):
                 "network": network,
                 "defense_set": data.fingerprint,
                 "precision": str(self.precision_plugin.precision),
+                "version": version("lightning-mnp"),  # another one may come to other scores
             }
             kept = CalibrationFile(output, settings)
             audit = FileAudit(model, data, mnp, key, network)
@@ -273,21 +276,21 @@ class MNPTrainer(Trainer):
             check_writable(path, "output_dir")
         folder.mkdir(parents=True, exist_ok=True)
         # Sums depend on the number of threads, and what is shown should not depend on the machine.
-        torch.set_num_threads(1)
-        _say(f"Training a network under attack: {datamodule.attack}")
-        self.fit(model, datamodule=datamodule)
-        before = self._scores(model, datamodule)
-        write_state_dict(files["backdoored.ckpt"], model.state_dict())
-        outcome = self.defend(
-            model,
-            files["backdoored.ckpt"],
-            files["purified.ckpt"],
-            datamodule,
-            when="always",
-            mnp=mnp,
-            report=folder / "report.json",
-        )
-        Console().print(scores_table(before, self._scores(model, datamodule), outcome))
+        with using_threads(1):
+            _say(f"Training a network under attack: {datamodule.attack}")
+            self.fit(model, datamodule=datamodule)
+            before = self._scores(model, datamodule)
+            write_state_dict(files["backdoored.ckpt"], model.state_dict())
+            outcome = self.defend(
+                model,
+                files["backdoored.ckpt"],
+                files["purified.ckpt"],
+                datamodule,
+                when="always",
+                mnp=mnp,
+                report=folder / "report.json",
+            )
+            Console().print(scores_table(before, self._scores(model, datamodule), outcome))
         save_report(outcome, page, argument="output_dir")
         _say(f"Networks and report are in {folder}; open report.html in a browser")
         return outcome

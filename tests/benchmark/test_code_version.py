@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -84,6 +86,31 @@ def test_a_docstring_that_is_all_of_a_function(write: Callable[[str, str], None]
 def test_modules_of_others_count_alone() -> None:
     assert imported_modules(["json.decoder", "math"]) == {"json.decoder", "math"}
     assert code_version(["json.decoder"]) != code_version(["json.encoder"])
+
+
+def test_the_script_that_runs_counts_by_its_file(
+    write: Callable[[str, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    write("script", "from lightning_mnp.api import audit\n")
+    script.__file__ = str(tmp_path / "script")
+    assert names("__main__") == {"__main__", ".api", ".config.ranges"}
+    before = code_version(["__main__"])
+    assert code_version(["__mp_main__"]) == before  # in a process that the script has started
+    write("script", "from lightning_mnp.api import audit\nlimit = 3\n")
+    assert code_version(["__main__"]) != before
+
+
+@pytest.mark.parametrize("file", [None, "<stdin>"])
+def test_a_script_without_a_file(
+    file: str | None, write: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = ModuleType("__main__")
+    script.__file__ = file
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    write("config/other.py", "")  # forgets what was read before
+    assert code_version(["__main__"]) != code_version([])
 
 
 def test_a_defense_does_not_depend_on_another_one_nor_on_the_documentation() -> None:

@@ -71,6 +71,25 @@ def test_a_killed_process_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) 
         assert executor.submit(len, "four").result() == 4
 
 
+def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(Pool, "made", 1)
+    monkeypatch.setattr(executors, "ENVIRONMENT", {"MNP_A": "1", "MNP_B": "2"})
+    monkeypatch.setenv("MNP_A", "8")
+    before = dict(os.environ)
+    with open_executor(jobs=2):
+        assert (os.environ["MNP_A"], os.environ["MNP_B"]) == ("1", "2")
+    assert dict(os.environ) == before
+
+    def broken(self: Pool, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pool, "shutdown", broken)
+    with pytest.raises(KeyboardInterrupt):
+        Processes(2).close()
+    assert dict(os.environ) == before
+
+
 class Gone:
     """A process that has ended."""
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -46,6 +47,14 @@ def test_every_baseline_takes_options() -> None:
     for name in baselines.detector_names():
         Method(name).check("detector")
         assert name in module._DETECTORS
+
+
+def test_a_partial_function_has_the_module_of_the_function() -> None:
+    baselines.register("partial-clp", partial(partial(clp, amount=1), seed=0))
+    try:
+        assert Method("partial-clp").modules("defense") == ["lightning_mnp.baselines.clp"]
+    finally:
+        baselines.unregister("partial-clp")
 
 
 def test_names() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_site import BASE, make_site
+from benchmark_site import ATTACKS, BASE, make_site
 
 from lightning_mnp.benchmark.recipe import NetworkRecipe, find_class, nearest
 
@@ -133,6 +133,77 @@ def test_a_recipe_that_needs_a_clean_network(base: Path) -> None:
 def test_mistakes(base: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _ = NetworkRecipe(base, **changes).content
+
+
+def test_a_rate_that_is_not_configured_is_that_of_the_attack(base: Path) -> None:
+    for name, rate in (("BadNets", 0.1), ("SIG", 0.8), ("FeatureCollision", None)):
+        text = ATTACKS["badnets"].partition("      init_args:\n        patch")[0]
+        (base.parent / "own.yaml").write_text(text.replace("BadNets", name))
+        assert NetworkRecipe(base, "own").described()["rate"] == rate
+
+
+EARLY = "lightning.pytorch.callbacks.EarlyStopping"
+CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "expected"),
+    [
+        ("null", [CHECKPOINT]),
+        (f"{{class_path: {EARLY}}}", [EARLY, CHECKPOINT]),
+        (f"{{class_path: {CHECKPOINT}}}", [CHECKPOINT]),
+        (f"[{{class_path: {EARLY}}}]", [EARLY, CHECKPOINT]),
+        ("[EarlyStopping]", ["EarlyStopping", CHECKPOINT]),
+        ("ModelCheckpoint", ["ModelCheckpoint"]),
+    ],
+)
+def test_callbacks_as_lightning_takes_them(base: Path, callbacks: str, expected: list[str]) -> None:
+    base.write_text(BASE.replace("trainer:", f"trainer:\n  callbacks: {callbacks}"))
+    recipe = NetworkRecipe(base)
+    found = recipe.content["trainer"]["callbacks"]
+    assert [each if isinstance(each, str) else each["class_path"] for each in found] == expected
+    assert len(recipe.digest) == 12
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "data: /path",
+        "data: null",
+        "data:\n  class_path: a.B\n  init_args:",
+        "model: {init_args: 3}",
+        "- a list",
+        "a: [",
+        "a: \xff",
+    ],
+)
+def test_a_misspelled_attack_beside_other_files(base: Path, other: str) -> None:
+    (base.parent / "other.yaml").write_bytes(other.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"out of clean, badnets, cl, .*Did you mean 'badnets'\?"):
+        _ = NetworkRecipe(base, "badnet").content
+
+
+def test_arguments_that_are_left_empty(base: Path) -> None:
+    base.write_text(BASE.partition("    batch_size")[0])
+    (base.parent / "own.yaml").write_text(
+        "data:\n  init_args:\n    attack:\n      class_path: lightning_mnp.attacks.BadNets\n"
+        "      init_args:"
+    )
+    content = NetworkRecipe(base, "own", seed=2).content
+    assert content["data"]["init_args"]["attack"]["init_args"] == {"seed": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a: [\n  b: c", r"base\.yaml to hold YAML, but in line 2 it does not: .*\. Correct"),
+        (b"a: \xff", r"base\.yaml to hold YAML, but it does not: .*\. Correct the file"),
+    ],
+)
+def test_a_file_that_is_no_yaml(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "base.yaml").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        _ = NetworkRecipe(tmp_path / "base.yaml").content
 
 
 def test_a_file_without_options(tmp_path: Path) -> None:

@@ -157,3 +157,9 @@ def test_table_4_has_false_positives_beside_the_detection_rates() -> None:
     assert column(table, ("MNP", "paper"), "clean networks flagged") == "not given"
     assert column(table, ("AC", "ours"), "BadNets") == "error"
     assert column(table, ("MM-BD", "ours"), "Blend") == "0.00 (0 of 1)"
+
+
+def test_a_result_without_a_rate_has_no_place_in_table_3() -> None:
+    assert by_rate([result("mnp", rate=None)], Marks()) == []
+    results = [result("mnp", rate=rate) for rate in (None, 0.05, 0.1)]
+    assert by_rate(results, Marks()) == by_rate(results[1:], Marks())

@@ -125,6 +125,18 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         CalibrationFile(tmp_path, SETTINGS)
 
 
+def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "calibration.json"
+    CalibrationFile(path, SETTINGS).add(FIRST)
+
+    def refuse(path: Path, encoding: str) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(OutputError, match=r"`output` .*calibration\.json: Permission denied"):
+        CalibrationFile(path, SETTINGS)
+
+
 def test_a_full_disk_does_not_end_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "calibration.json"
     file = CalibrationFile(path, SETTINGS)

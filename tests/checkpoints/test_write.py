@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_mnp.checkpoints import write as write_module
 from lightning_mnp.checkpoints.inspection import CheckpointError
-from lightning_mnp.checkpoints.read import read_state_dict
+from lightning_mnp.checkpoints.read import read_checkpoint, read_state_dict
+from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.checkpoints.write import check_output, write_state_dict
 
 
@@ -64,6 +67,72 @@ def test_lightning_takes_written_ckpt(tmp_path: Path) -> None:
         loaded, loader, ckpt_path=tmp_path / "purified.ckpt", weights_only=True
     )
     assert torch.equal(output, trained.linear(batch))
+
+
+class Counting(nn.Linear):
+    """A layer with a state beside its weights."""
+
+    def __init__(self, state: Any) -> None:
+        super().__init__(2, 1)
+        self.state = state
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+STATE = {
+    "steps": [3, -1, 2**40, True],
+    "rate": (0.5, float("inf"), None),
+    "name": "é",
+    7: OrderedDict(nested={}, empty=()),
+}
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth"])
+def test_an_extra_state_is_kept(tmp_path: Path, suffix: str) -> None:
+    path, mean = tmp_path / f"model{suffix}", torch.ones(4)
+    written = nn.Sequential(Counting({**STATE, "mean": mean[::2]}))
+    write_state_dict(path, written.state_dict())
+    assert_same(read_state_dict(path), {n: p.detach() for n, p in written.named_parameters()})
+    content = read_checkpoint(path)
+    read = nn.Sequential(Counting(None))
+    read.load_state_dict(content["state_dict"] if suffix == ".ckpt" else content, strict=True)
+    found = read[0].state
+    assert found.pop("mean").tolist() == [1, 1]
+    assert found == STATE
+    load_into(nn.Sequential(Counting(None)), read_state_dict(path))
+
+
+class Named(str):
+    """A text of a class that a reader would have to import."""
+
+
+DEEP: list[Any] = []
+DEEP.append(DEEP)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "state", "message"),
+    [
+        (
+            ".safetensors",
+            {},
+            r"tensors only, .* but 0\._extra_state is an extra state: builtins\.d",
+        ),
+        (".pt", Path("x"), r"but 0\._extra_state holds something else or is deeper: pathlib"),
+        (".ckpt", {"name": Named("x")}, "`get_extra_state` return the former only"),
+        (".pth", {(1, 2): 3}, "dicts by names or whole numbers"),
+        (".pt", DEEP, "at most 50 levels deep"),
+    ],
+)
+def test_an_extra_state_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, suffix: str, state: Any, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        check_output(tmp_path / f"model{suffix}", nn.Sequential(Counting(state)).state_dict())
 
 
 def test_tied_weights_are_written_equal(tmp_path: Path) -> None:

@@ -134,6 +134,17 @@ def test_a_mistake_is_an_error_of_the_command(
     assert "LIGHTNING_MNP_DEBUG" in told
 
 
+@pytest.mark.parametrize("word", ["--config={}", "--base={}"])
+def test_a_file_that_is_no_yaml_is_an_error_of_the_command(
+    word: str, config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config(CONFIG)
+    bad = path.with_name("bad.yaml")
+    bad.write_text("grids: [\n  a: b")
+    assert main(["benchmark", "run", "--config", str(path), word.format(bad)]) == 2
+    assert "bad.yaml to hold YAML, but in line 2 it does not:" in capsys.readouterr().err
+
+
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write([result()], tmp_path / "cells")
     command = ["benchmark", "report", "--results", "cells", "--out", "page", "--plots", "false"]
@@ -146,9 +157,22 @@ def test_a_report_without_matplotlib_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write([result()], tmp_path / "cells")
-    monkeypatch.setattr("lightning_mnp.benchmark.report.find_spec", lambda name: None)
+    for place in ("benchmark.report", "cli.benchmark"):
+        monkeypatch.setattr(f"lightning_mnp.{place}.find_spec", lambda name: None)
     assert main(["benchmark", "report", "--results", "cells"]) == 0
     assert 'No plots: `pip install "lightning-mnp[plots]"`' in capsys.readouterr().out
+
+
+def test_a_report_with_nothing_to_draw_does_not_ask_for_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    write([result("nc", None, task="detector", verdict="clean")], tmp_path / "cells")
+    assert main(["benchmark", "report", "--results", "cells"]) == 0
+    out = capsys.readouterr().out
+    assert "files written" in out
+    assert "matplotlib" not in out
+    assert not list((tmp_path / "runs").rglob("*.png"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from digits_network import fitted_network
 
-from lightning_mnp import DefenseReport, calibrate_threshold
+from lightning_mnp import DefenseReport, __version__, calibrate_threshold
 from lightning_mnp.calibration.file import CalibrationFile
 from lightning_mnp.cli.command_line import main
 from lightning_mnp.cli.trainer import MNPTrainer
@@ -104,6 +104,24 @@ def test_calibrate_prints_and_writes_the_threshold(
     assert found["calibration"]["files"] == files
     assert [each["score"] for each in found["networks"]] == [0.25, 1.5, 0.75]
     assert found["settings"]["seed"] == 3
+
+
+@pytest.mark.parametrize("version", ["0.0.9", None])
+def test_scores_of_another_version_are_refused(
+    version: str | None, audited: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*COMMAND, "--rate=0.5", "--ckpt_paths", *write_networks(0.25)]
+    assert main(command) == 0
+    found = content()
+    assert found["settings"].pop("version") == __version__
+    if version is not None:
+        found["settings"]["version"] = version
+    Path("calibration.json").write_text(json.dumps(found))
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert f"Expected `version` to be {version}, as for the scores that calibration.json" in told
+    assert f"but got {__version__}. Choose another name as `output`" in told
+    assert content() == found
 
 
 QUICK = [

@@ -15,6 +15,7 @@ from checkpoint_files import RunsFunction
 from commands import COMMON, DATA, MODEL, QUICK, TRAINER
 from helpers import same, snapshot
 
+from lightning_mnp.benchmark.networks import using_threads
 from lightning_mnp.cli.command_line import MNPCLI, _exit_code, _named_command, main
 from lightning_mnp.models import Classifier
 from lightning_mnp.report import DefenseReport, SecondAudit
@@ -129,6 +130,31 @@ def test_output_keeps_the_names_of_the_input(tmp_path: Path) -> None:
     torch.save(network.state_dict(), path)
     main(["defend", *COMMON, *QUICK, f"--ckpt_path={path}", f"--output={output}"])
     network.load_state_dict(torch.load(output, weights_only=True), strict=True)
+
+
+class Counting(Classifier):
+    """A model with a state beside its weights."""
+
+    state: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.state or {"steps": 0}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+def test_defend_keeps_an_extra_state_or_refuses_the_format_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Counting(width=4, in_channels=1)
+    torch.save(model.state_dict(), "counting.pt")
+    args = ["defend", *COMMON, *QUICK, RATIO, "--when=never", f"--model={__name__}.Counting"]
+    assert main([*args, "--ckpt_path=counting.pt", "--output=out.pt"]) in (0, 3, 4)
+    model.load_state_dict(torch.load("out.pt", weights_only=True), strict=True)
+    assert model.state == {"steps": 0}
+    assert main([*args, "--ckpt_path=missing.pt", "--output=out.safetensors"]) == 2
+    assert "but _extra_state is an extra state: builtins.dict" in capsys.readouterr().err
 
 
 def test_purified_lightning_checkpoint_is_tested_by_lightning(
@@ -247,7 +273,9 @@ def test_demo_writes_networks_and_report(tmp_path: Path) -> None:
     quick = [*QUICK, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
     quick += ["--model.width=4", "--data.image_size=8", "--trainer.enable_progress_bar=false"]
     quick += ["--mnp.pruning.reaudit=false"]
-    assert main(["demo", *quick, f"--output_dir={tmp_path / 'demo'}"]) == 0
+    with using_threads(2):
+        assert main(["demo", *quick, f"--output_dir={tmp_path / 'demo'}"]) == 0
+        assert torch.get_num_threads() == 2  # one while it runs
     names = sorted(path.name for path in (tmp_path / "demo").iterdir())
     assert names == ["backdoored.ckpt", "purified.ckpt", "report.html", "report.json"]
     assert main(["demo", *quick, f"--output_dir={tmp_path / 'demo'}"]) == 2

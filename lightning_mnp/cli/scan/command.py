@@ -30,6 +30,7 @@ from lightning_mnp.report.text import text, wants_color
 from lightning_mnp.reporting import sarif
 from lightning_mnp.reporting.files import save_report
 from lightning_mnp.surgery.forward import call_network, evaluating
+from lightning_mnp.surgery.network import check_network
 
 __all__ = ["main", "scan"]
 
@@ -69,6 +70,8 @@ def _one_by_one(options: ScanOptions) -> list[ScanOptions]:
         return [options]
     files = (options.weights, *options.others)
     folders = [re.sub(r"[^\w.-]+", "-", file).strip("-.") for file in files]
+    # A weights file in the folder of the reports has the name itself.
+    folders = [f"{name}-report" if (options.out / name).is_file() else name for name in folders]
     return [
         replace(
             options,
@@ -109,8 +112,6 @@ def scan(options: ScanOptions, config: MNPConfig | None = None) -> DefenseReport
         ImportError: If a library that is needed is not installed.
     """
     _check_places(options)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("Expected `--device` to be there, but PyTorch finds no GPU. Leave it out.")
     source = find_weights(options.weights)
     weights = read_weights(source.path, key=options.key, argument="WEIGHTS")
     check_finite(weights.tensors)
@@ -118,7 +119,7 @@ def scan(options: ScanOptions, config: MNPConfig | None = None) -> DefenseReport
     network = architecture.network.eval().to(options.device)
     match = load_into(network, weights.tensors)
     if options.purify is not None:
-        check_output(options.purify, weights.tensors, "--purify")
+        check_output(options.purify, network.state_dict(), "--purify")
 
     channels = _channels(network)
     preparation = find_preparation(options, weights.facts, source, architecture, channels)
@@ -155,7 +156,8 @@ def scan(options: ScanOptions, config: MNPConfig | None = None) -> DefenseReport
 
 
 def _check_places(options: ScanOptions) -> None:
-    """Check where files are to be written, before anything is read."""
+    """Check where work is to be done and files are to be written, before anything is read."""
+    _check_device(options.device)
     paths = [options.out / name for name in _REPORTS]
     for path in paths:
         check_writable(path, "--out")
@@ -171,6 +173,21 @@ def _check_places(options: ScanOptions) -> None:
             ) from error
     if options.purify is not None:
         check_output(options.purify, {}, "--purify")
+
+
+def _check_device(name: str) -> None:
+    """Check that PyTorch knows a device, and that it is there."""
+    try:
+        torch.ones(1, device=torch.device(name)).item()  # also fails on `meta`, which holds nothing
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, ImportError) as error:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ValueError(
+            f"Expected `--device` to be a device that is there, such as cpu or cuda, but got "
+            f"{printable(name)!r}, and PyTorch finds {count or 'no'} GPU for cuda. Leave it out to "
+            "use the CPU."
+        ) from error
 
 
 def _channels(network: nn.Module) -> int:
@@ -193,8 +210,19 @@ def _classes(network: nn.Module) -> int:
 
 
 def _predicted(network: nn.Module, images: Tensor) -> list[int]:
-    """Return the classes that a network predicts for images."""
-    device = next(network.parameters()).device
+    """Return the classes that a network predicts for images.
+
+    The audit checks the network, but only after this: a network that cannot take the images is
+    told here in the same words.
+    """
+    device, side = next(network.parameters()).device, images.shape[-1]
+    few = images[:2].to(device)
+    try:
+        check_network(network, few, torch.zeros(len(few), dtype=torch.long), call_network)
+    except ValueError as error:
+        raise ValueError(
+            f"`--images`, read as {side} x {side} pixels (`--size` sets another side): {error}"
+        ) from error
     with torch.no_grad(), evaluating(network):
         return [
             int(label)

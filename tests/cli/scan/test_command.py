@@ -16,7 +16,7 @@ from lightning_mnp import DefenseReport, load_into, read_state_dict
 from lightning_mnp.cli.entry import main
 from lightning_mnp.cli.scan.command import scan
 from lightning_mnp.cli.scan.options import ScanOptions
-from lightning_mnp.models import cifar_resnet18
+from lightning_mnp.models import build_network, cifar_resnet18
 
 pytestmark = pytest.mark.usefixtures("short_searches")
 
@@ -112,6 +112,35 @@ def test_exit_codes_and_formats(
     assert names == ["report.html", "report.json"]
 
 
+class Counting(nn.Module):
+    """A network with a state beside its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = cifar_resnet18(CLASSES, 4, in_channels=1)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.network(images)
+
+    def get_extra_state(self) -> Any:
+        return {"steps": 0}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == {"steps": 0}
+
+
+def test_purified_weights_with_an_extra_state(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*WORDS, f"--arch={__name__}:Counting", "--purify"]
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.defend", None)
+    assert main([*words, "out.safetensors"]) == 2
+    assert "but _extra_state is an extra state: builtins.dict" in capsys.readouterr().err
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.defend", reporting("backdoored"))
+    assert main([*words, "out.pt"]) == 3
+    Counting().load_state_dict(torch.load("out.pt", weights_only=True), strict=True)
+
+
 @pytest.mark.parametrize("verdict", ["clean", "backdoored"])
 def test_purified_weights_have_the_names_of_the_file(
     verdict: str,
@@ -169,7 +198,14 @@ def test_images_without_labels_get_the_predicted_ones(
             "reports of other programs, but it holds taken/report.json",
         ),
         ("model.ckpt --images images", "no usual one for 1 channels"),
-        ("model.ckpt --images images --device cuda:99", "PyTorch finds no GPU"),
+        (
+            "model.ckpt --images images --device cuda:99",
+            "`--device` to be a device that is there, such as cpu or cuda, but got 'cuda:99', and "
+            "PyTorch finds no GPU",
+        ),
+        ("model.ckpt --images images --device gpu", "cpu or cuda, but got 'gpu'"),
+        ("model.ckpt --images images --device hpu", "cpu or cuda, but got 'hpu'"),
+        ("model.ckpt --images images --device meta", "cpu or cuda, but got 'meta'"),
     ],
 )
 def test_wrong_use_is_told_before_the_work(
@@ -190,6 +226,35 @@ def test_wrong_use_is_told_before_the_work(
     assert told.startswith("error: ")
     assert message in told
     assert sorted(folder.rglob("*")) == before
+
+
+def test_images_of_a_size_that_the_network_cannot_take_end_the_scan_of_that_file_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", reporting("clean"))
+    torch.save(build_network("squeezenet1_1", CLASSES).state_dict(), "large.pt")
+    weights = trained_resnet18().state_dict()
+    weights["conv1.weight"] = weights["conv1.weight"].expand(-1, 3, -1, -1) / 3
+    torch.save(weights, "small.pt")
+    Path("flat").mkdir()
+    for path in sorted(Path("images").rglob("*.png"))[::5]:
+        path.rename(Path("flat", path.name))
+    words = ["--images=flat", "--mean=0.33,0.33,0.33", "--std=0.33,0.33,0.33", "--out=new"]
+    assert main(["scan", "large.pt", "small.pt", *words]) == 2
+    out, told = capsys.readouterr()
+    assert "error: `--images`, read as 8 x 8 pixels (`--size` sets another side): Exp" in told
+    assert "Expected the model to take images of shape (3, 8, 8)" in told
+    assert out.partition("small.pt:\n")[2].startswith("CLEAN")
+
+
+def test_several_files_in_the_folder_of_the_reports(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", reporting("clean"))
+    Path("again.ckpt").write_bytes(Path("model.ckpt").read_bytes())
+    assert main(["scan", "again.ckpt", *WORDS[1:]]) == 0
+    for name in ("again.ckpt", "model.ckpt"):
+        assert DefenseReport.load(f"{name}-report/report.json").verdict == "clean"
 
 
 def test_an_interrupt_ends_with_130(
