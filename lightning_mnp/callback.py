@@ -83,8 +83,9 @@ class MNPCallback(Callback):
         in_place: Whether the network in memory is pruned, too. It makes no difference with
             ``when="never"``.
         triggered_loader: Triggered test images, to measure attack success before and after: yields
-            (images, attacker's labels, true labels). If None, a datamodule of this package with an
-            attack gives it, and clean test images as well. No part of the audit.
+            (images, attacker's labels, true labels). It is read several times, so no generator. If
+            None, a datamodule of this package with an attack gives it, and clean test images as
+            well. No part of the audit.
 
     Attributes:
         rates: CA and ASR before and after, as they are logged, if they were measured.
@@ -165,8 +166,8 @@ class MNPCallback(Callback):
         self.report = self.purified_path = self._failure = self._left = None
         self.rates = {}
         self._is_pruned = False
-        if not _is_trial(trainer):
-            self._folder = output_folder(trainer, self.output_dir)
+        trial = _is_trial(trainer)
+        self._folder = None if trial else output_folder(trainer, self.output_dir)
         with isolate_rng():
             check_triggered(self.triggered_loader)
             self._data = find_defense_set(trainer, pl_module, self.defense_loader, self.unpack)
@@ -174,7 +175,7 @@ class MNPCallback(Callback):
                 self._defense(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Audit the trained network, log, write and tell the outcome.
+        """Audit the trained network, write, log and tell the outcome.
 
         An error waits until :meth:`on_fit_end`, so that what saves when training ends does so;
         not where other processes would wait for this one meanwhile.
@@ -206,10 +207,11 @@ class MNPCallback(Callback):
             with self._purified(defense, pl_module, report.changes):
                 if report.changes:
                     self._measure(trainer, pl_module, "after")
-                if trainer.is_global_zero:
-                    log_outcome(trainer.loggers, report, trainer.global_step, self.rates)
+                # The files first: a logger that fails must not cost them.
                 if self._folder is not None:
                     files, unwritten = write_outcome(trainer, report, self._folder), ""
+                if trainer.is_global_zero:
+                    log_outcome(trainer.loggers, report, trainer.global_step, self.rates)
         finally:
             self.purified_path = files[1]
             if trainer.is_global_zero:

@@ -89,7 +89,7 @@ class MNPSteps(_Base):
         Raises:
             MisconfigurationException: With sharded weights, or a precision other than
                 ``"32-true"`` and ``"bf16-mixed"``.
-            ValueError: If the triggered images are of another form.
+            ValueError: If the triggered images are of another form, or can be read only once.
         """
         if stage != "fit":
             return
@@ -101,15 +101,20 @@ class MNPSteps(_Base):
                 "gradients of masks and images are too small for it."
             )
         check_triggered(self.triggered_loader)
+        self._folder = None  # an earlier fit may have had one
         if self.output_dir is not None and not getattr(self.trainer, "fast_dev_run", False):
             self._folder = output_folder(self.trainer, self.output_dir)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Read the defense set, build the engine and hand its optimizers to the Trainer."""
-        if self._resumed is not None and "report" in self._resumed:
-            self.report = DefenseReport.from_dict(self._resumed["report"])
+        # Each fit is one of its own: what an earlier one found, or was resumed from, is over.
+        resumed, self._resumed = self._resumed, None
+        self.report = self.defense = None
+        self.rates = {}
+        if resumed is not None and "report" in resumed:
+            self.report = DefenseReport.from_dict(resumed["report"])
             self.report.model = self.network
-            self.rates = dict(self._resumed.get("rates", {}))
+            self.rates = dict(resumed.get("rates", {}))
             # Nothing is left to optimize, but the Trainer warns if there is no optimizer.
             return [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)]
         # The Trainer makes its loaders after this hook, unless asked; it does so only once.
@@ -124,9 +129,8 @@ class MNPSteps(_Base):
             forward=self._call,
             autocast=autocast,
         )
-        if self._resumed is not None:
-            self.defense.load_state_dict(self._resumed)
-            self._resumed = None
+        if resumed is not None:
+            self.defense.load_state_dict(resumed)
         return list(self.defense.optimizers)
 
     def _read_defense_set(self) -> DefenseSet:
@@ -216,14 +220,14 @@ class MNPSteps(_Base):
         self.rates |= measure_hosted_rates(self.trainer, self.network, call, given, ending)
 
     def on_train_end(self) -> None:
-        """Write the outcome."""
+        """Write the outcome, then log it: a logger that fails must not cost the files."""
         if self.report is None:
             return
+        if self._folder is not None:
+            write_outcome(self.trainer, self.report, self._folder)
         if self.trainer.is_global_zero:
             loggers, step = self.trainer.loggers, self.trainer.global_step
             log_outcome(loggers, self.report, step, self.rates)
-        if self._folder is not None:
-            write_outcome(self.trainer, self.report, self._folder)
 
     def on_fit_end(self) -> None:
         """Warn if the Trainer ended before the defense did, or had nothing to do at all."""
@@ -276,7 +280,7 @@ class MNPModule(MNPSteps, LightningModule):
 
     Attributes:
         rates: CA and ASR before and after, as they are logged, if they were measured.
-        report: The outcome, after the fit; None before.
+        report: The outcome, after the fit; None before. A further fit begins without it.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))

@@ -237,6 +237,33 @@ def test_what_goes_wrong_in_writing_leaves_the_network_as_it_was(
     assert equal(module.state_dict(), plain.state_dict())
 
 
+class FailingLogger(CSVLogger):
+    """A logger whose server is gone when the outcome comes."""
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        if any(name.startswith("mnp/") for name in metrics):
+            raise OSError("the server is gone")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_fails_costs_no_file(tmp_path: Path, verdict: str) -> None:
+    out = tmp_path / "out"
+    callback = MNPCallback(defense_loader=loader(), config=CONFIG, output_dir=out)
+    module = UserModule(small_network().train())
+    trainer = quiet_trainer(callbacks=[callback], logger=FailingLogger(str(tmp_path)))
+    with (
+        pytest.warns(UserWarning, match="- Purified network .*mnp.ckpt\n") as told,
+        pytest.raises(OSError, match="the server is gone"),
+    ):
+        trainer.fit(module, loader())
+    assert "Writing the outcome failed" not in "".join(texts(told))
+    assert callback.report is not None
+    assert callback.purified_path == out / "mnp.ckpt"
+    assert is_pruned(weights(out / "mnp.ckpt"), callback.report)
+    assert not is_pruned(module.state_dict(), callback.report)
+    assert json.loads((out / "mnp-report.json").read_text())["verdict"] == verdict
+
+
 def test_the_bar_moves_under_lightnings_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +397,16 @@ def test_fast_dev_run_is_short_and_writes_nothing(
     assert len(callback.report.runs) == 1
     assert list(tmp_path.iterdir()) == []
     assert is_pruned(module.state_dict(), callback.report) is in_place
+
+
+def test_fast_dev_run_after_a_training_writes_nothing_either(tmp_path: Path) -> None:
+    callback = MNPCallback("always", loader(), CONFIG, output_dir=tmp_path)
+    fit(callback)
+    written = sorted(tmp_path.iterdir())
+    assert len(written) == 3
+    with pytest.warns(UserWarning, match="Nothing was written: `fast_dev_run` only tries"):
+        fit(callback, fast_dev_run=True)
+    assert sorted(tmp_path.iterdir()) == written
 
 
 def test_report_is_kept_in_checkpoints_as_primitives(tmp_path: Path) -> None:

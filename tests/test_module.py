@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnp import MNPModule
 from lightning_mnp.attacks import BadNets
@@ -30,6 +32,9 @@ pytestmark = pytest.mark.usefixtures("short_searches")
 
 # The engine draws its own batches, so it does not matter where the Trainer's loader stands.
 mid_epoch = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+
+
+SHORT = quick_config(verdict="ratio", runs=1, amount=1, suppression_epochs=1, mask_epochs=1)
 
 
 def fitted(**options: Any) -> MNPModule:
@@ -78,6 +83,29 @@ def test_ca_and_asr_are_measured_before_and_after(tmp_path: Path) -> None:
     assert checkpoint["lightning_mnp"]["rates"] == module.rates
 
 
+class FailingLogger(CSVLogger):
+    """A logger whose server is gone when the outcome comes."""
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        if "mnp/backdoored" in metrics:
+            raise OSError("the server is gone")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_fails_costs_no_file(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    module = MNPModule(trained_network(), SHORT, output_dir=out)
+    trainer = quiet_trainer(max_epochs=-1, logger=FailingLogger(str(tmp_path)))
+    with pytest.raises(OSError, match="the server is gone"):
+        trainer.fit(module, loader())
+    assert module.report is not None
+    written = json.loads((out / "mnp-report.json").read_text())
+    assert written["pruned"] == [list(each) for each in module.report.pruned]
+    stored = torch.load(out / "mnp.ckpt", weights_only=True)["state_dict"]
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, stored[name])
+
+
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no")
 def test_a_datamodule_under_attack_gives_the_test_images() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)).eval()
@@ -92,6 +120,16 @@ def test_triggered_images_are_looked_at_before_any_work() -> None:
     with pytest.raises(ValueError, match="true labels"):
         quiet_trainer(max_epochs=-1).fit(module, loader())
     assert module.defense is None
+
+
+def test_a_look_at_triggered_images_draws_no_random_numbers() -> None:
+    images, labels = images_and_labels()
+    triggered = DataLoader(TensorDataset(images, 0 * labels, labels), shuffle=True)
+    module = MNPModule(trained_network(), SHORT, triggered_loader=triggered)
+    module.trainer = quiet_trainer()
+    before = torch.get_rng_state()
+    module.setup("fit")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("kind", [RichProgressBar, TQDMProgressBar])
@@ -162,6 +200,68 @@ def test_finished_run_resumes_to_its_end(tmp_path: Path) -> None:
     assert again.report is not None
     assert again.report.to_dict() == module.report.to_dict()
     assert again.report.model is again.network
+
+
+@mid_epoch
+@pytest.mark.filterwarnings("ignore:The Trainer ended while the defense was in phase")
+def test_a_second_fit_that_stops_early_has_no_outcome(tmp_path: Path) -> None:
+    images, labels = images_and_labels()
+    module = MNPModule(
+        trained_network(),
+        SHORT,
+        output_dir=tmp_path / "out",
+        triggered_loader=[(images, 0 * labels, labels)],
+    )
+    quiet_trainer(max_epochs=-1).fit(module, loader())
+    assert module.report is not None
+    assert module.rates
+    written = sorted((tmp_path / "out").iterdir())
+
+    logger = CSVLogger(str(tmp_path / "logs"))
+    trainer = quiet_trainer(max_epochs=-1, max_steps=2, logger=logger)
+    trainer.fit(module, loader())
+    assert module.report is None
+    assert module.rates == {}
+    assert sorted((tmp_path / "out").iterdir()) == written
+    metrics = Path(logger.log_dir, "metrics.csv")
+    assert not metrics.exists() or "mnp/backdoored" not in metrics.read_text()
+
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    stored = torch.load(tmp_path / "stopped.ckpt", weights_only=True)["lightning_mnp"]
+    assert module.defense is not None
+    assert stored.keys() == module.defense.state_dict().keys()
+    quiet_trainer(max_epochs=-1).fit(
+        module, loader(), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True
+    )
+    assert module.report is not None
+
+
+@mid_epoch
+def test_a_fit_after_a_resumed_end_audits_again(tmp_path: Path) -> None:
+    module = MNPModule(trained_network(), SHORT)
+    trainer = quiet_trainer(max_epochs=-1)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    again = MNPModule(trained_network(), SHORT)
+    quiet_trainer(max_epochs=-1).fit(
+        again, loader(), ckpt_path=tmp_path / "end.ckpt", weights_only=True
+    )
+    assert again.report is not None
+    assert again.report.config["seed"] == 0
+    again.config = again.config.changed({"seed": 7})
+    quiet_trainer(max_epochs=-1).fit(again, loader())
+    assert again.report is not None
+    assert again.report.config["seed"] == 7
+
+
+def test_fast_dev_run_after_a_fit_writes_nothing(tmp_path: Path) -> None:
+    module = MNPModule(trained_network(), SHORT, output_dir=tmp_path)
+    quiet_trainer(max_epochs=-1).fit(module, loader())
+    written = sorted(tmp_path.iterdir())
+    assert len(written) == 3
+    quiet_trainer(fast_dev_run=40).fit(module, loader(1))
+    assert module.report is not None  # so many batches are enough for an outcome
+    assert sorted(tmp_path.iterdir()) == written
 
 
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")

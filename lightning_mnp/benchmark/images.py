@@ -24,6 +24,7 @@ from lightning_mnp.data import (
 from lightning_mnp.data.transform import BatchTransform
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
+from lightning_mnp.surgery.forward import evaluating
 
 __all__ = ["CellImages", "TestImages"]
 
@@ -52,19 +53,17 @@ class TestImages:
         """Measure CA and ASR of a network, from 0 to 1; ASR is None without an attack.
 
         Args:
-            network: The network, on the device.
+            network: The network, on the device; it is left in the modes that it was in.
             device: ``"cpu"`` or ``"cuda"``.
         """
-        training = network.training
-        network.eval()
         accuracy, success = CleanAccuracy(), AttackSuccessRate()
-        for images, labels in zip(*(each.split(_BATCH) for each in self.clean), strict=True):
-            accuracy.update(self._logits(network, images, device), labels)
-        if self.triggered is not None:
-            parts = (each.split(_BATCH) for each in self.triggered)
-            for images, targets, labels in zip(*parts, strict=True):
-                success.update(self._logits(network, images, device), targets, labels)
-        network.train(training)
+        with evaluating(network):
+            for images, labels in zip(*(each.split(_BATCH) for each in self.clean), strict=True):
+                accuracy.update(self._logits(network, images, device), labels)
+            if self.triggered is not None:
+                parts = (each.split(_BATCH) for each in self.triggered)
+                for images, targets, labels in zip(*parts, strict=True):
+                    success.update(self._logits(network, images, device), targets, labels)
         return {
             "CA": float(accuracy.compute()),
             "ASR": None if self.triggered is None else float(success.compute()),

@@ -239,7 +239,9 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
     masks = own.kernel_masks.cpu() if first and own.kernel_masks is not None else None
     outcome = own.removed.tolist(), bias, masks, defense.report()
     removed, bias, masks, report = gather_objects(outcome)[0]
-    own.shift = None if bias is None else LogitShift(bias, torch.tensor(report.pruning.shift))
+    # In double precision, as the report has the numbers: the default type could round them.
+    shift = torch.tensor(report.pruning.shift, dtype=torch.float64)
+    own.shift = None if bias is None else LogitShift(bias, shift)
     own.remove(torch.tensor(removed, dtype=torch.long))
     own.kernel_masks = None if masks is None else masks.to(own.removed.device)
     return cast(DefenseReport, report)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
-from lightning_mnp.surgery.forward import Forward
+from lightning_mnp.surgery.forward import Forward, evaluating
 
 __all__ = ["check_triggered", "find_test_loaders", "measure_hosted_rates", "measure_rates"]
 
@@ -57,7 +56,7 @@ def measure_rates(
     """
     clean, triggered = loaders
     rates = {}
-    with _evaluating(network):
+    with evaluating(network), torch.no_grad():
         if clean is not None:
             accuracy = CleanAccuracy()
             for images, labels in _batches(clean, 2):
@@ -102,31 +101,51 @@ def measure_hosted_rates(
 def check_triggered(loader: Iterable[Any] | None) -> None:
     """Check the first batch of triggered images, before any work.
 
+    Random numbers are drawn apart.
+
     Args:
         loader: The loader, which can be read more than once; None for none.
 
     Raises:
-        ValueError: If it yields nothing, or batches of another form.
+        ValueError: If it can be read only once, or yields nothing, or batches of another form.
     """
-    if loader is not None and next(iter(_batches(loader, 3)), None) is None:
-        raise ValueError(
-            "Expected argument `triggered_loader` to yield batches, but it yields none. Pass a "
-            "loader that can be read more than once."
-        )
+    if loader is None:
+        return
+    with isolate_rng():
+        batches = iter(loader)
+        if batches is loader:  # what is measured after the defense would find it used up
+            raise ValueError(
+                "Expected argument `triggered_loader` to be a loader that can be read more than "
+                f"once, but got an iterator ({type(loader).__name__}), which cannot. Pass a "
+                "DataLoader or a list of batches."
+            )
+        try:
+            batch = next(batches)
+        except StopIteration:
+            raise ValueError(
+                "Expected argument `triggered_loader` to yield batches, but it yields none. Pass "
+                "a loader that has some, and that can be read more than once."
+            ) from None
+        _check_batch(batch, 3)
 
 
 def _batches(loader: Iterable[Any], parts: int) -> Iterator[Any]:
     for batch in loader:
-        listed = isinstance(batch, (list, tuple))
-        if not listed or len(batch) != parts:
-            kind = "triggered" if parts == 3 else "clean"
-            form = "(images, attacker's labels, true labels)" if parts == 3 else "(images, labels)"
-            found = f"{len(batch)} parts" if listed else type(batch).__name__
-            raise ValueError(
-                f"Expected the batches of {kind} test images to be {form}, but got {found}. "
-                "Correct argument `triggered_loader`, or the datamodule."
-            )
+        _check_batch(batch, parts)
         yield batch
+
+
+def _check_batch(batch: Any, parts: int) -> None:
+    listed = isinstance(batch, (list, tuple))
+    if listed and len(batch) == parts:
+        return
+    kind = "triggered" if parts == 3 else "clean"
+    form = "(images, attacker's labels, true labels)" if parts == 3 else "(images, labels)"
+    found = f"{len(batch)} parts" if listed else type(batch).__name__
+    raise ValueError(
+        f"Expected the batches of {kind} test images to be {form}, but got {found}. Correct "
+        "argument `triggered_loader`, or the datamodule."
+    )
 
 
 def _logits(network: nn.Module, forward: Forward, images: Tensor) -> Tensor:
@@ -134,15 +153,3 @@ def _logits(network: nn.Module, forward: Forward, images: Tensor) -> Tensor:
     placed = images if parameter is None else images.to(parameter.device)
     logits: Tensor = forward(network, placed).cpu()
     return logits
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,32 @@ def test_ca_and_asr(base: Path, trigger: Path) -> None:
         "CA": pytest.approx(float(hits.float().mean())),
         "ASR": pytest.approx(float(fooled.float().mean())),
     }
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_measurement_leaves_mixed_modes(base: Path, fails: bool) -> None:
+    class Frozen(Bright):
+        """One part is frozen, and stays in evaluation mode while the others train."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.other = nn.Dropout().eval(), nn.Dropout()
+            self.seen: set[bool] = set()
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen |= {module.training for module in self.modules()}
+            if fails:
+                raise RuntimeError("out of memory")
+            return super().forward(images)
+
+    network = Frozen()
+    before = [module.training for module in network.modules()]
+    assert before == [True, False, True]
+    images = CellImages(NetworkRecipe(base), None, None).test()
+    with pytest.raises(RuntimeError, match="memory") if fails else nullcontext():
+        images.measure(network)
+    assert network.seen == {False}
+    assert [module.training for module in network.modules()] == before
 
 
 def test_a_clean_network_has_no_asr(base: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import TinyDataModule, same, snapshot
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnp.attacks import BadNets
 from lightning_mnp.hosting.rates import (
@@ -104,6 +105,23 @@ def test_a_trainer_has_the_loaders_and_its_random_numbers_stay() -> None:
 def test_other_loaders_are_refused(loader: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_triggered(loader)
+
+
+def test_what_can_be_read_only_once_is_refused() -> None:
+    batches = [(IMAGES, torch.tensor([0, 0, 2]), torch.tensor([0, 1, 1]))]
+    for once in ((batch for batch in batches), iter(batches)):
+        match = r"`triggered_loader` to be .* more than once, but got an iterator \(.*Pass a Data"
+        with pytest.raises(ValueError, match=match):
+            check_triggered(once)
+        assert len(list(once)) == 1  # nothing was taken from it
+    check_triggered(batches)
+
+
+def test_a_check_draws_no_random_numbers() -> None:
+    labels = torch.tensor([0, 1, 1])
+    before = torch.get_rng_state()
+    check_triggered(DataLoader(TensorDataset(IMAGES, labels, labels), shuffle=True))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_clean_batches_of_another_form_are_refused() -> None:
