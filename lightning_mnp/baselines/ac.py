@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mnp.baselines.activations import last_activations
 from lightning_mnp.baselines.detection import DetectionResult
-from lightning_mnp.baselines.suspects import Suspects
+from lightning_mnp.baselines.suspects import Suspects, require_labels
 from lightning_mnp.baselines.workbench import Workbench
 from lightning_mnp.config import check_options, option
 from lightning_mnp.defense_data.defense_set import (
@@ -22,6 +22,7 @@ from lightning_mnp.defense_data.defense_set import (
     unpack_batch,
 )
 from lightning_mnp.surgery.forward import Forward
+from lightning_mnp.surgery.guards import require_module
 
 __all__ = ["ACConfig", "ACReduction", "ACRule", "default_ac", "detect_ac"]
 
@@ -134,7 +135,9 @@ def detect_ac(
         ([0, 1], 20)
     """
     config = config or ACConfig()
+    require_module(model, suspects)
     data = Suspects.from_loader(suspects, unpack)
+    require_labels(data)
     bench = Workbench(
         model,
         data,

@@ -270,6 +270,7 @@ def _multiplied(layer: FilterLayer, weight: Tensor, factors: Tensor) -> Tensor:
     return (grouped * factors.view(layer.groups, 1, -1, *ones)).flatten(0, 1)
 
 
+@torch.enable_grad()
 def _learn(masked: MaskedNetwork, bench: Workbench, config: ANPConfig) -> tuple[Tensor, Tensor]:
     """Learn the masks, and return them and their means over all iterations."""
     total = masked.layers.total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -19,6 +18,7 @@ from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.surgery.forward import Forward, call_on_copies, evaluating
 from lightning_mnp.surgery.guards import running_alone
+from lightning_mnp.surgery.network import copy_network
 
 __all__ = ["NADConfig", "default_nad", "nad"]
 
@@ -136,7 +136,7 @@ def nad(
         stages = find_stages(bench.copy, bench.sample, bench.call)
     before = bench.accuracy(bench.model)
     _tune(bench, config, "teacher")
-    teacher, bench.copy = bench.copy, copy.deepcopy(model)
+    teacher, bench.copy = bench.copy, copy_network(model)
     distillation = _tune(bench, config, "student", teacher, stages)
     details = {
         "stages": len(stages),

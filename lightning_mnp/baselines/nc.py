@@ -172,7 +172,8 @@ def judge_triggers(triggers: dict[int, InvertedTrigger], config: NCConfig) -> De
     """
     indices = _smallness(triggers)
     flagged = flagged_classes(triggers, config)
-    top = max(indices, key=indices.__getitem__)
+    # If half of the sizes are equal, the index of all smaller ones is infinity: the size decides.
+    top = max(indices, key=lambda target: (indices[target], -triggers[target].size))
     return DetectionResult(
         score=indices[top],
         threshold=config.anomaly,

@@ -182,14 +182,10 @@ def default_nc(network: nn.Module, images: Iterable[Any] | DefenseSet, seed: int
 
 def _unlearn(bench: Workbench, triggers: list[InvertedTrigger], config: NCUnlearningConfig) -> None:
     """Fine-tune the copy on clean images, some of which carry a trigger, with true labels."""
-    parameters = [p for p in bench.copy.parameters() if p.is_floating_point()]
-    required = [p.requires_grad for p in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_()
-    optimizer = torch.optim.SGD(
-        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    with bench.training(), torch.enable_grad():
+    with bench.tuning() as parameters, bench.training():
+        optimizer = torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
         for epoch in range(config.epochs):
             generator = seeded_generator(bench.seed, "nc triggers", epoch)
             for images, labels in bench.batches("nc unlearning", epoch):
@@ -210,9 +206,6 @@ def _unlearn(bench: Workbench, triggers: list[InvertedTrigger], config: NCUnlear
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    optimizer.zero_grad()
-    for parameter, flag in zip(parameters, required, strict=True):
-        parameter.requires_grad_(flag)
 
 
 @torch.no_grad()

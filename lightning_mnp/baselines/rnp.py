@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from lightning_mnp.surgery.forward import Forward, call_on_copies
 from lightning_mnp.surgery.guards import running_alone
 from lightning_mnp.surgery.layers import FilterLayers, find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
+from lightning_mnp.surgery.network import copy_network
 
 __all__ = ["RNPConfig", "RNPRule", "default_rnp", "rnp"]
 
@@ -158,7 +158,7 @@ def rnp(
     """
     config = config or RNPConfig()
     bench = Workbench.of(config, model, loader, forward, network, unpack)
-    defended = copy.deepcopy(model)
+    defended = copy_network(model)
     with running_alone(defended):
         layers, total = _normalized_layers(defended, bench.sample, bench.call)
     counted = config.rule in ("number", "share")

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from lightning_mnp.baselines.activations import last_activations
 from lightning_mnp.baselines.anomaly import anomaly_indices
 from lightning_mnp.baselines.detection import DetectionResult
-from lightning_mnp.baselines.suspects import Suspects
+from lightning_mnp.baselines.suspects import Suspects, require_labels
 from lightning_mnp.baselines.workbench import Workbench
 from lightning_mnp.config import check_options, option
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.surgery.forward import Forward
+from lightning_mnp.surgery.guards import require_module
 
 __all__ = ["SCConfig", "default_sc", "detect_sc"]
 
@@ -112,7 +113,9 @@ def detect_sc(
         6
     """
     config = config or SCConfig()
+    require_module(model, suspects)
     data = Suspects.from_loader(suspects, unpack)
+    require_labels(data)
     bench = Workbench(model, data, batch_size=config.batch_size, forward=forward, network=network)
     if len(data.counts) < _LEAST_LABELS:
         raise ValueError(

@@ -13,7 +13,7 @@ from scipy.stats import binom, norm
 from torch import Tensor, nn
 
 from lightning_mnp.baselines.detection import DetectionResult
-from lightning_mnp.baselines.suspects import Suspects
+from lightning_mnp.baselines.suspects import Suspects, read_inputs
 from lightning_mnp.baselines.workbench import Workbench
 from lightning_mnp.config import check_options, option
 from lightning_mnp.defense_data.defense_set import (
@@ -95,7 +95,7 @@ def detect_strip(
         model: The network, or a module around it, on the device to work on.
         loader: Yields batches of clean, labeled images as the network takes them; or a
             :class:`~lightning_mnp.defense_data.defense_set.DefenseSet`.
-        suspects: Yields batches of inputs, with labels of any kind; see
+        suspects: Yields batches of inputs, with labels of any kind or without; or
             :class:`~lightning_mnp.baselines.suspects.Suspects`. It is read once.
         config: Options; the defaults if None.
         forward: A function (network, images) that calls the network and returns logits, or
@@ -123,7 +123,6 @@ def detect_strip(
         8
     """
     config = config or STRIPConfig()
-    inputs = Suspects.from_loader(suspects, unpack)
     bench = Workbench(
         model,
         loader,
@@ -139,18 +138,19 @@ def detect_strip(
             f"Expected more clean images than the {config.overlays} overlays, but got "
             f"{len(clean)}. Pass more, or lower `overlays`."
         )
-    if inputs.images.shape[1:] != clean.shape[1:]:
+    inputs = read_inputs(suspects, unpack)
+    if inputs.shape[1:] != clean.shape[1:]:
         raise ValueError(
             f"Expected suspect images of the shape {tuple(clean.shape[1:])}, as the clean ones "
-            f"have it, but got {tuple(inputs.images.shape[1:])}. Prepare both alike."
+            f"have it, but got {tuple(inputs.shape[1:])}. Prepare both alike."
         )
     usual = _entropies(bench, clean, _draw(len(clean), len(clean), config, "clean")).tolist()
     mean, spread = statistics.fmean(usual), statistics.pstdev(usual)
     boundary = mean + spread * float(norm.ppf(config.false_rejections))
     rejected = sum(entropy < boundary for entropy in usual) / len(usual)
-    entropies = _entropies(bench, inputs.images, _draw(len(inputs), len(clean), config, "suspects"))
+    entropies = _entropies(bench, inputs, _draw(len(inputs), len(clean), config, "suspects"))
     flagged = (entropies < boundary).nonzero().flatten()
-    counts = Counter(_predictions(bench, inputs.images[flagged]))
+    counts = Counter(_predictions(bench, inputs[flagged]))
     score = len(flagged) / len(inputs)
     chance = max(config.false_rejections, rejected)
     threshold = float(binom.ppf(1 - config.significance, len(inputs), chance)) / len(inputs)

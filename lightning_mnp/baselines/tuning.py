@@ -105,7 +105,7 @@ def tune(
 
     loss = loss or cross_entropy
     mean = math.nan
-    with bench.tuning() as parameters, bench.training(), torch.enable_grad():
+    with bench.tuning() as parameters, bench.training():
         optimizer = torch.optim.SGD(
             parameters, options.lr, momentum=options.momentum, weight_decay=options.weight_decay
         )

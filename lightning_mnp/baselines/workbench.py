@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -14,12 +13,19 @@ from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.surgery.forward import Forward, evaluating, find_logits
 from lightning_mnp.surgery.guards import (
+    refuse_quantized,
     refuse_scripts,
     refuse_wrappers,
+    require_module,
     running_alone,
     unchanged_on_error,
 )
-from lightning_mnp.surgery.network import check_network, network_forward
+from lightning_mnp.surgery.network import (
+    check_copy,
+    check_network,
+    copy_network,
+    network_forward,
+)
 
 __all__ = ["Workbench", "require_finite"]
 
@@ -41,6 +47,24 @@ def require_finite(values: Tensor, what: str, remedy: str) -> None:
     if not bool(torch.isfinite(values).all()):
         found = f"it is {float(values.detach())}" if values.numel() == 1 else "some of it is not"
         raise ArithmeticError(f"Expected {what} to be finite, but {found}. {remedy}")
+
+
+@contextmanager
+def _drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Let layers that draw, such as dropout, draw by a seed, until the context ends.
+
+    They draw from the generators of the CPU and of the network's device. These are put back in the
+    end. `torch.manual_seed` would seed those of all other devices as well, which are the user's.
+    """
+    devices = [device] if device.type in ("cuda", "mps") else []
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif device.type == "mps":
+            torch.mps.manual_seed(seed)
+        yield
 
 
 class _Options(Protocol):
@@ -80,8 +104,9 @@ class Workbench:
         device: Where both are.
 
     Raises:
-        ValueError: If the model and the images do not fit each other.
-        TypeError: If batches or outputs are of an unknown form.
+        ValueError: If the model cannot be copied, or the model and the images do not fit each
+            other.
+        TypeError: If the model is no module, or batches or outputs are of an unknown form.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
@@ -105,17 +130,20 @@ class Workbench:
         network: str | None = None,
         unpack: Unpack = unpack_batch,
     ) -> None:
-        self.data = DefenseSet.from_loader(loader, unpack)
-        self.seed, self.batch_size, self.augment = seed, batch_size, augment
+        require_module(model, loader)
         refuse_wrappers(model)
         refuse_scripts(model)
+        refuse_quantized(model)
+        check_copy(model)
+        self.data = DefenseSet.from_loader(loader, unpack)
+        self.seed, self.batch_size, self.augment = seed, batch_size, augment
         self.model = model
         self.call = network_forward(model, network, forward)
         parameter = next(model.parameters(), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
         with unchanged_on_error(model), running_alone(model):
             self.classes = check_network(model, self.sample, self.data.labels, self.call)
-        self.copy = copy.deepcopy(model)
+        self.copy = copy_network(model)
 
     @classmethod
     def of(
@@ -138,8 +166,9 @@ class Workbench:
             unpack: How a batch is read.
 
         Raises:
-            ValueError: If the model and the images do not fit each other.
-            TypeError: If batches or outputs are of an unknown form.
+            ValueError: If the model cannot be copied, or the model and the images do not fit each
+                other.
+            TypeError: If the model is no module, or batches or outputs are of an unknown form.
         """
         return cls(
             model,
@@ -182,10 +211,11 @@ class Workbench:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Put the copy into training mode, with draws from the seed, until the context ends."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with running_alone(self.copy), torch.random.fork_rng(devices):
-            torch.manual_seed(self.seed)  # for layers that draw in training mode, such as dropout
+        """Put the copy into training mode, with draws from the seed, until the context ends.
+
+        Gradients are enabled, also if the caller has disabled them.
+        """
+        with running_alone(self.copy), _drawing(self.seed, self.device), torch.enable_grad():
             modes = {module: module.training for module in self.copy.modules()}
             self.copy.train()
             try:
@@ -198,6 +228,8 @@ class Workbench:
     def tuning(self) -> Iterator[list[nn.Parameter]]:
         """Make all weights of the copy trainable, frozen ones too, until the context ends.
 
+        Gradients are enabled, also if the caller has disabled them.
+
         Yields:
             The parameters of the copy. Afterwards they have no gradients, and those that were
             frozen are frozen again.
@@ -207,7 +239,8 @@ class Workbench:
             parameters = [p for p, _ in flags if p.is_floating_point()]
             for parameter in parameters:
                 parameter.requires_grad_()
-            yield parameters
+            with torch.enable_grad():
+                yield parameters
         finally:
             for parameter, flag in flags:
                 parameter.grad = None

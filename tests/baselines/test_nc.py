@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import Any
 
@@ -36,6 +37,13 @@ def test_small_triggers_are_flagged_and_large_ones_are_not() -> None:
     assert result.details == {"flagged": 2, "works": 3, "epochs": 35}
     clean = judge_triggers(found, NCConfig(anomaly=20.0))
     assert (clean.verdict, clean.target_class, clean.details["flagged"]) == ("clean", None, 0)
+
+
+def test_of_classes_as_far_from_the_median_the_smallest_mask_counts() -> None:
+    found = triggers([10.0] * 5 + [5.0, 1.0])  # both indices are infinity: most sizes are equal
+    result = judge_triggers(found, NCConfig())
+    assert flagged_classes(found, NCConfig()) == [5, 6]
+    assert (result.score, result.target_class) == (math.inf, 6)
 
 
 def test_a_pixel_that_decides_is_found() -> None:

@@ -119,6 +119,28 @@ def test_a_loss_that_overflows() -> None:
         nc(network, DATA, config=config)
 
 
+def test_weights_are_frozen_again_if_unlearning_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = small_network()
+    network[0].weight.requires_grad_(False)
+    config, _ = flagging(1, network, lr=1e38, epochs=3)
+    benches: list[Workbench] = []
+
+    def keep(*args: Any, **options: Any) -> Workbench:
+        benches.append(Workbench(*args, **options))
+        return benches[-1]
+
+    module = import_module("lightning_mnp.baselines.nc_unlearning")
+    monkeypatch.setattr(module, "Workbench", keep)
+    with pytest.raises(ArithmeticError):
+        nc(network, DATA, config=config)
+    (bench,) = benches
+    for (name, parameter), given in zip(
+        bench.copy.named_parameters(), network.parameters(), strict=True
+    ):
+        assert parameter.requires_grad == given.requires_grad == (name != "0.weight")
+        assert parameter.grad is None
+
+
 def test_the_registry_calls_it_with_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module("lightning_mnp.baselines.nc_unlearning")
     monkeypatch.setattr(module, "nc", lambda network, images, config: (network, images, config))

@@ -165,3 +165,94 @@ def test_detectors_of_suspect_images_judge_a_network_and_leave_it_alone() -> Non
         assert sorted(result.values) == [0, 1, 2, 3]
         assert len(result.sample_scores) == 60
     assert same(before, snapshot(network))
+
+
+# --- what holds for every method of the package -------------------------------------------------
+
+METHODS = [
+    *(("defense", name) for name in baselines.names()),
+    *(("detector", name) for name in baselines.detector_names()),
+]
+# Short, but through every step.
+SHORT: dict[str, dict[str, Any]] = {
+    "anp.ANPConfig": {"iterations": 2},
+    "fp.FPConfig": {"epochs": 1},
+    "ft.FTConfig": {"epochs": 1},
+    "ft_sam.FTSAMConfig": {"epochs": 1},
+    "ibau.IBAUConfig": {"rounds": 1},
+    "mm_bd.MMBDConfig": {"starts": 2, "steps": 3},
+    "nad.NADConfig": {"teacher_epochs": 1, "epochs": 1},
+    "nc.NCConfig": {"epochs": 2},
+    # An index that some class is above, so that there is something to unlearn.
+    "nc_unlearning.NCConfig": {"epochs": 2, "anomaly": 1e-3},
+    "nc_unlearning.NCUnlearningConfig": {"epochs": 1},
+    "nft.NFTConfig": {"epochs": 1},
+    "rnp.RNPConfig": {"unlearning_epochs": 1, "recovering_epochs": 1},
+    "strip.STRIPConfig": {"overlays": 5},
+}
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, options in SHORT.items():
+        module_name, kind = path.split(".")
+        module = import_module(f"lightning_mnp.baselines.{module_name}")
+        monkeypatch.setattr(module, kind, partial(getattr(module, kind), **options))
+
+
+def run(task: str, name: str, network: Any, images: Any = DATA) -> Any:
+    if task == "defense":
+        return baselines.find(name)(network, images, 3)
+    return baselines.find_detector(name)(network, images, 3, SUSPECTS)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(("task", "name"), METHODS)
+def test_it_works_where_gradients_are_disabled(task: str, name: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = small_network()
+    expected = run(task, name, network)
+    with torch.no_grad():
+        found = run(task, name, network)
+        assert not torch.is_grad_enabled()
+    if task == "defense":
+        assert same(snapshot(found.model), snapshot(expected.model))
+    else:
+        assert found == expected
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(("task", "name"), METHODS)
+def test_a_network_whose_copy_would_run_the_original_is_refused(task: str, name: str) -> None:
+    network = small_network().train()
+    original = network.forward
+    network.forward = lambda images: original(images)  # type: ignore[method-assign]
+    before = snapshot(network)
+    with pytest.raises(ValueError, match=r"that of the Sequential was replaced by a function"):
+        run(task, name, network)
+    assert same(before, snapshot(network))
+
+
+class Keeper(nn.Sequential):
+    """Keeps what it has computed, as training steps do."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = super().forward(images)
+        self.last = logits
+        return logits
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(("task", "name"), METHODS)
+def test_a_network_that_keeps_results_is_taken(task: str, name: str) -> None:
+    network = Keeper(*small_network().children()).eval()
+    network(DATA.images)
+    assert network.last.grad_fn is not None
+    assert run(task, name, network) is not None
+
+
+@pytest.mark.parametrize(("task", "name"), METHODS)
+def test_what_is_no_network_is_told(task: str, name: str) -> None:
+    with pytest.raises(TypeError, match=r"`model` to be a torch.nn.Module, .* path 'model\.pt'"):
+        run(task, name, "model.pt")

@@ -118,6 +118,16 @@ def test_the_boundary_is_made_of_clean_images_alone() -> None:
     assert few == many
 
 
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(40, dtype=torch.long), torch.full((40,), -1), torch.rand(40), None]
+)
+def test_labels_of_inputs_are_not_looked_at(labels: Tensor | None) -> None:
+    suspects = inputs()
+    batch = suspects.images if labels is None else (suspects.images, labels)
+    found = detect_strip(network_of(), DATA, [batch], config=STRIPConfig(**QUICK))
+    assert found == detect_strip(network_of(), DATA, suspects, config=STRIPConfig(**QUICK))
+
+
 def test_what_it_needs_is_said_before_any_work() -> None:
     with pytest.raises(ValueError, match=r"the 100 overlays, but got 40\. Pass more"):
         detect_strip(network_of(), DATA, inputs())

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -54,3 +56,64 @@ def test_outputs_that_are_not_finite_have_no_accuracy() -> None:
     with pytest.raises(ArithmeticError, match=r"every output on the defense set .*learning rates"):
         bench.accuracy(bench.copy)
     assert 0 <= bench.accuracy(bench.model) <= 1
+
+
+def test_what_cannot_serve_as_a_model_is_told_before_the_images_are_read() -> None:
+    network: Any = small_network()
+    with pytest.raises(TypeError, match="The model comes first and the loader second: swap them"):
+        Workbench([], network)  # type: ignore[arg-type]
+    quantized = {"__module__": "torch.ao.nn.quantized.modules.linear"}
+    network[4] = type("Linear", (nn.Linear,), quantized)(36, 4)
+    with pytest.raises(ValueError, match=r"'4' in it is quantized \(Linear\)"):
+        Workbench(network, [])
+
+
+@pytest.mark.parametrize("context", ["tuning", "training"])
+def test_gradients_are_enabled_where_the_copy_is_trained(context: str) -> None:
+    bench = Workbench(small_network(), DATA)
+    with torch.no_grad():
+        with getattr(bench, context)():
+            assert torch.is_grad_enabled()
+        assert not torch.is_grad_enabled()
+
+
+def test_training_draws_by_the_seed_from_the_generator_of_the_cpu_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Workbench(small_network(), DATA, seed=7)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        expected = torch.rand(3)
+    seeded: list[int] = []
+    for module, name in ((torch.cuda, "manual_seed_all"), (torch.mps, "manual_seed")):
+        monkeypatch.setattr(module, name, seeded.append)
+    state = torch.get_rng_state()
+    with bench.training():
+        assert torch.rand(3).equal(expected)
+    assert torch.get_rng_state().equal(state)
+    assert not seeded
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cuda:1", "cuda"), ("mps:0", "mps")])
+def test_training_draws_from_the_generator_of_the_device_and_of_no_other(
+    device: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Workbench(small_network(), DATA, seed=7)
+    bench.device = torch.device(device)
+    calls: list[Any] = []
+    module = getattr(torch, kind)
+
+    def enter(current: torch.device) -> Any:
+        calls.append(("current", current))
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: calls.append("all"))
+    monkeypatch.setattr(module, "manual_seed", lambda seed: calls.append(("seed", seed)))
+    monkeypatch.setattr(module, "get_rng_state", lambda device: ("state", device))
+    monkeypatch.setattr(module, "set_rng_state", lambda *given: calls.append(("restored", *given)))
+    with bench.training():
+        pass
+    current = [("current", bench.device)] if kind == "cuda" else []
+    restored = ("restored", ("state", bench.device), bench.device)
+    assert calls == [*current, ("seed", 7), restored]

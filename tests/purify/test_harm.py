@@ -83,6 +83,16 @@ def test_one_value_at_least_is_left_of_a_trimmed_mean() -> None:
     assert math.isnan(float(trimmed_mean(torch.tensor([5.0, math.nan, 3.0]), 0.34)))
 
 
+@pytest.mark.parametrize(
+    ("count", "share", "left_out"), [(100, 0.07, 7), (50, 0.14, 7), (100, 0.071, 8), (10, 0.0, 0)]
+)
+def test_a_share_is_rounded_up_but_not_its_rounding_error(
+    count: int, share: float, left_out: int
+) -> None:
+    values = torch.arange(float(count))
+    assert float(trimmed_mean(values, share)) == (count - left_out - 1) / 2
+
+
 def test_network_as_it_is_does_no_harm_and_stays() -> None:
     harm = new_harm(40, batch_size=7)
     network = harm.masked.network
