@@ -142,6 +142,7 @@ def test_no_example_is_left_out() -> None:
         *AUDIT,
         *scripts,
         *others,
+        "README.md",
     }
 
 

@@ -77,7 +77,8 @@ def test_kept_audits_of_the_present_rules_keep_their_verdict() -> None:
     for row in present:
         again = rescored(row)
         assert (again["verdict"], again["target_class"]) == (row["verdict"], row["target_class"])
-        assert again["score"] == pytest.approx(row["score"], rel=1e-3)
+        if row["judged"]:
+            assert again["score"] == pytest.approx(row["score"], rel=1e-3)
 
 
 def test_the_table_is_of_what_was_judged_anew(
