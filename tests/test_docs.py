@@ -253,7 +253,7 @@ def test_arguments_of_a_program_are_understood(
 def test_other_commands_are_known() -> None:
     """Tools of CONTRIBUTING.md and scripts of the repository; extras that can be installed."""
     tools = {
-        *("lightning-mnp", "python", "pip", "pytest", "torchrun", "srun", ".", "exit"),
+        *("lightning-mnp", "python", "pip", "pytest", "torchrun", "srun", ".", "exit", "git", "cd"),
         *("ruff", "codespell", "mypy", "lint-imports", "sphinx-build"),
     }
     project = (REPOSITORY / "pyproject.toml").read_text("utf-8")
