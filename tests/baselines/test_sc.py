@@ -114,14 +114,3 @@ def test_options_out_of_range(option: str, value: Any, expected: str) -> None:
     with pytest.raises(ValueError, match=f"Expected argument `{option}`") as caught:
         SCConfig(**{option: value})
     assert f"to be {expected}, but got {value!r}." in str(caught.value)
-
-
-def test_labels_that_images_cannot_be_compared_by() -> None:
-    images = torch.rand(6, 1, 2, 4)
-    for labels, message in (
-        (torch.rand(6), r"the labels in argument `suspects` to be integers, .* torch\.float32"),
-        (torch.full((6,), -1), "the labels in argument `suspects` to be at least 0, but got -1"),
-        (torch.ones(6).long(), "`suspects` to hold images of at least two labels, .* of label 1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            detect_sc(identity(), [(images, labels)])

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnp import DefenseSet
-from lightning_mnp.baselines import Suspects
+from lightning_mnp.baselines import Suspects, detect_ac, detect_sc
 from lightning_mnp.baselines.suspects import read_inputs, require_labels
 
 IMAGES = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -87,6 +87,23 @@ def test_labels_of_any_kind_are_taken_until_a_detector_needs_them(labels: Tensor
     with pytest.raises(ValueError, match=r"Expected (the labels in )?argument `suspects` to"):
         require_labels(suspects)
     require_labels(Suspects(IMAGES, torch.arange(6) % 2))
+
+
+@pytest.mark.parametrize("detect", [detect_ac, detect_sc])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.rand(6), r"the labels in argument `suspects` to be integers, .* torch\.float32"),
+        (torch.full((6,), -1), "the labels in argument `suspects` to be at least 0, but got -1"),
+        (torch.ones(6).long(), "`suspects` to hold images of at least two labels, .* of label 1"),
+    ],
+)
+def test_detectors_that_compare_by_labels_refuse_others(
+    detect: Callable[..., Any], labels: Tensor, message: str
+) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 5)).eval()
+    with pytest.raises(ValueError, match=message):
+        detect(network, [(IMAGES, labels)])
 
 
 @pytest.mark.parametrize(
