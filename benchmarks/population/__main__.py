@@ -16,11 +16,12 @@ Every command goes on where it stopped. `train` looks for images in ~/data/cifar
 ~/data/imagenette, and keeps networks in runs/population; `audit` keeps a file for each audit in
 benchmarks/results/population, from which `table` is made. `reference` puts the scores of clean
 networks into the package, with which an audit compares its own. `defend` removes the backdoors by
-one or several defenses, measures CA and ASR before and after, and keeps files in `defended` beside
-the audits. `detect` asks rival detectors, and keeps files in `detected`. `keep` copies networks to
-benchmarks/weights, from where `train` takes them. With `--conditions`, `audit` and `table` are
-about eight networks, and defense sets that are small or impure. `rates` measures the training rates
-behind the estimated minutes; `split` writes the split file, which is done once.
+one or several defenses, or by the default without one of its pieces, measures CA and ASR before and
+after, and keeps files in `defended` beside the audits. `detect` asks rival detectors, and keeps
+files in `detected`. `keep` copies networks to benchmarks/weights, from where `train` takes them.
+With `--conditions`, `audit` and `table` are about eight networks, and defense sets that are small
+or impure. `rates` measures the training rates behind the estimated minutes; `split` writes the
+split file, which is done once.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.population.ablations import ABLATIONS
 from benchmarks.population.architectures import ARCHITECTURES
 from benchmarks.population.audits import (
     RESULTS,
@@ -189,7 +191,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--defenses",
         nargs="+",
-        choices=DEFENSES,
+        choices=(*DEFENSES, *ABLATIONS),
         help="what `defend` runs (without it, the default), or the table is of (all)",
     )
     parser.add_argument(

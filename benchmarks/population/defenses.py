@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.population.ablations import ABLATIONS, Ablation
 from benchmarks.population.audits import RESULTS, code_version, network_fields
 from benchmarks.population.data import defense_set, load_images
 from benchmarks.population.recipes import Recipe
@@ -54,13 +55,17 @@ DEFENSES = {
 }
 
 
+def _find(defense: str) -> Method | Ablation:
+    return ABLATIONS[defense] if defense in ABLATIONS else DEFENSES[defense]
+
+
 def defense_version(defense: str) -> str:
     """Return a digest of the code and the options of a defense.
 
     Args:
-        defense: One of :data:`DEFENSES`.
+        defense: One of :data:`DEFENSES`, or of the ablations.
     """
-    return f"{code_version('baselines', 'purify')} {DEFENSES[defense].label}"
+    return f"{code_version('baselines', 'purify')} {_find(defense).label}"
 
 
 def defense_file(recipe: Recipe, number: int, defense: str, results: Path = RESULTS) -> Path:
@@ -69,7 +74,7 @@ def defense_file(recipe: Recipe, number: int, defense: str, results: Path = RESU
     Args:
         recipe: How the network was trained.
         number: Number of the defense set, from 0.
-        defense: One of :data:`DEFENSES`.
+        defense: One of :data:`DEFENSES`, or of the ablations.
         results: Folder of all audits.
     """
     return results / "defended" / f"{recipe.name}-{defense}-set{number}.json"
@@ -88,7 +93,7 @@ def defend_network(
     Args:
         recipe: How the network was trained.
         number: Number of the defense set, from 0; also the defense's seed.
-        defense: One of :data:`DEFENSES`.
+        defense: One of :data:`DEFENSES`, or of the ablations.
         root: Folder with the data sets.
         folder: Where networks and their triggers are kept.
         results: Where outcomes are kept.
@@ -102,7 +107,7 @@ def defend_network(
     version = defense_version(defense)  # before the work: of the code that does it
     started = time.process_time()
     with Meter(network, "cpu") as meter:
-        outcome = DEFENSES[defense].defend(network, defense_set(recipe, images, number), number)
+        outcome = _find(defense).defend(network, defense_set(recipe, images, number), number)
     spent = time.process_time() - started
     assert outcome.model is not None, "a defense returns a copy, also of what it leaves as it is"
     attack = None
@@ -171,7 +176,9 @@ def defenses_table(recipes: Sequence[Recipe], outcomes: Iterable[dict[str, Any]]
         for row in outcomes
         if row["network"] in known and row["set"] < sets and row["learned"] is not False
     ]
-    names = [name for name in DEFENSES if any(row["defense"] == name for row in rows)]
+    names = [
+        name for name in (*DEFENSES, *ABLATIONS) if any(row["defense"] == name for row in rows)
+    ]
     found = {((row["network"], row["set"]), row["defense"]): row for row in rows}
     pairs = sorted({(row["network"], row["set"]) for row in rows})
     common = [pair for pair in pairs if all((pair, name) in found for name in names)]

@@ -58,6 +58,12 @@ def test_search_ends_at_the_most_filters() -> None:
     assert len(search.curve) == 3
 
 
+def test_without_candidates_no_filter_is_taken() -> None:
+    search = finish(new_search(constants=GreedyConstants(candidates=0, rejected=0)))
+    assert (search.taken, search.counts) == ([], [0])
+    assert search.stopped.startswith("more filters would do more harm")
+
+
 def test_search_lowers_the_margins() -> None:
     search = finish(new_search(most=4, harm=50.0))
     levels = [point[1] for point in search.curve]
