@@ -246,7 +246,10 @@ class MNPSteps(_Base):
             checkpoint["lightning_mnp"] = self.defense.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the engine's state until the engine is built."""
+        """Keep the engine's state until the engine is built, if a fit is to go on from it."""
+        host = self._trainer  # none in `load_from_checkpoint`
+        if host is not None and host.state.fn != "fit":
+            return  # `predict` and the like take weights only
         self._resumed = checkpoint.get("lightning_mnp")
         if self._resumed is not None and "report" in self._resumed:
             checkpoint["optimizer_states"] = []

@@ -254,6 +254,19 @@ def test_a_fit_after_a_resumed_end_audits_again(tmp_path: Path) -> None:
     assert again.report.config["seed"] == 7
 
 
+@mid_epoch
+def test_a_fit_after_predictions_by_a_finished_run_audits_anew(tmp_path: Path) -> None:
+    trainer = quiet_trainer(max_epochs=-1)
+    trainer.fit(MNPModule(trained_network(), SHORT), loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    again = MNPModule(trained_network(), SHORT.changed({"seed": 7}))
+    images = torch.utils.data.DataLoader(images_and_labels()[0], batch_size=8)
+    quiet_trainer().predict(again, images, ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    quiet_trainer(max_epochs=-1).fit(again, loader())
+    assert again.report is not None
+    assert again.report.config["seed"] == 7
+
+
 def test_fast_dev_run_after_a_fit_writes_nothing(tmp_path: Path) -> None:
     module = MNPModule(trained_network(), SHORT, output_dir=tmp_path)
     quiet_trainer(max_epochs=-1).fit(module, loader())
