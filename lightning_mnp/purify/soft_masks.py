@@ -49,7 +49,7 @@ class SoftMaskConstants:
     average: float = 0.9
     follow: int = 5
     images: int = 64
-    harm: int = 2
+    harm: int = 4
     halvings: int = 4
 
 

@@ -408,12 +408,12 @@ def test_soft_masks_that_does_harm_is_dropped_and_told(monkeypatch: pytest.Monke
     assert defense.purification.greedy is not None
     pruned = defense.purification.greedy.harm_of(defense.purification.greedy.masks())
     assert pruned == pytest.approx(defense.purification.greedy.curve[-1][0], abs=1e-6)
-    monkeypatch.setattr(defense.purification.greedy, "harm_of", lambda masks: pruned + 100.1)
+    monkeypatch.setattr(defense.purification.greedy, "harm_of", lambda masks: pruned + 200.1)
     report = finished(defense).report()
     assert report.pruning.masks == {}
     [told] = [text for text in report.warnings if "turned down" in text]
     assert told == (
-        "kernels were not turned down: all of it did 100 nats more harm than pruning, and 100, 2 "
+        "kernels were not turned down: all of it did 200 nats more harm than pruning, and 200, 4 "
         "times `pruning.harm`, is allowed"
     )
 
@@ -432,19 +432,19 @@ def test_soft_masks_that_does_too_much_harm_is_turned_back(
     def harm_of(masks: torch.Tensor) -> float:  # in proportion to how far kernels are turned down
         if raised.kernel_masks is None:
             return pruned
-        return pruned + 158.0 * float((begun - raised.kernel_masks).sum() / (begun - whole).sum())
+        return pruned + 316.0 * float((begun - raised.kernel_masks).sum() / (begun - whole).sum())
 
     monkeypatch.setattr(search, "harm_of", harm_of)
     report = finished(defense).report()
-    share = 0.625  # the largest sixteenth below 100 / 158
+    share = 0.625  # the largest sixteenth below 200 / 316
     expected = torch.lerp(begun, whole, share)
     found = defense.purification.kernel_masks
     assert found is not None
     torch.testing.assert_close(found, expected)
     [told] = [text for text in report.warnings if "turned down" in text]
     assert told == (
-        "kernels were turned down by 62% of what was found: all of it did 158 nats more harm "
-        "than pruning, and 100, 2 times `pruning.harm`, is allowed"
+        "kernels were turned down by 62% of what was found: all of it did 316 nats more harm "
+        "than pruning, and 200, 4 times `pruning.harm`, is allowed"
     )
 
 
