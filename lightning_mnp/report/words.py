@@ -169,8 +169,10 @@ class Words:
             return "Do not use this network. Audit the purified copy before you use that."
         if report.reaudit.verdict == "clean":
             return (
-                "Do not use this network. Use the purified copy, in which no backdoor was found, "
-                "once you have measured its accuracy on images of your own."
+                "Do not use this network. Train it anew if you can. No backdoor was found in the "
+                "purified copy, but part of one may be left: use the copy only where a wrong "
+                "answer does little harm, once you have measured its accuracy on images of your "
+                "own."
             )
         return (
             f"Use neither this network nor the purified copy, which is still "

@@ -151,7 +151,7 @@ CHANGED: dict[str, Any] = {"pruned": [("conv1", 0)], "filters": 1200}
         ({"verdict": "undecided", "judged": False}, "Remove the cause and audit again."),
         ({"verdict": "backdoored"}, "Do not use this network. Train it anew"),
         ({"verdict": "backdoored", **CHANGED}, "Audit the purified copy before you use that."),
-        ({"verdict": "backdoored", **CHANGED, "reaudit": AGAIN}, "Use the purified copy"),
+        ({"verdict": "backdoored", **CHANGED, "reaudit": AGAIN}, "part of one may be left: use"),
         (
             {"verdict": "backdoored", **CHANGED}
             | {"reaudit": SecondAudit("undecided", 0.9, 1, False, 0.9, 0.2, [])},

@@ -15,8 +15,9 @@ def test_a_comment_for_a_pull_request() -> None:
         "",
         "Score 4.60, far above 1 (the threshold). What counts: patch points to class 1 (dog).",
         "",
-        "**Next:** Do not use this network. Use the purified copy, in which no backdoor was found, "
-        "once you have measured its accuracy on images of your own.",
+        "**Next:** Do not use this network. Train it anew if you can. No backdoor was found in the "
+        "purified copy, but part of one may be left: use the copy only where a wrong answer does "
+        "little harm, once you have measured its accuracy on images of your own.",
         "",
         "| signal | points to class | measured | counts from | strength | |",
         "| --- | --- | ---: | ---: | ---: | --- |",

@@ -56,7 +56,7 @@ def test_everything_is_told() -> None:
         "BACKDOORED",
         "seems to carry a backdoor: with a trigger, images are taken for class 1 (dog).",
         "Score 4.60, far above 1 (the threshold). What counts: patch points to class 1 (dog).",
-        "Do not use this network. Use the purified copy",
+        "Do not use this network. Train it anew if you can.",
         "models/suspicious.pt · 2026-11-28 10:00:00 UTC",
         "Note: M1 of run 1 stopped early",
         "measured 6.90, counts from 1.50",
