@@ -55,15 +55,8 @@ class Ablation:
             engine = MNPDefense(network, images, config, when="flagged", constants=self.constants)
             run_defense(engine)
         report = engine.report()
-        return Outcome(
-            engine.purified(),
-            report.verdict,
-            report.target_class,
-            report.score,
-            report.pruned,
-            sum(report.passes.values()),
-            report=report,
-        )
+        report.model = engine.purified()
+        return Outcome.of_report(report)
 
 
 ABLATIONS = {

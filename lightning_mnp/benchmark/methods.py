@@ -76,6 +76,24 @@ class Outcome:
     details: dict[str, float] = field(default_factory=dict)
     report: DefenseReport | None = None
 
+    @classmethod
+    def of_report(cls, report: DefenseReport) -> Outcome:
+        """Return the outcome of this package's own method.
+
+        Args:
+            report: What it reports; its ``model`` is the defended copy, or None after an audit.
+        """
+        return cls(
+            report.model,
+            report.verdict,
+            report.target_class,
+            report.score,
+            report.pruned,
+            sum(report.passes.values()),
+            {"detection_ratio": report.detection_ratio, "turned_down": report.turned_down},
+            report,
+        )
+
 
 @dataclass(frozen=True)
 class Method:
@@ -175,7 +193,7 @@ class Method:
         if self.name in _OURS:
             config, when = self._own_config(seed)
             report = defend(network, images, when=when, config=config)
-            return _of_report(report)
+            return Outcome.of_report(report)
         if self.options:
             function, kind = _DEFENSES[self.name]
             result = function(network, images, config=_configured(self, kind, seed))
@@ -195,7 +213,7 @@ class Method:
             suspects: Images that may be poisoned, for detectors that need them.
         """
         if self.name in _OURS:
-            return _of_report(audit(network, images, config=self._own_config(seed)[0]))
+            return Outcome.of_report(audit(network, images, config=self._own_config(seed)[0]))
         if self.options:
             function, kind, wants = _DETECTORS[self.name]
             given = {"images": (images,), "suspects": (suspects,), "both": (images, suspects)}
@@ -229,19 +247,6 @@ def method_names(task: Task) -> list[str]:
     """
     others = baselines.names() if task == "defense" else baselines.detector_names()
     return [*_OURS, *others]
-
-
-def _of_report(report: DefenseReport) -> Outcome:
-    return Outcome(
-        report.model,
-        report.verdict,
-        report.target_class,
-        report.score,
-        report.pruned,
-        sum(report.passes.values()),
-        {"detection_ratio": report.detection_ratio, "turned_down": report.turned_down},
-        report,
-    )
 
 
 def _refuse_seed(method: Method) -> None:
