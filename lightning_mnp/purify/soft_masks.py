@@ -43,11 +43,11 @@ class SoftMaskConstants:
             1 / 2 ** halvings.
     """
 
-    weight: float = 0.1
+    weight: float = 0.2
     step: float = 0.01
     momentum: float = 0.9
     average: float = 0.9
-    follow: int = 5
+    follow: int = 10
     images: int = 64
     harm: int = 4
     halvings: int = 4

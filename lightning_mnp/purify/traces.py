@@ -8,8 +8,11 @@ import torch
 
 from lightning_mnp.report import Signal
 from lightning_mnp.signals.base import Scene, Search
+from lightning_mnp.signals.patch import PatchSearch
+from lightning_mnp.signals.pattern import PatternTrace
 from lightning_mnp.signals.permutation import PermutationSearch
 from lightning_mnp.signals.pile_up import SuppressedTrace
+from lightning_mnp.signals.reach import ReachSearch
 from lightning_mnp.signals.trace import Trace, TraceConstants
 from lightning_mnp.surgery.masked_network import Weights
 
@@ -25,9 +28,11 @@ def find_traces(
     """Collect what shows the suspected backdoor.
 
     The suppressed network always does. Each search adds a trace if what it measured for the class
-    is out of the ordinary. The suppressed network decides on how long pruning goes on if
-    the signal most believed is the pile-up, or the margin, with which the pile-up agrees, or if it
-    is the only trace: what is left of a pile-up need not be the backdoor otherwise.
+    is out of the ordinary. If none does, a patch and a universal perturbation help, as they are
+    made for any class: a backdoor makes use of the ordinary ways to its class, too. The suppressed
+    network decides on how long pruning goes on if the signal most believed is the pile-up, or the
+    margin, with which the pile-up agrees, or if no search adds a trace: what is left of a pile-up
+    need not be the backdoor otherwise.
 
     Args:
         scene: What the searches worked on.
@@ -52,4 +57,20 @@ def find_traces(
         goals = torch.full_like(labels, target)
         decides = believed.name in ("margin", "pile-up") or not found
     pulled = SuppressedTrace(scene.masked, suppressed, images, goals, scene.constants, decides)
-    return [pulled, *found]
+    return [pulled, *(found or _ordinary(target, searches))]
+
+
+def _ordinary(target: int | None, searches: Mapping[str, Search]) -> list[Trace]:
+    """Ways to a class that do not stand out; that they are still there decides nothing."""
+    patch, reach = searches.get(PatchSearch.name), searches.get(ReachSearch.name)
+    found: list[Trace] = []
+    if target is None:
+        return found
+    if isinstance(patch, PatchSearch):
+        found.append(PatternTrace(patch.trigger(target)))
+    # A class that only later runs suspect may be none of those that were searched.
+    if isinstance(reach, ReachSearch) and target in reach.perturbations:
+        found.append(reach.trace(target))
+    for trace in found:
+        trace.decides = False
+    return found

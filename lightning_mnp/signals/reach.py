@@ -170,21 +170,30 @@ class ReachSearch(Search):
         """
         if target is None:
             return []
-        soonest, ratio, median = reach_ratio(self.reaches, self.constants.longest)
+        soonest, ratio, _ = reach_ratio(self.reaches, self.constants.longest)
         near = soonest == target and ratio < self.constants.normal
         margin = searches.get("margin")
         sure = isinstance(margin, MarginSearch) and margin.stands_out(target)
         if not (near or sure):
             return []
-        scene = self.scene
-        multiple = self.constants.short if near else self.constants.long
-        length = multiple * median * self.scale
+        return [self.trace(target, near)]
+
+    def trace(self, target: int, near: bool = False) -> PerturbationTrace:
+        """Return images under a perturbation to a class.
+
+        Args:
+            target: The class.
+            near: Whether its reach stands out, so that a short perturbation is enough.
+        """
+        scene, constants = self.scene, self.constants
+        median = reach_ratio(self.reaches, constants.longest)[2]
+        length = (constants.short if near else constants.long) * median * self.scale
         count = min(scene.constants.of(TraceConstants).images, scene.config.batch_size)
         key = (scene.config.seed, "sources")
         images, labels = scene.data.others(target, count, scene.masked.device, key)
         start = self.perturbations[target]
         pushed = UniversalPerturbation(scene.masked, target, start, length)
-        return [PerturbationTrace(pushed, images, labels, scene.config.seed, scene.constants)]
+        return PerturbationTrace(pushed, images, labels, scene.config.seed, scene.constants)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and primitives."""

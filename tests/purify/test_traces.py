@@ -25,6 +25,7 @@ class Searches:
         self.scene: Scene = new_scene(tried=range(3))
         self.reach, self.margin = ReachSearch(self.scene), MarginSearch(self.scene)
         self.patch, self.overlay = PatchSearch(self.scene), OverlaySearch(self.scene)
+        self.left_out: set[str] = set()
         self.warp, self.permutation = WarpSearch(self.scene), PermutationSearch(self.scene)
         self.reach.reaches = dict.fromkeys(range(3), 0.2)
         start = torch.zeros_like(self.scene.data.images[:1])
@@ -41,7 +42,13 @@ class Searches:
         ]
         signal = Signal(name, 1.0, target, 0.0, 0.0, "")
         weights = [self.scene.masked.weights()]
-        return find_traces(self.scene, weights, signal, {each.name: each for each in searches})
+        known = {each.name: each for each in searches if each.name not in self.left_out}
+        return find_traces(self.scene, weights, signal, known)
+
+
+ORDINARY = ["patch", "universal perturbation"]  # what helps if nothing stands out
+PERTURBED = ["suppressed network", "universal perturbation"]
+NOTHING = ["suppressed network", *ORDINARY]
 
 
 @pytest.mark.parametrize(("further", "names"), [(0.8, []), (0.9, ["patch"])])
@@ -50,9 +57,9 @@ def test_a_patch_is_a_trace_if_it_is_out_of_the_ordinary(further: float, names: 
         searches = Searches()
         searches.patch.margins = {0: -0.5, 1: further - 0.5, 2: -0.5}
         traces = searches.traces(name, target)
-        assert [trace.name for trace in traces] == ["suppressed network", *expected]
+        assert [trace.name for trace in traces] == ["suppressed network", *(expected or ORDINARY)]
         assert traces[0].decides == (name == "margin" or not expected)
-        assert all(trace.decides for trace in traces[1:])
+        assert all(trace.decides == bool(expected) for trace in traces[1:])
 
 
 @pytest.mark.parametrize(
@@ -74,17 +81,14 @@ def test_patterns_are_traces_if_they_are_out_of_the_ordinary(
     getattr(searches, kind).margins = {0: 0.5, 1: margin, 2: 0.5}
     for target, expected in ((1, names), (2, [])):
         traces = searches.traces("patch", target)
-        assert [trace.name for trace in traces] == ["suppressed network", *expected]
-
-
-PERTURBED = ["suppressed network", "universal perturbation"]
+        assert [trace.name for trace in traces] == ["suppressed network", *(expected or ORDINARY)]
 
 
 @pytest.mark.parametrize(
     ("reaches", "margins", "names", "length"),
     [
-        ({0: 0.2, 1: 0.2, 2: 0.2}, {0: 9.0, 1: 10.0, 2: 9.0}, ["suppressed network"], None),
-        ({0: 0.2, 1: 0.17, 2: 0.2}, {0: 9.0, 1: 10.0, 2: 9.0}, ["suppressed network"], None),
+        ({0: 0.2, 1: 0.2, 2: 0.2}, {0: 9.0, 1: 10.0, 2: 9.0}, NOTHING, 2.4 * 0.2),
+        ({0: 0.2, 1: 0.17, 2: 0.2}, {0: 9.0, 1: 10.0, 2: 9.0}, NOTHING, 2.4 * 0.2),
         ({0: 0.2, 1: 0.15, 2: 0.2}, {0: 9.0, 1: 10.0, 2: 9.0}, PERTURBED, 0.6 * 0.2),
         ({0: 0.2, 1: 0.1, 2: 0.2}, {0: 9.0, 1: 10.0, 2: 9.0}, PERTURBED, 0.6 * 0.2),
         (
@@ -99,11 +103,11 @@ PERTURBED = ["suppressed network", "universal perturbation"]
             [*PERTURBED, "greatest margin"],
             0.6 * 0.2,
         ),
-        ({0: 0.1, 1: 0.2, 2: 0.2}, {0: 90.0, 1: 9.0, 2: 9.0}, ["suppressed network"], None),
+        ({0: 0.1, 1: 0.2, 2: 0.2}, {0: 90.0, 1: 9.0, 2: 9.0}, NOTHING, 2.4 * 0.2),
     ],
 )
 def test_traces_are_those_that_point_to_the_class(
-    reaches: dict[int, float], margins: dict[int, float], names: list[str], length: float | None
+    reaches: dict[int, float], margins: dict[int, float], names: list[str], length: float
 ) -> None:
     searches = Searches()
     searches.reach.scale, searches.reach.reaches = 1.0, reaches
@@ -111,7 +115,16 @@ def test_traces_are_those_that_point_to_the_class(
     traces = searches.traces("patch", 1)
     assert [trace.name for trace in traces] == names
     limits = [each.pushed.limit for each in traces if isinstance(each, PerturbationTrace)]
-    assert limits == ([] if length is None else [pytest.approx(length)])
+    assert limits == [pytest.approx(length)]
+
+
+def test_ordinary_ways_need_their_searches() -> None:
+    searches = Searches()
+    del searches.reach.perturbations[1]  # the class was not among those searched
+    assert [trace.name for trace in searches.traces("pile-up", 1)] == NOTHING[:2]
+    searches.left_out = {"patch", "reach"}
+    (alone,) = searches.traces("patch", 2)
+    assert (alone.name, alone.decides) == ("suppressed network", True)
 
 
 def test_an_exchange_of_classes_has_goals_of_its_own_for_each_image() -> None:
