@@ -25,7 +25,6 @@ class Searches:
         self.scene: Scene = new_scene(tried=range(3))
         self.reach, self.margin = ReachSearch(self.scene), MarginSearch(self.scene)
         self.patch, self.overlay = PatchSearch(self.scene), OverlaySearch(self.scene)
-        self.left_out: set[str] = set()
         self.warp, self.permutation = WarpSearch(self.scene), PermutationSearch(self.scene)
         self.reach.reaches = dict.fromkeys(range(3), 0.2)
         start = torch.zeros_like(self.scene.data.images[:1])
@@ -34,6 +33,7 @@ class Searches:
         for search in (self.patch, self.overlay, self.warp):
             search.margins = dict.fromkeys(range(3), -0.5)
             search.rises = dict.fromkeys(range(3), 0.5)
+        self.left_out: set[str] = set()
 
     def traces(self, name: str, target: int | None) -> list[Trace]:
         searches: list[Search] = [
