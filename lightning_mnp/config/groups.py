@@ -129,6 +129,8 @@ class PruningOptions:
         harm: Most harm to clean images by the rule `auto`, in nats.
         impurity: Share of the defense set that may be poisoned; harm is measured without it.
         soft_mask_steps: Steps in which the rule `auto` turns down kernels, if traces are left.
+        tuning_steps: Steps in which the rule `auto` tunes weights after that, if a patch still
+            takes most images to the suspected class.
         repair: Whether the logits are balanced again after pruning; the target's logit stays.
         reaudit: Whether a pruned network is audited again.
         removes: What pruning sets to zero: the output `map`, or the weights of the `filter` alone,
@@ -140,6 +142,7 @@ class PruningOptions:
     harm: float = option(0.015, above=0)
     impurity: float = option(0.0, at_least=0, below=0.5)
     soft_mask_steps: int = option(30, at_least=0)
+    tuning_steps: int = option(30, at_least=0)
     repair: bool = option(True)
     reaudit: bool = option(True)
     removes: Removal = option("map", choices=get_args(Removal))

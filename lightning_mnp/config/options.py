@@ -175,6 +175,7 @@ class MNPConfig:
             "pruning.rule": "share",
             "pruning.amount": 0.00625,
             "pruning.soft_mask_steps": 0,
+            "pruning.tuning_steps": 0,
             "pruning.repair": False,
             "pruning.reaudit": False,
             "verdict.rule": "ratio",

@@ -20,9 +20,10 @@ from lightning_mnp.mnp.dual_masks import DualMask
 from lightning_mnp.mnp.suppression import CleanSuppression
 from lightning_mnp.mnp.thresholds import pruned_count
 from lightning_mnp.purify.purification import Purification
-from lightning_mnp.purify.traces import find_traces
+from lightning_mnp.purify.traces import find_patch, find_traces
 from lightning_mnp.report import DefenseReport, RunResult, SecondAudit, Signal, SurrogateTrigger
 from lightning_mnp.signals.base import Scene, Search, SignalSearch
+from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.signals.registry import registered
 from lightning_mnp.signals.screening import Screening
 from lightning_mnp.signals.trace import Trace
@@ -302,6 +303,10 @@ class Case:
         """Collect what shows the backdoor of the suspected class."""
         suppressed = [*self.suppressed, self.suppression.weights]
         return find_traces(self.scene, suppressed, self.signals()[0], self.searches)
+
+    def patch(self) -> PatchTrigger | None:
+        """Begin a patch that does what the suspected backdoor does, if any is known."""
+        return find_patch(self.signals()[0], self.searches)
 
 
 def open_case(

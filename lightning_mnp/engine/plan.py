@@ -24,6 +24,7 @@ from lightning_mnp.engine.purify_phases import (
     SecondEngine,
     SoftMaskPhase,
     ThresholdPhase,
+    TuningPhase,
 )
 from lightning_mnp.signals.base import Search
 from lightning_mnp.signals.screening import Screening
@@ -66,8 +67,9 @@ class Plan:
 
     def _pruning(self) -> list[Entry]:
         options = self.case.config.pruning
-        soft = options.rule == "auto" and options.soft_mask_steps > 0
-        names = ["pruning", *(["soft_masks"] if soft else []), "check"]
+        after = {"soft_masks": options.soft_mask_steps, "tuning": options.tuning_steps}
+        further = [name for name, steps in after.items() if options.rule == "auto" and steps > 0]
+        names = ["pruning", *further, "check"]
         phases = [(name, 0) for name in (*names, *(["reaudit"] if options.reaudit else []))]
         return [*self._searches(self.case.wanted_traces), *phases]
 
@@ -95,6 +97,7 @@ class Plan:
             "verdict": partial(VerdictPhase, pruning=self._pruning_if_flagged()),
             "pruning": pruning,
             "soft_masks": SoftMaskPhase,
+            "tuning": TuningPhase,
             "check": CheckPhase,
             "reaudit": partial(ReauditPhase, audit=self._audit, usual_steps=self._audit_steps),
         }

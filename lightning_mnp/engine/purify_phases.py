@@ -1,4 +1,4 @@
-"""The phases that change a network: pruning, soft masks, the check after it, a second audit."""
+"""The phases that change a network: pruning, soft masks, tuning, the check, a second audit."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ __all__ = [
     "SecondEngine",
     "SoftMaskPhase",
     "ThresholdPhase",
+    "TuningPhase",
 ]
 
 
@@ -41,6 +42,7 @@ class _Pruning(Phase):
             curve=[] if greedy is None else [list(point) for point in greedy.curve],
             traces=[] if greedy is None else [trace.name for trace in greedy.traces],
             masks=purification.left(),
+            tuned=purification.tuned_by(),
             shift=[] if shift is None else shift.values.tolist(),
             sums=self._by_layer(scores if ranked else None),
         )
@@ -114,6 +116,27 @@ class SoftMaskPhase(Phase):
         """Turn kernels down by one step."""
         self.steps += 1
         return self.case.purification.soft_mask_step()
+
+
+class TuningPhase(Phase):
+    """Weights that are tuned until a patch to the suspected class takes few images along."""
+
+    name = "tuning"
+
+    @property
+    def done(self) -> bool:
+        """Whether it has come to its end."""
+        return self.case.purification.ended
+
+    def most_steps(self) -> int:
+        """Return the steps that are left."""
+        return 0 if self.done else self.case.config.pruning.tuning_steps - self.steps
+
+    def step(self, updates: Updates) -> dict[str, float]:
+        """Tune weights by one step."""
+        self.steps += 1
+        purification = self.case.purification
+        return purification.tuning_step(None if purification.tuning else self.case.patch())
 
 
 class CheckPhase(OneStepPhase):

@@ -12,7 +12,7 @@ from lightning_mnp.report.primitives import read_trigger
 
 __all__ = ["case_state", "check_state", "identity", "load_case"]
 
-FORMAT = 17
+FORMAT = 18
 
 
 def identity(case: Case) -> dict[str, Any]:
@@ -132,6 +132,7 @@ def load_case(case: Case, state: dict[str, Any]) -> None:
     case.judgement = case.judge() if state["judged"] else None
     purification = state["purification"]
     traces = [] if purification["greedy"] is None else case.traces()
-    case.purification.load_state_dict(purification, traces)
+    patch = None if purification["tuning"] is None else case.patch()
+    case.purification.load_state_dict(purification, traces, patch)
     second = state["second_audit"]
     case.second_audit = None if second is None else SecondAudit(**second)

@@ -227,7 +227,7 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
 
     Args:
         defense: The engine, finished; it is told which filters to remove, the masks of the kernels,
-            and the repair.
+            the tuned weights, and the repair.
 
     Returns:
         The first process's report.
@@ -237,11 +237,16 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
     bias = None if own.shift is None else own.shift.name
     first = process_rank() == 0  # of the others, nothing is taken
     masks = own.kernel_masks.cpu() if first and own.kernel_masks is not None else None
-    outcome = own.removed.tolist(), bias, masks, defense.report()
-    removed, bias, masks, report = gather_objects(outcome)[0]
+    tuned = None
+    if first and own.tuned is not None:
+        tuned = {name: weight.cpu() for name, weight in own.tuned.items()}
+    outcome = own.removed.tolist(), bias, masks, tuned, defense.report()
+    removed, bias, masks, tuned, report = gather_objects(outcome)[0]
     # In double precision, as the report has the numbers: the default type could round them.
     shift = torch.tensor(report.pruning.shift, dtype=torch.float64)
     own.shift = None if bias is None else LogitShift(bias, shift)
     own.remove(torch.tensor(removed, dtype=torch.long))
-    own.kernel_masks = None if masks is None else masks.to(own.removed.device)
+    device = own.removed.device
+    own.kernel_masks = None if masks is None else masks.to(device)
+    own.tuned = None if tuned is None else {k: v.to(device) for k, v in tuned.items()}
     return cast(DefenseReport, report)

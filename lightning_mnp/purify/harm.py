@@ -97,6 +97,16 @@ class CleanHarm:
         self._before: Tensor | None = None
 
     @torch.no_grad()
+    def compare_with(self, masked: MaskedNetwork, masks: Tensor) -> None:
+        """Measure harm against another network from now on, in place of the one without masks.
+
+        Args:
+            masked: That network.
+            masks: Its filter masks, shape (total filters,).
+        """
+        self._before = self._log_probabilities(masked, masks)[0]
+
+    @torch.no_grad()
     def of(self, masks: Tensor) -> float:
         """Measure the harm of filter masks, in nats; 0 for masks of ones.
 
@@ -107,9 +117,10 @@ class CleanHarm:
         """
         if self._before is None:
             with self.masked.masking_kernels(None):
-                self._before = self._log_probabilities(torch.ones_like(masks))[0]
+                self.compare_with(self.masked, torch.ones_like(masks))
         before = self._before
-        after, labels = self._log_probabilities(masks)
+        assert before is not None
+        after, labels = self._log_probabilities(self.masked, masks)
         own = labels[:, None]
         harm = (before.gather(1, own) - after.gather(1, own))[:, 0]
         if self._share < 1:
@@ -117,10 +128,8 @@ class CleanHarm:
             harm = self._share * harm + (1 - self._share) * self._divergence * divergence
         return float(trimmed_mean(harm, self.impurity))
 
-    def _log_probabilities(self, masks: Tensor) -> tuple[Tensor, Tensor]:
-        passed = [
-            clean_logits(self.masked, data, self.batch_size, masks=masks) for data in self.clean
-        ]
+    def _log_probabilities(self, masked: MaskedNetwork, masks: Tensor) -> tuple[Tensor, Tensor]:
+        passed = [clean_logits(masked, data, self.batch_size, masks=masks) for data in self.clean]
         logits, labels = (torch.cat(parts) for parts in zip(*passed, strict=True))
         # Differences are small, whatever the network runs in.
         return logits.float().log_softmax(1), labels

@@ -1,4 +1,5 @@
-"""What is done to a flagged network: filters pruned, kernels turned down, logits repaired."""
+"""What is done to a flagged network: filters pruned, kernels turned down, weights tuned, logits
+repaired."""
 
 from __future__ import annotations
 
@@ -14,10 +15,13 @@ from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.defense_data.evaluation import accuracy, class_accuracy, clean_logits
 from lightning_mnp.defense_data.views import Views, make_views, recognized_views
 from lightning_mnp.purify.greedy import GreedyPruning
+from lightning_mnp.purify.harm import CleanHarm, HarmConstants
 from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks, harmless_share
+from lightning_mnp.purify.tuning import Tuning, TuningConstants
+from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, repair_shift
-from lightning_mnp.surgery.masked_network import MaskedNetwork
+from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 from lightning_mnp.surgery.network import copy_network
 from lightning_mnp.surgery.prune import Pruning, prune, without_filters
 
@@ -28,9 +32,9 @@ class Purification:
     """Finds what to change in a network, and changes it.
 
     Filters are named from outside (:meth:`remove`) or taken step by step
-    (:meth:`begin`, :meth:`greedy_step`). Kernels are then turned down (:meth:`soft_mask_step`).
-    :meth:`check` measures what is left and fits the repair. The network itself changes only by
-    :meth:`apply`.
+    (:meth:`begin`, :meth:`greedy_step`). Kernels are then turned down (:meth:`soft_mask_step`), and
+    weights are tuned (:meth:`tuning_step`). :meth:`check` measures what is left and fits the repair.
+    The network itself changes only by :meth:`apply`.
 
     Args:
         masked: The network as it is, on its device.
@@ -44,12 +48,15 @@ class Purification:
     Attributes:
         removed: Positions of the filters to prune, worst first.
         kernel_masks: What all kernels are multiplied by, shape (total kernels,), or None.
+        tuned: Weights by name after tuning, masks on kernels included, or None.
         shift: What is added to the logits, or None.
         accuracy: Accuracy on the defense set after all that, or None before :meth:`check`.
         class_accuracy: The same for each class that has images; empty before :meth:`check`.
         greedy: What takes filters step by step, once it has begun.
         soft: What turns kernels down, once it has begun.
         settled: Whether soft masks have come to their end, and the masks are known.
+        tuning: What tunes weights, once it has begun.
+        ended: Whether tuning has come to its end.
         warnings: What the reader of the report should know, in words.
 
     Example:
@@ -79,19 +86,23 @@ class Purification:
         self.config = config
         self.removed = torch.empty(0, dtype=torch.long, device=masked.device)
         self.kernel_masks: Tensor | None = None
+        self.tuned: Weights | None = None
         self.shift: LogitShift | None = None
         self.accuracy: float | None = None
         self.class_accuracy: dict[int, float] = {}
         self.greedy: GreedyPruning | None = None
         self.soft: SoftMasks | None = None
         self.settled = False
+        self.tuning: Tuning | None = None
+        self.ended = False
         self.warnings: list[str] = []
         self._known: Views | None = None
 
     @property
     def changes(self) -> bool:
         """Whether the purified network differs from the one that was audited."""
-        return len(self.removed) > 0 or self.kernel_masks is not None
+        masked = self.kernel_masks is not None
+        return len(self.removed) > 0 or masked or self.tuned is not None
 
     @property
     def most_filters(self) -> int:
@@ -167,6 +178,28 @@ class Purification:
             self.settled = True
         return metrics
 
+    def tuning_step(self, patch: PatchTrigger | None) -> dict[str, float]:
+        """Tune weights by one step, until ``ended``.
+
+        Args:
+            patch: The patch to unlearn, which has not been made yet; None to take no step. It
+                counts at the first step only.
+
+        Returns:
+            Numbers of this step, see :meth:`Tuning.step`.
+        """
+        if self.tuning is None and patch is None:
+            self.ended = True
+            return {}
+        if self.tuning is None:
+            assert patch is not None
+            self.tuning = self._new_tuning(patch)
+        metrics = {} if self.tuning.finished else self.tuning.step()
+        if self.tuning.finished:
+            self.tuned = self._harmless_tuning(self.tuning) if self.tuning.taken else None
+            self.ended = True
+        return metrics
+
     @property
     def _begun(self) -> GreedyPruning:
         if self.greedy is None:
@@ -198,6 +231,59 @@ class Purification:
             config.pruning.impurity,
             self.constants,
         )
+
+    def _new_tuning(self, patch: PatchTrigger) -> Tuning:
+        config = self.config
+        return Tuning(
+            self.raised,
+            self._masked_weights(),
+            self.data,
+            patch,
+            self.filter_masks(),
+            self._clean.augment,
+            config.pruning.tuning_steps,
+            config.batch_size,
+            config.seed,
+            self.constants,
+        )
+
+    def _harmless_tuning(self, tuning: Tuning) -> Weights | None:
+        """The tuned weights, turned back as far as they do more harm than is allowed.
+
+        None if nothing is left of the change.
+        """
+        constants, config = self.constants.of(TuningConstants), self.config
+        filters = self.filter_masks()
+
+        def harm(share: float) -> float:
+            tuned = tuning.before.with_weights({**tuning.before.weights(), **tuning.changes(share)})
+            limits = self.constants.of(HarmConstants)
+            given = self._clean.sets, config.batch_size, config.pruning.impurity, limits
+            measure = CleanHarm(tuned, *given)
+            measure.compare_with(tuning.before, filters)
+            return measure.of(filters)
+
+        most, whole = constants.harm * config.pruning.harm, harm(1.0)
+        if whole <= most:
+            return tuning.changes()
+        share = harmless_share(harm, most, constants.halvings)
+        done = f"weights were changed by {share:.0%} of what was found"
+        self.warnings.append(
+            f"{done if share else 'weights were not tuned'}: all of it did {whole:.3g} nats of "
+            f"harm, and {most:g}, {constants.harm} times `pruning.harm`, is allowed"
+        )
+        return tuning.changes(share) if share else None
+
+    def tuned_by(self) -> float:
+        """Return by how much tuning has changed weights, as a share of their norm; 0 for not."""
+        if self.tuned is None:
+            return 0.0
+        before = self._masked_weights()
+        moved = whole = 0.0
+        for name, weight in self.tuned.items():
+            moved += float((weight - before[name]).float().square().sum())
+            whole += float(before[name].float().square().sum())
+        return math.sqrt(moved / whole) if whole else 0.0
 
     def _harm_beyond_pruning(self, kernel_masks: Tensor) -> float:
         greedy = self._begun
@@ -252,11 +338,16 @@ class Purification:
     def _weights_only(self) -> bool:
         return self.config.pruning.removes == "filter"
 
+    def _masked_weights(self) -> Weights:
+        """The network's weights, turned down."""
+        weights = self.masked.weights()
+        if self.kernel_masks is None:
+            return weights
+        return self.masked.kernels.scaled(weights, self.kernel_masks)
+
     def _changed(self) -> dict[str, Any]:
         """What a call of the network takes to run as it will be."""
-        weights = self.masked.weights()
-        if self.kernel_masks is not None:
-            weights = self.masked.kernels.scaled(weights, self.kernel_masks)
+        weights = {**self._masked_weights(), **(self.tuned or {})}
         if not self._weights_only:
             return {"weights": weights, "masks": self.filter_masks()}
         return {
@@ -309,6 +400,7 @@ class Purification:
             self.shift,
             weights_only=self._weights_only,
             kernel_masks=self.kernel_masks,
+            weights=self.tuned,
         )
 
     def purified(self) -> nn.Module:
@@ -322,6 +414,8 @@ class Purification:
         return {
             "removed": self.removed,
             "kernel_masks": self.kernel_masks,
+            "tuned": None if self.tuned is None else dict(self.tuned),
+            "ended": self.ended,
             "shift": None if self.shift is None else [self.shift.name, self.shift.values],
             "augment": None if self._known is None else self._known.augment,
             "accuracy": self.accuracy,
@@ -330,19 +424,26 @@ class Purification:
             "warnings": list(self.warnings),
             "greedy": None if self.greedy is None else self.greedy.state_dict(),
             "soft": None if self.soft is None else self.soft.state_dict(),
+            "tuning": None if self.tuning is None else self.tuning.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], traces: Sequence[Trace]) -> None:
+    def load_state_dict(
+        self, state: dict[str, Any], traces: Sequence[Trace], patch: PatchTrigger | None = None
+    ) -> None:
         """Go on where :meth:`state_dict` was taken; the network does not run.
 
         Args:
             state: The state.
             traces: Those of greedy pruning, made anew; of no account if it had not begun.
+            patch: That of tuning, made anew; of no account if it had not begun.
         """
         device = self.masked.device
         self.remove(state["removed"])
         masks = state["kernel_masks"]
         self.kernel_masks = None if masks is None else masks.to(device)
+        tuned = state["tuned"]
+        self.tuned = None if tuned is None else {k: v.to(device) for k, v in tuned.items()}
+        self.ended = bool(state["ended"])
         self.shift = None if state["shift"] is None else LogitShift(*state["shift"])
         self._known = None
         if state["augment"] is not None:
@@ -351,10 +452,13 @@ class Purification:
         self.class_accuracy = {int(k): float(v) for k, v in state["class_accuracy"].items()}
         self.settled = bool(state["settled"])
         self.warnings = list(state["warnings"])
-        self.greedy = self.soft = None
+        self.greedy = self.soft = self.tuning = None
         if state["greedy"] is not None:
             self.begin(traces)
             self._begun.load_state_dict(state["greedy"])
         if state["soft"] is not None:
             self.soft = self._new_soft_masks()
             self.soft.load_state_dict(state["soft"])
+        if state["tuning"] is not None and not self.ended and patch is not None:
+            self.tuning = self._new_tuning(patch)
+            self.tuning.load_state_dict(state["tuning"])

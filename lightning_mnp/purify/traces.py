@@ -8,7 +8,7 @@ import torch
 
 from lightning_mnp.report import Signal
 from lightning_mnp.signals.base import Scene, Search
-from lightning_mnp.signals.patch import PatchSearch
+from lightning_mnp.signals.patch import PatchSearch, PatchTrigger
 from lightning_mnp.signals.pattern import PatternTrace
 from lightning_mnp.signals.permutation import PermutationSearch
 from lightning_mnp.signals.pile_up import SuppressedTrace
@@ -16,7 +16,7 @@ from lightning_mnp.signals.reach import ReachSearch
 from lightning_mnp.signals.trace import Trace, TraceConstants
 from lightning_mnp.surgery.masked_network import Weights
 
-__all__ = ["find_traces"]
+__all__ = ["find_patch", "find_traces"]
 
 
 def find_traces(
@@ -58,6 +58,26 @@ def find_traces(
         decides = believed.name in ("margin", "pile-up") or not found
     pulled = SuppressedTrace(scene.masked, suppressed, images, goals, scene.constants, decides)
     return [pulled, *(found or _ordinary(target, searches))]
+
+
+def find_patch(believed: Signal, searches: Mapping[str, Search]) -> PatchTrigger | None:
+    """Begin a patch that does what the suspected backdoor does.
+
+    Args:
+        believed: The signal most to be believed, which tells the suspected class, if it is one.
+        searches: The searches by name, finished.
+
+    Returns:
+        A patch to the suspected class, or one that exchanges classes; None if no patches were
+        looked for.
+    """
+    if believed.target_class is None:
+        exchange = searches.get(PermutationSearch.name)
+        return exchange.trigger() if isinstance(exchange, PermutationSearch) else None
+    patch = searches.get(PatchSearch.name)
+    if not isinstance(patch, PatchSearch):
+        return None
+    return patch.trigger(believed.target_class, patch.scene.constants.of(TraceConstants).images)
 
 
 def _ordinary(target: int | None, searches: Mapping[str, Search]) -> list[Trace]:

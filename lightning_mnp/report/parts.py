@@ -212,6 +212,8 @@ class PruningReport:
             rank by them.
         counts: The rule ``auto``: the number of filters pruned at the start, 0, and after each
             step, in which one or more go.
+        tuned: By how much weights were tuned after that, as a share of their norm; 0 if they were
+            not.
     """
 
     scores: list[float] = field(default_factory=list)
@@ -221,6 +223,7 @@ class PruningReport:
     shift: list[float] = field(default_factory=list)
     sums: dict[str, list[float]] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)
+    tuned: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ class DefenseReport:
     @property
     def changes(self) -> bool:
         """Whether the purified network differs from the one that was audited."""
-        return bool(self.pruned or self.pruning.masks)
+        return bool(self.pruned or self.pruning.masks or self.pruning.tuned)
 
     @property
     def turned_down(self) -> int:

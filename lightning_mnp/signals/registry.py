@@ -22,7 +22,7 @@ __all__ = ["register", "registered", "unregister"]
 _RESERVED = frozenset(
     {
         *("reference", "suppression", "saliency", "masks", "screening", "verdict"),
-        *("pruning", "soft_masks", "check", "reaudit", "finished"),
+        *("pruning", "soft_masks", "tuning", "check", "reaudit", "finished"),
     }
 )
 

@@ -123,6 +123,7 @@ class MaskedNetwork:
         self.autocast = autocast
         self.raised: dict[int, float] = {}
         self.seen = ImageCount()
+        self._given: Weights | None = None
         self._kernel_masks: list[Tensor | None] = [None]  # shared with the objects made of this one
 
     @cached_property
@@ -181,6 +182,25 @@ class MaskedNetwork:
         other.raised = dict(values)
         return other
 
+    def with_weights(self, weights: Weights) -> MaskedNetwork:
+        """Return an object for the same network that runs it with other weights.
+
+        Args:
+            weights: All parameters by name; they are not copied.
+
+        Example:
+            >>> from lightning_mnp.surgery.layers import find_filter_layers
+            >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+            >>> images = torch.rand(2, 1, 4, 4)
+            >>> masked = MaskedNetwork(network, find_filter_layers(network, images))
+            >>> zeros = {name: torch.zeros_like(w) for name, w in masked.weights().items()}
+            >>> float(masked.with_weights(zeros)(images).abs().sum())
+            0.0
+        """
+        other = copy.copy(self)
+        other._given = weights
+        return other
+
     def without_autocast(self) -> MaskedNetwork:
         """Return an object for the same network that runs it in the precision of its weights.
 
@@ -220,7 +240,12 @@ class MaskedNetwork:
         return str(next(self.network.parameters()).dtype)
 
     def weights(self) -> Weights:
-        """Return the network's own parameters by name, detached and sharing their memory."""
+        """Return the parameters that it runs with, by name, detached and sharing their memory.
+
+        They are the network's own, or those of :meth:`with_weights`.
+        """
+        if self._given is not None:
+            return {name: weight.detach() for name, weight in self._given.items()}
         return {name: parameter.detach() for name, parameter in self.network.named_parameters()}
 
     def filter_weights(self, weights: Weights) -> list[Tensor]:

@@ -59,6 +59,7 @@ def prune(
     masks: Tensor | None = None,
     weights_only: bool = False,
     kernel_masks: Tensor | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Pruning:
     """Remove filters from a network: their output maps are zero from then on.
 
@@ -73,6 +74,8 @@ def prune(
             :func:`without_filters`. Masks other than 0 and 1 are not possible then.
         kernel_masks: Factors of the kernels, see
             :class:`~lightning_mnp.surgery.kernels.Kernels`; all ones if None.
+        weights: Weights by name that replace those of the network, before filters are removed;
+            kernel masks are part of them already. None to replace none.
 
     Returns:
         The removed filters, and what :meth:`Pruning.undo` needs.
@@ -100,7 +103,7 @@ def prune(
     prefixes = {f"{layer.name}." for layer in layers if layer.name in touched}
     prefixes |= {f"{layer.site}." for layer in layers if layer.name in touched}
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    scaled = _scaled(network, layers, kernel_masks)
+    scaled = dict(weights) if weights is not None else _scaled(network, layers, kernel_masks)
     saved = {
         name: tensor.detach().clone()
         for name, tensor in tensors.items()
