@@ -35,7 +35,10 @@ SHORT_NAMES = {
     **{f"mask_{name}": f"masks.{name}" for name in ("lr", "momentum", "epochs")},
     "penalty": "masks.penalty",
     **{name: f"pruning.{name}" for name in ("rule", "amount", "harm", "impurity")},
-    **{name: f"pruning.{name}" for name in ("soft_mask_steps", "repair", "reaudit", "removes")},
+    **{
+        name: f"pruning.{name}"
+        for name in ("soft_mask_steps", "tuning_steps", "repair", "reaudit", "removes")
+    },
     **{n: f"verdict.{n}" for n in ("threshold", "delta", "most_classes", "reference")},
     "verdict": "verdict.rule",
     "saliency": "verdict.saliency",
@@ -52,6 +55,7 @@ QUICK: dict[str, Any] = {
     "rule": "count",
     "amount": 5,
     "soft_mask_steps": 4,
+    "tuning_steps": 4,
     "reaudit": False,
 }
 

@@ -56,6 +56,7 @@ CONFIG = {
     "pruning.rule": "count",
     "pruning.amount": 5,
     "pruning.soft_mask_steps": 4,
+    "pruning.tuning_steps": 4,
     "pruning.reaudit": False,
 }
 

@@ -56,6 +56,7 @@ SHORT = MNPConfig().changed(
         "suppression.epochs": 1,
         "pruning.amount": 0.005,
         "pruning.soft_mask_steps": 1,
+        "pruning.tuning_steps": 1,
         "pruning.reaudit": False,
         "verdict.most_classes": 3,
     }

@@ -66,6 +66,7 @@ SHORT_DEFENSE = [
     "--mnp.pruning.amount=0.01",
     "--mnp.pruning.harm=50",
     "--mnp.pruning.soft_mask_steps=2",
+    "--mnp.pruning.tuning_steps=2",
 ]
 
 pytestmark = [
@@ -108,7 +109,9 @@ class QuickConfig(MNPConfig):
     )
     masks: MaskOptions = field(default_factory=lambda: MaskOptions(epochs=1))
     pruning: PruningOptions = field(
-        default_factory=lambda: PruningOptions(amount=0.01, harm=50.0, soft_mask_steps=2)
+        default_factory=lambda: PruningOptions(
+            amount=0.01, harm=50.0, soft_mask_steps=2, tuning_steps=2
+        )
     )
     verdict: VerdictOptions = field(default_factory=lambda: VerdictOptions(most_classes=3))
 

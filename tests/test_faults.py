@@ -76,6 +76,7 @@ KILLS = [
             ("masks", "pruning", "step"),
             ("masks", "check", "step"),
             ("search", "soft_masks", "step"),
+            ("search", "tuning", "step"),
             ("search", "check", "whole"),
         )
     ),

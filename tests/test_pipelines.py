@@ -590,7 +590,9 @@ def test_defense_set_draws_on_the_cpu_and_moves_what_is_drawn() -> None:
     assert images.shape == (14, 1, 8, 8)
 
 
-def test_removed_filters_and_masks_are_on_the_device_of_each_process(tmp_path: Path) -> None:
+def test_removed_filters_masks_and_weights_are_on_the_device_of_each_process(
+    tmp_path: Path,
+) -> None:
     """Positions travel between processes as numbers, for each has a device of its own."""
     from lightning_mnp.hosting.lightning_host import follow_first
 
@@ -600,7 +602,11 @@ def test_removed_filters_and_masks_are_on_the_device_of_each_process(tmp_path: P
     before = defense.purification.removed
     masks = torch.rand(defense.case.masked.kernels.total)
     defense.purification.kernel_masks = masks.clone()
+    tuned = {"fc.weight": torch.rand(4, 3)}
+    defense.purification.tuned = dict(tuned)
     report = follow_first(defense)
+    assert defense.purification.tuned is not None
+    assert defense.purification.tuned["fc.weight"].equal(tuned["fc.weight"])
     assert defense.purification.kernel_masks is not None
     assert defense.purification.kernel_masks.equal(masks)
     assert torch.equal(before, defense.purification.removed)

@@ -1,5 +1,4 @@
-"""What is done to a flagged network: filters pruned, kernels turned down, weights tuned, logits
-repaired."""
+"""What is done to a flagged network: its filters, kernels, weights and logits are changed."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ class Purification:
 
     Filters are named from outside (:meth:`remove`) or taken step by step
     (:meth:`begin`, :meth:`greedy_step`). Kernels are then turned down (:meth:`soft_mask_step`), and
-    weights are tuned (:meth:`tuning_step`). :meth:`check` measures what is left and fits the repair.
-    The network itself changes only by :meth:`apply`.
+    weights are tuned (:meth:`tuning_step`). :meth:`check` measures what is left and fits the
+    repair. The network itself changes only by :meth:`apply`.
 
     Args:
         masked: The network as it is, on its device.
@@ -459,6 +458,6 @@ class Purification:
         if state["soft"] is not None:
             self.soft = self._new_soft_masks()
             self.soft.load_state_dict(state["soft"])
-        if state["tuning"] is not None and not self.ended and patch is not None:
+        if state["tuning"] is not None and patch is not None:
             self.tuning = self._new_tuning(patch)
             self.tuning.load_state_dict(state["tuning"])

@@ -243,7 +243,7 @@ class Tuning:
             "steps": self.steps,
             "begun": self._begun,
             "weights": {name: weight.clone() for name, weight in self._weights.items()},
-            "moments": [dict(each) for each in moments],
+            "moments": [{k: v.clone() for k, v in each.items()} for each in moments],
             "pattern": self.patch.pattern,
         }
 

@@ -90,7 +90,9 @@ def _reason(report: DefenseReport) -> str:
 
 
 def _filters(report: DefenseReport) -> str:
-    return f"filters pruned: {len(report.pruned)}, turned down: {report.turned_down}"
+    told = f"filters pruned: {len(report.pruned)}, turned down: {report.turned_down}"
+    tuned = report.pruning.tuned
+    return f"{told}, weights tuned by {tuned:.1%}" if tuned else told
 
 
 def _next_steps(

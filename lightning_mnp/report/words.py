@@ -236,6 +236,11 @@ class Words:
             yield (
                 f"Purified: {len(report.pruned):,} of {report.filters:,} filters pruned, "
                 f"{report.turned_down:,} turned down."
+                + (
+                    f" Weights were tuned by {tuned:.1%}."
+                    if (tuned := report.pruning.tuned)
+                    else ""
+                )
             )
         if report.reaudit is not None:
             yield f"The purified copy was audited again: {report.reaudit.verdict}."

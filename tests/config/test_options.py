@@ -30,6 +30,7 @@ OPTIONS: list[tuple[str, list[Any], list[Any], str]] = [
     ("raise_rare_classes", [True, False], [1, None, "no"], "True or False"),
     ("repair", [True, False], [1, None, "no"], "True or False"),
     ("soft_mask_steps", [0, 1, 100], [-1, 0.5, None], "at least 0"),
+    ("tuning_steps", [0, 1, 100], [-1, 0.5, None], "at least 0"),
     ("more_runs", [0, 1, 6], [-1, 0.5, None], "at least 0"),
     ("most_classes", [3, 1000], [2, 3.5, None], "a whole number of at least 3"),
     ("reference", ["", "calibration.json"], [None, 1, True], "text"),

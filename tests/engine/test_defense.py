@@ -107,7 +107,7 @@ def test_a_flagged_network_is_pruned_with_the_runs_of_its_verdict(
     changes = {"rule": "auto", "amount": 0.05, "runs": 2}
     defense = new_defense(when="flagged", **changes)
     assert phases(defense)[7:] == [
-        "verdict", "reach", "overlay", "pruning", "soft_masks", "check",
+        "verdict", "reach", "overlay", "pruning", "soft_masks", "tuning", "check",
     ]  # fmt: skip
     always = finished(new_defense(**changes))
     assert len(defense.case.runs) == 1
@@ -121,7 +121,7 @@ def test_automatic_rule_needs_no_masks() -> None:
     changes = {"rule": "auto", "amount": 0.05}
     assert phases(new_defense(runs=1, **changes)) == [
         "reference", "suppression", "saliency", "margin", "patch", "warp", "permutation",
-        "verdict", "reach", "overlay", "pruning", "soft_masks", "check",
+        "verdict", "reach", "overlay", "pruning", "soft_masks", "tuning", "check",
     ]  # fmt: skip
     assert "soft_masks" not in phases(new_defense(runs=1, soft_mask_steps=0, **changes))
 
@@ -136,7 +136,7 @@ def test_what_is_made_for_pruning_only_is_made_of_a_flagged_network(
     monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **options: judgement)
     expected: list[str] = []
     if verdict == "backdoored" and changes:
-        expected = ["reach", "overlay", "pruning", "soft_masks", "check"]
+        expected = ["reach", "overlay", "pruning", "soft_masks", "tuning", "check"]
     elif verdict == "backdoored":
         expected = ["suppression", "saliency", "masks", "pruning", "check"]
     made = phases(new_defense(when="flagged", runs=1, **changes))

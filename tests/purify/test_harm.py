@@ -36,6 +36,20 @@ def probabilities(harm: CleanHarm, masks: torch.Tensor | None) -> list[list[floa
     return rows
 
 
+def test_harm_against_another_network() -> None:
+    harm = new_harm(40)
+    masks, masked = torch.ones(harm.masked.layers.total), harm.masked
+    fewer = masks.index_fill(0, torch.tensor([0, 3]), 0.0)
+    rise = harm.of(fewer)
+    assert rise > 0
+    harm.compare_with(masked, fewer)
+    assert harm.of(fewer) == pytest.approx(0.0, abs=1e-6)
+    # The other way round: half of a divergence has another value, but harm there is.
+    zeros = {name: torch.zeros_like(weight) for name, weight in masked.weights().items()}
+    harm.compare_with(masked.with_weights(zeros), masks)
+    assert harm.of(masks) != pytest.approx(0.0, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("count", "share", "impurity", "left_out"),
     [

@@ -18,11 +18,13 @@ from helpers import (
 from torch.nn import functional as F
 
 from lightning_mnp.config import Constants
-from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.defense_data.defense_set import DefenseSet, value_range
 from lightning_mnp.defense_data.evaluation import clean_logits
 from lightning_mnp.purify.greedy import GreedyConstants
 from lightning_mnp.purify.harm import CleanHarm
 from lightning_mnp.purify.purification import Purification
+from lightning_mnp.purify.tuning import TuningConstants
+from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.signals.pile_up import SuppressedTrace
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.layers import find_filter_layers
@@ -30,8 +32,10 @@ from lightning_mnp.surgery.logit_shift import repair_shift
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.04, "harm": 50.0}
+# However near their own class images are, weights are tuned.
+NEAR = TuningConstants(far=-1e9)
 # No trace is ever gone, so that kernels are turned down.
-TURNING = Constants(GreedyConstants(gone_at=0.0))
+TURNING = Constants(GreedyConstants(gone_at=0.0), NEAR)
 
 
 def new_purification(constants: Constants | None = None, **changes: Any) -> Purification:
@@ -39,7 +43,7 @@ def new_purification(constants: Constants | None = None, **changes: Any) -> Puri
     data = DefenseSet(*images_and_labels())
     masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
     config = quick_config(**{**AUTO, **changes})
-    return Purification(masked, data, config, constants=constants)
+    return Purification(masked, data, config, constants=constants or Constants(NEAR))
 
 
 def traces_of(purification: Purification) -> list[Trace]:
@@ -48,6 +52,13 @@ def traces_of(purification: Purification) -> list[Trace]:
     constants = purification.constants
     weights = [pulled_to_one(masked)]
     return [SuppressedTrace(masked, weights, images, goals_of(images), constants)]
+
+
+def patch_of(purification: Purification) -> PatchTrigger:
+    masked, data = purification.raised, purification.data
+    others = data.labels != 1
+    images, (low, high) = data.images[others], value_range(data.images)
+    return PatchTrigger(masked, images, data.labels[others], goals_of(images), low, high)
 
 
 def steps_of(purification: Purification) -> list[Any]:
@@ -61,6 +72,8 @@ def steps_of(purification: Purification) -> list[Any]:
         taken.append(purification.greedy_step())
     while not purification.settled:
         taken.append(purification.soft_mask_step())
+    while not purification.ended:
+        taken.append(purification.tuning_step(patch_of(purification)))
     return taken
 
 
@@ -72,7 +85,8 @@ def test_kernels_are_turned_down_unless_the_traces_are_gone(level: float) -> Non
         purification.greedy_step()
     purification._begun.curve[-1] = (0.0, level)
     steps = steps_of(purification)
-    assert steps == [{}] if level == 0.05 else len(steps) == 3
+    assert len(steps) == (1 if level == 0.05 else 3) + 4  # the last ones are those of tuning
+    assert (steps[0] == {}) == (level == 0.05)
     assert (purification.kernel_masks is None) == (level == 0.05)
 
 
@@ -143,10 +157,12 @@ def test_what_is_left_of_each_filter() -> None:
 
 
 def as_purified(purification: Purification, images: torch.Tensor) -> torch.Tensor:
-    """The logits before the repair, with masks attached in place of changed weights."""
-    filters = purification.filter_masks()
-    with purification.masked.masking_kernels(purification.kernel_masks):
-        return purification.masked(images, masks=filters, statistics="running")
+    """The logits before the repair, with masks attached to filters in place of zeros."""
+    filters, weights = purification.filter_masks(), purification.masked.weights()
+    if purification.kernel_masks is not None:
+        weights = purification.masked.kernels.scaled(weights, purification.kernel_masks)
+    weights.update(purification.tuned or {})
+    return purification.masked(images, weights=weights, masks=filters, statistics="running")
 
 
 def test_purified_copy_gives_what_the_masks_and_the_shift_say() -> None:
@@ -205,7 +221,7 @@ def not_to_be_run(*arguments: Any) -> None:
     raise AssertionError("the network was run")
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3, 5, 6, 8])
+@pytest.mark.parametrize("stop", [0, 1, 3, 5, 6, 8, 10, 12])
 def test_resumed_purification_ends_the_same(stop: int) -> None:
     reference = new_purification(TURNING)
     reference.begin(traces_of(reference))
@@ -216,23 +232,94 @@ def test_resumed_purification_ends_the_same(stop: int) -> None:
     for _ in range(stop):
         if first.greedy is not None and not first.greedy.stopped:
             first.greedy_step()
-        else:
+        elif not first.settled:
             first.soft_mask_step()
-    second.load_state_dict(first.state_dict(), traces_of(second))
+        elif not first.ended:
+            first.tuning_step(patch_of(first))
+    second.load_state_dict(first.state_dict(), traces_of(second), patch_of(second))
     steps_of(second)
     second.check(target=1)
     assert second.removed.equal(reference.removed)
     assert second.kernel_masks is not None
     assert reference.kernel_masks is not None
     assert second.kernel_masks.equal(reference.kernel_masks)
+    assert second.tuned is not None
+    assert reference.tuned is not None
+    assert all(weight.equal(reference.tuned[name]) for name, weight in second.tuned.items())
     assert second.accuracy == reference.accuracy
     finished = new_purification(TURNING)
     finished.masked.network.register_forward_pre_hook(not_to_be_run)
-    finished.load_state_dict(second.state_dict(), traces_of(finished))
+    finished.load_state_dict(second.state_dict(), traces_of(finished), patch_of(finished))
     assert finished.shift is not None
     assert reference.shift is not None
     assert finished.shift.values.equal(reference.shift.values)
     assert finished.accuracy == reference.accuracy
+
+
+def test_weights_are_tuned_after_pruning_and_written_into_the_network() -> None:
+    purification = new_purification(TURNING, soft_mask_steps=2, tuning_steps=3, repair=False)
+    purification.begin(traces_of(purification))
+    while not purification.settled:
+        purification.soft_mask_step() if purification._begun.stopped else purification.greedy_step()
+    turned, filters = purification._masked_weights(), purification.filter_masks()
+    assert purification.tuned_by() == 0.0
+    while not purification.ended:
+        purification.tuning_step(patch_of(purification))
+    assert purification.tuned is not None
+    assert set(purification.tuned) == {each.weight for each in purification.masked.kernels.layers}
+    before = torch.cat([turned[name].flatten() for name in purification.tuned])
+    after = torch.cat([weight.flatten() for weight in purification.tuned.values()])
+    expected = float((after - before).norm() / before.norm())
+    assert purification.tuned_by() == pytest.approx(expected, rel=1e-4)
+    assert 0 < expected < 0.05
+    accuracy = purification.check(target=1)
+    images, labels = purification.data.images, purification.data.labels
+    with torch.no_grad():
+        weights = {**turned, **purification.tuned}
+        given = {"weights": weights, "masks": filters, "statistics": "running"}
+        logits = purification.masked(images, **given)
+        torch.testing.assert_close(purification.purified()(images), logits, rtol=1e-4, atol=1e-4)
+    assert accuracy == float((logits.argmax(1) == labels).float().mean())
+
+
+def test_without_a_patch_nothing_is_tuned() -> None:
+    purification = new_purification()
+    assert purification.tuning_step(None) == {}
+    assert purification.ended
+    assert purification.tuned is None
+    assert not purification.changes
+
+
+@pytest.mark.parametrize(("harm", "share"), [(0.0, 1.0), (316.0, 0.625), (1e9, 0.0), (math.nan, 0)])
+def test_tuning_that_does_too_much_harm_is_turned_back(
+    harm: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purification = new_purification(tuning_steps=3)
+    purification.tuning_step(patch_of(purification))
+    tuning = purification.tuning
+    assert tuning is not None
+
+    def of(measure: CleanHarm, masks: torch.Tensor) -> float:  # in proportion to the change
+        whole, before = tuning.changes()["fc.weight"], tuning.before.weights()["fc.weight"]
+        found = measure.masked.weights()["fc.weight"]
+        return harm * float((found - before).norm() / (whole - before).norm())
+
+    monkeypatch.setattr(CleanHarm, "of", of)
+    while not purification.ended:
+        purification.tuning_step(None)
+    if share == 1.0:
+        assert purification.warnings == []
+    else:
+        done = "were changed by 62% of what was found" if share else "were not tuned"
+        assert purification.warnings == [
+            f"weights {done}: all of it did {harm:.3g} nats of harm, and 200, 4 times "
+            "`pruning.harm`, is allowed"
+        ]
+    assert purification.changes == (share > 0)
+    if share:
+        assert purification.tuned is not None
+        expected = tuning.changes(share)
+        assert all(weight.equal(expected[name]) for name, weight in purification.tuned.items())
 
 
 def test_weights_alone_are_removed_to_the_letter() -> None:

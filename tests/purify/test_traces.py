@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import new_scene
 
-from lightning_mnp.purify.traces import find_traces
+from lightning_mnp.purify.traces import find_patch, find_traces
 from lightning_mnp.report import Signal
 from lightning_mnp.signals.base import Scene, Search
 from lightning_mnp.signals.margin import MarginSearch
@@ -151,3 +151,20 @@ def test_only_one_kind_of_exchange_can_be_pruned() -> None:
     message = r"a signal that points to a class, .* but 'rotation' points to none\."
     with pytest.raises(ValueError, match=message):
         Searches().traces("rotation", None)
+
+
+@pytest.mark.parametrize("target", [1, 2, None])
+def test_the_patch_of_tuning_does_what_the_backdoor_does(target: int | None) -> None:
+    searches = Searches()
+    searches.permutation.permutation = {0: 1, 1: 2, 2: 0}
+    signal = Signal("permutation" if target is None else "margin", 1.0, target, 0.0, 0.0, "")
+    known: dict[str, Search] = {"patch": searches.patch, "permutation": searches.permutation}
+    patch = find_patch(signal, known)
+    assert patch is not None
+    if target is None:
+        assert patch.goals.equal(searches.permutation.goals(patch.labels))
+    else:
+        assert patch.goals.eq(target).all()
+        assert not patch.labels.eq(target).any()
+        assert 0 < len(patch.images) <= 32
+    assert find_patch(signal, {}) is None

@@ -33,6 +33,14 @@ def test_a_flagged_network_stays_and_a_file_is_written() -> None:
     ]
 
 
+def test_tuned_weights_are_told() -> None:
+    report = DefenseReport("backdoored", pruning=PruningReport(tuned=0.0213))
+    told = lines(report, **FILES)
+    assert (
+        "- Purified network (filters pruned: 0, turned down: 0, weights tuned by 2.1%)" in told[2]
+    )
+
+
 @pytest.mark.parametrize(
     ("earlier", "told"),
     [([], "none"), (["a/best.ckpt", "a/last.ckpt"], "a/best.ckpt, a/last.ckpt")],

@@ -192,6 +192,10 @@ def test_facts() -> None:
         "Purified: 1 of 1,200 filters pruned, 1 turned down.",
         "The purified copy was audited again: clean.",
     ]
+    tuned = words("backdoored", pruning=PruningReport(tuned=0.0213), **CHANGED)
+    assert list(tuned.facts())[-2] == (
+        "Purified: 1 of 1,200 filters pruned, 0 turned down. Weights were tuned by 2.1%."
+    )
     assert list(words("clean", defense_set=data).facts()) == [
         "Accuracy on the 1,500 clean images: unknown."
     ]

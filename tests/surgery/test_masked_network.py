@@ -270,6 +270,17 @@ def test_masks_in_scale_and_shift_equal_masks_on_maps(norm: nn.Module, statistic
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
+def test_other_weights_are_those_of_a_network_of_its_own(network: Net) -> None:
+    masked = make(network)
+    doubled = {name: 2 * weight for name, weight in masked.weights().items()}
+    other = masked.with_weights(doubled)
+    torch.testing.assert_close(other(IMAGES), masked(IMAGES, weights=doubled))
+    assert all(weight.equal(doubled[name]) for name, weight in other.weights().items())
+    name = "layers.0.weight"
+    assert not masked.weights()[name].equal(doubled[name])
+    assert other.seen is masked.seen
+
+
 def test_raised_logits_are_those_of_a_network_of_its_own(network: Net) -> None:
     masked = make(network)
     raised = masked.with_raised({1: 2.5, 0: 1.0})

@@ -68,6 +68,23 @@ def test_kernels_that_are_turned_down(weights_only: bool) -> None:
     assert same(before, snapshot(network))
 
 
+def test_weights_that_replace_others() -> None:
+    network = trained_network()
+    images = images_and_labels()[0]
+    layers = find_filter_layers(network, images[:2])
+    masked, before = MaskedNetwork(network, layers), snapshot(network)
+    given = {"fc.weight": masked.weights()["fc.weight"] + 1.0}
+    positions = torch.tensor([0, 77])
+    filters = torch.ones(layers.total).index_fill(0, positions, 0.0)
+    weights = {**masked.weights(), **given}
+    expected = masked(images, weights=weights, masks=filters, statistics="running")
+    kernel_masks = torch.rand(masked.kernels.total)  # are part of the weights already
+    pruning = prune(network, layers, positions, kernel_masks=kernel_masks, weights=given)
+    torch.testing.assert_close(network(images), expected)
+    pruning.undo(network)
+    assert same(before, snapshot(network))
+
+
 def test_undo_is_exact() -> None:
     network = trained_network()
     layers = find_filter_layers(network, images_and_labels()[0][:2])

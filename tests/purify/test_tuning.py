@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import goals_of, images_and_labels, same, snapshot, trained_network
+from torch import Tensor
+
+from lightning_mnp.config import Constants
+from lightning_mnp.defense_data.defense_set import DefenseSet, value_range
+from lightning_mnp.purify.tuning import Tuning, TuningConstants, disagreement
+from lightning_mnp.signals.patch import PatchTrigger
+from lightning_mnp.surgery.layers import find_filter_layers
+from lightning_mnp.surgery.masked_network import MaskedNetwork
+
+
+def new_tuning(
+    steps: int = 6,
+    pruned: tuple[int, ...] = (),
+    seed: int = 0,
+    exclude: list[str] | None = None,
+    weights: dict[str, Tensor] | None = None,
+    far: float = -1e9,
+    **changes: Any,
+) -> Tuning:
+    network, data = trained_network(), DefenseSet(*images_and_labels())
+    layers = find_filter_layers(network, data.images[:2], exclude=exclude or [])
+    masked = MaskedNetwork(network, layers)
+    others = data.labels != 1
+    images, labels = data.images[others], data.labels[others]
+    low, high = value_range(data.images)
+    patch = PatchTrigger(masked, images, labels, goals_of(images), low, high)
+    filters = torch.ones(layers.total)
+    filters[list(pruned)] = 0.0
+    given = masked.weights() if weights is None else weights
+    constants = Constants(TuningConstants(far=far, **changes))
+    return Tuning(masked, given, data, patch, filters, "none", steps, 40, seed, constants)
+
+
+def finish(tuning: Tuning) -> list[dict[str, float]]:
+    taken = []
+    while not tuning.finished:
+        taken.append(tuning.step())
+    return taken
+
+
+def test_disagreement_is_the_divergence_at_a_temperature() -> None:
+    logits, wanted = torch.randn(3, 4), torch.randn(3, 4)
+    total = 0.0
+    for found, other in zip(logits.tolist(), wanted.tolist(), strict=True):
+        p, q = (
+            [math.exp(v / 2.0) / sum(math.exp(w / 2.0) for w in row) for v in row]
+            for row in (other, found)
+        )
+        total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert float(disagreement(logits, wanted, 2.0)) == pytest.approx(4 * total / 3, rel=1e-5)
+
+
+def test_a_patch_takes_images_less_far_and_clean_predictions_stay() -> None:
+    tuning = new_tuning(steps=30, weight=1.0, step=0.02)
+    network, images = tuning.before.network, tuning.data.images
+    before = snapshot(network)
+    tuning.patch.masked = tuning.before
+    tuning.patch.approach()
+    reached = float(tuning.patch.margins().mean())
+    tuning.patch.masked = tuning.masked
+    finish(tuning)
+    tuning.patch.approach()
+    assert float(tuning.patch.margins().mean()) < reached - 0.5
+    with torch.no_grad():
+        wanted = tuning.before(images, statistics="running")
+        found = tuning.masked(images, statistics="running")
+    assert float((wanted.argmax(1) == found.argmax(1)).float().mean()) > 0.9
+    assert same(before, snapshot(network))
+
+
+def test_the_first_step_is_that_of_adam_along_both_disagreements() -> None:
+    tuning = new_tuning(weight=0.5, step=0.01)
+    reference = copy.deepcopy(tuning.before.network)
+    tuning.patch.approach()
+    tuning._begun = True
+    patched = tuning.patch.applied(tuning.patch.images, tuning.patch.pattern)
+    clean = tuning.data.images
+    with torch.no_grad():
+        kept = [reference(images) for images in (clean, tuning.patch.images)]
+    reference.zero_grad()
+    # On clean images nothing has changed yet, so that there is no slope.
+    loss = 0.5 * disagreement(reference(patched), kept[1], 2.0)
+    loss.backward()
+    with torch.no_grad():
+        assert float(disagreement(reference(clean), kept[0], 2.0)) == pytest.approx(0.0, abs=1e-6)
+    found = tuning.step()
+    assert found["disagreement"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    before = tuning.before.weights()
+    for name, weight in tuning.changes().items():
+        slope = reference.get_parameter(name).grad
+        assert slope is not None
+        length = 0.01 * float(before[name].square().mean().sqrt())
+        sure = slope.abs() > 1e-5
+        assert bool(sure.any())
+        expected = before[name] - length * slope.sign()
+        torch.testing.assert_close(weight[sure], expected[sure], rtol=1e-3, atol=1e-4)
+
+
+def test_steps_get_shorter_down_to_nothing() -> None:
+    tuning = new_tuning(steps=8)
+    lengths = []
+    while not tuning.finished:
+        tuning.step()
+        lengths.append(tuning._optimizer.param_groups[0]["lr"] / tuning._lengths[0])
+    wanted = [0.5 * (1 + math.cos(math.pi * taken / 8)) for taken in range(8)]
+    assert lengths == pytest.approx(wanted)
+
+
+def test_the_patch_follows_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning, followed = new_tuning(steps=7), []
+    monkeypatch.setattr(tuning.patch, "follow", lambda masks: followed.append(tuning.taken))
+    finish(tuning)
+    assert followed == [5]
+    assert tuning.taken == 7
+
+
+@pytest.mark.parametrize("far", [1e9, math.nan])
+def test_no_step_is_taken_where_the_patch_takes_no_images_along(
+    far: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning = new_tuning(far=1e9)
+    if math.isnan(far):
+        tuning = new_tuning()
+        monkeypatch.setattr(tuning.patch, "margins", lambda masks: torch.full((3,), math.nan))
+    assert finish(tuning) == [{}]
+    assert tuning.taken == 0
+    before = tuning.before.weights()
+    assert all(weight.equal(before[name]) for name, weight in tuning.changes().items())
+
+
+def test_pruned_filters_and_layers_that_are_left_out_stay() -> None:
+    tuning = new_tuning(pruned=(0, 5), exclude=["layer2.conv2"])
+    finish(tuning)
+    before, changed = tuning.before.weights(), tuning.changes()
+    first = tuning.masked.layers[0]
+    assert "layer2.conv2.weight" not in changed
+    weight = changed[f"{first.name}.weight"]
+    assert weight[[0, 5]].equal(before[f"{first.name}.weight"][[0, 5]])
+    assert not weight[1].equal(before[f"{first.name}.weight"][1])
+
+
+def test_a_share_of_the_change() -> None:
+    tuning = new_tuning()
+    finish(tuning)
+    before = tuning.before.weights()
+    whole, half = tuning.changes(), tuning.changes(0.5)
+    for name, weight in half.items():
+        torch.testing.assert_close(weight, (before[name] + whole[name]) / 2)
+
+
+def test_weights_to_begin_with_need_not_be_those_of_the_network() -> None:
+    given = {name: weight / 2 for name, weight in new_tuning().before.weights().items()}
+    tuning = new_tuning(weights=given)
+    finish(tuning)
+    for name, weight in tuning.changes().items():
+        assert float((weight - given[name]).abs().max()) < 0.1 * float(given[name].abs().max())
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 6])
+def test_resumed_tuning_ends_the_same(stop: int) -> None:
+    reference, first, second = (new_tuning() for _ in range(3))
+    finish(reference)
+    for _ in range(stop):
+        first.step()
+    state = first.state_dict()
+    finish(first)  # which must not reach into the state
+    second.load_state_dict(state)
+    finish(second)
+    wanted: dict[str, Any] = reference.changes()
+    assert all(weight.equal(wanted[name]) for name, weight in second.changes().items())
+    assert second.patch.pattern.equal(reference.patch.pattern)
+
+
+def test_seed_decides() -> None:
+    one, same_one, other = (new_tuning(seed=seed) for seed in (0, 0, 1))
+    for tuning in (one, same_one, other):
+        tuning.batch_size = 8
+        finish(tuning)
+    name = next(iter(one.changes()))
+    assert one.changes()[name].equal(same_one.changes()[name])
+    assert not one.changes()[name].equal(other.changes()[name])
+
+
+def test_never_more_images_than_a_batch_or_the_constant() -> None:
+    assert new_tuning().batch_size == 40
+    assert new_tuning(images=5).batch_size == 5
