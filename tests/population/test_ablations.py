@@ -61,10 +61,11 @@ def test_stages_are_left_out(images: DefenseSet, monkeypatch: pytest.MonkeyPatch
         raise _StopError
 
     monkeypatch.setattr(ablations, "run_defense", stop)
-    for name in ("no-masks", "no-greedy"):
+    for name in ("no-masks", "no-greedy", "no-tuning"):
         with pytest.raises(_StopError):
             ABLATIONS[name].defend(build("lenet", 3, 32), images, 7)
-    (masks, usual), (usual_steps, greedy) = configs
+    (masks, usual), (usual_steps, greedy), (tuning, _) = configs
+    assert tuning.pruning.tuning_steps == 0 < masks.pruning.tuning_steps
     assert masks.pruning.soft_mask_steps == 0
     assert usual.of(GreedyConstants) == GreedyConstants()
     assert usual_steps.pruning.soft_mask_steps == MNPConfig().pruning.soft_mask_steps
