@@ -130,7 +130,7 @@ class PruningOptions:
         impurity: Share of the defense set that may be poisoned; harm is measured without it.
         soft_mask_steps: Steps in which the rule `auto` turns down kernels, if traces are left.
         tuning_steps: Steps in which the rule `auto` tunes weights after that, if a patch still
-            takes most images to the suspected class.
+            brings images near the suspected class.
         repair: Whether the logits are balanced again after pruning; the target's logit stays.
         reaudit: Whether a pruned network is audited again.
         removes: What pruning sets to zero: the output `map`, or the weights of the `filter` alone,

@@ -32,7 +32,8 @@ class MNPDefense:
 
     It runs the phases of a plan one after the other: ``reference``; ``suppression`` and
     ``saliency``; a search for each signal; ``verdict``, which may ask for further runs; searches
-    that only pruning needs; ``masks``, ``pruning``, ``soft_masks``, ``check`` and ``reaudit``.
+    that only pruning needs; ``masks``, ``pruning``, ``soft_masks``, ``tuning``,
+    ``check`` and ``reaudit``.
 
     The model is not changed. Every random choice follows from the seed and the place in this
     order, so a run that was stopped goes on from its state as if it had not been.

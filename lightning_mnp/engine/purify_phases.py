@@ -42,7 +42,7 @@ class _Pruning(Phase):
             curve=[] if greedy is None else [list(point) for point in greedy.curve],
             traces=[] if greedy is None else [trace.name for trace in greedy.traces],
             masks=purification.left(),
-            tuned=purification.tuned_by(),
+            tuned=purification.tuned_by,
             shift=[] if shift is None else shift.values.tolist(),
             sums=self._by_layer(scores if ranked else None),
         )
@@ -119,7 +119,7 @@ class SoftMaskPhase(Phase):
 
 
 class TuningPhase(Phase):
-    """Weights that are tuned until a patch to the suspected class takes few images along."""
+    """Weights that are tuned, so that a patch to the suspected class takes fewer images along."""
 
     name = "tuning"
 

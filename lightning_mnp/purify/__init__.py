@@ -1,1 +1,1 @@
-"""Which filters go: ranked, chosen, turned down, and what that costs."""
+"""Which filters go or are turned down, how weights are tuned after that, and what it costs."""

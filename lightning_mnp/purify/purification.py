@@ -48,6 +48,7 @@ class Purification:
         removed: Positions of the filters to prune, worst first.
         kernel_masks: What all kernels are multiplied by, shape (total kernels,), or None.
         tuned: Weights by name after tuning, masks on kernels included, or None.
+        tuned_by: By how much tuning has changed weights, as a share of their norm; 0 for not.
         shift: What is added to the logits, or None.
         accuracy: Accuracy on the defense set after all that, or None before :meth:`check`.
         class_accuracy: The same for each class that has images; empty before :meth:`check`.
@@ -86,6 +87,7 @@ class Purification:
         self.removed = torch.empty(0, dtype=torch.long, device=masked.device)
         self.kernel_masks: Tensor | None = None
         self.tuned: Weights | None = None
+        self.tuned_by = 0.0
         self.shift: LogitShift | None = None
         self.accuracy: float | None = None
         self.class_accuracy: dict[int, float] = {}
@@ -195,7 +197,9 @@ class Purification:
             self.tuning = self._new_tuning(patch)
         metrics = {} if self.tuning.finished else self.tuning.step()
         if self.tuning.finished:
-            self.tuned = self._harmless_tuning(self.tuning) if self.tuning.taken else None
+            found = self._harmless_tuning(self.tuning) if self.tuning.taken else None
+            self.tuned_by = 0.0 if found is None else self._moved(self.tuning, found)
+            self.tuned = found if self.tuned_by else None
             self.ended = True
         return metrics
 
@@ -273,13 +277,10 @@ class Purification:
         )
         return tuning.changes(share) if share else None
 
-    def tuned_by(self) -> float:
-        """Return by how much tuning has changed weights, as a share of their norm; 0 for not."""
-        if self.tuned is None:
-            return 0.0
-        before = self._masked_weights()
+    def _moved(self, tuning: Tuning, tuned: Weights) -> float:
+        before = tuning.before.weights()
         moved = whole = 0.0
-        for name, weight in self.tuned.items():
+        for name, weight in tuned.items():
             moved += float((weight - before[name]).float().square().sum())
             whole += float(before[name].float().square().sum())
         return math.sqrt(moved / whole) if whole else 0.0
@@ -414,6 +415,7 @@ class Purification:
             "removed": self.removed,
             "kernel_masks": self.kernel_masks,
             "tuned": None if self.tuned is None else dict(self.tuned),
+            "tuned_by": self.tuned_by,
             "ended": self.ended,
             "shift": None if self.shift is None else [self.shift.name, self.shift.values],
             "augment": None if self._known is None else self._known.augment,
@@ -442,6 +444,7 @@ class Purification:
         self.kernel_masks = None if masks is None else masks.to(device)
         tuned = state["tuned"]
         self.tuned = None if tuned is None else {k: v.to(device) for k, v in tuned.items()}
+        self.tuned_by = float(state["tuned_by"])
         self.ended = bool(state["ended"])
         self.shift = None if state["shift"] is None else LogitShift(*state["shift"])
         self._known = None

@@ -140,13 +140,19 @@ class Tuning:
         self.taken = 0
         self._filters = filter_masks.clone()
         tuned = [layer.weight for layer in masked.kernels.layers]
-        self._weights = {name: weights[name].detach().clone() for name in tuned}
-        self.masked = masked.with_weights({**weights, **self._weights})  # the same tensors
+        # In float32 at least: half a precision would lose small steps, and what Adam divides by.
+        self._types = {name: weights[name].dtype for name in tuned}
+        self._weights = {
+            name: weights[name].detach().to(torch.promote_types(dtype, torch.float32), copy=True)
+            for name, dtype in self._types.items()
+        }
+        self._others = {name: weight for name, weight in weights.items() if name not in tuned}
         self.patch = patch
-        patch.masked = self.masked
+        self.masked = self.before
+        self._show()
         self._begun = False
         self._lengths = [
-            self.constants.step * float(weight.float().square().mean().sqrt())
+            self.constants.step * float(weight.square().mean().sqrt())
             for weight in self._weights.values()
         ]
         groups = [{"params": [weight], "lr": 0.0} for weight in self._weights.values()]
@@ -154,11 +160,11 @@ class Tuning:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were taken, or the patch never took most images to their goals."""
+        """Whether all steps were taken, or the patch never brought images near their goals."""
         return self.taken >= self.steps
 
     def step(self) -> dict[str, float]:
-        """Take one step; make the patch first, and be finished if it takes few images along.
+        """Take one step; make the patch first, and be finished if it leaves images where they are.
 
         Returns:
             The ``disagreement`` with the predictions before tuning, on clean images and on those
@@ -179,35 +185,40 @@ class Tuning:
             self.patch.follow(self._filters)
         return {"disagreement": found}
 
+    def _show(self) -> None:
+        """Give the network the weights so far."""
+        self.masked = self.before.with_weights({**self._others, **self.changes()})
+        self.patch.masked = self.masked
+
     def _descend(self) -> float:
         constants, device = self.constants, self.masked.device
         epoch, index = divmod(self.taken, self.data.passes(self.batch_size))
         key = (self.seed, "tuning", epoch)
         images, _ = self.data.batch(index, self.batch_size, device, self.augment, key)
         patched = self.patch.applied(self.patch.images, self.patch.pattern)
-        leaves = {name: weight.requires_grad_() for name, weight in self._weights.items()}
-        weights = {**self.masked.weights(), **leaves}
+        # New ones in each step: autocast would go on with what it has kept of known ones.
+        leaves = [weight.detach().requires_grad_() for weight in self._weights.values()]
+        gradients = [torch.zeros_like(leaf) for leaf in leaves]
         loss = torch.zeros((), device=device)
-        try:
-            gradients = [torch.zeros_like(leaf) for leaf in leaves.values()]
-            # One by one, so that no more than one batch's activations are in memory.
-            for weight, clean, shown in (
-                (1.0, images, images),
-                (constants.weight, self.patch.images, patched),
-            ):
-                with torch.no_grad():
-                    wanted = self._logits(self.before, clean)
-                with torch.enable_grad():
-                    logits = self._logits(self.masked, shown, weights)
-                    part = weight * disagreement(logits, wanted, constants.temperature)
-                    slopes = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
-                loss = loss + part.detach()
-                for gradient, slope in zip(gradients, slopes, strict=True):
-                    if slope is not None:  # a layer that is not called has none
-                        gradient += slope
-        finally:
-            for leaf in leaves.values():
-                leaf.requires_grad_(False)
+        # One by one, so that no more than one batch's activations are in memory.
+        for weight, clean, shown in (
+            (1.0, images, images),
+            (constants.weight, self.patch.images, patched),
+        ):
+            with torch.no_grad():
+                wanted = self._logits(self.before, clean)
+            with torch.enable_grad():
+                cast = {
+                    name: leaf.to(dtype)
+                    for leaf, (name, dtype) in zip(leaves, self._types.items(), strict=True)
+                }
+                logits = self._logits(self.masked, shown, {**self._others, **cast})
+                part = weight * disagreement(logits, wanted, constants.temperature)
+                slopes = torch.autograd.grad(part, leaves, allow_unused=True)
+            loss = loss + part.detach()
+            for gradient, slope in zip(gradients, slopes, strict=True):
+                if slope is not None:  # a layer that is not called has none
+                    gradient += slope
         rest = 0.5 * (1 + math.cos(math.pi * self.taken / self.steps))
         for group, length, gradient in zip(
             self._optimizer.param_groups, self._lengths, gradients, strict=True
@@ -216,6 +227,7 @@ class Tuning:
             group["params"][0].grad = gradient
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._show()
         return float(loss)
 
     def _logits(
@@ -231,7 +243,7 @@ class Tuning:
         """
         before = self.before.weights()
         return {
-            name: before[name].lerp(weight.detach(), share)
+            name: before[name].to(weight).lerp(weight.detach(), share).to(self._types[name])
             for name, weight in self._weights.items()
         }
 
@@ -254,6 +266,7 @@ class Tuning:
         self._begun = bool(state["begun"])
         for name, weight in self._weights.items():
             weight.copy_(state["weights"][name])
+        self._show()
         for weight, moments in zip(self._weights.values(), state["moments"], strict=True):
             # The count of steps stays on the CPU, as the optimizer has it.
             self._optimizer.state[weight] = {

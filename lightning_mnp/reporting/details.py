@@ -119,6 +119,8 @@ def purification(report: DefenseReport) -> Markup | None:
                 _number(down),
             )
         )
+    if not rows:
+        return None
     head = tag(
         "tr",
         tag("th", "layer"),
@@ -127,7 +129,9 @@ def purification(report: DefenseReport) -> Markup | None:
         tag("th", "turned down", class_="number"),
     )
     left = len(names) - len(rows)
-    note = tag("p", f"Layers left as they were: {left:,}.", class_="muted small") if left else None
+    note = (
+        tag("p", f"Layers without such filters: {left:,}.", class_="muted small") if left else None
+    )
     return tag("section", tag("h2", "Filters that were changed"), tag("table", head, *rows), note)
 
 

@@ -124,6 +124,7 @@ def test_automatic_rule_needs_no_masks() -> None:
         "verdict", "reach", "overlay", "pruning", "soft_masks", "tuning", "check",
     ]  # fmt: skip
     assert "soft_masks" not in phases(new_defense(runs=1, soft_mask_steps=0, **changes))
+    assert "tuning" not in phases(new_defense(runs=1, tuning_steps=0, **changes))
 
 
 @short

@@ -262,7 +262,7 @@ def test_weights_are_tuned_after_pruning_and_written_into_the_network() -> None:
     while not purification.settled:
         purification.soft_mask_step() if purification._begun.stopped else purification.greedy_step()
     turned, filters = purification._masked_weights(), purification.filter_masks()
-    assert purification.tuned_by() == 0.0
+    assert purification.tuned_by == 0.0
     while not purification.ended:
         purification.tuning_step(patch_of(purification))
     assert purification.tuned is not None
@@ -270,7 +270,7 @@ def test_weights_are_tuned_after_pruning_and_written_into_the_network() -> None:
     before = torch.cat([turned[name].flatten() for name in purification.tuned])
     after = torch.cat([weight.flatten() for weight in purification.tuned.values()])
     expected = float((after - before).norm() / before.norm())
-    assert purification.tuned_by() == pytest.approx(expected, rel=1e-4)
+    assert purification.tuned_by == pytest.approx(expected, rel=1e-4)
     assert 0 < expected < 0.05
     accuracy = purification.check(target=1)
     images, labels = purification.data.images, purification.data.labels
@@ -290,6 +290,28 @@ def test_without_a_patch_nothing_is_tuned() -> None:
     assert not purification.changes
 
 
+def test_nothing_is_tuned_where_the_patch_leaves_images_where_they_are() -> None:
+    purification = new_purification(Constants(TuningConstants(far=1e9)))
+    assert purification.tuning_step(patch_of(purification)) == {}
+    again = new_purification(Constants(TuningConstants(far=1e9)))
+    again.load_state_dict(purification.state_dict(), [], patch_of(again))
+    for each in (purification, again):
+        assert each.ended
+        assert each.tuned is None
+        assert not each.changes
+        assert each.warnings == []
+
+
+def test_tuning_that_changes_nothing_is_none() -> None:
+    purification = new_purification(Constants(TuningConstants(far=-1e9, step=0.0)))
+    while not purification.ended:
+        purification.tuning_step(patch_of(purification))
+    assert purification.tuning is not None
+    assert purification.tuning.taken == 4
+    assert purification.tuned is None
+    assert not purification.changes
+
+
 @pytest.mark.parametrize(("harm", "share"), [(0.0, 1.0), (316.0, 0.625), (1e9, 0.0), (math.nan, 0)])
 def test_tuning_that_does_too_much_harm_is_turned_back(
     harm: float, share: float, monkeypatch: pytest.MonkeyPatch
@@ -300,6 +322,11 @@ def test_tuning_that_does_too_much_harm_is_turned_back(
     assert tuning is not None
 
     def of(measure: CleanHarm, masks: torch.Tensor) -> float:  # in proportion to the change
+        assert measure._before is not None
+        images = measure.clean[0].images
+        with torch.no_grad():
+            logits = tuning.before(images, masks=masks, statistics="running")
+        torch.testing.assert_close(measure._before[: len(images)], logits.log_softmax(1))
         whole, before = tuning.changes()["fc.weight"], tuning.before.weights()["fc.weight"]
         found = measure.masked.weights()["fc.weight"]
         return harm * float((found - before).norm() / (whole - before).norm())

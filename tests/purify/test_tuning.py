@@ -116,11 +116,11 @@ def test_steps_get_shorter_down_to_nothing() -> None:
 
 
 def test_the_patch_follows_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning, followed = new_tuning(steps=7), []
+    tuning, followed = new_tuning(steps=10), []
     monkeypatch.setattr(tuning.patch, "follow", lambda masks: followed.append(tuning.taken))
     finish(tuning)
     assert followed == [5]
-    assert tuning.taken == 7
+    assert tuning.taken == 10
 
 
 @pytest.mark.parametrize("far", [1e9, math.nan])
@@ -163,6 +163,43 @@ def test_weights_to_begin_with_need_not_be_those_of_the_network() -> None:
     finish(tuning)
     for name, weight in tuning.changes().items():
         assert float((weight - given[name]).abs().max()) < 0.1 * float(given[name].abs().max())
+        assert not weight.equal(given[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_gives_finite_weights_of_its_own_type(dtype: torch.dtype) -> None:
+    tuning = new_tuning()
+    network = tuning.before.network.to(dtype)
+    layers = tuning.before.layers
+    masked = MaskedNetwork(network, layers)
+    data = DefenseSet(tuning.data.images.to(dtype), tuning.data.labels)
+    images, labels = tuning.patch.images.to(dtype), tuning.patch.labels
+    low, high = value_range(data.images)
+    patch = PatchTrigger(masked, images, labels, goals_of(images), low, high)
+    filters = torch.ones(layers.total)
+    filters[[0, 5]] = 0.0
+    constants = Constants(TuningConstants(far=-1e9, step=0.05))
+    given = (masked.weights(), data, patch, filters, "none", 4, 40, 0, constants)
+    tuning = Tuning(masked, *given)
+    finish(tuning)
+    for name, weight in tuning.changes().items():
+        assert weight.dtype == dtype
+        assert bool(weight.isfinite().all())
+        assert not weight.equal(masked.weights()[name])
+
+
+def test_a_layer_that_is_not_called_stays() -> None:
+    tuning = new_tuning()
+    network = tuning.before.network
+    network.add_module("idle", torch.nn.Conv2d(1, 2, 1))
+    masked = MaskedNetwork(network, tuning.before.layers)
+    given = (tuning.data, tuning.patch, torch.ones(masked.layers.total), "none", 3, 40, 0)
+    constants = Constants(TuningConstants(far=-1e9))
+    again = Tuning(masked, masked.weights(), *given, constants)
+    finish(again)
+    changes, before = again.changes(), masked.weights()
+    assert changes["idle.weight"].equal(before["idle.weight"])
+    assert not changes["conv1.weight"].equal(before["conv1.weight"])
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 6])

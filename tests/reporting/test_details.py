@@ -41,4 +41,4 @@ def test_long_lists_of_filters_are_cut() -> None:
     pruned = [("conv1", index) for index in range(100)]
     table = str(purification(full_report(pruned=pruned, pruning=PruningReport())))
     assert "37, 38, 39 …" in table
-    assert "Layers left as they were: 2." in table
+    assert "Layers without such filters: 2." in table

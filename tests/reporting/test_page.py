@@ -68,7 +68,7 @@ def test_everything_is_told() -> None:
         "What is left of the backdoor",
         "Harm to clean images, in nats",
         "layer1.conv 4 3 1",
-        "Layers left as they were: 1.",
+        "Layers without such filters: 1.",
         "1 (dog) 250 80% 70%",
         "cd" * 32,
         "ef" * 32,
