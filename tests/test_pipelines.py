@@ -590,25 +590,38 @@ def test_defense_set_draws_on_the_cpu_and_moves_what_is_drawn() -> None:
     assert images.shape == (14, 1, 8, 8)
 
 
-def test_removed_filters_masks_and_weights_are_on_the_device_of_each_process(
-    tmp_path: Path,
+def test_removed_filters_masks_and_weights_are_those_of_the_first_process(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Positions travel between processes as numbers, for each has a device of its own."""
-    from lightning_mnp.hosting.lightning_host import follow_first
+    from lightning_mnp.hosting import lightning_host
 
     defense = MNPDefense(small_network(), DefenseSet(*images_and_labels()), CONFIG)
     while not defense.finished:
         defense.step()
     before = defense.purification.removed
     masks = torch.rand(defense.case.masked.kernels.total)
-    defense.purification.kernel_masks = masks.clone()
     tuned = {"fc.weight": torch.rand(4, 3)}
-    defense.purification.tuned = dict(tuned)
-    report = follow_first(defense)
-    assert defense.purification.tuned is not None
-    assert defense.purification.tuned["fc.weight"].equal(tuned["fc.weight"])
-    assert defense.purification.kernel_masks is not None
-    assert defense.purification.kernel_masks.equal(masks)
+    first: list[Any] = []
+    for rank in (0, 1):
+        # What this process has: of the first, it is sent and taken; of another, neither.
+        defense.purification.kernel_masks = masks + rank
+        defense.purification.tuned = {name: weight + rank for name, weight in tuned.items()}
+
+        def gather(outcome: Any, rank: int = rank) -> list[Any]:
+            if rank == 0:
+                first.append(outcome)
+            else:
+                assert outcome[2:4] == (None, None)
+            return [first[0], outcome]
+
+        monkeypatch.setattr(lightning_host, "process_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(lightning_host, "gather_objects", gather)
+        report = lightning_host.follow_first(defense)
+        assert defense.purification.tuned is not None
+        assert defense.purification.tuned["fc.weight"].equal(tuned["fc.weight"])
+        assert defense.purification.kernel_masks is not None
+        assert defense.purification.kernel_masks.equal(masks)
     assert torch.equal(before, defense.purification.removed)
     assert defense.purification.removed.device == before.device
     assert report.pruned == [defense.case.layers.locate(int(each)) for each in before]
