@@ -116,9 +116,10 @@ class MaskOptions:
 class PruningOptions:
     """Which filters go, how many, and what is done after that.
 
-    The rule `auto` takes filters that carry the target class, step by step, until the traces of
-    the backdoor are gone or `harm` and `amount` allow no more. The others take the filters with
-    the lowest M1 + M2, as in the paper. By every rule, at least one filter of each layer stays.
+    The rule `auto` takes filters that carry the target class, step by step, until the traces of the
+    backdoor are gone or `harm` and `amount` allow no more. Soft masks and tuning follow it alone.
+    The others take the filters with the lowest M1 + M2, as in the paper. By every rule, at least
+    one filter of each layer stays.
 
     Harm is counted in nats: the rise of the loss on clean images, and with fewer than 2,500 of
     them also how far predictions move.
@@ -128,9 +129,8 @@ class PruningOptions:
         amount: The count, share or threshold; for `auto`, the most to prune as a share of all.
         harm: Most harm to clean images by the rule `auto`, in nats.
         impurity: Share of the defense set that may be poisoned; harm is measured without it.
-        soft_mask_steps: Steps in which the rule `auto` turns down kernels, if traces are left.
-        tuning_steps: Steps in which the rule `auto` tunes weights after that, if a patch still
-            brings images near the suspected class.
+        soft_mask_steps: Steps that turn down kernels, if traces are left.
+        tuning_steps: Steps that tune weights after that.
         repair: Whether the logits are balanced again after pruning; the target's logit stays.
         reaudit: Whether a pruned network is audited again.
         removes: What pruning sets to zero: the output `map`, or the weights of the `filter` alone,
