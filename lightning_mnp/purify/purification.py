@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -189,11 +189,10 @@ class Purification:
         Returns:
             Numbers of this step, see :meth:`Tuning.step`.
         """
-        if self.tuning is None and patch is None:
-            self.ended = True
-            return {}
         if self.tuning is None:
-            assert patch is not None
+            if patch is None:
+                self.ended = True
+                return {}
             self.tuning = self._new_tuning(patch)
         metrics = {} if self.tuning.finished else self.tuning.step()
         if self.tuning.finished:
@@ -255,27 +254,52 @@ class Purification:
 
         None if nothing is left of the change.
         """
-        constants, config = self.constants.of(TuningConstants), self.config
-        filters = self.filter_masks()
+        config, filters, before = self.config, self.filter_masks(), tuning.before
+        limits = self.constants.of(HarmConstants)
+        given = self._clean.sets, config.batch_size, config.pruning.impurity, limits
+        measure = CleanHarm(before, *given)
+        measure.compare_with(before, filters)
 
         def harm(share: float) -> float:
-            tuned = tuning.before.with_weights({**tuning.before.weights(), **tuning.changes(share)})
-            limits = self.constants.of(HarmConstants)
-            given = self._clean.sets, config.batch_size, config.pruning.impurity, limits
-            measure = CleanHarm(tuned, *given)
-            measure.compare_with(tuning.before, filters)
+            measure.masked = before.with_weights({**before.weights(), **tuning.changes(share)})
             return measure.of(filters)
 
-        most, whole = constants.harm * config.pruning.harm, harm(1.0)
-        if whole <= most:
-            return tuning.changes()
-        share = harmless_share(harm, most, constants.halvings)
-        done = f"weights were changed by {share:.0%} of what was found"
-        self.warnings.append(
-            f"{done if share else 'weights were not tuned'}: all of it did {whole:.3g} nats of "
-            f"harm, and {most:g}, {constants.harm} times `pruning.harm`, is allowed"
+        share = self._allowed_share(
+            harm,
+            self.constants.of(TuningConstants),
+            "weights were changed",
+            "weights were not tuned",
+            "of harm",
         )
         return tuning.changes(share) if share else None
+
+    def _allowed_share(
+        self,
+        harm: Callable[[float], float],
+        constants: SoftMaskConstants | TuningConstants,
+        done: str,
+        undone: str,
+        what: str,
+    ) -> float:
+        """Return how much of a change may stay, from 0 to 1, and warn if that is not all.
+
+        Args:
+            harm: The harm of a share, in nats.
+            constants: How much harm is allowed, and how exactly the share is found.
+            done: What was done, for the warning.
+            undone: The same if nothing may stay.
+            what: What the nats are of.
+        """
+        most, whole = constants.harm * self.config.pruning.harm, harm(1.0)
+        if whole <= most:
+            return 1.0
+        share = harmless_share(harm, most, constants.halvings)
+        told = f"{done} by {share:.0%} of what was found" if share else undone
+        self.warnings.append(
+            f"{told}: all of it did {whole:.3g} nats {what}, and {most:g}, {constants.harm} times "
+            "`pruning.harm`, is allowed"
+        )
+        return share
 
     def _moved(self, tuning: Tuning, tuned: Weights) -> float:
         before = tuning.before.weights()
@@ -295,22 +319,13 @@ class Purification:
 
         None if nothing is left of them.
         """
-        constants = self.constants.of(SoftMaskConstants)
-        most = constants.harm * self.config.pruning.harm
-        rise = self._harm_beyond_pruning(masks)
-        if rise <= most:
-            return masks
         begun = torch.ones_like(masks)
-        share = harmless_share(
+        share = self._allowed_share(
             lambda share: self._harm_beyond_pruning(begun.lerp(masks, share)),
-            most,
-            constants.halvings,
-        )
-        done = f"kernels were turned down by {share:.0%} of what was found"
-        self.warnings.append(
-            f"{done if share else 'kernels were not turned down'}: all of it did {rise:.3g} nats "
-            f"more harm than pruning, and {most:g}, {constants.harm} times `pruning.harm`, is "
-            "allowed"
+            self.constants.of(SoftMaskConstants),
+            "kernels were turned down",
+            "kernels were not turned down",
+            "more harm than pruning",
         )
         return begun.lerp(masks, share) if share else None
 

@@ -12,6 +12,7 @@ as well. Fitted to labels, networks learned their backdoors anew.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,9 +187,14 @@ class Tuning:
         return {"disagreement": found}
 
     def _show(self) -> None:
-        """Give the network the weights so far."""
-        self.masked = self.before.with_weights({**self._others, **self.changes()})
+        """Make the network, and the patch, run with the weights so far."""
+        self.masked = self.before.with_weights(self._all(self._weights.values()))
         self.patch.masked = self.masked
+
+    def _all(self, tuned: Iterable[Tensor]) -> Weights:
+        """Return all weights in the network's own types, with these for the tuned ones."""
+        typed = zip(self._types.items(), tuned, strict=True)
+        return {**self._others, **{name: weight.to(dtype) for (name, dtype), weight in typed}}
 
     def _descend(self) -> float:
         constants, device = self.constants, self.masked.device
@@ -208,11 +214,7 @@ class Tuning:
             with torch.no_grad():
                 wanted = self._logits(self.before, clean)
             with torch.enable_grad():
-                cast = {
-                    name: leaf.to(dtype)
-                    for leaf, (name, dtype) in zip(leaves, self._types.items(), strict=True)
-                }
-                logits = self._logits(self.masked, shown, {**self._others, **cast})
+                logits = self._logits(self.masked, shown, self._all(leaves))
                 part = weight * disagreement(logits, wanted, constants.temperature)
                 slopes = torch.autograd.grad(part, leaves, allow_unused=True)
             loss = loss + part.detach()
