@@ -33,6 +33,8 @@ class Grid:
         widths: Channels of the first stage; null for those of the base.
         poison_rates: Shares of poisoned training images; null for those that are configured.
         modes: `all-to-one` or `all-to-all`; null for what is configured.
+        fine_tuning: Options of the training, by dotted name, for networks with an attack, which
+            then start from the clean network; whole trainings if there are none.
 
     Raises:
         ValueError: If a list is empty or names something twice, or a number is out of range.
@@ -48,6 +50,7 @@ class Grid:
     widths: list[int | None] = field(default_factory=lambda: [None])
     poison_rates: list[float | None] = field(default_factory=lambda: [None])
     modes: list[str | None] = field(default_factory=lambda: [None])
+    fine_tuning: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (self.defenses or self.detectors):
@@ -57,7 +60,7 @@ class Grid:
             )
         for name, values in vars(self).items():
             told = [each.label if isinstance(each, Method) else each for each in values]
-            if not values and name not in ("defenses", "detectors"):
+            if not values and name not in ("defenses", "detectors", "fine_tuning"):
                 raise ValueError(f"Expected `{name}` of a grid not to be empty.")
             if len(set(told)) < len(told):
                 raise ValueError(f"Expected `{name}` of a grid to name each once, but got {told}.")
@@ -172,7 +175,9 @@ def cells_of(
         )
         for architecture, width, mode, rate, seed, attack in networks:
             recipe = NetworkRecipe(
-                *(base, attack, seed, architecture, width, rate, mode, device), dict(options or {})
+                *(base, attack, seed, architecture, width, rate, mode, device),
+                dict(options or {}),
+                grid.fine_tuning,
             )
             rest = itertools.product(grid.defense_sizes, grid.defense_seeds, chosen)
             for size, defense_seed, (task, method) in rest:

@@ -121,6 +121,8 @@ class NetworkRecipe:
         device: ``"cpu"`` or ``"cuda"``.
         options: Options of `fit` by dotted name, such as ``"trainer.max_epochs"``, that replace
             those of the base. What the attack's configuration says has the last word.
+        fine_tuning: If it is not empty, a network with an attack starts from the clean network, and
+            these options of `fit` replace those of `options`, by dotted name.
 
     Raises:
         ValueError: From its properties, if an attack is unknown or does not take an option.
@@ -135,12 +137,16 @@ class NetworkRecipe:
     mode: str | None = None
     device: str = "cpu"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    fine_tuning: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @cached_property
     def content(self) -> dict[str, Any]:
         """The merged configuration, without places of files."""
         content = _read(self.base)
-        for name, value in self.options.items():
+        options = self.options
+        if self._is_fine_tuned:  # the place of the clean network is set when it is known
+            options = {**options, **self.fine_tuning, "model.checkpoint": None}
+        for name, value in options.items():
             _check_option(content, name)
             _set(content, name, value)
         parts = [] if self.attack == CLEAN else self.attack.split("+")
@@ -163,6 +169,10 @@ class NetworkRecipe:
             callbacks.append(copy.deepcopy(_SAVE_LAST))
         content["trainer"]["callbacks"] = callbacks
         return content
+
+    @property
+    def _is_fine_tuned(self) -> bool:
+        return bool(self.fine_tuning) and self.attack != CLEAN
 
     def _change_attack(self, content: dict[str, Any]) -> None:
         """Set seed, rate and mode of the attack; and its clean network's shape."""
@@ -208,7 +218,7 @@ class NetworkRecipe:
         options = self.attack_options.get("init_args", {})
         if "reference" not in options and not self._starts_from_clean:
             return None
-        return replace(self, attack=CLEAN, poison_rate=None, mode=None)
+        return replace(self, attack=CLEAN, poison_rate=None, mode=None, fine_tuning={})
 
     @property
     def _starts_from_clean(self) -> bool:
@@ -286,6 +296,7 @@ class NetworkRecipe:
             "width": self.network.get("width", 64),
             "epochs": self.content["trainer"].get("max_epochs"),
             "options": self.options,
+            "fine_tuning": self.fine_tuning if self._is_fine_tuned else {},
             "device": self.device,
         }
 
