@@ -48,6 +48,7 @@ def result(
         "width": 16,
         "epochs": 10,
         "options": {},
+        "fine_tuning": {},
         "device": "cpu",
         **network,
     }

@@ -174,6 +174,7 @@ def mitigation(results: Sequence[Result], marks: Marks) -> list[Table]:
             notes.insert(
                 1, f"To lose: no better in CA and ASR, and worse by over {_POINTS} points in one."
             )
+        notes += _fine_tuned(here)
         tables.append(Table(f"{name}-{number}", title, heads, lines, notes))
     return tables
 
@@ -217,6 +218,16 @@ def _not_learned(attack: str, group: Sequence[Result]) -> list[str]:
         return []
     found = f"{len(weak)} of {len(rates)} networks have an ASR below {_LEARNED:.0f}% before any"
     return [f"{attack}: {found} defense, so the attack was not learned."]
+
+
+def _fine_tuned(results: Sequence[Result]) -> list[str]:
+    """Say in words which networks were not trained whole."""
+    epochs: dict[int, dict[str, None]] = {}
+    for each in results:
+        if each.network["fine_tuning"]:
+            epochs.setdefault(each.network["epochs"], {})[each.attack] = None
+    told = [f"{', '.join(attacks)} ({count} epochs)" for count, attacks in sorted(epochs.items())]
+    return [f"Trained on from the clean network of their seed: {', '.join(told)}."] if told else []
 
 
 def _losses(attack: str, group: Sequence[Result]) -> list[str]:
@@ -360,6 +371,7 @@ def detection(results: Sequence[Result], marks: Marks) -> list[Table]:
         notes = [note]
         for attack in attacks:
             notes += _not_learned(attack, [each for each in here if each.attack == attack])
+        notes += _fine_tuned(here)
         title = f"Table 4: detection; {setting}"
         tables.append(Table(f"table4-{number}", title, heads, lines, notes))
     return tables

@@ -50,6 +50,20 @@ def test_poison_rates_and_modes(base: Path) -> None:
     ]
 
 
+def test_fine_tuning_is_for_the_networks_of_its_grid(base: Path) -> None:
+    tuning = {"trainer.max_epochs": 3}
+    grids = [
+        Grid(["clean", "badnets"], ["clp"], fine_tuning=tuning),
+        Grid(["clean", "badnets"], ["clp"]),
+    ]
+    told = [cell.network.described() for cell in cells_of(grids, base)]
+    assert [(each["attack"], each["fine_tuning"]) for each in told] == [
+        ("clean", {}),
+        ("badnets", tuning),
+        ("badnets", {}),
+    ]
+
+
 def test_a_cell_is_described_by_primitives(base: Path) -> None:
     [cell] = cells_of([Grid(["badnets"], detectors=["strip"])], base, test_images=7, suspects=9)
     told = cell.described()

@@ -108,9 +108,45 @@ def test_a_recipe_that_needs_a_clean_network(base: Path) -> None:
     assert NetworkRecipe(base, "badnets").clean is None
 
 
+def test_fine_tuning_starts_from_the_clean_network(base: Path) -> None:
+    tuning = {"trainer.max_epochs": 3, "model.lr": 0.01}
+    options = {"trainer.max_epochs": 9}
+    recipe = NetworkRecipe(base, "badnets", 2, options=options, fine_tuning=tuning)
+    assert recipe.clean == NetworkRecipe(base, seed=2, options=options)
+    assert recipe.clean.content["trainer"]["max_epochs"] == 9
+    content = recipe.configuration(Path("out"), None, Path("clean/last.ckpt"))
+    assert content["trainer"]["max_epochs"] == 3
+    arguments = content["model"]["init_args"]
+    assert (arguments["lr"], arguments["checkpoint"]) == (0.01, "clean/last.ckpt")
+    told = recipe.described()
+    assert (told["epochs"], told["fine_tuning"], told["usual"]) == (3, tuning, True)
+    whole = NetworkRecipe(base, "badnets", 2, options=options)
+    assert whole.described()["fine_tuning"] == {}
+    assert len({recipe.digest, whole.digest, recipe.clean.digest}) == 3
+
+
+def test_fine_tuning_leaves_a_clean_network_as_it_is(base: Path) -> None:
+    recipe = NetworkRecipe(base, fine_tuning={"trainer.max_epochs": 3})
+    assert recipe.digest == NetworkRecipe(base).digest
+    assert recipe.clean is None
+    assert recipe.described()["fine_tuning"] == {}
+
+
+def test_fine_tuning_of_an_attack_that_is_made_with_the_clean_network(base: Path) -> None:
+    recipe = NetworkRecipe(base, "cl", fine_tuning={"model.lr": 0.01})
+    content = recipe.configuration(Path("out"), None, Path("clean/last.ckpt"))
+    reference = content["data"]["init_args"]["attack"]["init_args"]["reference"]["init_args"]
+    assert reference["checkpoint"] == content["model"]["init_args"]["checkpoint"]
+    assert recipe.clean == NetworkRecipe(base)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"attack": "badnets", "fine_tuning": {"trainer.max_epoch": 3}},
+            "Trainer takes, but got 'trainer.max_epoch'.*Did you mean 'max_epochs'",
+        ),
         (
             {"attack": "badnet"},
             r"out of clean, badnets, cl, wanet, but got 'badnet'. Did you mean 'b",

@@ -163,3 +163,21 @@ def test_a_result_without_a_rate_has_no_place_in_table_3() -> None:
     assert by_rate([result("mnp", rate=None)], Marks()) == []
     results = [result("mnp", rate=rate) for rate in (None, 0.05, 0.1)]
     assert by_rate(results, Marks()) == by_rate(results[1:], Marks())
+
+
+def test_networks_that_were_trained_on_from_the_clean_one_are_named() -> None:
+    tuning = {"trainer.max_epochs": 3}
+    results = [
+        result(fine_tuning=tuning, epochs=3),
+        result(attack="SIG", fine_tuning=tuning, epochs=3),
+        result(attack="Blend", fine_tuning=tuning, epochs=6),
+        result(attack="Trojan"),
+    ]
+    [table] = mitigation(results, Marks())
+    told = "Trained on from the clean network of their seed: BadNets, SIG (3 epochs), Blend (6 "
+    assert [note for note in table.notes if note.startswith(told)]
+    found = [result(label="ac", task="detector", verdict="clean", fine_tuning=tuning, epochs=3)]
+    [table] = detection(found, Marks())
+    told = "Trained on from the clean network of their seed: BadNets (3 epochs)."
+    assert told in table.notes
+    assert not any("Trained on" in note for note in mitigation([result()], Marks())[0].notes)
