@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh run BUNDLE OUT               # there: one call, at most LIMIT seconds
 #
 # `pack` puts the images into an archive and collects the wheels that a bare CUDA machine with torch,
-# torchvision, lightning, torchmetrics, scipy and safetensors lacks. PYTHON (3.11) is the version there.
+# torchvision, lightning, torchmetrics, scipy and safetensors lacks. PYTHON (3.12) is the version there.
 # `run` first runs the tests that need a GPU, then trains the networks and runs the defenses on them,
 # as far as the time goes, and leaves OUT/cells.tar.gz. With RESULTS, a folder of earlier cells, it
 # goes on behind these. For a trial elsewhere: CONFIG (benchmarks/configs/gpu.yaml), DEVICE (cuda),
@@ -22,14 +22,15 @@ usage() {
 pack() {
     local bundle=$1 data=$2
     mkdir -p "$bundle/wheels"
-    tar -C "$data" -chf "$bundle/data.tar" .
+    # Compressed: small images fill whole blocks of an archive, six times what they need.
+    tar -C "$data" -chJf "$bundle/data.tar.xz" .
     # What the machine has is left out: its torch fits its driver.
-    pip download --quiet --only-binary :all: --no-deps --python-version "${PYTHON:-3.11}" \
+    python3 -m pip download --quiet --only-binary :all: --no-deps --python-version "${PYTHON:-3.12}" \
         --dest "$bundle/wheels" \
         cloudpickle docstring-parser hypothesis importlib-resources iniconfig joblib jsonargparse \
         markdown-it-py mdurl narwhals pluggy pygments pytest rich scikit-learn \
         sortedcontainers threadpoolctl typeshed-client
-    pip wheel --quiet --no-deps --wheel-dir "$bundle/wheels" "$here"
+    python3 -m pip wheel --quiet --no-deps --wheel-dir "$bundle/wheels" "$here"
     du -sh "$bundle"
 }
 
@@ -42,9 +43,9 @@ run() {
     # shellcheck disable=SC2064
     trap "rm -rf '$work'" EXIT
     mkdir -p "$work/data" "$work/cells"
-    tar -C "$work/data" -xf "$bundle/data.tar"
+    python3 -m tarfile -e "$bundle/data.tar.xz" "$work/data"  # xz may be missing
     if compgen -G "$bundle/wheels/*.whl" >/dev/null; then
-        pip install --quiet --no-index --no-deps --target "$work/site" "$bundle"/wheels/*.whl
+        python3 -m pip install --quiet --no-index --no-deps --target "$work/site" "$bundle"/wheels/*.whl
     fi
     export PYTHONPATH="$here:$work/site${PYTHONPATH:+:$PYTHONPATH}"
     if [ -n "${RESULTS:-}" ]; then cp "$RESULTS"/*.json "$work/cells/"; fi
@@ -52,12 +53,12 @@ run() {
     local tests=${TESTS--m cuda tests/test_cuda.py}
     if [ -n "$tests" ]; then
         # shellcheck disable=SC2086
-        timeout $((limit / 4)) python -m pytest -q -p no:cacheprovider $tests \
+        timeout $((limit / 4)) python3 -m pytest -q -p no:cacheprovider $tests \
             2>&1 | tee "$out/tests.log" | tail -n 5 || echo "tests failed, see $out/tests.log"
     fi
     # Thirty seconds are kept for the last cell to be longer than thought, and for the archive.
     local left=$((limit - SECONDS - 30))
-    timeout $((left + 20)) python -m lightning_mnp.cli benchmark run --progress false \
+    timeout $((left + 20)) python3 -m lightning_mnp.cli benchmark run --progress false \
         --config "${CONFIG:-benchmarks/configs/gpu.yaml}" --device "${DEVICE:-cuda}" \
         --data "$work/data" --networks "$work/networks" --out "$work/cells" \
         --jobs "${JOBS:-4}" --budget "${left}s" 2>&1 | tee "$out/run.log" || true
