@@ -30,8 +30,11 @@ import lightning_mnp
 from lightning_mnp import DefenseSet, MNPConfig, MNPDefense, MNPModule
 from lightning_mnp.attacks import BadNets, WaNet, WaNetModule
 from lightning_mnp.cli.command_line import main
+from lightning_mnp.config import Constants
 from lightning_mnp.data import DigitsDataModule
 from lightning_mnp.models import Classifier
+from lightning_mnp.purify.greedy import GreedyConstants
+from lightning_mnp.purify.tuning import TuningConstants
 
 KIND = os.environ.get("LIGHTNING_MNP_CUDA_TESTS", "cuda")
 
@@ -225,6 +228,33 @@ def test_a_defense_goes_on_from_its_state(tmp_path: Path, steps: int) -> None:
     while not second.finished:
         second.step()
     assert len(second.report().pruned) == 5
+    assert on_gpu(second.purified())
+
+
+@pytest.mark.parametrize("phase", ["pruning", "soft_masks", "tuning", "check"])
+def test_pruning_along_traces_goes_on_from_its_state(tmp_path: Path, phase: str) -> None:
+    data = DefenseSet.from_loader(loader())
+    options = config(**{"pruning.rule": "auto", "pruning.amount": 0.2})
+    # No trace is ever gone, and the patch is near enough: each stage has steps to take.
+    constants = Constants(GreedyConstants(gone_at=0.0), TuningConstants(far=-1e9))
+    first = MNPDefense(network(), data, options, when="always", constants=constants)
+    while first.phase != phase:
+        first.step()
+    if phase != "check":
+        first.step()
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+
+    second = MNPDefense(network(), data, options, when="always", constants=constants)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+    assert second.phase == first.phase
+    assert equal_states(second.state_dict(), first.state_dict())
+    while not second.finished:
+        second.step()
+    pruning = second.report().pruning
+    assert pruning is not None
+    assert pruning.masks
+    assert pruning.tuned > 0
     assert on_gpu(second.purified())
 
 
