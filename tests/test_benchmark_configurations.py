@@ -131,7 +131,9 @@ def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump({"base": str(base), "grids": grids}))
     bundle = tmp_path / "bundle"
     (bundle / "images").mkdir(parents=True)
-    subprocess.run(["tar", "-cJf", bundle / "data.tar.xz", "-C", bundle / "images", "."], check=True)
+    subprocess.run(
+        ["tar", "-cJf", bundle / "data.tar.xz", "-C", bundle / "images", "."], check=True
+    )
     small = {"CONFIG": str(config), "DEVICE": "cpu", "JOBS": "1", "TESTS": "", "LIMIT": "400"}
     done = script("run", str(bundle), str(tmp_path / "out"), **small)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lightning_mnp.benchmark import side_tables, tables
+from lightning_mnp.benchmark.overview import overview
 from lightning_mnp.benchmark.plots import draw_plots
 from lightning_mnp.benchmark.results import Marks, Result, paper_figures, read_results
 from lightning_mnp.benchmark.tables import Table
@@ -45,6 +46,7 @@ def write_report(results: Path, out: Path, plots: bool = True) -> list[Path]:
 
 def _tables(found: Sequence[Result], marks: Marks) -> list[Table]:
     made = [
+        *overview(found, marks),
         *tables.mitigation(found, marks),
         *tables.by_rate(found, marks),
         *tables.detection(found, marks),

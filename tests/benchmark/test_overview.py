@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from cell_results import result
+
+from lightning_mnp.benchmark.overview import overview
+from lightning_mnp.benchmark.results import Marks
+
+
+def test_defenses_are_sorted_by_mean_asr_and_incomplete_ones_come_last() -> None:
+    results = [
+        result("anp", (0.90, 0.30)),
+        result("anp", (0.92, 0.10), attack="SIG"),
+        result("clp", (0.85, 0.02)),
+        result("clp", (0.91, 0.04), attack="SIG"),
+        result("ft", (0.80, 0.0)),
+    ]
+    [table] = overview(results, Marks())
+    assert table.header[1:6] == ["BadNets", "SIG", "mean CA drop", "mean ASR", "ASR above 10%"]
+    assert [row[0] for row in table.rows] == ["no defense", "CLP", "ANP", "fine-tuning"]
+    none, clp, anp, ft = table.rows
+    assert none[1:3] == ["95.0 / 100.0", "95.0 / 100.0"]
+    assert clp[1:6] == ["85.0 / 2.0", "91.0 / 4.0", "7.0", "3.0", "0 of 2"]
+    assert anp[3:6] == ["4.0", "20.0", "1 of 2"]
+    assert ft[1:6] == ["80.0 / 0.0", "missing", "15.0, 1 of 2", "0.0, 1 of 2", "0 of 1"]
+
+
+def test_clean_networks_have_a_column_and_no_part_in_the_means() -> None:
+    results = [
+        result("anp", (0.90, 0.0)),
+        result("anp", (0.70, None), attack="clean"),
+        result("clp", (0.60, None), attack="clean"),
+    ]
+    [table] = overview(results, Marks())
+    none, anp, clp = table.rows
+    assert table.header[:3] == ["defense", "BadNets", "clean"]
+    assert none[2] == "95.0"
+    assert anp[1:5] == ["90.0 / 0.0", "70.0", "5.0", "0.0"]
+    assert clp[1:6] == ["missing", "60.0", "missing", "missing", "missing"]
+
+
+def test_networks_of_an_attack_count_as_one() -> None:
+    results = [
+        result("anp", (0.95, 1.0)),
+        result("anp", (0.95, 0.0), seed=1),
+        result("anp", (0.95, 0.1), attack="SIG"),
+    ]
+    [table] = overview(results, Marks())
+    assert table.rows[1][1:5] == ["95.0 / 50.0", "95.0 / 10.0", "0.0", "30.0"]
+
+
+def test_each_setting_has_a_table_and_other_rates_have_none() -> None:
+    tables = overview([result(), result(width=8), result(usual=False, rate=0.01)], Marks())
+    assert [table.name for table in tables] == ["overview-1", "overview-2"]
+    assert "of width 8" in tables[0].title
+    assert all(len(table.rows) == 2 for table in tables)
+
+
+def test_failed_cells_and_clean_networks_alone_make_no_table() -> None:
+    results = [result(error="broken"), result("clp", (0.9, None), attack="clean")]
+    assert overview(results, Marks()) == []
