@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from lightning_mnp.benchmark.results import MISSING, Marks, Result
-from lightning_mnp.benchmark.tables import Table, head, mean_pair, settings_of
+from lightning_mnp.benchmark.tables import Table, fine_tuned, head, mean_pair, settings_of
 
 __all__ = ["overview"]
 
@@ -47,7 +47,8 @@ def overview(results: Sequence[Result], marks: Marks) -> list[Table]:
                 [
                     "Means are over the attacks; several networks of an attack count as one. "
                     "Passes are the median over all networks, clean ones included. By mean ASR; "
-                    "defenses that were not run on all attacks come last."
+                    "defenses that were not run on all attacks come last.",
+                    *fine_tuned(done),
                 ],
             )
         )

@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 
 from lightning_mnp.benchmark.results import MISSING, Marks, Result, Setting, paper_figures
 
-__all__ = ["Table", "by_rate", "detection", "mitigation", "settings_of"]
+__all__ = [
+    "Table",
+    "by_rate",
+    "detection",
+    "fine_tuned",
+    "head",
+    "mean_pair",
+    "mitigation",
+    "settings_of",
+    "shown",
+]
 
 _PAPER_DEFENSES = ("fp", "anp", "clp", "rnp", "nc", "nad", "i-bau", "mnp")
 _PAPER_DETECTORS = ("nc", "ac", "sc", "strip", "mnp")
@@ -174,7 +184,7 @@ def mitigation(results: Sequence[Result], marks: Marks) -> list[Table]:
             notes.insert(
                 1, f"To lose: no better in CA and ASR, and worse by over {_POINTS} points in one."
             )
-        notes += _fine_tuned(here)
+        notes += fine_tuned(here)
         tables.append(Table(f"{name}-{number}", title, heads, lines, notes))
     return tables
 
@@ -220,8 +230,12 @@ def _not_learned(attack: str, group: Sequence[Result]) -> list[str]:
     return [f"{attack}: {found} defense, so the attack was not learned."]
 
 
-def _fine_tuned(results: Sequence[Result]) -> list[str]:
-    """Say in words which networks were not trained whole."""
+def fine_tuned(results: Sequence[Result]) -> list[str]:
+    """Return a sentence that says which networks were not trained whole, if there are any.
+
+    Args:
+        results: The results.
+    """
     epochs: dict[int, dict[str, None]] = {}
     for each in results:
         if each.network["fine_tuning"]:
@@ -371,7 +385,7 @@ def detection(results: Sequence[Result], marks: Marks) -> list[Table]:
         notes = [note]
         for attack in attacks:
             notes += _not_learned(attack, [each for each in here if each.attack == attack])
-        notes += _fine_tuned(here)
+        notes += fine_tuned(here)
         title = f"Table 4: detection; {setting}"
         tables.append(Table(f"table4-{number}", title, heads, lines, notes))
     return tables

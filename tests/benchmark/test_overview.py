@@ -55,6 +55,12 @@ def test_each_setting_has_a_table_and_other_rates_have_none() -> None:
     assert all(len(table.rows) == 2 for table in tables)
 
 
+def test_networks_that_started_from_the_clean_one_are_named() -> None:
+    tuning = {"trainer.max_epochs": 3}
+    [table] = overview([result(fine_tuning=tuning, epochs=3)], Marks())
+    assert table.notes[-1].endswith("BadNets (3 epochs).")
+
+
 def test_failed_cells_and_clean_networks_alone_make_no_table() -> None:
     results = [result(error="broken"), result("clp", (0.9, None), attack="clean")]
     assert overview(results, Marks()) == []
