@@ -5,7 +5,8 @@
 #   benchmarks/gpu.sh run BUNDLE OUT               # there: one call, at most LIMIT seconds
 #
 # `pack` puts the images into an archive and collects the wheels that a bare CUDA machine with torch,
-# torchvision, lightning, torchmetrics, scipy and safetensors lacks. PYTHON (3.12) is the version there.
+# torchvision, lightning, torchmetrics, scipy and safetensors lacks. PYTHON_VERSION (3.12) is that of
+# the machine.
 # `run` first runs the tests that need a GPU, then trains the networks and runs the defenses on them,
 # as far as the time goes, and leaves OUT/cells.tar.gz. With RESULTS, a folder of earlier cells, it
 # goes on behind these. For a trial elsewhere: CONFIG (benchmarks/configs/gpu.yaml), DEVICE (cuda),
@@ -21,15 +22,16 @@ usage() {
 
 pack() {
     local bundle=$1 data=$2
+    rm -rf "$bundle/wheels" "$bundle"/data.tar*  # those of another version would not be installed
     mkdir -p "$bundle/wheels"
-    # Compressed: small images fill whole blocks of an archive, six times what they need.
+    # A fifth of the size: small JPEGs have much the same headers.
     tar -C "$data" -chJf "$bundle/data.tar.xz" .
     # What the machine has is left out: its torch fits its driver.
-    python3 -m pip download --quiet --only-binary :all: --no-deps --python-version "${PYTHON:-3.12}" \
+    python3 -m pip download --quiet --only-binary :all: --no-deps --python-version "${PYTHON_VERSION:-3.12}" \
         --dest "$bundle/wheels" \
-        cloudpickle docstring-parser hypothesis importlib-resources iniconfig joblib jsonargparse \
-        markdown-it-py mdurl narwhals pluggy pygments pytest rich scikit-learn \
-        sortedcontainers threadpoolctl typeshed-client
+        cloudpickle docstring-parser exceptiongroup hypothesis importlib-resources iniconfig joblib \
+        jsonargparse markdown-it-py mdurl narwhals pluggy pygments pytest rich scikit-learn \
+        sortedcontainers threadpoolctl tomli typeshed-client
     python3 -m pip wheel --quiet --no-deps --wheel-dir "$bundle/wheels" "$here"
     du -sh "$bundle"
 }

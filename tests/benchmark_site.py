@@ -87,6 +87,13 @@ class SiteData(TinyDataModule):
         super().__init__(attack, root=root, batch_size=batch_size, seed=seed)
 
 
+class Untunable:
+    """A model that cannot start from given weights."""
+
+    def __init__(self, width: int = 2, num_classes: int = 4, lr: float = 0.1) -> None:
+        pass
+
+
 def make_site(folder: Path) -> Path:
     """Write a base and its attacks to a folder; return the base."""
     folder.mkdir(parents=True, exist_ok=True)

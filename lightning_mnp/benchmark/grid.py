@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_mnp.benchmark.methods import Method, Task
-from lightning_mnp.benchmark.recipe import NetworkRecipe
+from lightning_mnp.benchmark.recipe import CLEAN, NetworkRecipe
 
 __all__ = ["Cell", "Grid", "cells_of"]
 
@@ -34,7 +34,8 @@ class Grid:
         poison_rates: Shares of poisoned training images; null for those that are configured.
         modes: `all-to-one` or `all-to-all`; null for what is configured.
         fine_tuning: Options of the training, by dotted name, for networks with an attack, which
-            then start from the clean network; whole trainings if there are none.
+            then start from the clean network; whole trainings if there are none. What an attack's
+            configuration says has the last word.
 
     Raises:
         ValueError: If a list is empty or names something twice, or a number is out of range.
@@ -77,6 +78,11 @@ class Grid:
                     raise ValueError(
                         f"Expected `{name}` of a grid to be {wanted}, but got {value}."
                     )
+        if self.fine_tuning and set(self.attacks) == {CLEAN}:
+            raise ValueError(
+                "Expected a grid with `fine_tuning` to have an attack, but it has clean networks "
+                "only, which are trained whole. Leave `fine_tuning` out."
+            )
         for mode in self.modes:
             if mode not in (None, "all-to-one", "all-to-all"):
                 raise ValueError(

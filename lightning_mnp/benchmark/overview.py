@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
 from lightning_mnp.benchmark.results import MISSING, Marks, Result
-from lightning_mnp.benchmark.tables import Table, fine_tuned, head, mean_pair, settings_of
+from lightning_mnp.benchmark.tables import (
+    Pair,
+    Table,
+    fine_tuned,
+    head,
+    mean_pair,
+    not_learned,
+    settings_of,
+)
 
 __all__ = ["overview"]
 
@@ -18,53 +27,73 @@ def overview(results: Sequence[Result], marks: Marks) -> list[Table]:
 
     Args:
         results: All results.
-        marks: Names what rows were measured on.
+        marks: Names what was measured on which machine.
 
     Returns:
-        The tables. Defenses that were run on all attacks come first, by their mean ASR.
+        The tables, that with the most attacks first. Defenses that were run on all attacks come
+        first, by their mean ASR. One that was run on a single attack out of several, with options
+        of its own, is a trial of these options and has no row.
     """
     wanted = [r for r in results if r.task == "defense" and (r.network["usual"] or r.is_clean)]
-    tables: list[Table] = []
-    for setting in settings_of(wanted):
-        done = [each for each in wanted if each.setting == setting and each.is_done]
-        attacks = sorted({each.attack for each in done if not each.is_clean})
-        if not attacks:
-            continue
-        columns = [*attacks, *(["clean"] if any(each.is_clean for each in done) else [])]
-        rows = [
-            _row([each for each in done if each.label == label], label, columns)
-            for label in dict.fromkeys(each.label for each in done)
-        ]
-        rows.sort(key=lambda row: row[0])
-        first = ["no defense", *(_cell(_of(done, name), "before") for name in columns)]
-        heads = ["defense", *columns, "mean CA drop", "mean ASR", f"ASR above {_HIGH:.0f}%"]
-        tables.append(
-            Table(
-                f"overview-{len(tables) + 1}",
-                f"Defenses side by side: CA / ASR in percent; {setting}",
-                [*heads, "passes", "measured on"],
-                [[*first, "", "", "", "", marks.mark(done)], *(line for _, line in rows)],
-                [
-                    "Means are over the attacks; several networks of an attack count as one. "
-                    "Passes are the median over all networks, clean ones included. By mean ASR; "
-                    "defenses that were not run on all attacks come last.",
-                    *fine_tuned(done),
-                ],
-            )
-        )
-    return tables
+    groups = [[r for r in wanted if r.setting == setting] for setting in settings_of(wanted)]
+    groups = [group for group in groups if any(not each.is_clean for each in group)]
+    groups.sort(key=lambda group: -len({each.attack for each in group}))
+    return [_table(number, group, marks) for number, group in enumerate(groups, 1)]
+
+
+def _table(number: int, here: Sequence[Result], marks: Marks) -> Table:
+    attacks = sorted({each.attack for each in here if not each.is_clean})
+    columns = [*attacks, *(["clean"] if any(each.is_clean for each in here) else [])]
+    shown = [
+        each
+        for each in here
+        if not each.has_options or len(attacks) == 1 or len(_attacks_of(here, each.label)) > 1
+    ]
+    rows = [
+        _row([each for each in shown if each.label == label], label, columns)
+        for label in dict.fromkeys(each.label for each in shown)
+    ]
+    rows.sort(key=lambda row: row[0])
+    none = ["no defense", *(_cell(_of(here, name), "before") for name in columns), *[""] * 4]
+    heads = ["defense", *columns, "mean CA drop", "mean ASR", f"ASR above {_HIGH:.0f}%", "passes"]
+    notes = [
+        "Means are over the attacks; several networks of an attack count as one. In brackets: how "
+        "many networks or defense seeds a mean is over. Passes are the median over all networks, "
+        "clean ones included. Rows are in the order of the mean ASR; defenses that were not run on "
+        "all attacks come last.",
+        f"Measured on {marks.mark(here)}.",
+        *fine_tuned(here),
+    ]
+    for name in attacks:
+        notes += not_learned(name, _of(here, name))
+    title = f"Defenses side by side: CA / ASR in percent; {here[0].setting}"
+    return Table(f"overview-{number}", title, heads, [none, *(row for _, row in rows)], notes)
 
 
 def _of(results: Sequence[Result], attack: str) -> list[Result]:
     return [each for each in results if each.attack == attack]
 
 
+def _attacks_of(results: Sequence[Result], label: str) -> set[str]:
+    return {each.attack for each in results if each.label == label}
+
+
+def _pairs(group: Sequence[Result], when: str) -> list[Pair]:
+    """CA and ASR of each result, or of each network once if it is before the defense."""
+    done = [each for each in group if each.is_done]
+    if when == "before":
+        return list({r.network["digest"]: r.percent(when) for r in done}.values())
+    return [each.percent(when) for each in done]
+
+
 def _cell(group: Sequence[Result], when: str) -> str:
-    """CA and ASR, each network once; CA alone if there is no attack."""
-    if not group:
-        return MISSING
-    ca, asr = mean_pair([each.percent(when) for each in group])
-    return f"{ca:.1f}" if asr is None else f"{ca:.1f} / {asr:.1f}"
+    """CA and ASR, or CA alone if there is no attack."""
+    pairs = _pairs(group, when)
+    if not pairs:
+        return "error" if group else MISSING
+    ca, asr = mean_pair(pairs)
+    told = f"{ca:.1f}" if asr is None else f"{ca:.1f} / {asr:.1f}"
+    return told + (f" ({len(pairs)})" if len(pairs) > 1 else "")
 
 
 def _row(
@@ -74,19 +103,14 @@ def _row(
     attacks = [name for name in columns if name != "clean"]
     drops, rates = [], []
     for name in attacks:
-        if found := _of(group, name):
-            before = mean_pair([each.percent("before") for each in found])
-            after = mean_pair([each.percent("after") for each in found])
-            drops.append(before[0] - after[0])
-            rates.append(after[1] or 0.0)
+        if after := _pairs(_of(group, name), "after"):
+            before, (ca, asr) = mean_pair(_pairs(_of(group, name), "before")), mean_pair(after)
+            drops.append(before[0] - ca)
+            rates += [] if asr is None else [asr]
     short = "" if len(rates) == len(attacks) else f", {len(rates)} of {len(attacks)}"
-    passes = statistics.median(each.content["passes"] for each in group)
+    means = [f"{statistics.mean(each):.1f}{short}" if each else MISSING for each in (drops, rates)]
+    high = f"{sum(rate > _HIGH for rate in rates)} of {len(rates)}" if rates else MISSING
+    passes = [each.content["passes"] for each in group if each.is_done]
+    cost = f"{statistics.median(passes):,.0f}" if passes else MISSING
     line = [head(label), *(_cell(_of(group, name), "after") for name in columns)]
-    if rates:
-        high = sum(rate > _HIGH for rate in rates)
-        line += [f"{statistics.mean(drops):.1f}{short}", f"{statistics.mean(rates):.1f}{short}"]
-        line += [f"{high} of {len(rates)}"]
-    else:
-        line += [MISSING] * 3
-    order = bool(short), statistics.mean(rates) if rates else 0.0
-    return order, [*line, f"{passes:,.0f}", ""]
+    return (bool(short), statistics.mean(rates) if rates else math.inf), [*line, *means, high, cost]

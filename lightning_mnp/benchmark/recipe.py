@@ -31,6 +31,8 @@ _SAVE_LAST = {
         "save_on_train_epoch_end": True,
     },
 }
+# What a network has in common with the one that it starts from.
+_SHAPING = ("architecture", "width", "num_classes", "in_channels", "network")
 # What says where things are and how loud the training is, not what comes out of it.
 _NOT_PART = {
     "trainer": ("default_root_dir", "logger", "enable_progress_bar", "enable_model_summary"),
@@ -122,7 +124,8 @@ class NetworkRecipe:
         options: Options of `fit` by dotted name, such as ``"trainer.max_epochs"``, that replace
             those of the base. What the attack's configuration says has the last word.
         fine_tuning: If it is not empty, a network with an attack starts from the clean network, and
-            these options of `fit` replace those of `options`, by dotted name.
+            these options of `fit` replace those of `options`, by dotted name. Here, too, the
+            attack's configuration has the last word.
 
     Raises:
         ValueError: From its properties, if an attack is unknown or does not take an option.
@@ -143,11 +146,13 @@ class NetworkRecipe:
     def content(self) -> dict[str, Any]:
         """The merged configuration, without places of files."""
         content = _read(self.base)
+        for name in (*self.options, *self.fine_tuning):
+            _check_option(content, name)
+        _check_fine_tuning(content, self.fine_tuning)
         options = self.options
         if self._is_fine_tuned:  # the place of the clean network is set when it is known
             options = {**options, **self.fine_tuning, "model.checkpoint": None}
         for name, value in options.items():
-            _check_option(content, name)
             _set(content, name, value)
         parts = [] if self.attack == CLEAN else self.attack.split("+")
         for place, part in enumerate(parts):
@@ -216,7 +221,7 @@ class NetworkRecipe:
     def clean(self) -> NetworkRecipe | None:
         """The clean network that the attack is made with or starts from; None if it needs none."""
         options = self.attack_options.get("init_args", {})
-        if "reference" not in options and not self._starts_from_clean:
+        if self.attack == CLEAN or not ("reference" in options or self._starts_from_clean):
             return None
         return replace(self, attack=CLEAN, poison_rate=None, mode=None, fine_tuning={})
 
@@ -380,12 +385,33 @@ def _check_option(content: Mapping[str, Any], name: str) -> None:
             f"Expected an option of the training to begin with trainer., model. or data., but got "
             f"{name!r}.{nearest(part, parts)}"
         )
+    if name == "model.checkpoint":
+        raise ValueError(
+            "Expected an option of the training, but got 'model.checkpoint': a benchmark names the "
+            "network to start from by itself. Give `fine_tuning` to start from the clean one."
+        )
     kind = Trainer if part == "trainer" else find_class(content[part]["class_path"])
     known = [each for each in inspect.signature(kind).parameters if each != "self"]
     if rest.partition(".")[0] not in known:
         raise ValueError(
             f"Expected an option of the training that {kind.__name__} takes, but got {name!r}."
             f"{nearest(rest, known)}"
+        )
+
+
+def _check_fine_tuning(content: Mapping[str, Any], options: Iterable[str]) -> None:
+    """Raise if a network cannot start from the clean one with these options."""
+    shaping = [name for name in options if name.removeprefix("model.") in _SHAPING]
+    if shaping:
+        raise ValueError(
+            f"Expected `fine_tuning` to leave the shape of the clean network as it is, but got "
+            f"{shaping[0]!r}. Give it in `options`, or as an axis of the grid."
+        )
+    kind = find_class(content["model"]["class_path"])
+    if options and "checkpoint" not in inspect.signature(kind).parameters:
+        raise ValueError(
+            "Expected the model of a grid with `fine_tuning` to take an argument `checkpoint`, the "
+            f"weights to start from, but {kind.__name__} takes none. Leave `fine_tuning` out."
         )
 
 

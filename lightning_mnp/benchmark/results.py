@@ -105,6 +105,11 @@ class Result:
         return str(self.content["cell"]["label"])
 
     @property
+    def has_options(self) -> bool:
+        """Whether the method has options that are not its defaults."""
+        return bool(self.content["cell"]["method"]["options"])
+
+    @property
     def task(self) -> str:
         """``"defense"`` or ``"detector"``."""
         return str(self.content["cell"]["task"])

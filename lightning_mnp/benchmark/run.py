@@ -16,6 +16,7 @@ from lightning_mnp.benchmark.grid import Cell
 from lightning_mnp.benchmark.jobs import Job, run_jobs
 from lightning_mnp.benchmark.machine import Meter, describe_machine
 from lightning_mnp.benchmark.networks import Fit, NetworkFolder, training_version, using_threads
+from lightning_mnp.benchmark.recipe import NetworkRecipe
 from lightning_mnp.benchmark.records import SCHEMA, cell_file, read_cells, write_json
 from lightning_mnp.hosting.memory import is_out_of_memory
 
@@ -244,8 +245,7 @@ def _jobs(
             seconds = _usual(
                 each["training"]["seconds"]
                 for each in known
-                if _is_alike(each, cell)
-                and each["cell"]["network"]["attack"] == cell.network.attack
+                if _is_alike(each, folder.recipe, "attack", "epochs")
             )
             jobs[name] = Job(name, seconds, _train, arguments, kind, needs)
         return (name,)
@@ -257,18 +257,18 @@ def _jobs(
         seconds = _usual(
             each["seconds"]
             for each in known
-            if _is_alike(each, cell) and each["cell"]["label"] == cell.method.label
+            if _is_alike(each, cell.network) and each["cell"]["label"] == cell.method.label
         )
         jobs[cell.name] = Job(cell.name, seconds, run_cell, arguments, kind, needs)
     return list(jobs.values())
 
 
-def _is_alike(content: dict[str, Any], cell: Cell) -> bool:
-    """Return whether a result tells how long work for a cell takes: same device, same shape."""
+def _is_alike(content: dict[str, Any], recipe: NetworkRecipe, *further: str) -> bool:
+    """Return whether a result tells how long work on a network takes: same device, same shape."""
     if content["status"] != "done":
         return False
-    network, own = content["cell"]["network"], cell.network.described()
-    names = ("device", "architecture", "width", "data", "epochs")
+    network, own = content["cell"]["network"], recipe.described()
+    names = ("device", "architecture", "width", "data", *further)
     return all(network[name] == own[name] for name in names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator, Sequence
 
@@ -161,12 +162,13 @@ def every_cell(results: Sequence[Result]) -> Table:
         before, after = content.get("before") or {}, content.get("after") or {}
         row = [each.name, cell["task"], cell["label"], cell["defense_size"], cell["defense_seed"]]
         row += [each.network[name] for name in names]
+        row.append(json.dumps(each.network.get("fine_tuning", {}), sort_keys=True))
         row += [before.get("CA"), before.get("ASR"), after.get("CA"), after.get("ASR")]
         row += [content.get(name) for name in _FIGURES]
         row += [content["status"], machine["device"], machine["name"], machine["threads"]]
         row += [machine["versions"]["torch"], content["code"], content["date"]]
         lines.append(["" if value is None else str(value) for value in row])
-    heads = ["cell", "task", "method", "defense_size", "defense_seed", *names]
+    heads = ["cell", "task", "method", "defense_size", "defense_seed", *names, "fine_tuning"]
     heads += ["CA_before", "ASR_before", "CA_after", "ASR_after", *_FIGURES]
     heads += ["status", "device", "machine", "threads", "torch", "code", "date"]
     return Table("cells", "All cells", heads, lines)

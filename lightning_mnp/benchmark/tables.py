@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from lightning_mnp.benchmark.results import MISSING, Marks, Result, Setting, paper_figures
 
 __all__ = [
+    "Pair",
     "Table",
     "by_rate",
     "detection",
@@ -18,8 +19,8 @@ __all__ = [
     "head",
     "mean_pair",
     "mitigation",
+    "not_learned",
     "settings_of",
-    "shown",
 ]
 
 _PAPER_DEFENSES = ("fp", "anp", "clp", "rnp", "nc", "nad", "i-bau", "mnp")
@@ -173,7 +174,7 @@ def mitigation(results: Sequence[Result], marks: Marks) -> list[Table]:
             lines.append(
                 [attack, "ours", shown(none, len(before)), *own, marks.mark(group) or MISSING]
             )
-            notes += [*_not_learned(attack, group), *_losses(attack, group)]
+            notes += [*not_learned(attack, group), *_losses(attack, group)]
         lines += _averages(here, attacks, labels, rows)
         what = f"Table {setting.paper_table}" if setting.paper_table else "Defenses"
         title = f"{what}: CA / ASR in percent; {setting}"
@@ -220,8 +221,13 @@ def _averages(
     return [*lines, ["Average", "ours", "", *own, ""]]
 
 
-def _not_learned(attack: str, group: Sequence[Result]) -> list[str]:
-    """Say in words if networks have not learned the attack: then there is little to find."""
+def not_learned(attack: str, group: Sequence[Result]) -> list[str]:
+    """Return a sentence that says that networks have not learned an attack, if it is so.
+
+    Args:
+        attack: Its name.
+        group: The results on it.
+    """
     rates = {r.network["digest"]: r.percent("before")[1] for r in group if r.is_done}
     weak = [rate for rate in rates.values() if rate is not None and rate < _LEARNED]
     if not weak:
@@ -236,11 +242,17 @@ def fine_tuned(results: Sequence[Result]) -> list[str]:
     Args:
         results: The results.
     """
-    epochs: dict[int, dict[str, None]] = {}
-    for each in results:
-        if each.network["fine_tuning"]:
-            epochs.setdefault(each.network["epochs"], {})[each.attack] = None
-    told = [f"{', '.join(attacks)} ({count} epochs)" for count, attacks in sorted(epochs.items())]
+    told = []
+    for attack in dict.fromkeys(each.attack for each in results):
+        group = [each for each in results if each.attack == attack]
+        # Files of before `fine_tuning` have none.
+        tuned = [each for each in group if each.network.get("fine_tuning")]
+        whole = len({r.network["digest"] for r in group} - {r.network["digest"] for r in tuned})
+        epochs = sorted({each.network["epochs"] for each in tuned})
+        if tuned:
+            count = " and ".join(map(str, epochs))
+            rest = f"; {whole} whole" if whole else ""
+            told.append(f"{attack} ({count} epochs{rest})")
     return [f"Trained on from the clean network of their seed: {', '.join(told)}."] if told else []
 
 
@@ -322,7 +334,10 @@ def by_rate(results: Sequence[Result], marks: Marks) -> list[Table]:
                     f"Table 3: BadNets by poison rate, {head(label)}; {setting}",
                     ["attack", "in percent", "by", *heads, "measured on"],
                     lines,
-                    [published["note"]] if label == "mnp" and on_cifar10 else [],
+                    [
+                        *([published["note"]] if label == "mnp" and on_cifar10 else []),
+                        *fine_tuned([each for each in here if each.label == label]),
+                    ],
                 )
             )
     return tables
@@ -384,7 +399,7 @@ def detection(results: Sequence[Result], marks: Marks) -> list[Table]:
         )
         notes = [note]
         for attack in attacks:
-            notes += _not_learned(attack, [each for each in here if each.attack == attack])
+            notes += not_learned(attack, [each for each in here if each.attack == attack])
         notes += fine_tuned(here)
         title = f"Table 4: detection; {setting}"
         tables.append(Table(f"table4-{number}", title, heads, lines, notes))

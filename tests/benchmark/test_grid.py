@@ -104,6 +104,10 @@ def test_where_the_base_lies_is_of_no_account(base: Path, tmp_path: Path) -> Non
         ({"defense_sizes": [1]}, "`defense_sizes` of a grid to be at least 2, but got 1"),
         ({"widths": [0]}, "`widths` of a grid to be at least 1, but got 0"),
         ({"poison_rates": [1.5]}, r"`poison_rates` of a grid to be from 0 to 1, but got 1\.5"),
+        (
+            {"fine_tuning": {"trainer.max_epochs": 3}},
+            "`fine_tuning` to have an attack, but it has clean networks only.*Leave `fine_tuning`",
+        ),
         ({"modes": ["all"]}, "`modes` of a grid to be 'all-to-one' or 'all-to-all', but got 'all'"),
     ],
 )

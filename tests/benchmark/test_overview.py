@@ -45,13 +45,54 @@ def test_networks_of_an_attack_count_as_one() -> None:
         result("anp", (0.95, 0.1), attack="SIG"),
     ]
     [table] = overview(results, Marks())
-    assert table.rows[1][1:5] == ["95.0 / 50.0", "95.0 / 10.0", "0.0", "30.0"]
+    assert table.rows[0][1:3] == ["95.0 / 100.0 (2)", "95.0 / 100.0"]
+    assert table.rows[1][1:5] == ["95.0 / 50.0 (2)", "95.0 / 10.0", "0.0", "30.0"]
+
+
+def test_a_network_counts_once_however_many_defenses_it_had() -> None:
+    results = [result(name, before=(0.8, 1.0)) for name in ("anp", "clp", "ft")]
+    [table] = overview([*results, result("anp", before=(0.6, 0.8), seed=1)], Marks())
+    assert table.rows[0][:2] == ["no defense", "70.0 / 90.0 (2)"]
+
+
+def test_errors_are_no_gaps() -> None:
+    results = [
+        result("anp", (0.9, 0.5)),
+        result("anp", attack="SIG", error="broken"),
+        result("clp", error="broken"),
+    ]
+    [table] = overview(results, Marks())
+    assert table.rows[1][:5] == ["ANP", "90.0 / 50.0", "error", "5.0, 1 of 2", "50.0, 1 of 2"]
+    assert table.rows[1][5] == "1 of 1"
+    assert table.rows[2] == ["CLP", "error", *["missing"] * 5]
+
+
+def test_an_attack_that_was_not_learned_is_told() -> None:
+    [table] = overview([result(before=(0.9, 0.1))], Marks())
+    assert any("the attack was not learned" in note for note in table.notes)
+
+
+def test_trials_of_options_on_one_attack_have_no_row() -> None:
+    trial = {"name": "mnp", "options": {"masks.penalty": 0.0}}
+    share = {"name": "rnp", "options": {"rule": "share"}}
+    results = [
+        result("anp"),
+        result("anp", attack="SIG"),
+        result("mnp (masks.penalty=0.0)", method=trial),
+        result("rnp (rule=share)", method=share),
+        result("rnp (rule=share)", attack="SIG", method=share),
+    ]
+    [table] = overview(results, Marks())
+    assert [row[0] for row in table.rows] == ["no defense", "ANP", "rnp (rule=share)"]
+    [alone] = overview([results[2]], Marks())
+    assert [row[0] for row in alone.rows] == ["no defense", "mnp (masks.penalty=0.0)"]
 
 
 def test_each_setting_has_a_table_and_other_rates_have_none() -> None:
-    tables = overview([result(), result(width=8), result(usual=False, rate=0.01)], Marks())
+    results = [result(width=8), result(), result(attack="SIG"), result(usual=False, rate=0.01)]
+    tables = overview(results, Marks())
     assert [table.name for table in tables] == ["overview-1", "overview-2"]
-    assert "of width 8" in tables[0].title
+    assert "of width 16" in tables[0].title  # with more attacks
     assert all(len(table.rows) == 2 for table in tables)
 
 
@@ -61,6 +102,5 @@ def test_networks_that_started_from_the_clean_one_are_named() -> None:
     assert table.notes[-1].endswith("BadNets (3 epochs).")
 
 
-def test_failed_cells_and_clean_networks_alone_make_no_table() -> None:
-    results = [result(error="broken"), result("clp", (0.9, None), attack="clean")]
-    assert overview(results, Marks()) == []
+def test_clean_networks_alone_make_no_table() -> None:
+    assert overview([result("clp", (0.9, None), attack="clean")], Marks()) == []

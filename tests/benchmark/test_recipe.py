@@ -132,6 +132,18 @@ def test_fine_tuning_leaves_a_clean_network_as_it_is(base: Path) -> None:
     assert recipe.described()["fine_tuning"] == {}
 
 
+def test_fine_tuning_needs_a_model_that_takes_weights(base: Path) -> None:
+    base.write_text(BASE.replace("lightning_mnp.models.Classifier", "benchmark_site.Untunable"))
+    with pytest.raises(ValueError, match=r"an argument `checkpoint`.*but Untunable takes none"):
+        _ = NetworkRecipe(base, "badnets", fine_tuning={"trainer.max_epochs": 3}).content
+
+
+def test_the_configuration_of_an_attack_has_the_last_word(base: Path) -> None:
+    (base.parent / "badnets.yaml").write_text(ATTACKS["badnets"] + "trainer: {max_epochs: 7}\n")
+    recipe = NetworkRecipe(base, "badnets", fine_tuning={"trainer.max_epochs": 3})
+    assert recipe.described()["epochs"] == 7
+
+
 def test_fine_tuning_of_an_attack_that_is_made_with_the_clean_network(base: Path) -> None:
     recipe = NetworkRecipe(base, "cl", fine_tuning={"model.lr": 0.01})
     content = recipe.configuration(Path("out"), None, Path("clean/last.ckpt"))
@@ -143,6 +155,18 @@ def test_fine_tuning_of_an_attack_that_is_made_with_the_clean_network(base: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"options": {"model.checkpoint": "mine.ckpt"}},
+            "names the network to start from by itself. Give `fine_tuning`",
+        ),
+        (
+            {"attack": "badnets", "fine_tuning": {"model.width": 3}},
+            "`fine_tuning` to leave the shape of the clean network.*'model.width'. Give it in `opt",
+        ),
+        (
+            {"fine_tuning": {"trainer.max_epoch": 3}},
+            "Trainer takes, but got 'trainer.max_epoch'.*Did you mean 'max_epochs'",
+        ),
         (
             {"attack": "badnets", "fine_tuning": {"trainer.max_epoch": 3}},
             "Trainer takes, but got 'trainer.max_epoch'.*Did you mean 'max_epochs'",

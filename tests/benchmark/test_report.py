@@ -24,9 +24,11 @@ def test_a_report_of_all_that_is_there(tmp_path: Path, monkeypatch: pytest.Monke
     names = [path.name for path in files]
     assert names[0] == "report.md"
     assert names[-1] == "some.png"
+    assert names[1] == "overview-1.csv"
     assert {"table1-1.csv", "table3-1-anp.csv", "table3-1-mnp.csv", "table4-1.csv"} <= set(names)
     assert {"harm.csv", "cost.csv", "spread.csv", "errors.csv", "cells.csv"} <= set(names)
     page = files[0].read_text()
+    assert page.index("## Defenses side by side") < page.index("## Table 1")
     assert "6 cells, of which 1 failed, measured from 2026-01-02 to 2026-01-02" in page
     assert "![some](some.png)" in page
     assert "- m1: A processor" in page

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from benchmark_site import make_site, quick_fit, tiny_network
 from torch import nn
 
@@ -119,6 +120,24 @@ def test_a_network_is_trained_once_for_its_cells(base: Path, places: Places) -> 
     assert trained == ["badnets", "clean", "cl"]  # CL needs a clean network
 
 
+def test_fine_tuned_networks_start_from_one_clean_network(base: Path, places: Places) -> None:
+    started: dict[str, str | None] = {}
+
+    def fit(arguments: list[str]) -> int:
+        path = Path(arguments[2])
+        model = yaml.safe_load(path.read_text())["model"]["init_args"]
+        started[path.parent.name.partition("-seed")[0]] = model.get("checkpoint")
+        return quick_fit(arguments)
+
+    tuned = {"trainer.max_epochs": 3}
+    grids = [Grid(["badnets", "wanet"], ["nothing"], defense_sizes=[8], fine_tuning=tuned)]
+    assert run(cells_of(grids, base), places, fit).done == 2
+    assert list(started) == ["clean", "badnets", "wanet"]
+    assert started["clean"] is None
+    [clean] = places.networks.glob("clean-*/checkpoints/last.ckpt")
+    assert started["badnets"] == started["wanet"] == str(clean)
+
+
 def test_what_is_there_is_kept_and_a_changed_cell_alone_runs_again(
     base: Path, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +242,22 @@ def test_times_of_earlier_cells_count(base: Path, places: Places) -> None:
     content["seconds"] = 500.0
     path.write_text(json.dumps(content))
     assert run(cells, places, budget=400.0) == Summary(kept=1, left=1)
+
+
+def test_a_clean_training_takes_as_long_as_clean_trainings_did(base: Path, places: Places) -> None:
+    def tuned(*attacks: str, seed: int) -> list[Cell]:
+        tuning = {"trainer.max_epochs": 3}
+        sizes = {"defense_sizes": [8], "seeds": [seed]}
+        return cells_of([Grid([*attacks], ["nothing"], fine_tuning=tuning, **sizes)], base)
+
+    run(tuned("clean", "badnets", seed=0), places)
+    for path in places.results.iterdir():
+        content = json.loads(path.read_text())
+        content["seconds"] = 0.1
+        content["training"]["seconds"] = 500.0 if path.name.startswith("clean") else 0.1
+        path.write_text(json.dumps(content))
+    assert run(tuned("badnets", seed=1), places, budget=400.0) == Summary(left=1)
+    assert run(tuned("badnets", seed=1), places, budget=600.0) == Summary(done=1)
 
 
 def test_other_test_images_are_measured_anew(base: Path, places: Places) -> None:

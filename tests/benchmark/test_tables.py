@@ -170,14 +170,33 @@ def test_networks_that_were_trained_on_from_the_clean_one_are_named() -> None:
     results = [
         result(fine_tuning=tuning, epochs=3),
         result(attack="SIG", fine_tuning=tuning, epochs=3),
+        result(attack="SIG", fine_tuning=tuning, epochs=6),
         result(attack="Blend", fine_tuning=tuning, epochs=6),
+        result(attack="Blend"),
+        result("clp", attack="Blend"),
         result(attack="Trojan"),
     ]
+    told = (
+        "Trained on from the clean network of their seed: BadNets (3 epochs), "
+        "SIG (3 and 6 epochs), Blend (6 epochs; 1 whole)."
+    )
     [table] = mitigation(results, Marks())
-    told = "Trained on from the clean network of their seed: BadNets, SIG (3 epochs), Blend (6 "
-    assert [note for note in table.notes if note.startswith(told)]
-    found = [result(label="ac", task="detector", verdict="clean", fine_tuning=tuning, epochs=3)]
-    [table] = detection(found, Marks())
-    told = "Trained on from the clean network of their seed: BadNets (3 epochs)."
     assert told in table.notes
     assert not any("Trained on" in note for note in mitigation([result()], Marks())[0].notes)
+
+
+def test_tables_3_and_4_name_them_as_well() -> None:
+    tuning = {"trainer.max_epochs": 3}
+    told = "Trained on from the clean network of their seed: BadNets (3 epochs)."
+    found = [result(label="ac", task="detector", verdict="clean", fine_tuning=tuning, epochs=3)]
+    assert told in detection(found, Marks())[0].notes
+    rare = [result(usual=False, rate=rate, fine_tuning=tuning, epochs=3) for rate in (0.01, 0.05)]
+    assert told in by_rate(rare, Marks())[0].notes
+
+
+def test_results_of_before_there_was_fine_tuning_are_read() -> None:
+    earlier = result()
+    network = {k: v for k, v in earlier.network.items() if k != "fine_tuning"}
+    content = {**earlier.content, "cell": {**earlier.content["cell"], "network": network}}
+    [table] = mitigation([Result("earlier", content)], Marks())
+    assert not any("Trained on" in note for note in table.notes)
