@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from lightning_mnp.benchmark.results import MISSING, Marks, Result
 from lightning_mnp.benchmark.tables import (
-    Pair,
     Table,
     fine_tuned,
     head,
     mean_pair,
     not_learned,
+    pairs_of,
     settings_of,
 )
 
@@ -78,17 +78,9 @@ def _attacks_of(results: Sequence[Result], label: str) -> set[str]:
     return {each.attack for each in results if each.label == label}
 
 
-def _pairs(group: Sequence[Result], when: str) -> list[Pair]:
-    """CA and ASR of each result, or of each network once if it is before the defense."""
-    done = [each for each in group if each.is_done]
-    if when == "before":
-        return list({r.network["digest"]: r.percent(when) for r in done}.values())
-    return [each.percent(when) for each in done]
-
-
 def _cell(group: Sequence[Result], when: str) -> str:
     """CA and ASR, or CA alone if there is no attack."""
-    pairs = _pairs(group, when)
+    pairs = pairs_of(group, when)
     if not pairs:
         return "error" if group else MISSING
     ca, asr = mean_pair(pairs)
@@ -103,8 +95,8 @@ def _row(
     attacks = [name for name in columns if name != "clean"]
     drops, rates = [], []
     for name in attacks:
-        if after := _pairs(_of(group, name), "after"):
-            before, (ca, asr) = mean_pair(_pairs(_of(group, name), "before")), mean_pair(after)
+        if after := pairs_of(_of(group, name), "after"):
+            before, (ca, asr) = mean_pair(pairs_of(_of(group, name), "before")), mean_pair(after)
             drops.append(before[0] - ca)
             rates += [] if asr is None else [asr]
     short = "" if len(rates) == len(attacks) else f", {len(rates)} of {len(attacks)}"

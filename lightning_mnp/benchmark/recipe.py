@@ -31,8 +31,8 @@ _SAVE_LAST = {
         "save_on_train_epoch_end": True,
     },
 }
-# What a network has in common with the one that it starts from.
-_SHAPING = ("architecture", "width", "num_classes", "in_channels", "network")
+# The options of a model by which its network is built.
+_SHAPE = ("architecture", "width", "num_classes", "in_channels")
 # What says where things are and how loud the training is, not what comes out of it.
 _NOT_PART = {
     "trainer": ("default_root_dir", "logger", "enable_progress_bar", "enable_model_summary"),
@@ -148,7 +148,8 @@ class NetworkRecipe:
         content = _read(self.base)
         for name in (*self.options, *self.fine_tuning):
             _check_option(content, name)
-        _check_fine_tuning(content, self.fine_tuning)
+        if self.fine_tuning:
+            _check_fine_tuning(content, self.fine_tuning)
         options = self.options
         if self._is_fine_tuned:  # the place of the clean network is set when it is known
             options = {**options, **self.fine_tuning, "model.checkpoint": None}
@@ -350,8 +351,7 @@ def _class_path(callback: Any) -> str:
 
 def _network_of(content: Mapping[str, Any]) -> dict[str, Any]:
     arguments = content["model"].get("init_args") or {}
-    names = ("architecture", "width", "num_classes", "in_channels")
-    return {name: arguments[name] for name in names if name in arguments}
+    return {name: arguments[name] for name in _SHAPE if name in arguments}
 
 
 def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -401,14 +401,14 @@ def _check_option(content: Mapping[str, Any], name: str) -> None:
 
 def _check_fine_tuning(content: Mapping[str, Any], options: Iterable[str]) -> None:
     """Raise if a network cannot start from the clean one with these options."""
-    shaping = [name for name in options if name.removeprefix("model.") in _SHAPING]
+    shaping = [name for name in options if name.removeprefix("model.") in (*_SHAPE, "network")]
     if shaping:
         raise ValueError(
             f"Expected `fine_tuning` to leave the shape of the clean network as it is, but got "
             f"{shaping[0]!r}. Give it in `options`, or as an axis of the grid."
         )
     kind = find_class(content["model"]["class_path"])
-    if options and "checkpoint" not in inspect.signature(kind).parameters:
+    if "checkpoint" not in inspect.signature(kind).parameters:
         raise ValueError(
             "Expected the model of a grid with `fine_tuning` to take an argument `checkpoint`, the "
             f"weights to start from, but {kind.__name__} takes none. Leave `fine_tuning` out."

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from lightning_mnp.benchmark.results import MISSING, Marks, Result, Setting, paper_figures
 
 __all__ = [
-    "Pair",
     "Table",
     "by_rate",
     "detection",
@@ -20,6 +19,7 @@ __all__ = [
     "mean_pair",
     "mitigation",
     "not_learned",
+    "pairs_of",
     "settings_of",
 ]
 
@@ -102,6 +102,19 @@ def mean_pair(pairs: Sequence[Pair]) -> Pair:
     return statistics.mean(ca for ca, _ in pairs), statistics.mean(rates) if rates else None
 
 
+def pairs_of(results: Sequence[Result], when: str) -> list[Pair]:
+    """Return CA and ASR in percent of those results that have figures.
+
+    Args:
+        results: The results.
+        when: ``"after"`` the defense, or ``"before"``, where each network comes once.
+    """
+    done = [each for each in results if each.is_done]
+    if when == "before":
+        return list({r.network["digest"]: r.percent(when) for r in done}.values())
+    return [each.percent(when) for each in done]
+
+
 def shown(pair: Pair | None, count: int = 1) -> str:
     """Write CA and ASR, with the number of results behind them if these are several.
 
@@ -140,10 +153,10 @@ def _columns(results: Sequence[Result], published: Sequence[str]) -> list[str]:
 
 def _cell(group: Sequence[Result]) -> str:
     """Write the results of a method on an attack."""
-    done = [each for each in group if each.is_done]
-    if group and not done:
+    pairs = pairs_of(group, "after")
+    if group and not pairs:
         return "error"
-    return shown(mean_pair([each.percent("after") for each in done]) if done else None, len(done))
+    return shown(mean_pair(pairs) if pairs else None, len(pairs))
 
 
 def mitigation(results: Sequence[Result], marks: Marks) -> list[Table]:
@@ -168,8 +181,8 @@ def mitigation(results: Sequence[Result], marks: Marks) -> list[Table]:
                 told = ["" if pair is None else shown(tuple(pair)) for pair in pairs]
                 lines.append([attack, "paper", *told, "as printed"])
             group = [each for each in here if each.attack == attack]
-            before = {r.network["digest"]: r.percent("before") for r in group if r.is_done}
-            none = mean_pair(list(before.values())) if before else None
+            before = pairs_of(group, "before")
+            none = mean_pair(before) if before else None
             own = [_cell([each for each in group if each.label == label]) for label in labels]
             lines.append(
                 [attack, "ours", shown(none, len(before)), *own, marks.mark(group) or MISSING]
@@ -228,8 +241,8 @@ def not_learned(attack: str, group: Sequence[Result]) -> list[str]:
         attack: Its name.
         group: The results on it.
     """
-    rates = {r.network["digest"]: r.percent("before")[1] for r in group if r.is_done}
-    weak = [rate for rate in rates.values() if rate is not None and rate < _LEARNED]
+    rates = [rate for _, rate in pairs_of(group, "before")]
+    weak = [rate for rate in rates if rate is not None and rate < _LEARNED]
     if not weak:
         return []
     found = f"{len(weak)} of {len(rates)} networks have an ASR below {_LEARNED:.0f}% before any"
