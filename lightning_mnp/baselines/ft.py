@@ -22,8 +22,8 @@ class FTConfig(TuningConfig):
     """The options of plain fine-tuning, see :class:`~lightning_mnp.baselines.TuningConfig`.
 
     Example:
-        >>> FTConfig(lr=0.01).epochs
-        10
+        >>> FTConfig(epochs=10).lr
+        0.01
     """
 
 
@@ -38,8 +38,8 @@ def ft(
 ) -> BaselineResult:
     """Fine-tune a copy of a network on clean images; the network itself does not change.
 
-    SGD lowers the cross entropy on shifted and mirrored images, with a learning rate that falls in
-    steps. The copy is in training mode: batch normalization takes the statistics of each batch,
+    SGD lowers the cross entropy on shifted and mirrored images, with a learning rate that falls along
+    half a cosine. The copy is in training mode: batch normalization takes the statistics of each batch,
     and its stored statistics follow. No filter is pruned. Any network is taken.
 
     Args:

@@ -14,7 +14,12 @@ from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.baselines.workbench import Workbench, require_finite
 from lightning_mnp.config import check_options, option
 from lightning_mnp.defense_data.augment import Augmentation
-from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
+from lightning_mnp.defense_data.defense_set import (
+    DefenseSet,
+    Unpack,
+    seeded_generator,
+    unpack_batch,
+)
 from lightning_mnp.surgery.forward import Forward, evaluating
 from lightning_mnp.surgery.guards import running_alone
 
@@ -25,8 +30,8 @@ __all__ = ["IBAUConfig", "default_ibau", "ibau"]
 class IBAUConfig:
     """The options of I-BAU.
 
-    Rounds, `terms` and `lr` are the published ones. So are, by the published program, the batch
-    size and the options of the trigger, which the paper leaves open.
+    Rounds, `terms` and `lr` are the published ones. Batch size, `share` and the options of the
+    trigger are those of the published program; the paper leaves them open, except for `share`.
 
     Args:
         seed: Seed of batch order and augmentation.
@@ -35,6 +40,8 @@ class IBAUConfig:
             (shifted and mirrored).
         rounds: How often a trigger is made and unlearned.
         lr: Learning rate of Adam on the weights.
+        share: Share of the images of a batch that carry the trigger while the weights learn, above
+            0 to 1; at least one image does. The paper's equation has 1, its program 0.01.
         terms: Terms of the fixed-point iteration, which the paper calls K.
         trigger_lr: Step of the gradient ascent that makes the trigger.
         trigger_epochs: Passes over the defense set for one trigger.
@@ -56,6 +63,7 @@ class IBAUConfig:
     augment: Augmentation = option("none", choices=get_args(Augmentation))
     rounds: int = option(5, at_least=1)
     lr: float = option(1e-4, above=0)
+    share: float = option(0.01, above=0, at_most=1)
     terms: int = option(5, at_least=1)
     trigger_lr: float = option(10.0, above=0)
     trigger_epochs: int = option(1, at_least=1)
@@ -80,14 +88,16 @@ def ibau(
 
     Each round makes one trigger: a pattern that is added to all clean images and raises their loss
     (gradient ascent from zero, then shortened to ``trigger_norm``). The weights then learn, batch
-    by batch and by Adam, to classify the images with the trigger by their true labels. The
-    trigger depends on the weights. The gradient takes this into account: it is the hypergradient
-    of the minimax problem, by the implicit function theorem, see :func:`hypergradient`.
+    by batch and by Adam, to classify images by their true labels; a few of them, drawn for each
+    batch, carry the trigger. The trigger depends on the weights. The gradient takes this into
+    account: it is the hypergradient of the minimax problem, by the implicit function theorem, see
+    :func:`hypergradient`.
 
     The paper does not say how networks normalize meanwhile. Here the copy is in evaluation mode
     throughout: the trigger is then one for the network as it is used, not for one batch, and no
-    stored statistics change. All weights are trained, those that are frozen as well. As in the
-    paper's Eq. (2), all images of a batch carry the trigger.
+    stored statistics change. All weights are trained, those that are frozen as well. In the
+    paper's Eq. (2), all images carry the trigger. In its program, one in a hundred does. The
+    default is that of the program, since the published figures come from it.
 
     Args:
         model: The network, or a module around it, on the device to work on.
@@ -229,14 +239,16 @@ def _unlearn(
     """Take one step of the weights for each batch, and return numbers about the round."""
     losses = []
     trigger = trigger.requires_grad_()
-    for images, labels in bench.batches("i-bau unlearning", number):
+    for index, (images, labels) in enumerate(bench.batches("i-bau unlearning", number)):
+        carriers = _draw_carriers(len(images), config, number, index).to(images)
+        carriers = carriers.view(-1, *[1] * (images.ndim - 1))
 
         def step(trigger: Tensor, images: Tensor = images, labels: Tensor = labels) -> Tensor:
             loss = _trigger_loss(bench, images, labels, trigger, config.penalty)
             (gradient,) = torch.autograd.grad(loss, trigger, create_graph=True)
             return trigger - config.response_lr * gradient
 
-        loss = F.cross_entropy(bench.logits(bench.copy, images + trigger), labels)
+        loss = F.cross_entropy(bench.logits(bench.copy, images + carriers * trigger), labels)
         gradients = hypergradient(loss, step, trigger, parameters, config.terms)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             _check(gradient, "every gradient", number)
@@ -245,6 +257,14 @@ def _unlearn(
         losses.append(float(loss.detach()))
     length = float(trigger.detach().norm())
     return {"trigger_norm": length, "trigger_loss": sum(losses) / len(losses)}
+
+
+def _draw_carriers(images: int, config: IBAUConfig, number: int, index: int) -> Tensor:
+    """Draw which images of a batch carry the trigger: 1 for those that do, shape (images,)."""
+    generator = seeded_generator(config.seed, "i-bau carriers", number, index)
+    carriers = torch.zeros(images)
+    carriers[torch.randperm(images, generator=generator)[: max(1, int(config.share * images))]] = 1
+    return carriers
 
 
 def _check(values: Tensor, what: str, number: int) -> None:

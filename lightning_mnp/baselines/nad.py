@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.baselines.stages import Stage, find_stages, recording
-from lightning_mnp.baselines.workbench import Workbench, require_finite
+from lightning_mnp.baselines.tuning import TuningConfig, tune
+from lightning_mnp.baselines.workbench import Workbench
 from lightning_mnp.config import check_options, option
 from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
@@ -232,29 +233,26 @@ def _tune(
     """
     stages = stages or []
     weights = dict(zip(stages, config.weights[3 - len(stages) :], strict=True))
-    epochs = config.teacher_epochs if role == "teacher" else config.epochs
+    options = TuningConfig(
+        epochs=config.teacher_epochs if role == "teacher" else config.epochs,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
     apart = torch.zeros(())
-    with bench.tuning() as parameters, bench.training(), recording(bench.copy, stages) as found:
-        optimizer = torch.optim.SGD(
-            parameters, config.lr, config.momentum, weight_decay=config.weight_decay
-        )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-        for epoch in range(epochs):
-            for images, labels in bench.batches(f"nad {role}", epoch):
-                taught = {} if teacher is None else _maps(bench, teacher, stages, images)
-                loss = F.cross_entropy(bench.logits(bench.copy, images), labels)
-                if teacher is not None:
-                    apart = distance(taught, found, weights)
-                    loss = loss + apart
-                require_finite(
-                    loss,
-                    f"the loss in pass {epoch + 1} of NAD's {role}",
-                    "Lower `lr`, or the weights of the attention.",
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            schedule.step()
+    with recording(bench.copy, stages) as found:
+
+        def loss(images: Tensor, labels: Tensor) -> Tensor:
+            nonlocal apart
+            taught = {} if teacher is None else _maps(bench, teacher, stages, images)
+            total = F.cross_entropy(bench.logits(bench.copy, images), labels)
+            if teacher is not None:
+                apart = distance(taught, found, weights)
+                total = total + apart
+            return total
+
+        remedy = "Lower `lr`, or the weights of the attention."
+        tune(bench, options, stage=f"nad {role}", loss=loss, remedy=remedy)
     return float(apart.detach())
 
 

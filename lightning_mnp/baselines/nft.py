@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.baselines.workbench import Workbench
@@ -25,32 +28,29 @@ from lightning_mnp.defense_data.defense_set import (
 from lightning_mnp.surgery.forward import Forward
 from lightning_mnp.surgery.guards import running_alone
 from lightning_mnp.surgery.layers import FilterLayers, find_filter_layers
-from lightning_mnp.surgery.masked_network import MaskedNetwork
-from lightning_mnp.surgery.masks import FilterMasks, scalable_filters
+from lightning_mnp.surgery.masks import scalable_filters
+from lightning_mnp.surgery.scaling import scale_filters_
 
 __all__ = ["NFTConfig", "default_nft", "mask_floors", "nft"]
 
 
 @dataclass(frozen=True)
 class NFTConfig:
-    """The options of NFT.
-
-    The form of the loss and of the masks' lower bounds is the paper's as we know it; we could not
-    check it against the full text. The numbers are ours, set without any triggered image. Passes,
-    learning rate and penalty are those with which MNP trains its masks, so that both cost alike;
-    the momentum is that of RNP's masks.
+    """The options of NFT; the defaults are those of the published program.
 
     Args:
         seed: Seed of batch order, augmentation and MixUp.
         batch_size: Most images in a batch, at least 3; the batches of a pass are of equal size.
         augment: How images are changed before they are mixed: ``"none"``, ``"crop"`` (shifted) or
             ``"crop-flip"`` (shifted and mirrored).
-        epochs: Passes over the defense set.
-        lr: Learning rate of SGD on the masks.
+        steps: Batches that the masks are trained on.
+        lr: Learning rate of SGD on the masks at first; it falls along half a cosine.
+        last_lr: Learning rate in the end.
         momentum: Momentum of SGD, from 0 to below 1.
-        mixup: Parameter of the Beta distribution that the weights of MixUp are drawn from. 1 makes
-            them uniform, as for CIFAR-10 in the paper of MixUp (Zhang et al., 2018).
-        penalty: Weight of the mask regularizer, the sum of the distances of all masks from 1.
+        mixup: Parameter of the Beta distribution that the weights of MixUp are drawn from; 1 makes
+            them uniform.
+        penalty: Weight of the mask regularizer, the sum of the distances of all masks from 1. It is
+            divided by the number of images of a class.
         alpha: Lower bound of a mask in front of all layers, from 0 to 1.
         beta: How fast the lower bound falls from layer to layer.
 
@@ -58,19 +58,20 @@ class NFTConfig:
         ValueError: If an option is out of range.
 
     Example:
-        >>> NFTConfig(epochs=5).mixup
+        >>> NFTConfig(steps=500).mixup
         1.0
     """
 
     seed: int = option(0)
     batch_size: int = option(128, at_least=3, why=", so that no batch holds a single image")
     augment: Augmentation = option("crop-flip", choices=get_args(Augmentation))
-    epochs: int = option(20, at_least=1)
-    lr: float = option(0.1, above=0)
-    momentum: float = option(0.9, at_least=0, below=1)
+    steps: int = option(1000, at_least=1)
+    lr: float = option(0.05, above=0)
+    last_lr: float = option(0.02, at_least=0)
+    momentum: float = option(0.95, at_least=0, below=1)
     mixup: float = option(1.0, above=0)
-    penalty: float = option(5e-4, at_least=0)
-    alpha: float = option(1.0, at_least=0, at_most=1)
+    penalty: float = option(1e-3, at_least=0)
+    alpha: float = option(0.8, at_least=0, at_most=1)
     beta: float = option(0.5, at_least=0)
 
     def __post_init__(self) -> None:
@@ -88,22 +89,23 @@ def nft(
 ) -> BaselineResult:
     r"""Turn down filters of a copy of a network by NFT; the network itself does not change.
 
-    Each filter gets a mask, 1 at first, that scales its map. SGD on the masks alone lowers
+    Each filter gets a mask, 1 at first. SGD on the masks alone lowers
 
-    .. math:: L_{mix}(m) + \eta \sum_i |1 - m_i|,
+    .. math:: L_{mix}(m) + \frac{\eta}{N_c} \sum_i |1 - m_i|,
 
     and after each step every mask is put back between the lower bound of its layer, see
     :func:`mask_floors`, and 1. The first term is the cross entropy on images that are mixed in
     pairs (MixUp): with a weight drawn for each batch, two images are added, and so are the losses
-    for their two labels. The second term, with :math:`\eta` = `penalty`, holds the masks near 1,
-    so that the network does not drift away from what it was. At last the masks are written into
-    the weights. They are soft: no filter is pruned.
+    for their two labels. The second term, with :math:`\eta` = `penalty` and :math:`N_c` images of
+    a class, holds the masks near 1, so that the network does not drift away from what it was. At
+    last the masks are written into the weights. They are soft: no filter is pruned.
 
-    A mask acts on the map behind the normalization layer, if one follows the convolution, and
-    otherwise on the filter itself. In front of batch normalization it would have no effect, or
-    would not match the stored statistics. Masks are trained in evaluation mode, with stored
-    statistics, so that what is trained is what is returned. The classifier head has no masks, and
-    filters have none that no number can scale.
+    As in the published program, a mask scales the normalization layer behind the convolution, not
+    its shift; the network is in training mode meanwhile, so that it normalizes by the statistics of
+    each batch and the stored ones follow; and the first convolution has no masks. Where no
+    normalization layer with a scale follows, which the program does not know, the mask scales the
+    filter's weights, not its bias. The classifier head has no masks, and filters have none that no
+    number can scale.
 
     Args:
         model: The network, or a module around it, on the device to work on.
@@ -117,7 +119,7 @@ def nft(
 
     Returns:
         The copy with the masks in its weights. The details are the ``mean_mask``, the
-        ``lowest_mask``, and the mean ``loss`` (both terms) over the last pass.
+        ``lowest_mask``, and the ``loss`` (both terms) in the last batch.
 
     Raises:
         ValueError: If the model and the data do not fit each other, or no filter can be scaled.
@@ -127,7 +129,7 @@ def nft(
     Example:
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 2))
         >>> batch = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
-        >>> result = nft(network, [batch], config=NFTConfig(epochs=1))
+        >>> result = nft(network, [batch], config=NFTConfig(steps=1))
         >>> result.details["lowest_mask"] <= result.details["mean_mask"] <= 1
         True
     """
@@ -135,11 +137,14 @@ def nft(
     bench = Workbench.of(config, model, loader, forward, network, unpack)
     with running_alone(bench.copy):
         found = find_filter_layers(bench.copy, bench.sample, forward=bench.call)
-        floors = mask_floors(found, config.alpha, config.beta)
-        layers, floors = _scalable_layers(bench.copy, found, floors)
         before = bench.accuracy(bench.copy)
-        masks, loss = _train_masks(bench, layers, floors.to(bench.device), config)
-    FilterMasks(bench.copy, layers, masks).bake()
+    masked = found if len(found) == 1 else FilterLayers(found.layers[1:])
+    floors = mask_floors(masked, config.alpha, config.beta)
+    layers, floors = _scalable_layers(bench.copy, masked, floors)
+    masks = torch.ones(layers.total, device=bench.device, requires_grad=True)
+    with bench.training(), _masking(bench.copy, layers, masks):
+        loss = _train_masks(bench, masks, floors.to(bench.device), config)
+    masks = masks.detach()
     return BaselineResult(
         model=bench.copy,
         pruned=[],
@@ -213,37 +218,77 @@ def _scalable_layers(
     return FilterLayers(layers), floors[scalable]
 
 
-def _train_masks(
-    bench: Workbench, layers: FilterLayers, floors: Tensor, config: NFTConfig
-) -> tuple[Tensor, float]:
-    """Train the masks, and return them with the mean loss over the last pass."""
-    masked = MaskedNetwork(bench.copy, layers, bench.call, statistics="running")
-    masks = torch.ones(layers.total, device=bench.device, requires_grad=True)
+class _Masked(nn.Module):
+    """Multiplies each number of a parameter by the mask of the filter that it belongs to.
+
+    Args:
+        masks: Masks of all filters, shape (total filters,).
+        positions: Which of them each number of the parameter takes, shape as the parameter.
+    """
+
+    def __init__(self, masks: Tensor, positions: Tensor) -> None:
+        super().__init__()
+        self.masks, self.positions = masks, positions
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        return parameter * self.masks[self.positions].to(parameter.dtype)
+
+
+@contextmanager
+def _masking(network: nn.Module, layers: FilterLayers, masks: Tensor) -> Iterator[None]:
+    """Let masks act on a network until the context ends; then write them into its parameters."""
+    places: list[tuple[nn.Module, str]] = []
+    for layer, part in zip(layers, torch.arange(layers.total).split(layers.sizes), strict=True):
+        module = network.get_submodule(layer.site)
+        name = layer.scale if layer.site == layer.name else "weight"
+        parameter: Tensor = getattr(module, name)
+        if module is network.get_submodule(layer.name) and name == "weight":
+            positions = torch.ones(parameter.shape, dtype=part.dtype)
+            scale_filters_(positions, part, layer.transposed, layer.groups)
+        else:
+            positions = part.view(parameter.shape)
+        register_parametrization(module, name, _Masked(masks, positions.to(masks.device)))
+        places.append((module, name))
+    try:
+        yield
+    finally:
+        for module, name in places:
+            remove_parametrizations(module, name, leave_parametrized=True)
+
+
+def _train_masks(bench: Workbench, masks: Tensor, floors: Tensor, config: NFTConfig) -> float:
+    """Train the masks, which act on the copy, in place; return the loss in the last batch."""
+    penalty = config.penalty * bench.classes / len(bench.data)
     optimizer = torch.optim.SGD([masks], config.lr, momentum=config.momentum)
-    total = math.nan
-    for epoch in range(config.epochs):
-        total = 0.0
-        for index, (images, labels) in enumerate(bench.batches("nft", epoch)):
-            key = (config.seed, "nft", "mixup", epoch, index)
-            share, others = _draw_pairs(len(labels), config.mixup, key)
-            others = others.to(bench.device)
-            with torch.enable_grad():
-                logits = masked(share * images + (1 - share) * images[others], masks=masks)
-                mixed = share * F.cross_entropy(logits, labels)
-                mixed = mixed + (1 - share) * F.cross_entropy(logits, labels[others])
-                loss = mixed + config.penalty * (1 - masks).sum()  # no mask is above 1
-                (masks.grad,) = torch.autograd.grad(loss, masks)
-            if not bool(torch.isfinite(masks.grad).all()) or not math.isfinite(loss.item()):
-                raise ArithmeticError(
-                    f"Expected the loss of the masks and its gradient to stay finite, but they do "
-                    f"not at a loss of {loss.item()} in pass {epoch + 1}. Lower `lr` or raise "
-                    "`alpha`."
-                )
-            optimizer.step()
-            with torch.no_grad():
-                masks.copy_(masks.clamp(min=floors, max=torch.ones_like(floors)))
-            total += loss.item() * len(labels)
-    return masks.detach(), total / len(bench.data)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, config.steps, eta_min=config.last_lr
+    )
+    value = math.nan
+    for step, (images, labels) in enumerate(_batches(bench, config.steps)):
+        share, others = _draw_pairs(len(labels), config.mixup, (config.seed, "nft", "mixup", step))
+        others = others.to(bench.device)
+        logits = bench.logits(bench.copy, share * images + (1 - share) * images[others])
+        mixed = share * F.cross_entropy(logits, labels)
+        mixed = mixed + (1 - share) * F.cross_entropy(logits, labels[others])
+        loss = mixed + penalty * (1 - masks).abs().sum()
+        (masks.grad,) = torch.autograd.grad(loss, masks)
+        value = loss.item()
+        if not bool(torch.isfinite(masks.grad).all()) or not math.isfinite(value):
+            raise ArithmeticError(
+                f"Expected the loss of the masks and its gradient to stay finite, but they do not "
+                f"at a loss of {value} in batch {step + 1}. Lower `lr` or raise `alpha`."
+            )
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            masks.copy_(masks.clamp(min=floors, max=torch.ones_like(floors)))
+    return value
+
+
+def _batches(bench: Workbench, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield as many batches, in one pass over the defense set after another."""
+    passes = (bench.batches("nft", epoch) for epoch in count())
+    return islice(chain.from_iterable(passes), steps)
 
 
 def _draw_pairs(count: int, mixup: float, key: tuple[str | int, ...]) -> tuple[float, Tensor]:

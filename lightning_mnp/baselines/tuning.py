@@ -22,9 +22,9 @@ __all__ = ["TuningConfig", "tune"]
 class TuningConfig:
     """The options of fine-tuning.
 
-    The defaults are those with which the NAD paper (Li et al., ICLR 2021, section 4.1) fine-tunes
-    a backdoored network on few clean images. It also cuts squares out of images (Cutout), which is
-    left out here.
+    The defaults are those that BackdoorBench (Wu et al., NeurIPS 2022) publishes for fine-tuning
+    and for fine-pruning on CIFAR-10. FT-SAM takes the same, so that it differs from plain
+    fine-tuning by its steps and its label smoothing alone.
 
     Args:
         seed: Seed of batch order and augmentation.
@@ -32,9 +32,7 @@ class TuningConfig:
         augment: How images are changed: ``"none"``, ``"crop"`` (shifted) or ``"crop-flip"``
             (shifted and mirrored).
         epochs: Passes over the defense set.
-        lr: Learning rate of SGD at first.
-        decay_epochs: After each so many passes, the learning rate is multiplied by `decay`.
-        decay: That factor, above 0 to 1.
+        lr: Learning rate of SGD in the first pass; it falls to 0 along half a cosine.
         momentum: Momentum of SGD, from 0 to below 1.
         weight_decay: Weight decay of SGD.
 
@@ -49,14 +47,12 @@ class TuningConfig:
     """
 
     seed: int = option(0)
-    batch_size: int = option(64, at_least=3, why=", so that no batch holds a single image")
+    batch_size: int = option(256, at_least=3, why=", so that no batch holds a single image")
     augment: Augmentation = option("crop-flip", choices=get_args(Augmentation))
-    epochs: int = option(10, at_least=1)
-    lr: float = option(0.1, above=0)
-    decay_epochs: int = option(2, at_least=1)
-    decay: float = option(0.1, above=0, at_most=1)
+    epochs: int = option(100, at_least=1)
+    lr: float = option(0.01, above=0)
     momentum: float = option(0.9, at_least=0, below=1)
-    weight_decay: float = option(1e-4, at_least=0)
+    weight_decay: float = option(5e-4, at_least=0)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -69,6 +65,7 @@ def tune(
     stage: str = "tuning",
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     after_step: Callable[[], None] | None = None,
+    remedy: str = "Lower `lr`.",
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
     """Train the copy on a workbench by SGD on clean images.
@@ -84,6 +81,7 @@ def tune(
         loss: A function (images, labels) that returns a scalar; the cross entropy of the copy's
             logits if None.
         after_step: Called after each step of SGD, to restore what must not change.
+        remedy: What a user can do if a number is no longer finite, a sentence.
         progress: Called after each pass with the number of finished passes and of all.
 
     Returns:
@@ -109,14 +107,14 @@ def tune(
         optimizer = torch.optim.SGD(
             parameters, options.lr, momentum=options.momentum, weight_decay=options.weight_decay
         )
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, options.decay_epochs, options.decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
         for epoch in range(options.epochs):
             total = 0.0
             for images, labels in bench.batches(stage, epoch):
                 optimizer.zero_grad()
                 value = loss(images, labels)
                 found = float(value.detach())
-                _require_finite(math.isfinite(found), f"a loss of {found}", epoch)
+                _require_finite(math.isfinite(found), f"a loss of {found}", epoch, remedy)
                 value.backward()
                 optimizer.step()
                 if after_step is not None:
@@ -129,13 +127,13 @@ def tune(
     # The stored statistics, too: their overflow does not show in the loss of training mode.
     for name, tensor in bench.copy.state_dict().items():
         fits = not isinstance(tensor, Tensor) or bool(tensor.isfinite().all())
-        _require_finite(fits, f"NaN or infinity in {name!r}", options.epochs - 1)
+        _require_finite(fits, f"NaN or infinity in {name!r}", options.epochs - 1, remedy)
     return mean
 
 
-def _require_finite(holds: bool, found: str, epoch: int) -> None:
+def _require_finite(holds: bool, found: str, epoch: int, remedy: str) -> None:
     if not holds:
         raise ArithmeticError(
             f"Expected loss and weights to stay finite in fine-tuning, but got {found} in pass "
-            f"{epoch + 1}. Lower `lr`."
+            f"{epoch + 1}. {remedy}"
         )

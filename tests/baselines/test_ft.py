@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from helpers import images_and_labels, loader, same, snapshot, trained_network
 from torch import nn
 
-from lightning_mnp.baselines import FTConfig, ft
+from lightning_mnp.baselines import FTConfig, FTSAMConfig, ft
 from lightning_mnp.baselines.tuning import tune
 from lightning_mnp.baselines.workbench import Workbench
 from lightning_mnp.defense_data.defense_set import DefenseSet
@@ -42,8 +43,11 @@ def test_it_is_the_loop_of_fine_tuning_and_nothing_else() -> None:
 
 def test_the_defaults_are_the_published_ones() -> None:
     config = FTConfig()
-    assert (config.epochs, config.lr, config.decay_epochs, config.decay) == (10, 0.1, 2, 0.1)
-    assert (config.momentum, config.weight_decay, config.batch_size) == (0.9, 1e-4, 64)
+    assert (config.epochs, config.lr, config.batch_size) == (100, 0.01, 256)
+    assert (config.momentum, config.weight_decay) == (0.9, 5e-4)
+    sharp = FTSAMConfig()
+    for each in fields(config):  # FT-SAM differs in nothing else
+        assert getattr(config, each.name) == getattr(sharp, each.name)
 
 
 @pytest.mark.parametrize("training", [False, True])

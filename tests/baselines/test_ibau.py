@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_mnp import DefenseSet
 from lightning_mnp.baselines import IBAUConfig, ibau
-from lightning_mnp.baselines.ibau import hypergradient
+from lightning_mnp.baselines.ibau import _draw_carriers, hypergradient
 
 IMAGES, LABELS = images_and_labels(40)
 DATA = DefenseSet(IMAGES, LABELS)
@@ -68,15 +68,24 @@ def logits_of(images: Tensor, weights: dict[str, Tensor]) -> Tensor:
     return x @ weights["4.weight"].T + weights["4.bias"]
 
 
-def test_a_round_by_hand() -> None:
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_a_round_by_hand(share: float) -> None:
     torch.manual_seed(3)
     network = nn.Sequential(
         *(nn.Conv2d(1, 2, 4, stride=4), nn.BatchNorm2d(2), nn.Tanh()),
         *(nn.Flatten(), nn.Linear(8, 4)),
     ).eval()
     config = quick(
-        rounds=1, lr=0.01, trigger_lr=20.0, trigger_epochs=3, trigger_norm=3.0, response_lr=0.5
+        **{"rounds": 1, "lr": 0.01, "share": share, "response_lr": 0.5},
+        **{"trigger_lr": 20.0, "trigger_epochs": 3, "trigger_norm": 3.0},
     )
+    images, labels = DATA.batch(0, 100, torch.device("cpu"), "none", (0, "i-bau unlearning", 0))
+    carriers = _draw_carriers(40, config, 0, 0)
+    assert carriers.sum() == share * 40
+
+    def marked(trigger: Tensor) -> Tensor:
+        return images + carriers.view(-1, 1, 1, 1) * trigger.view(1, 1, 8, 8)
+
     names, tensors = zip(*network.named_parameters(), strict=True)
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
 
@@ -95,7 +104,7 @@ def test_a_round_by_hand() -> None:
     trigger = 3.0 * trigger / trigger.norm()
     (by_trigger, by_both), _ = hessian(inner, (trigger, flat))
     outer, direct = jacobian(
-        lambda d, w: F.cross_entropy(logits_of(IMAGES + d.view(1, 1, 8, 8), unflat(w)), LABELS),
+        lambda d, w: F.cross_entropy(logits_of(marked(d), unflat(w)), labels),
         (trigger, flat),
     )
     moved = torch.eye(64) - 0.5 * by_trigger
@@ -110,8 +119,18 @@ def test_a_round_by_hand() -> None:
     assert clear.float().mean() > 0.9
     torch.testing.assert_close(found[clear], expected[clear], rtol=1e-4, atol=1e-4)
     assert result.details["trigger_norm"] == pytest.approx(3.0, rel=1e-4)
-    loss = F.cross_entropy(logits_of(IMAGES + trigger.view(1, 1, 8, 8), unflat(flat)), LABELS)
+    loss = F.cross_entropy(logits_of(marked(trigger), unflat(flat)), labels)
     assert result.details["trigger_loss"] == pytest.approx(float(loss), rel=1e-3)
+
+
+def test_carriers_are_drawn_for_each_batch() -> None:
+    config = IBAUConfig()
+    drawn = [_draw_carriers(100, config, *place) for place in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    assert [int(each.sum()) for each in drawn] == [1] * 4
+    assert len({int(each.argmax()) for each in drawn[:3]}) == 3
+    assert torch.equal(drawn[0], drawn[3])
+    assert int(_draw_carriers(99, config, 0, 0).sum()) == 1
+    assert int(_draw_carriers(250, config, 0, 0).sum()) == 2
 
 
 def test_a_short_trigger_keeps_its_length() -> None:
@@ -188,6 +207,8 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
         ("batch_size", 0, "a whole number of at least 1"),
         ("rounds", 0, "a whole number of at least 1"),
         ("lr", 0.0, "a number above 0"),
+        ("share", 0.0, "a number above 0 to 1"),
+        ("share", 1.5, "a number above 0 to 1"),
         ("terms", 0, "a whole number of at least 1"),
         ("trigger_lr", 0.0, "a number above 0"),
         ("trigger_epochs", 0, "a whole number of at least 1"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from helpers import images_and_labels, loader, same, snapshot, trained_network
 from scipy.stats import kstest
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_mnp.baselines import NFTConfig, nft
-from lightning_mnp.baselines.nft import _draw_pairs, mask_floors
+from lightning_mnp.baselines.nft import _batches, _draw_pairs, mask_floors
+from lightning_mnp.baselines.workbench import Workbench
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.surgery.layers import FilterLayer, FilterLayers
 
@@ -30,47 +33,45 @@ def seeded() -> Iterator[None]:
 
 
 def quick(**changes: Any) -> NFTConfig:
-    return NFTConfig(**{"epochs": 3, "augment": "none", "lr": 0.5, **changes})
+    return NFTConfig(**{"steps": 3, "augment": "none", "lr": 0.5, **changes})
 
 
 def masks_of(model: nn.Module) -> Tensor:
-    """What the scales of the second network are of those of the first, and the shifts as well."""
-    scales, shifts = (
-        torch.cat([model.get_parameter(f"{n}.{what}") / NETWORK.get_parameter(f"{n}.{what}")
-                   for n in (1, 5)])
-        for what in ("weight", "bias")
-    )  # fmt: skip
-    torch.testing.assert_close(scales, shifts)
-    return scales.detach()
+    """What the scales of the second convolution are of those of the network before."""
+    return (model.get_parameter("5.weight") / NETWORK.get_parameter("5.weight")).detach()
 
 
 def logits_by_hand(masks: Tensor, images: Tensor) -> Tensor:
+    """The network in training mode, with masks on the scale of the second convolution alone."""
     net: Any = NETWORK
-    x = net[1](net[0](images)) * masks[:8, None, None]
-    x = net[5](net[4](net[3](x.relu()))) * masks[8:, None, None]
+    x = net[0](images)
+    x = F.batch_norm(x, None, None, net[1].weight, net[1].bias, training=True)
+    x = net[4](net[3](x.relu()))
+    mean, spread = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+    x = (x - mean) / (spread + net[5].eps).sqrt()
+    x = x * (net[5].weight * masks)[:, None, None] + net[5].bias[:, None, None]
     logits: Tensor = net[8](x.relu().flatten(1))
     return logits
 
 
 def masks_by_hand(config: NFTConfig) -> tuple[Tensor, float]:
     """The training of the masks written out, one batch in a pass."""
-    floors = torch.tensor([config.alpha * math.exp(-config.beta)] * 8
-                          + [config.alpha * math.exp(-2 * config.beta)] * 12)  # fmt: skip
-    masks, speed, value = torch.ones(20), torch.zeros(20), math.nan
-    for epoch in range(config.epochs):
-        key = (config.seed, "nft", epoch)
+    floor = config.alpha * math.exp(-config.beta)
+    masks, speed, value = torch.ones(12), torch.zeros(12), math.nan
+    for step in range(config.steps):
+        key = (config.seed, "nft", step)
         images, labels = DATA.batch(0, config.batch_size, CPU, "none", key)
-        share, others = _draw_pairs(40, config.mixup, (config.seed, "nft", "mixup", epoch, 0))
+        share, others = _draw_pairs(40, config.mixup, (config.seed, "nft", "mixup", step))
         leaf = masks.clone().requires_grad_()
-        loss = config.penalty * (1 - leaf).abs().sum()
-        for image, label, other in zip(images, labels, others.tolist(), strict=True):
-            mixed = share * image + (1 - share) * images[other]
-            logs = F.log_softmax(logits_by_hand(leaf, mixed[None])[0], 0)
-            loss = loss - (share * logs[label] + (1 - share) * logs[labels[other]]) / 40
+        loss = config.penalty / (40 / 4) * (1 - leaf).abs().sum()
+        logs = logits_by_hand(leaf, share * images + (1 - share) * images[others]).log_softmax(1)
+        for row, label, other in zip(logs, labels, others.tolist(), strict=True):
+            loss = loss - (share * row[label] + (1 - share) * row[labels[other]]) / 40
         (gradient,) = torch.autograd.grad(loss, leaf)
-        gradient = gradient - config.penalty * (masks == 1)  # |1 - m| grows with lower m
         speed = config.momentum * speed + gradient
-        masks = torch.maximum((masks - config.lr * speed).clamp(max=1.0), floors)
+        fallen = (1 + math.cos(math.pi * step / config.steps)) / 2
+        rate = config.last_lr + (config.lr - config.last_lr) * fallen
+        masks = (masks - rate * speed).clamp(floor, 1.0)
         value = loss.item()
     return masks, value
 
@@ -79,8 +80,8 @@ def masks_by_hand(config: NFTConfig) -> tuple[Tensor, float]:
     "options",
     [
         {},
-        {"penalty": 0.05, "momentum": 0.5, "mixup": 0.3},
-        {"alpha": 0.95, "beta": 0.01, "lr": 5.0, "seed": 4},
+        {"penalty": 0.5, "momentum": 0.5, "mixup": 0.3, "last_lr": 0.0},
+        {"alpha": 0.95, "beta": 0.02, "lr": 0.2, "seed": 4},
     ],
     ids=["plain", "penalized", "near the floors"],
 )
@@ -97,28 +98,40 @@ def test_the_masks_are_those_by_hand(options: dict[str, Any]) -> None:
     assert result.details["lowest_mask"] == pytest.approx(float(found.min()), rel=1e-5)
 
 
-def test_only_scales_and_shifts_change() -> None:
+def test_only_scales_and_stored_statistics_change() -> None:
     result = nft(NETWORK, DATA, config=quick())
     before, after = NETWORK.state_dict(), result.model.state_dict()
+    assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"1.weight", "1.bias", "5.weight", "5.bias"}
+    stored = ("running_mean", "running_var", "num_batches_tracked")
+    assert changed == {"5.weight", *(f"{norm}.{name}" for norm in (1, 5) for name in stored)}
+    assert int(after["1.num_batches_tracked"] - before["1.num_batches_tracked"]) == 3
     assert result.pruned == result.scores == []
     for model, rate in ((NETWORK, result.accuracy_before), (result.model, result.accuracy_after)):
         hits = (model(DATA.images).argmax(1) == DATA.labels).float().mean()
         assert rate == pytest.approx(float(hits))
 
 
-def test_a_great_penalty_leaves_the_network_as_it_is() -> None:
-    found = nft(NETWORK, DATA, config=quick(penalty=1e6)).model.state_dict()
-    assert all(torch.equal(found[name], old) for name, old in NETWORK.state_dict().items())
+def test_a_great_penalty_turns_masks_back() -> None:
+    # Of the last three batches, two pull masks back that the loss has turned down before.
+    free = nft(NETWORK, DATA, config=quick(steps=6, penalty=0.0)).details["mean_mask"]
+    assert nft(NETWORK, DATA, config=quick(steps=6, penalty=10.0)).details["mean_mask"] > free
 
 
 def test_no_mask_falls_below_its_floor() -> None:
-    masks = masks_of(nft(NETWORK, DATA, config=quick(lr=1e6, alpha=0.5, beta=1.0)).model)
-    floors = torch.tensor([0.5 * math.exp(-1)] * 8 + [0.5 * math.exp(-2)] * 12)
-    at_floor = (masks - floors).abs() < 1e-5
+    options = quick(lr=1e6, last_lr=1e6, alpha=0.5, beta=1.0)
+    masks = masks_of(nft(NETWORK, DATA, config=options).model)
+    at_floor = (masks - 0.5 * math.exp(-1)).abs() < 1e-5
     assert bool(at_floor.any())
     assert bool((at_floor | (masks == 1)).all())
+
+
+def test_passes_follow_one_another() -> None:
+    bench = Workbench(NETWORK, DATA, batch_size=16)
+    sizes = [len(labels) for _, labels in _batches(bench, 7)]
+    assert sizes == [14, 13, 13, 14, 13, 13, 14]
+    first, fourth = (images for images, _ in islice(_batches(bench, 7), 0, 4, 3))
+    assert not torch.equal(first, fourth)
 
 
 def test_floors_fall_from_layer_to_layer() -> None:
@@ -135,28 +148,54 @@ def test_weights_of_mixup_follow_the_beta_distribution(mixup: float) -> None:
     assert len({tuple(others.tolist()) for _, others in drawn}) > 290
 
 
-def test_without_normalization_filters_are_scaled() -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_without_normalization_weights_are_scaled(kind: Any, groups: int) -> None:
     network: Any = nn.Sequential(
-        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(64, 4)),
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), kind(4, 20, 3, padding=1, groups=groups), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(720, 4)),
     )
-    model: Any = nft(network, DATA, config=quick(lr=1e6)).model
-    ratios = model[0].bias / network[0].bias
-    torch.testing.assert_close(model[0].weight, network[0].weight * ratios[:, None, None, None])
-    assert min(ratios) < 1
-    assert torch.equal(model[5].weight, network[5].weight)
+    model: Any = nft(network, DATA, config=quick(steps=1, lr=1e6)).model
+    for name in ("0.weight", "0.bias", "2.bias", "5.weight", "5.bias"):
+        assert torch.equal(model.get_parameter(name), network.get_parameter(name))
+    ratios = (model[2].weight / network[2].weight).detach()
+    if kind is nn.Conv2d:
+        ratios = ratios.flatten(1)
+    else:
+        ratios = ratios.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+    torch.testing.assert_close(ratios, ratios[:, :1].expand_as(ratios))
+    assert float(ratios.min()) < 1
+    assert len(ratios) == 20
+
+
+def test_a_single_convolution_has_masks() -> None:
+    network: Any = nn.Sequential(nn.Conv2d(1, 20, 3), nn.Flatten(), nn.Linear(720, 4))
+    model: Any = nft(network, DATA, config=quick(steps=1, lr=1e6, alpha=0.5, beta=1.0)).model
+    lowest = (model[0].weight / network[0].weight).detach().min()
+    assert float(lowest) == pytest.approx(0.5 * math.exp(-1))
 
 
 def test_layers_that_no_number_scales_take_no_part() -> None:
     network: Any = nn.Sequential(
-        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.Conv2d(4, 4, 3)),
-        *(nn.Flatten(), nn.Linear(64, 4)),
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, affine=False)),
+        *(nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 4)),
     ).eval()
-    model: Any = nft(network, DATA, config=quick(lr=1e6, alpha=0.5, beta=1.0)).model
-    assert torch.equal(model[0].weight, network[0].weight)
-    ratios = (model[3].bias / network[3].bias).tolist()
-    # The floor is that of the second layer, although the first takes no part.
+    model: Any = nft(network, DATA, config=quick(steps=1, lr=1e6, alpha=0.5, beta=1.0)).model
+    assert torch.equal(model[2].weight, network[2].weight)
+    ratios = (model[5].weight / network[5].weight).flatten().tolist()
+    # The floor is that of the second layer with masks, although the first takes no part.
     assert min(ratios) == pytest.approx(0.5 * math.exp(-2))
+
+
+def test_frozen_scales_are_masked_and_stay_frozen() -> None:
+    network: Any = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), FrozenBatchNorm2d(4), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(144, 4)),
+    )
+    model: Any = nft(network, DATA, config=quick(steps=1, lr=1e6)).model
+    assert "3.weight" in dict(model.named_buffers())
+    assert type(model[3]) is FrozenBatchNorm2d
+    assert float(model[3].weight.min()) < 1
 
 
 def test_a_network_that_no_mask_can_scale_is_refused() -> None:
@@ -174,7 +213,7 @@ def test_the_model_and_the_random_state_stay(training: bool) -> None:
     network = trained_network(steps=2).train(training)
     before, state = snapshot(network), torch.get_rng_state()
     with torch.no_grad():
-        result = nft(network, loader(shuffle=True), config=NFTConfig(epochs=1))
+        result = nft(network, loader(shuffle=True), config=NFTConfig(steps=2))
     assert torch.equal(torch.get_rng_state(), state)
     assert same(before, snapshot(network))
     after = snapshot(result.model)
@@ -195,7 +234,7 @@ def test_a_loss_that_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
     data = DefenseSet(*images_and_labels())
     original = F.cross_entropy
     monkeypatch.setattr(F, "cross_entropy", lambda *given: original(*given) * float("inf"))
-    with pytest.raises(ArithmeticError, match=r"in pass 1\. Lower `lr` or raise `alpha`"):
+    with pytest.raises(ArithmeticError, match=r"in batch 1\. Lower `lr` or raise `alpha`"):
         nft(NETWORK, data, config=quick())
 
 
@@ -204,8 +243,9 @@ def test_a_loss_that_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("augment", "mixup", "one of ('none', 'crop', 'crop-flip')"),
         ("batch_size", 2, "a whole number of at least 3, so that no batch holds a single image"),
-        ("epochs", 0, "a whole number of at least 1"),
+        ("steps", 0, "a whole number of at least 1"),
         ("lr", 0.0, "a number above 0"),
+        ("last_lr", -0.1, "a number of at least 0"),
         ("momentum", 1.0, "a number from 0 to below 1"),
         ("mixup", 0.0, "a number above 0"),
         ("penalty", -1.0, "a number of at least 0"),

@@ -186,7 +186,7 @@ SHORT: dict[str, dict[str, Any]] = {
     # An index that some class is above, so that there is something to unlearn.
     "nc_unlearning.NCConfig": {"epochs": 2, "anomaly": 1e-3},
     "nc_unlearning.NCUnlearningConfig": {"epochs": 1},
-    "nft.NFTConfig": {"epochs": 1},
+    "nft.NFTConfig": {"steps": 1},
     "rnp.RNPConfig": {"unlearning_epochs": 1, "recovering_epochs": 1},
     "strip.STRIPConfig": {"overlays": 5},
 }
