@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_mnp.attacks import Attack, save_trigger
 from lightning_mnp.benchmark import networks
-from lightning_mnp.benchmark.recipe import find_class
+from lightning_mnp.benchmark.names import find_class
 
 BASE = """
 trainer:

@@ -38,9 +38,9 @@ def ft(
 ) -> BaselineResult:
     """Fine-tune a copy of a network on clean images; the network itself does not change.
 
-    SGD lowers the cross entropy on shifted and mirrored images, with a learning rate that falls along
-    half a cosine. The copy is in training mode: batch normalization takes the statistics of each batch,
-    and its stored statistics follow. No filter is pruned. Any network is taken.
+    SGD lowers the cross entropy on shifted and mirrored images, with a learning rate that falls
+    along half a cosine. The copy is in training mode: batch normalization takes the statistics of
+    each batch, and its stored statistics follow. No filter is pruned. Any network is taken.
 
     Args:
         model: The network, or a module around it, on the device to work on.

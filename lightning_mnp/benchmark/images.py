@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_mnp.attacks import Attack, ReferenceNetwork, load_trigger
 from lightning_mnp.attacks.trigger import read_poisoned_indices
 from lightning_mnp.baselines import Suspects
-from lightning_mnp.benchmark.recipe import NetworkRecipe, find_class
+from lightning_mnp.benchmark.names import find_class
+from lightning_mnp.benchmark.recipe import NetworkRecipe
 from lightning_mnp.data import (
     BackdoorDataModule,
     ImageDataset,

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_mnp import baselines
 from lightning_mnp.api import audit, defend
 from lightning_mnp.baselines import BaselineResult, DetectionResult, Suspects
-from lightning_mnp.benchmark.recipe import nearest
+from lightning_mnp.benchmark.names import nearest
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.report import DefenseReport

@@ -20,7 +20,8 @@ from torch import nn
 from lightning_mnp.benchmark.code_version import code_version
 from lightning_mnp.benchmark.images import CellImages
 from lightning_mnp.benchmark.machine import describe_machine
-from lightning_mnp.benchmark.recipe import NetworkRecipe, find_class
+from lightning_mnp.benchmark.names import find_class
+from lightning_mnp.benchmark.recipe import NetworkRecipe
 from lightning_mnp.benchmark.records import read_json, write_json
 from lightning_mnp.checkpoints.read import read_state_dict
 from lightning_mnp.checkpoints.state_dict import load_into

@@ -6,16 +6,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from lightning_mnp.benchmark.results import MISSING, Marks, Result
-from lightning_mnp.benchmark.tables import (
-    Table,
-    fine_tuned,
-    head,
-    mean_pair,
-    not_learned,
-    pairs_of,
-    settings_of,
-)
+from lightning_mnp.benchmark.notes import fine_tuned, not_learned
+from lightning_mnp.benchmark.pairs import mean_pair, pairs_of
+from lightning_mnp.benchmark.results import MISSING, Marks, Result, settings_of
+from lightning_mnp.benchmark.table import Table, head
 
 __all__ = ["overview"]
 
@@ -66,7 +60,8 @@ def _table(number: int, here: Sequence[Result], marks: Marks) -> Table:
     ]
     for name in attacks:
         notes += not_learned(name, _of(here, name))
-    title = f"Defenses side by side: CA / ASR in percent; {here[0].setting}"
+    mark = marks.setting(here[0].setting)
+    title = f"Defenses side by side: CA / ASR in percent, setting {mark}"
     return Table(f"overview-{number}", title, heads, [none, *(row for _, row in rows)], notes)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_mnp.benchmark.results import Result
-from lightning_mnp.benchmark.tables import head, mean_pair, settings_of
+from lightning_mnp.benchmark.pairs import mean_pair
+from lightning_mnp.benchmark.results import Result, settings_of
+from lightning_mnp.benchmark.table import head
 
 __all__ = ["draw_plots"]
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Trainer
 
+from lightning_mnp.benchmark.names import find_class, nearest
+from lightning_mnp.benchmark.training_options import SHAPE, check_fine_tuning, check_option
 from lightning_mnp.checkpoints.printable import printable
 
-__all__ = ["CLEAN", "NetworkRecipe", "find_class", "nearest", "read_yaml"]
+__all__ = ["CLEAN", "NetworkRecipe", "read_yaml"]
 
 CLEAN = "clean"
 _SAVE_LAST = {
@@ -31,28 +30,11 @@ _SAVE_LAST = {
         "save_on_train_epoch_end": True,
     },
 }
-# The options of a model by which its network is built.
-_SHAPE = ("architecture", "width", "num_classes", "in_channels")
 # What says where things are and how loud the training is, not what comes out of it.
 _NOT_PART = {
     "trainer": ("default_root_dir", "logger", "enable_progress_bar", "enable_model_summary"),
     "data": ("root", "download", "defense_size", "defense_seed", "defense_batch_size"),
 }
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that suggests the known name nearest to an unknown one; "" if none is near.
-
-    Args:
-        name: The unknown name.
-        known: The known ones.
-
-    Example:
-        >>> nearest("badnet", ["badnets", "blend"])
-        " Did you mean 'badnets'?"
-    """
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def read_yaml(path: Path) -> Any:
@@ -82,29 +64,6 @@ def read_yaml(path: Path) -> Any:
             f"Expected {printable(str(path))} to hold YAML, but{where} it does not: "
             f"{printable(what, 300)}. Correct the file."
         ) from error
-
-
-def find_class(path: str) -> type[Any]:
-    """Return the class of a dotted path.
-
-    Args:
-        path: Such as ``"lightning_mnp.attacks.BadNets"``.
-
-    Raises:
-        ValueError: If there is no such class.
-
-    Example:
-        >>> find_class("lightning_mnp.attacks.BadNets").__name__
-        'BadNets'
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"Expected a `class_path` of a known class, but got {path!r}.") from error
-    if not isinstance(found, type):
-        raise ValueError(f"Expected a `class_path` of a class, but {path!r} is none.")
-    return found
 
 
 @dataclass(frozen=True)
@@ -146,10 +105,11 @@ class NetworkRecipe:
     def content(self) -> dict[str, Any]:
         """The merged configuration, without places of files."""
         content = _read(self.base)
-        for name in (*self.options, *self.fine_tuning):
-            _check_option(content, name)
+        for part, names in (("options", self.options), ("fine_tuning", self.fine_tuning)):
+            for name in names:
+                check_option(content, name, part)
         if self.fine_tuning:
-            _check_fine_tuning(content, self.fine_tuning)
+            check_fine_tuning(content, self.fine_tuning)
         options = self.options
         if self._is_fine_tuned:  # the place of the clean network is set when it is known
             options = {**options, **self.fine_tuning, "model.checkpoint": None}
@@ -351,7 +311,7 @@ def _class_path(callback: Any) -> str:
 
 def _network_of(content: Mapping[str, Any]) -> dict[str, Any]:
     arguments = content["model"].get("init_args") or {}
-    return {name: arguments[name] for name in _SHAPE if name in arguments}
+    return {name: arguments[name] for name in SHAPE if name in arguments}
 
 
 def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -374,45 +334,6 @@ def _set(content: dict[str, Any], name: str, value: Any, only_known: bool = Fals
     content = _arguments(content)
     if not only_known or last in content:
         content[last] = value
-
-
-def _check_option(content: Mapping[str, Any], name: str) -> None:
-    """Raise if an option names no argument of the trainer, the model or the data."""
-    part, _, rest = name.partition(".")
-    parts = ("trainer", "model", "data")
-    if part not in parts or not rest:
-        raise ValueError(
-            f"Expected an option of the training to begin with trainer., model. or data., but got "
-            f"{name!r}.{nearest(part, parts)}"
-        )
-    if name == "model.checkpoint":
-        raise ValueError(
-            "Expected an option of the training, but got 'model.checkpoint': a benchmark names the "
-            "network to start from by itself. Give `fine_tuning` to start from the clean one."
-        )
-    kind = Trainer if part == "trainer" else find_class(content[part]["class_path"])
-    known = [each for each in inspect.signature(kind).parameters if each != "self"]
-    if rest.partition(".")[0] not in known:
-        raise ValueError(
-            f"Expected an option of the training that {kind.__name__} takes, but got {name!r}."
-            f"{nearest(rest, known)}"
-        )
-
-
-def _check_fine_tuning(content: Mapping[str, Any], options: Iterable[str]) -> None:
-    """Raise if a network cannot start from the clean one with these options."""
-    shaping = [name for name in options if name.removeprefix("model.") in (*_SHAPE, "network")]
-    if shaping:
-        raise ValueError(
-            f"Expected `fine_tuning` to leave the shape of the clean network as it is, but got "
-            f"{shaping[0]!r}. Give it in `options`, or as an axis of the grid."
-        )
-    kind = find_class(content["model"]["class_path"])
-    if "checkpoint" not in inspect.signature(kind).parameters:
-        raise ValueError(
-            "Expected the model of a grid with `fine_tuning` to take an argument `checkpoint`, the "
-            f"weights to start from, but {kind.__name__} takes none. Leave `fine_tuning` out."
-        )
 
 
 def _arguments(content: dict[str, Any]) -> dict[str, Any]:

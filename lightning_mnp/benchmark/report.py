@@ -10,7 +10,7 @@ from lightning_mnp.benchmark import side_tables, tables
 from lightning_mnp.benchmark.overview import overview
 from lightning_mnp.benchmark.plots import draw_plots
 from lightning_mnp.benchmark.results import Marks, Result, paper_figures, read_results
-from lightning_mnp.benchmark.tables import Table
+from lightning_mnp.benchmark.table import Table
 
 __all__ = ["write_report"]
 
@@ -66,7 +66,7 @@ def _page(
         "# Benchmark",
         f"{len(found)} cells, of which {failed} failed, measured from {dates[0]} to {dates[-1]}. "
         f"Rows of the paper are from {paper_figures()['source']}. *missing* means that there is no "
-        "result yet.",
+        "result yet. The last part tells the settings (s1 and so on) and machines (m1 and so on).",
         *(table.markdown() for table in made),
         *(f"![{path.stem}]({path.name})" for path in drawn),
         "## Settings and machines",

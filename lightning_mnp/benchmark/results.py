@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_mnp.benchmark.records import read_cells
 
-__all__ = ["MISSING", "Marks", "Result", "Setting", "paper_figures", "read_results"]
+__all__ = ["MISSING", "Marks", "Result", "Setting", "paper_figures", "read_results", "settings_of"]
 
 MISSING = "missing"
 
@@ -57,7 +57,8 @@ class Setting:
     test_images: int
 
     def __str__(self) -> str:
-        changed = "" if self.options == "{}" else f" with {self.options}"
+        options = ", ".join(f"{name}={value}" for name, value in json.loads(self.options).items())
+        changed = f" with {options}" if options else ""
         thinned = f", at most {self.test_images} test images" if self.test_images else ""
         return (
             f"{self.data.removesuffix('DataModule')}, {self.architecture} of width {self.width}, "
@@ -190,6 +191,15 @@ class Marks:
         """Return a line for each mark that was given."""
         given = [*self._settings.items(), *self._machines.items()]
         return [f"{mark}: {told}" for told, mark in given]
+
+
+def settings_of(results: Sequence[Result]) -> list[Setting]:
+    """Return the settings of results, sorted.
+
+    Args:
+        results: The results.
+    """
+    return sorted({result.setting for result in results})
 
 
 def read_results(folder: Path) -> list[Result]:

@@ -6,8 +6,8 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 
-from lightning_mnp.benchmark.results import Marks, Result, Setting
-from lightning_mnp.benchmark.tables import Table, head, settings_of
+from lightning_mnp.benchmark.results import Marks, Result, Setting, settings_of
+from lightning_mnp.benchmark.table import Table, head
 
 __all__ = ["cost", "every_cell", "failures", "harm", "spread"]
 

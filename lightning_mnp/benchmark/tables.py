@@ -2,147 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from lightning_mnp.benchmark.results import MISSING, Marks, Result, Setting, paper_figures
+from lightning_mnp.benchmark.notes import POINTS, fine_tuned, losses, not_learned
+from lightning_mnp.benchmark.pairs import Pair, mean_pair, pairs_of, shown
+from lightning_mnp.benchmark.results import MISSING, Marks, Result, paper_figures, settings_of
+from lightning_mnp.benchmark.table import Table, head
 
-__all__ = [
-    "Table",
-    "by_rate",
-    "detection",
-    "fine_tuned",
-    "head",
-    "mean_pair",
-    "mitigation",
-    "not_learned",
-    "pairs_of",
-    "settings_of",
-]
+__all__ = ["by_rate", "detection", "mitigation"]
 
 _PAPER_DEFENSES = ("fp", "anp", "clp", "rnp", "nc", "nad", "i-bau", "mnp")
 _PAPER_DETECTORS = ("nc", "ac", "sc", "strip", "mnp")
-_HEADS = {"none": "Backdoored", "i-bau": "I-BAU", "default": "default", "ft": "fine-tuning"}
-# A rival is better if it is so by more than this, in CA or ASR, and no worse in the other.
-_POINTS = 0.5
-_LEARNED = 50.0  # ASR in percent
-
-Pair = tuple[float, float | None]
-
-
-@dataclass
-class Table:
-    """A table of text.
-
-    Attributes:
-        name: For file names.
-        title: What it shows.
-        header: Heads of the columns.
-        rows: The cells, row by row.
-        notes: Sentences below it.
-    """
-
-    name: str
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
-
-    def markdown(self) -> str:
-        """Return it as Markdown, with a heading.
-
-        Example:
-            >>> print(Table("x", "A title", ["a", "b"], [["1", "2"]]).markdown())
-            ## A title
-            <BLANKLINE>
-            | a | b |
-            | --- | --- |
-            | 1 | 2 |
-        """
-        lines = [f"## {self.title}", "", _line(self.header), _line(["---"] * len(self.header))]
-        lines += map(_line, self.rows)
-        if self.notes:
-            lines += ["", *(f"- {note}" for note in self.notes)]
-        return "\n".join(lines)
-
-    def csv(self) -> str:
-        """Return it as CSV."""
-        file = io.StringIO()
-        csv.writer(file, lineterminator="\n").writerows([self.header, *self.rows])
-        return file.getvalue()
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(each.replace('|', chr(92) + '|') for each in cells)} |"
-
-
-def settings_of(results: Sequence[Result]) -> list[Setting]:
-    """Return the settings of results, sorted.
-
-    Args:
-        results: The results.
-    """
-    return sorted({result.setting for result in results})
-
-
-def mean_pair(pairs: Sequence[Pair]) -> Pair:
-    """Return the means of CA and ASR; None for ASR if it is None everywhere.
-
-    Args:
-        pairs: At least one pair.
-
-    Example:
-        >>> mean_pair([(90.0, 2.0), (80.0, 4.0)])
-        (85.0, 3.0)
-    """
-    rates = [rate for _, rate in pairs if rate is not None]
-    return statistics.mean(ca for ca, _ in pairs), statistics.mean(rates) if rates else None
-
-
-def pairs_of(results: Sequence[Result], when: str) -> list[Pair]:
-    """Return CA and ASR in percent of those results that have figures.
-
-    Args:
-        results: The results.
-        when: ``"after"`` the defense, or ``"before"``, where each network comes once.
-    """
-    done = [each for each in results if each.is_done]
-    if when == "before":
-        return list({r.network["digest"]: r.percent(when) for r in done}.values())
-    return [each.percent(when) for each in done]
-
-
-def shown(pair: Pair | None, count: int = 1) -> str:
-    """Write CA and ASR, with the number of results behind them if these are several.
-
-    Args:
-        pair: CA and ASR in percent; None if there are none.
-        count: Number of results.
-
-    Example:
-        >>> shown((92.11, 0.47)), shown((91.0, 2.5), 3), shown(None)
-        ('92.11 / 0.47', '91.00 / 2.50 (3)', 'missing')
-    """
-    if pair is None:
-        return MISSING
-    rate = "-" if pair[1] is None else f"{pair[1]:.2f}"
-    return f"{pair[0]:.2f} / {rate}" + (f" ({count})" if count > 1 else "")
-
-
-def head(name: str) -> str:
-    """Return the head of a method's column.
-
-    Args:
-        name: Its name or label.
-
-    Example:
-        >>> head("anp"), head("default"), head("anp (amount=30)")
-        ('ANP', 'default', 'anp (amount=30)')
-    """
-    return _HEADS.get(name, name.upper() if "(" not in name else name)
 
 
 def _columns(results: Sequence[Result], published: Sequence[str]) -> list[str]:
@@ -187,16 +58,16 @@ def mitigation(results: Sequence[Result], marks: Marks) -> list[Table]:
             lines.append(
                 [attack, "ours", shown(none, len(before)), *own, marks.mark(group) or MISSING]
             )
-            notes += [*not_learned(attack, group), *_losses(attack, group)]
+            notes += [*not_learned(attack, group), *losses(attack, group)]
         lines += _averages(here, attacks, labels, rows)
         what = f"Table {setting.paper_table}" if setting.paper_table else "Defenses"
-        title = f"{what}: CA / ASR in percent; {setting}"
+        title = f"{what}: CA / ASR in percent, setting {marks.setting(setting)}"
         heads = ["attack", "by", *map(head, ("none", *labels)), "measured on"]
         name = f"table{setting.paper_table}" if setting.paper_table else "defenses"
         notes.insert(0, "In brackets: how many networks or defense seeds a mean is over.")
         if len(notes) > 1:
             notes.insert(
-                1, f"To lose: no better in CA and ASR, and worse by over {_POINTS} points in one."
+                1, f"To lose: no better in CA and ASR, and worse by over {POINTS} points in one."
             )
         notes += fine_tuned(here)
         tables.append(Table(f"{name}-{number}", title, heads, lines, notes))
@@ -234,70 +105,6 @@ def _averages(
     return [*lines, ["Average", "ours", "", *own, ""]]
 
 
-def not_learned(attack: str, group: Sequence[Result]) -> list[str]:
-    """Return a sentence that says that networks have not learned an attack, if it is so.
-
-    Args:
-        attack: Its name.
-        group: The results on it.
-    """
-    rates = [rate for _, rate in pairs_of(group, "before")]
-    weak = [rate for rate in rates if rate is not None and rate < _LEARNED]
-    if not weak:
-        return []
-    found = f"{len(weak)} of {len(rates)} networks have an ASR below {_LEARNED:.0f}% before any"
-    return [f"{attack}: {found} defense, so the attack was not learned."]
-
-
-def fine_tuned(results: Sequence[Result]) -> list[str]:
-    """Return a sentence that says which networks were not trained whole, if there are any.
-
-    Args:
-        results: The results.
-    """
-    told = []
-    for attack in dict.fromkeys(each.attack for each in results):
-        group = [each for each in results if each.attack == attack]
-        # Files of before `fine_tuning` have none.
-        tuned = [each for each in group if each.network.get("fine_tuning")]
-        whole = len({r.network["digest"] for r in group} - {r.network["digest"] for r in tuned})
-        epochs = sorted({each.network["epochs"] for each in tuned})
-        if tuned:
-            count = " and ".join(map(str, epochs))
-            rest = f"; {whole} whole" if whole else ""
-            told.append(f"{attack} ({count} epochs{rest})")
-    return [f"Trained on from the clean network of their seed: {', '.join(told)}."] if told else []
-
-
-def _losses(attack: str, group: Sequence[Result]) -> list[str]:
-    """Say in words where this package's settings lose."""
-    pairs: dict[str, Pair] = {}
-    for label in dict.fromkeys(each.label for each in group):
-        done = [r.percent("after") for r in group if r.label == label and r.is_done]
-        if done:
-            pairs[label] = mean_pair(done)
-    notes = []
-    for own in ("mnp", "default"):
-        if own not in pairs or pairs[own][1] is None:
-            continue
-        better = [
-            f"{head(label)} ({shown(pair)})"
-            for label, pair in pairs.items()
-            if label != own and _is_better(pair, pairs[own])
-        ]
-        if better:
-            rivals = " and ".join(better)
-            notes.append(f"{attack}: {head(own)} ({shown(pairs[own])}) loses to {rivals}.")
-    return notes
-
-
-def _is_better(rival: Pair, own: Pair) -> bool:
-    if rival[1] is None or own[1] is None:
-        return False
-    gain_ca, gain_asr = rival[0] - own[0], own[1] - rival[1]
-    return min(gain_ca, gain_asr) >= 0 and max(gain_ca, gain_asr) > _POINTS
-
-
 def by_rate(results: Sequence[Result], marks: Marks) -> list[Table]:
     """Make Table 3: BadNets by poison rate and mode, a table for each setting and defense.
 
@@ -316,6 +123,7 @@ def by_rate(results: Sequence[Result], marks: Marks) -> list[Table]:
     tables = []
     for number, setting in enumerate(settings_of(wanted), 1):
         here = [each for each in wanted if each.setting == setting]
+        mark = marks.setting(setting)
         rates = sorted({float(each.network["rate"]) for each in here})
         if len(rates) == 1 and {each.network["mode"] for each in here} == {"all-to-one"}:
             continue  # Table 1 has it
@@ -344,7 +152,7 @@ def by_rate(results: Sequence[Result], marks: Marks) -> list[Table]:
             tables.append(
                 Table(
                     f"table3-{number}-{label.replace(' ', '-')}",
-                    f"Table 3: BadNets by poison rate, {head(label)}; {setting}",
+                    f"Table 3: BadNets by poison rate, {head(label)}, setting {mark}",
                     ["attack", "in percent", "by", *heads, "measured on"],
                     lines,
                     [
@@ -414,7 +222,7 @@ def detection(results: Sequence[Result], marks: Marks) -> list[Table]:
         for attack in attacks:
             notes += not_learned(attack, [each for each in here if each.attack == attack])
         notes += fine_tuned(here)
-        title = f"Table 4: detection; {setting}"
+        title = f"Table 4: detection, setting {marks.setting(setting)}"
         tables.append(Table(f"table4-{number}", title, heads, lines, notes))
     return tables
 

@@ -90,9 +90,12 @@ def test_trials_of_options_on_one_attack_have_no_row() -> None:
 
 def test_each_setting_has_a_table_and_other_rates_have_none() -> None:
     results = [result(width=8), result(), result(attack="SIG"), result(usual=False, rate=0.01)]
-    tables = overview(results, Marks())
+    marks = Marks()
+    tables = overview(results, marks)
     assert [table.name for table in tables] == ["overview-1", "overview-2"]
-    assert "of width 16" in tables[0].title  # with more attacks
+    # The setting with more attacks comes first.
+    assert tables[0].title == "Defenses side by side: CA / ASR in percent, setting s1"
+    assert "of width 16" in marks.lines()[0]
     assert all(len(table.rows) == 2 for table in tables)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from benchmark_site import ATTACKS, BASE, make_site
 
-from lightning_mnp.benchmark.recipe import NetworkRecipe, find_class, nearest
+from lightning_mnp.benchmark.recipe import NetworkRecipe
 
 
 @pytest.fixture
@@ -132,12 +132,6 @@ def test_fine_tuning_leaves_a_clean_network_as_it_is(base: Path) -> None:
     assert recipe.described()["fine_tuning"] == {}
 
 
-def test_fine_tuning_needs_a_model_that_takes_weights(base: Path) -> None:
-    base.write_text(BASE.replace("lightning_mnp.models.Classifier", "benchmark_site.Untunable"))
-    with pytest.raises(ValueError, match=r"an argument `checkpoint`.*but Untunable takes none"):
-        _ = NetworkRecipe(base, "badnets", fine_tuning={"trainer.max_epochs": 3}).content
-
-
 def test_the_configuration_of_an_attack_has_the_last_word(base: Path) -> None:
     (base.parent / "badnets.yaml").write_text(ATTACKS["badnets"] + "trainer: {max_epochs: 7}\n")
     recipe = NetworkRecipe(base, "badnets", fine_tuning={"trainer.max_epochs": 3})
@@ -156,21 +150,10 @@ def test_fine_tuning_of_an_attack_that_is_made_with_the_clean_network(base: Path
     ("changes", "message"),
     [
         (
-            {"options": {"model.checkpoint": "mine.ckpt"}},
-            "names the network to start from by itself. Give `fine_tuning`",
-        ),
-        (
             {"attack": "badnets", "fine_tuning": {"model.width": 3}},
-            "`fine_tuning` to leave the shape of the clean network.*'model.width'. Give it in `opt",
+            "`fine_tuning` to leave the shape of the clean network",
         ),
-        (
-            {"fine_tuning": {"trainer.max_epoch": 3}},
-            "Trainer takes, but got 'trainer.max_epoch'.*Did you mean 'max_epochs'",
-        ),
-        (
-            {"attack": "badnets", "fine_tuning": {"trainer.max_epoch": 3}},
-            "Trainer takes, but got 'trainer.max_epoch'.*Did you mean 'max_epochs'",
-        ),
+        ({"fine_tuning": {"trainer.max_epoch": 3}}, "`fine_tuning` that Trainer takes, but got"),
         (
             {"attack": "badnet"},
             r"out of clean, badnets, cl, wanet, but got 'badnet'. Did you mean 'b",
@@ -182,12 +165,7 @@ def test_fine_tuning_of_an_attack_that_is_made_with_the_clean_network(base: Path
             r"'cl' to take the option `poison_rate`.*class_rate",
         ),
         ({"attack": "cl", "mode": "all-to-all"}, "takes one mode only. Give it a grid of its own"),
-        (
-            {"options": {"model.widths": 3}},
-            r"Classifier takes, but got 'model.widths'. Did you mean 'w",
-        ),
-        ({"options": {"trainer.max_epoch": 3}}, "Trainer takes.*Did you mean 'max_epochs'"),
-        ({"options": {"models.width": 3}}, "begin with trainer., model. or data., but got 'models"),
+        ({"options": {"model.widths": 3}}, "`options` that Classifier takes, but got"),
     ],
 )
 def test_mistakes(base: Path, changes: dict[str, Any], message: str) -> None:
@@ -270,18 +248,3 @@ def test_a_file_without_options(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("3")
     with pytest.raises(ValueError, match="to hold options of `fit`, but got 3"):
         _ = NetworkRecipe(tmp_path / "base.yaml").content
-
-
-@pytest.mark.parametrize("path", ["lightning_mnp.attacks.Nothing", "no_such.Thing", "Thing"])
-def test_unknown_classes(path: str) -> None:
-    with pytest.raises(ValueError, match="Expected a `class_path` of a known class, but got"):
-        find_class(path)
-
-
-def test_what_is_no_class() -> None:
-    with pytest.raises(ValueError, match=r"of a class, but 'json\.dumps' is none"):
-        find_class("json.dumps")
-
-
-def test_no_suggestion_if_nothing_is_near() -> None:
-    assert nearest("xyz", ["badnets"]) == ""

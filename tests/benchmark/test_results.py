@@ -51,7 +51,8 @@ def test_settings() -> None:
     assert setting.paper_table == "1"
     assert result(data="ImageNetSubsetDataModule").setting.paper_table == "2"
     assert result(data="DigitsDataModule").setting.paper_table is None
-    assert 'with {"model.lr": 0.1}' in str(result(options={"model.lr": 0.1}).setting)
+    options = {"model.lr": 0.1, "trainer.precision": "32-true"}
+    assert "with model.lr=0.1, trainer.precision=32-true," in str(result(options=options).setting)
     # Rate, mode, attack and seed are no part of it.
     assert result(attack="clean", seed=3, rate=0.2, mode="all-to-all").setting == setting
 

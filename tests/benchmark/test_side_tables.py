@@ -4,7 +4,7 @@ from cell_results import MACHINE, result
 
 from lightning_mnp.benchmark.results import Marks
 from lightning_mnp.benchmark.side_tables import cost, every_cell, failures, harm, spread
-from lightning_mnp.benchmark.tables import Table
+from lightning_mnp.benchmark.table import Table
 
 
 def rows(table: Table | None) -> list[dict[str, str]]:

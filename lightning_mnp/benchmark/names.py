@@ -1,0 +1,48 @@
+"""Names that a user gives: of classes, and the known one that an unknown one is nearest to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+__all__ = ["find_class", "nearest"]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that suggests the known name nearest to an unknown one; "" if none is near.
+
+    Args:
+        name: The unknown name.
+        known: The known ones.
+
+    Example:
+        >>> nearest("badnet", ["badnets", "blend"])
+        " Did you mean 'badnets'?"
+    """
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def find_class(path: str) -> type[Any]:
+    """Return the class of a dotted path.
+
+    Args:
+        path: Such as ``"lightning_mnp.attacks.BadNets"``.
+
+    Raises:
+        ValueError: If there is no such class.
+
+    Example:
+        >>> find_class("lightning_mnp.attacks.BadNets").__name__
+        'BadNets'
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"Expected a `class_path` of a known class, but got {path!r}.") from error
+    if not isinstance(found, type):
+        raise ValueError(f"Expected a `class_path` of a class, but {path!r} is none.")
+    return found

@@ -1,0 +1,84 @@
+"""Sentences below the tables: what was not learned, how networks were trained, where ours loses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_mnp.benchmark.pairs import Pair, mean_pair, pairs_of, shown
+from lightning_mnp.benchmark.results import Result
+from lightning_mnp.benchmark.table import head
+
+__all__ = ["POINTS", "fine_tuned", "losses", "not_learned"]
+
+# A rival is better if it is so by more than this, in CA or ASR, and no worse in the other.
+POINTS = 0.5
+_LEARNED = 50.0  # ASR in percent
+
+
+def not_learned(attack: str, group: Sequence[Result]) -> list[str]:
+    """Return a sentence that says that networks have not learned an attack, if it is so.
+
+    Args:
+        attack: Its name.
+        group: The results on it.
+    """
+    rates = [rate for _, rate in pairs_of(group, "before")]
+    weak = [rate for rate in rates if rate is not None and rate < _LEARNED]
+    if not weak:
+        return []
+    found = f"{len(weak)} of {len(rates)} networks have an ASR below {_LEARNED:.0f}% before any"
+    return [f"{attack}: {found} defense, so the attack was not learned."]
+
+
+def fine_tuned(results: Sequence[Result]) -> list[str]:
+    """Return a sentence that says which networks were not trained whole, if there are any.
+
+    Args:
+        results: The results.
+    """
+    told = []
+    for attack in dict.fromkeys(each.attack for each in results):
+        group = [each for each in results if each.attack == attack]
+        # Files of before `fine_tuning` have none.
+        tuned = [each for each in group if each.network.get("fine_tuning")]
+        whole = len({r.network["digest"] for r in group} - {r.network["digest"] for r in tuned})
+        epochs = sorted({each.network["epochs"] for each in tuned})
+        if tuned:
+            count = " and ".join(map(str, epochs))
+            rest = f"; {whole} whole" if whole else ""
+            told.append(f"{attack} ({count} epochs{rest})")
+    return [f"Trained on from the clean network of their seed: {', '.join(told)}."] if told else []
+
+
+def losses(attack: str, group: Sequence[Result]) -> list[str]:
+    """Return sentences that say where this package's settings lose.
+
+    Args:
+        attack: Its name.
+        group: The results on it.
+    """
+    pairs: dict[str, Pair] = {}
+    for label in dict.fromkeys(each.label for each in group):
+        done = [r.percent("after") for r in group if r.label == label and r.is_done]
+        if done:
+            pairs[label] = mean_pair(done)
+    notes = []
+    for own in ("mnp", "default"):
+        if own not in pairs or pairs[own][1] is None:
+            continue
+        better = [
+            f"{head(label)} ({shown(pair)})"
+            for label, pair in pairs.items()
+            if label != own and _is_better(pair, pairs[own])
+        ]
+        if better:
+            rivals = " and ".join(better)
+            notes.append(f"{attack}: {head(own)} ({shown(pairs[own])}) loses to {rivals}.")
+    return notes
+
+
+def _is_better(rival: Pair, own: Pair) -> bool:
+    if rival[1] is None or own[1] is None:
+        return False
+    gain_ca, gain_asr = rival[0] - own[0], own[1] - rival[1]
+    return min(gain_ca, gain_asr) >= 0 and max(gain_ca, gain_asr) > POINTS

@@ -1,0 +1,56 @@
+"""CA and ASR of results, and how a pair of them is written."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from lightning_mnp.benchmark.results import MISSING, Result
+
+__all__ = ["Pair", "mean_pair", "pairs_of", "shown"]
+
+Pair = tuple[float, float | None]
+
+
+def mean_pair(pairs: Sequence[Pair]) -> Pair:
+    """Return the means of CA and ASR; None for ASR if it is None everywhere.
+
+    Args:
+        pairs: At least one pair.
+
+    Example:
+        >>> mean_pair([(90.0, 2.0), (80.0, 4.0)])
+        (85.0, 3.0)
+    """
+    rates = [rate for _, rate in pairs if rate is not None]
+    return statistics.mean(ca for ca, _ in pairs), statistics.mean(rates) if rates else None
+
+
+def pairs_of(results: Sequence[Result], when: str) -> list[Pair]:
+    """Return CA and ASR in percent of those results that have figures.
+
+    Args:
+        results: The results.
+        when: ``"after"`` the defense, or ``"before"``, where each network comes once.
+    """
+    done = [each for each in results if each.is_done]
+    if when == "before":
+        return list({r.network["digest"]: r.percent(when) for r in done}.values())
+    return [each.percent(when) for each in done]
+
+
+def shown(pair: Pair | None, count: int = 1) -> str:
+    """Write CA and ASR, with the number of results behind them if these are several.
+
+    Args:
+        pair: CA and ASR in percent; None if there are none.
+        count: Number of results.
+
+    Example:
+        >>> shown((92.11, 0.47)), shown((91.0, 2.5), 3), shown(None)
+        ('92.11 / 0.47', '91.00 / 2.50 (3)', 'missing')
+    """
+    if pair is None:
+        return MISSING
+    rate = "-" if pair[1] is None else f"{pair[1]:.2f}"
+    return f"{pair[0]:.2f} / {rate}" + (f" ({count})" if count > 1 else "")

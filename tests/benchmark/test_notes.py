@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from cell_results import result
+
+from lightning_mnp.benchmark.notes import fine_tuned, losses, not_learned
+
+
+def test_it_is_said_in_words_where_ours_loses() -> None:
+    results = [
+        result("mnp", (0.90, 0.05)),
+        result("default", (0.92, 0.01)),
+        result("anp", (0.91, 0.05)),  # a better CA, the same ASR
+        result("clp", (0.90, 0.048)),  # by less than half a point
+        result("rnp", (0.95, 0.06)),  # better in one, worse in the other
+    ]
+    assert losses("BadNets", results) == [
+        "BadNets: MNP (90.00 / 5.00) loses to default (92.00 / 1.00) and ANP (91.00 / 5.00)."
+    ]
+
+
+def test_nothing_is_said_where_ours_does_not_lose() -> None:
+    assert losses("BadNets", [result("default", (0.92, 0.01)), result("anp", (0.91, 0.01))]) == []
+    assert losses("BadNets", [result("anp", (0.91, 0.01))]) == []
+
+
+def test_networks_count_once_in_what_was_not_learned() -> None:
+    results = [result("anp", before=(0.9, 0.4)), result("clp", before=(0.9, 0.4)), result(seed=1)]
+    [told] = not_learned("BadNets", results)
+    assert told.startswith("BadNets: 1 of 2 networks have an ASR below 50%")
+    assert not_learned("BadNets", results[2:]) == []
+
+
+def test_networks_that_were_trained_whole_are_not_named() -> None:
+    assert fine_tuned([result()]) == []
+    tuned = result(fine_tuning={"trainer.max_epochs": 3}, epochs=3)
+    [told] = fine_tuned([tuned, result("clp")])
+    assert told.endswith("BadNets (3 epochs; 1 whole).")

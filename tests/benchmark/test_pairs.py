@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from cell_results import result
+
+from lightning_mnp.benchmark.pairs import mean_pair, pairs_of, shown
+
+
+def test_pairs_before_are_those_of_networks_and_pairs_after_those_of_results() -> None:
+    results = [
+        result("anp", (0.9, 0.1)),
+        result("clp", (0.8, 0.2)),
+        result("clp", (0.7, 0.3), seed=1, before=(0.85, 0.95)),
+        result("rnp", error="broken"),
+    ]
+    assert pairs_of(results, "after") == [(90.0, 10.0), (80.0, 20.0), (70.0, 30.0)]
+    assert pairs_of(results, "before") == [(95.0, 100.0), (85.0, 95.0)]
+
+
+def test_means_without_an_attack() -> None:
+    assert mean_pair([(90.0, None), (80.0, None)]) == (85.0, None)
+    assert mean_pair([(90.0, None), (80.0, 4.0)]) == (85.0, 4.0)
+    assert shown((90.0, None)) == "90.00 / -"
