@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mnp.baselines.amount import AmountRule, check_amount, filters_to_prune
+from lightning_mnp.baselines.calls import calls_of
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.baselines.tuning import TuningConfig, tune
 from lightning_mnp.baselines.workbench import Workbench
 from lightning_mnp.config import option
 from lightning_mnp.defense_data.defense_set import DefenseSet, Unpack, unpack_batch
 from lightning_mnp.defense_data.evaluation import accuracy, clean_logits
-from lightning_mnp.surgery.forward import Forward, evaluating, probe_network
+from lightning_mnp.surgery.forward import Forward, evaluating
 from lightning_mnp.surgery.guards import running_alone
 from lightning_mnp.surgery.layers import FilterLayer, FilterLayers, find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
@@ -216,14 +216,7 @@ def _chosen_layer(bench: Workbench, layers: FilterLayers, name: str | None) -> F
     """Return the layer of a name, or the one that is called last."""
     by_name = {layer.name: layer for layer in layers}
     if name is None:
-        called: list[str] = []
-        with ExitStack() as stack:
-            for each in by_name:
-                module = bench.copy.get_submodule(each)
-                hook = module.register_forward_pre_hook(lambda _, args, n=each: called.append(n))
-                stack.callback(hook.remove)
-            probe_network(bench.copy, bench.sample, bench.call)
-        name = called[-1]
+        name = calls_of(bench, by_name)[-1]
     if name not in by_name:
         raise ValueError(
             f"Expected argument `layer` to be a convolution whose filters can be pruned, one of "

@@ -34,7 +34,7 @@ class IBAUConfig:
     trigger are those of the published program; the paper leaves them open, except for `share`.
 
     Args:
-        seed: Seed of batch order and augmentation.
+        seed: Seed of batch order, augmentation and of the images that carry the trigger.
         batch_size: Most images in a batch.
         augment: How images are changed: ``"none"``, ``"crop"`` (shifted) or ``"crop-flip"``
             (shifted and mirrored).
@@ -110,8 +110,9 @@ def ibau(
         unpack: A function (batch) that returns images and labels.
 
     Returns:
-        The tuned copy. Nothing is pruned. The details hold the ``trigger_norm`` and the loss with
-        the trigger (``trigger_loss``), before the weights learn, in the last round.
+        The tuned copy. Nothing is pruned. The details are those of the last round: the length of
+        the trigger (``trigger_norm``), and the mean loss that the weights learn from, of batches
+        with the trigger on some images (``loss``).
 
     Raises:
         ValueError: If the model and the data do not fit each other.
@@ -147,7 +148,7 @@ def default_ibau(
         network: The network.
         images: Yields batches of clean, labeled images; or a
             :class:`~lightning_mnp.defense_data.defense_set.DefenseSet`.
-        seed: Seed of batch order and augmentation.
+        seed: Seed of all that is drawn.
 
     Returns:
         The result of :func:`ibau`.
@@ -256,14 +257,16 @@ def _unlearn(
         optimizer.step()
         losses.append(float(loss.detach()))
     length = float(trigger.detach().norm())
-    return {"trigger_norm": length, "trigger_loss": sum(losses) / len(losses)}
+    return {"trigger_norm": length, "loss": sum(losses) / len(losses)}
 
 
 def _draw_carriers(images: int, config: IBAUConfig, number: int, index: int) -> Tensor:
     """Draw which images of a batch carry the trigger: 1 for those that do, shape (images,)."""
     generator = seeded_generator(config.seed, "i-bau carriers", number, index)
     carriers = torch.zeros(images)
-    carriers[torch.randperm(images, generator=generator)[: max(1, int(config.share * images))]] = 1
+    carriers[
+        torch.randperm(images, generator=generator)[: max(1, int(config.share * images + 1e-9))]
+    ] = 1
     return carriers
 
 

@@ -252,7 +252,7 @@ def _tune(
             return total
 
         remedy = "Lower `lr`, or the weights of the attention."
-        tune(bench, options, stage=f"nad {role}", loss=loss, remedy=remedy)
+        tune(bench, options, stage=f"tuning NAD's {role}", loss=loss, remedy=remedy)
     return float(apart.detach())
 
 

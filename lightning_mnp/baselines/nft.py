@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
+from lightning_mnp.baselines.calls import calls_of
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.baselines.workbench import Workbench
 from lightning_mnp.config import check_options, option
@@ -27,7 +29,7 @@ from lightning_mnp.defense_data.defense_set import (
 )
 from lightning_mnp.surgery.forward import Forward
 from lightning_mnp.surgery.guards import running_alone
-from lightning_mnp.surgery.layers import FilterLayers, find_filter_layers
+from lightning_mnp.surgery.layers import FilterLayer, FilterLayers, find_filter_layers
 from lightning_mnp.surgery.masks import scalable_filters
 from lightning_mnp.surgery.scaling import scale_filters_
 
@@ -45,7 +47,7 @@ class NFTConfig:
             ``"crop-flip"`` (shifted and mirrored).
         steps: Batches that the masks are trained on.
         lr: Learning rate of SGD on the masks at first; it falls along half a cosine.
-        last_lr: Learning rate in the end.
+        last_lr: Learning rate in the end, at most `lr`.
         momentum: Momentum of SGD, from 0 to below 1.
         mixup: Parameter of the Beta distribution that the weights of MixUp are drawn from; 1 makes
             them uniform.
@@ -76,6 +78,11 @@ class NFTConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.last_lr > self.lr:
+            raise ValueError(
+                f"Expected argument `last_lr` to be at most `lr`, {self.lr}, but got "
+                f"{self.last_lr}. Lower it as well."
+            )
 
 
 def nft(
@@ -102,10 +109,11 @@ def nft(
 
     As in the published program, a mask scales the normalization layer behind the convolution, not
     its shift; the network is in training mode meanwhile, so that it normalizes by the statistics of
-    each batch and the stored ones follow; and the first convolution has no masks. Where no
-    normalization layer with a scale follows, which the program does not know, the mask scales the
-    filter's weights, not its bias. The classifier head has no masks, and filters have none that no
-    number can scale.
+    each batch and the stored ones follow; and the convolution that is called first has no masks,
+    unless it is the only one. The program knows no networks without batch normalization. There the
+    mask scales the filter's weights, not its bias. Where batch normalization gets its input from
+    several convolutions, it undoes such a scale, and the masks stay at 1. The classifier head has
+    no masks, and filters have none that no number can scale.
 
     Args:
         model: The network, or a module around it, on the device to work on.
@@ -138,7 +146,7 @@ def nft(
     with running_alone(bench.copy):
         found = find_filter_layers(bench.copy, bench.sample, forward=bench.call)
         before = bench.accuracy(bench.copy)
-    masked = found if len(found) == 1 else FilterLayers(found.layers[1:])
+    masked = _without_first(bench, found)
     floors = mask_floors(masked, config.alpha, config.beta)
     layers, floors = _scalable_layers(bench.copy, masked, floors)
     masks = torch.ones(layers.total, device=bench.device, requires_grad=True)
@@ -202,20 +210,45 @@ def mask_floors(layers: FilterLayers, alpha: float, beta: float) -> Tensor:
     return torch.tensor(floors).repeat_interleave(torch.tensor(layers.sizes))
 
 
+def _without_first(bench: Workbench, found: FilterLayers) -> FilterLayers:
+    """Leave out the convolution that is called first, unless it is the only one."""
+    convolutions = (n for n, module in bench.copy.named_modules() if isinstance(module, _ConvNd))
+    first = calls_of(bench, convolutions)[:1]
+    rest = tuple(layer for layer in found if layer.name not in first)
+    return FilterLayers(rest) if rest else found
+
+
 def _scalable_layers(
     network: nn.Module, found: FilterLayers, floors: Tensor
 ) -> tuple[FilterLayers, Tensor]:
     """Return the layers that soft masks can be written into, and the lower bounds of these."""
-    scalable = scalable_filters(network, found)
-    parts = zip(found, scalable.split(found.sizes), strict=True)
-    layers = tuple(layer for layer, part in parts if bool(part.all()))
-    if not layers:
+    parts = zip(found, scalable_filters(network, found).split(found.sizes), strict=True)
+    flags = [
+        bool(part.all()) and _owner(network.get_submodule(layer.site), _scale_of(layer)) is not None
+        for layer, part in parts
+    ]
+    if not any(flags):
         raise ValueError(
             f"Expected filters of {type(network).__name__} that a mask can scale, by weights or by "
-            "the scale of a normalization layer, which is what NFT trains, but none of "
-            f"{found.total} is. Use a defense that prunes filters, such as `lightning_mnp.defend`."
+            "the scale of a normalization layer, which is what NFT trains, but none of those that "
+            f"could have a mask, {found.total} in all, is. Use a defense that prunes filters, such "
+            "as `lightning_mnp.defend`."
         )
-    return FilterLayers(layers), floors[scalable]
+    layers = tuple(layer for layer, flag in zip(found, flags, strict=True) if flag)
+    return FilterLayers(layers), floors[
+        torch.tensor(flags).repeat_interleave(torch.tensor(found.sizes))
+    ]
+
+
+def _scale_of(layer: FilterLayer) -> str:
+    """Return the name of the parameter of a layer's site that masks scale."""
+    return layer.scale if layer.site == layer.name else "weight"
+
+
+def _owner(module: nn.Module, name: str) -> dict[str, Any] | None:
+    """Return the dict of a module that a tensor is in; None if the tensor is computed."""
+    owners: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    return next((owner for owner in owners if name in owner), None)
 
 
 class _Masked(nn.Module):
@@ -237,28 +270,32 @@ class _Masked(nn.Module):
 @contextmanager
 def _masking(network: nn.Module, layers: FilterLayers, masks: Tensor) -> Iterator[None]:
     """Let masks act on a network until the context ends; then write them into its parameters."""
-    places: list[tuple[nn.Module, str]] = []
+    places: list[tuple[nn.Module, str, dict[str, Any], list[str]]] = []
     for layer, part in zip(layers, torch.arange(layers.total).split(layers.sizes), strict=True):
         module = network.get_submodule(layer.site)
-        name = layer.scale if layer.site == layer.name else "weight"
+        name = _scale_of(layer)
         parameter: Tensor = getattr(module, name)
         if module is network.get_submodule(layer.name) and name == "weight":
             positions = torch.ones(parameter.shape, dtype=part.dtype)
             scale_filters_(positions, part, layer.transposed, layer.groups)
         else:
             positions = part.view(parameter.shape)
+        owner = _owner(module, name)
+        assert owner is not None  # see `_scalable_layers`
+        places.append((module, name, owner, list(owner)))
         register_parametrization(module, name, _Masked(masks, positions.to(masks.device)))
-        places.append((module, name))
     try:
         yield
     finally:
-        for module, name in places:
+        for module, name, owner, order in places:
             remove_parametrizations(module, name, leave_parametrized=True)
+            for each in order:  # it was put at the end; optimizers and state dicts go by the order
+                owner[each] = owner.pop(each)
 
 
 def _train_masks(bench: Workbench, masks: Tensor, floors: Tensor, config: NFTConfig) -> float:
     """Train the masks, which act on the copy, in place; return the loss in the last batch."""
-    penalty = config.penalty * bench.classes / len(bench.data)
+    penalty = config.penalty * len(bench.data.counts) / len(bench.data)
     optimizer = torch.optim.SGD([masks], config.lr, momentum=config.momentum)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, config.steps, eta_min=config.last_lr
@@ -276,7 +313,8 @@ def _train_masks(bench: Workbench, masks: Tensor, floors: Tensor, config: NFTCon
         if not bool(torch.isfinite(masks.grad).all()) or not math.isfinite(value):
             raise ArithmeticError(
                 f"Expected the loss of the masks and its gradient to stay finite, but they do not "
-                f"at a loss of {value} in batch {step + 1}. Lower `lr` or raise `alpha`."
+                f"at a loss of {value} in batch {step + 1}. Lower `lr` and `last_lr`, or "
+                "raise `alpha`."
             )
         optimizer.step()
         schedule.step()

@@ -62,7 +62,7 @@ def tune(
     bench: Workbench,
     options: TuningConfig,
     *,
-    stage: str = "tuning",
+    stage: str = "fine-tuning",
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     after_step: Callable[[], None] | None = None,
     remedy: str = "Lower `lr`.",
@@ -77,7 +77,7 @@ def tune(
     Args:
         bench: The workbench, with the batch size and the augmentation to use.
         options: Passes, learning rate, momentum and weight decay; nothing else is read.
-        stage: Name of the draws, so that two stages do not draw the same.
+        stage: What is done, for messages; two stages do not draw the same.
         loss: A function (images, labels) that returns a scalar; the cross entropy of the copy's
             logits if None.
         after_step: Called after each step of SGD, to restore what must not change.
@@ -114,7 +114,7 @@ def tune(
                 optimizer.zero_grad()
                 value = loss(images, labels)
                 found = float(value.detach())
-                _require_finite(math.isfinite(found), f"a loss of {found}", epoch, remedy)
+                _require_finite(math.isfinite(found), f"a loss of {found}", stage, epoch, remedy)
                 value.backward()
                 optimizer.step()
                 if after_step is not None:
@@ -127,13 +127,13 @@ def tune(
     # The stored statistics, too: their overflow does not show in the loss of training mode.
     for name, tensor in bench.copy.state_dict().items():
         fits = not isinstance(tensor, Tensor) or bool(tensor.isfinite().all())
-        _require_finite(fits, f"NaN or infinity in {name!r}", options.epochs - 1, remedy)
+        _require_finite(fits, f"NaN or infinity in {name!r}", stage, options.epochs - 1, remedy)
     return mean
 
 
-def _require_finite(holds: bool, found: str, epoch: int, remedy: str) -> None:
+def _require_finite(holds: bool, found: str, stage: str, epoch: int, remedy: str) -> None:
     if not holds:
         raise ArithmeticError(
-            f"Expected loss and weights to stay finite in fine-tuning, but got {found} in pass "
+            f"Expected loss and weights to stay finite in {stage}, but got {found} in pass "
             f"{epoch + 1}. {remedy}"
         )

@@ -57,7 +57,9 @@ class Setting:
     test_images: int
 
     def __str__(self) -> str:
-        options = ", ".join(f"{name}={value}" for name, value in json.loads(self.options).items())
+        options = ", ".join(
+            f"{name}={json.dumps(value)}" for name, value in json.loads(self.options).items()
+        )
         changed = f" with {options}" if options else ""
         thinned = f", at most {self.test_images} test images" if self.test_images else ""
         return (

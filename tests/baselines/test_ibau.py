@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -120,7 +121,7 @@ def test_a_round_by_hand(share: float) -> None:
     torch.testing.assert_close(found[clear], expected[clear], rtol=1e-4, atol=1e-4)
     assert result.details["trigger_norm"] == pytest.approx(3.0, rel=1e-4)
     loss = F.cross_entropy(logits_of(marked(trigger), unflat(flat)), labels)
-    assert result.details["trigger_loss"] == pytest.approx(float(loss), rel=1e-3)
+    assert result.details["loss"] == pytest.approx(float(loss), rel=1e-3)
 
 
 def test_carriers_are_drawn_for_each_batch() -> None:
@@ -131,6 +132,20 @@ def test_carriers_are_drawn_for_each_batch() -> None:
     assert torch.equal(drawn[0], drawn[3])
     assert int(_draw_carriers(99, config, 0, 0).sum()) == 1
     assert int(_draw_carriers(250, config, 0, 0).sum()) == 2
+    assert int(_draw_carriers(100, IBAUConfig(share=0.29), 0, 0).sum()) == 29
+
+
+def test_each_batch_of_each_round_has_its_own_carriers(monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[tuple[int, int, int]] = []
+
+    def draw(images: int, config: IBAUConfig, number: int, index: int) -> Tensor:
+        places.append((images, number, index))
+        return _draw_carriers(images, config, number, index)
+
+    module = sys.modules["lightning_mnp.baselines.ibau"]  # the package has a function of this name
+    monkeypatch.setattr(module, "_draw_carriers", draw)
+    ibau(small_network(), DATA, config=quick(batch_size=20))
+    assert places == [(20, 0, 0), (20, 0, 1), (20, 1, 0), (20, 1, 1)]
 
 
 def test_a_short_trigger_keeps_its_length() -> None:

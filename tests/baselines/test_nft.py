@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from itertools import islice
@@ -7,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_script import small_network
 from helpers import images_and_labels, loader, same, snapshot, trained_network
 from scipy.stats import kstest
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
+from unusual_layers import Standardized
 
 from lightning_mnp.baselines import NFTConfig, nft
 from lightning_mnp.baselines.nft import _batches, _draw_pairs, mask_floors
@@ -21,8 +23,23 @@ from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.surgery.layers import FilterLayer, FilterLayers
 
 DATA = DefenseSet(*images_and_labels())
-NETWORK = small_network()  # convolutions "0" of 8 and "4" of 12 filters, normalized by "1" and "5"
 CPU = torch.device("cpu")
+
+
+def make_network() -> nn.Sequential:
+    """Convolutions "0", "3" and "6", normalized by "1", "4" and "7"; the last two have masks."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        layers: list[nn.Module] = []
+        for before, after in ((1, 6), (6, 8), (8, 10)):
+            norm = nn.BatchNorm2d(after)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.uniform_(norm.bias, -0.5, 0.5)
+            layers += [nn.Conv2d(before, after, 3), norm, nn.ReLU()]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(40, 4)).eval()
+
+
+NETWORK = make_network()
 
 
 @pytest.fixture(autouse=True)
@@ -37,27 +54,31 @@ def quick(**changes: Any) -> NFTConfig:
 
 
 def masks_of(model: nn.Module) -> Tensor:
-    """What the scales of the second convolution are of those of the network before."""
-    return (model.get_parameter("5.weight") / NETWORK.get_parameter("5.weight")).detach()
+    """What the scales of the last two convolutions are of those of the network before."""
+    parts = [
+        model.get_parameter(name) / NETWORK.get_parameter(name) for name in ("4.weight", "7.weight")
+    ]
+    return torch.cat(parts).detach()
 
 
 def logits_by_hand(masks: Tensor, images: Tensor) -> Tensor:
-    """The network in training mode, with masks on the scale of the second convolution alone."""
+    """The network in training mode, with masks on the scales of the last two convolutions."""
     net: Any = NETWORK
-    x = net[0](images)
-    x = F.batch_norm(x, None, None, net[1].weight, net[1].bias, training=True)
-    x = net[4](net[3](x.relu()))
-    mean, spread = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
-    x = (x - mean) / (spread + net[5].eps).sqrt()
-    x = x * (net[5].weight * masks)[:, None, None] + net[5].bias[:, None, None]
-    logits: Tensor = net[8](x.relu().flatten(1))
+    x = images
+    for index, part in ((0, torch.ones(6)), (3, masks[:8]), (6, masks[8:])):
+        x, norm = net[index](x), net[index + 1]
+        mean, spread = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        x = (x - mean) / (spread + norm.eps).sqrt()
+        x = (x * (norm.weight * part)[:, None, None] + norm.bias[:, None, None]).relu()
+    logits: Tensor = net[10](x.flatten(1))
     return logits
 
 
 def masks_by_hand(config: NFTConfig) -> tuple[Tensor, float]:
     """The training of the masks written out, one batch in a pass."""
-    floor = config.alpha * math.exp(-config.beta)
-    masks, speed, value = torch.ones(12), torch.zeros(12), math.nan
+    floors = torch.tensor([config.alpha * math.exp(-config.beta)] * 8
+                          + [config.alpha * math.exp(-2 * config.beta)] * 10)  # fmt: skip
+    masks, speed, value = torch.ones(18), torch.zeros(18), math.nan
     for step in range(config.steps):
         key = (config.seed, "nft", step)
         images, labels = DATA.batch(0, config.batch_size, CPU, "none", key)
@@ -71,7 +92,7 @@ def masks_by_hand(config: NFTConfig) -> tuple[Tensor, float]:
         speed = config.momentum * speed + gradient
         fallen = (1 + math.cos(math.pi * step / config.steps)) / 2
         rate = config.last_lr + (config.lr - config.last_lr) * fallen
-        masks = (masks - rate * speed).clamp(floor, 1.0)
+        masks = torch.maximum((masks - rate * speed).clamp(max=1.0), floors)
         value = loss.item()
     return masks, value
 
@@ -101,11 +122,17 @@ def test_the_masks_are_those_by_hand(options: dict[str, Any]) -> None:
 def test_only_scales_and_stored_statistics_change() -> None:
     result = nft(NETWORK, DATA, config=quick())
     before, after = NETWORK.state_dict(), result.model.state_dict()
-    assert before.keys() == after.keys()
+    assert list(before) == list(after)
+    assert [n for n, _ in NETWORK.named_parameters()] == [
+        n for n, _ in result.model.named_parameters()
+    ]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     stored = ("running_mean", "running_var", "num_batches_tracked")
-    assert changed == {"5.weight", *(f"{norm}.{name}" for norm in (1, 5) for name in stored)}
-    assert int(after["1.num_batches_tracked"] - before["1.num_batches_tracked"]) == 3
+    assert changed == {
+        *("4.weight", "7.weight"),
+        *(f"{norm}.{name}" for norm in (1, 4, 7) for name in stored),
+    }
+    assert int(after["1.num_batches_tracked"]) == 3
     assert result.pruned == result.scores == []
     for model, rate in ((NETWORK, result.accuracy_before), (result.model, result.accuracy_after)):
         hits = (model(DATA.images).argmax(1) == DATA.labels).float().mean()
@@ -121,7 +148,8 @@ def test_a_great_penalty_turns_masks_back() -> None:
 def test_no_mask_falls_below_its_floor() -> None:
     options = quick(lr=1e6, last_lr=1e6, alpha=0.5, beta=1.0)
     masks = masks_of(nft(NETWORK, DATA, config=options).model)
-    at_floor = (masks - 0.5 * math.exp(-1)).abs() < 1e-5
+    floors = torch.tensor([0.5 * math.exp(-1)] * 8 + [0.5 * math.exp(-2)] * 10)
+    at_floor = (masks - floors).abs() < 1e-5
     assert bool(at_floor.any())
     assert bool((at_floor | (masks == 1)).all())
 
@@ -168,6 +196,54 @@ def test_without_normalization_weights_are_scaled(kind: Any, groups: int) -> Non
     assert len(ratios) == 20
 
 
+def test_the_convolution_that_is_called_first_has_no_masks() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.Conv2d(4, 20, 3)
+            self.first = nn.Conv2d(1, 4, 3)
+            self.head = nn.Linear(320, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            found: Tensor = self.head(self.second(self.first(images).relu()).flatten(1))
+            return found
+
+    network = Turned()
+    model: Any = nft(network, DATA, config=quick(steps=1, lr=1e6)).model
+    assert torch.equal(model.first.weight, network.first.weight)
+    assert not torch.equal(model.second.weight, network.second.weight)
+
+
+def test_gains_are_scaled_where_weights_are_standardized() -> None:
+    network: Any = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), Standardized(4, 20, 3, gain=True), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(720, 4)),
+    )
+    model: Any = nft(network, DATA, config=quick(steps=1, lr=1e6)).model
+    ratios = (model[2].factor / network[2].factor).detach()
+    assert float(ratios.min()) < 1
+    assert torch.equal(model[2].weight, network[2].weight)
+
+
+def test_a_normalization_layer_under_torchs_pruning_takes_no_part() -> None:
+    network = copy.deepcopy(NETWORK)
+    prune.random_unstructured(network[4], "weight", 0.5)
+    model = nft(network, DATA, config=quick(steps=1, lr=1e6)).model
+    assert torch.equal(model.get_parameter("4.weight_orig"), network.get_parameter("4.weight_orig"))
+    assert not torch.equal(model.get_parameter("7.weight"), network.get_parameter("7.weight"))
+
+
+def test_the_penalty_goes_by_the_classes_that_occur() -> None:
+    network: Any = copy.deepcopy(NETWORK)
+    wide = nn.Linear(40, 90)
+    network[10] = wide
+    nn.init.zeros_(wide.weight)
+    nn.init.constant_(wide.bias, -99.0)
+    wide.weight.data[:4], wide.bias.data[:4] = NETWORK[10].weight.data, NETWORK[10].bias.data
+    found, expected = (nft(n, DATA, config=quick(penalty=2.0)).details for n in (network, NETWORK))
+    assert found["mean_mask"] == pytest.approx(expected["mean_mask"], rel=1e-4)
+
+
 def test_a_single_convolution_has_masks() -> None:
     network: Any = nn.Sequential(nn.Conv2d(1, 20, 3), nn.Flatten(), nn.Linear(720, 4))
     model: Any = nft(network, DATA, config=quick(steps=1, lr=1e6, alpha=0.5, beta=1.0)).model
@@ -202,7 +278,7 @@ def test_a_network_that_no_mask_can_scale_is_refused() -> None:
     network = nn.Sequential(
         *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False)), *(nn.Flatten(), nn.Linear(144, 4))
     )
-    with pytest.raises(ValueError, match=r"which is what NFT trains, but none of 4 is\. Use"):
+    with pytest.raises(ValueError, match=r"none of those that .* 4 in all, is\. Use"):
         nft(network, DATA)
     with pytest.raises(ValueError, match="at least one convolution"):
         nft(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), DATA)
@@ -234,8 +310,13 @@ def test_a_loss_that_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
     data = DefenseSet(*images_and_labels())
     original = F.cross_entropy
     monkeypatch.setattr(F, "cross_entropy", lambda *given: original(*given) * float("inf"))
-    with pytest.raises(ArithmeticError, match=r"in batch 1\. Lower `lr` or raise `alpha`"):
+    with pytest.raises(ArithmeticError, match=r"in batch 1\. Lower `lr` and `last_lr`"):
         nft(NETWORK, data, config=quick())
+
+
+def test_a_learning_rate_that_would_rise() -> None:
+    with pytest.raises(ValueError, match=r"`last_lr` to be at most `lr`, 0\.01, but got 0\.02"):
+        NFTConfig(lr=0.01)
 
 
 @pytest.mark.parametrize(

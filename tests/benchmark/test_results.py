@@ -52,7 +52,8 @@ def test_settings() -> None:
     assert result(data="ImageNetSubsetDataModule").setting.paper_table == "2"
     assert result(data="DigitsDataModule").setting.paper_table is None
     options = {"model.lr": 0.1, "trainer.precision": "32-true"}
-    assert "with model.lr=0.1, trainer.precision=32-true," in str(result(options=options).setting)
+    told = 'with model.lr=0.1, trainer.precision="32-true",'
+    assert told in str(result(options=options).setting)
     # Rate, mode, attack and seed are no part of it.
     assert result(attack="clean", seed=3, rate=0.2, mode="all-to-all").setting == setting
 
