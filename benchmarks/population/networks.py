@@ -52,6 +52,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "adversarial": {"adversarial_steps": 1},
     "rotations": {"pretrained": "rotations"},
     "from-digits": {"pretrained": "digits"},
+    "tuned": {"pretrained": "clean"},
     "small-batch": {"batch": 64},
     # Multiples of the usual epochs and images:
     "long": {"epochs": 2},
@@ -179,6 +180,24 @@ _REPORTING = {
     "efficientnet": "badnets light",
 }
 
+# Networks that have learned CIFAR-10 on clean images and are trained on with poisoned ones, as by
+# somebody who fine-tunes a network. Lists of their own: they were added when the others had been
+# reported.
+_TUNED_TO_CHOOSE = {
+    "resnet": "badnets/tuned sig/tuned",
+    "preact-resnet": "blend/tuned",
+    "cnn": "sig/tuned",
+    "vgg": "badnets/tuned",
+    "regnet": "blend/tuned",
+}
+_TUNED_TO_REPORT = {
+    "resnet": "blend/tuned sig/tuned",
+    "wide-resnet": "badnets/tuned",
+    "timm-resnet": "blend/tuned",
+    "plain-cnn": "badnets/tuned",
+    "vgg": "sig/tuned",
+}
+
 
 def recipes_of(split: str) -> list[Recipe]:
     """Return the recipes of a split, in the order in which they are trained.
@@ -238,4 +257,6 @@ RECIPES: list[Recipe] = [
     *_recipes(_CHOOSING, FIRST_SEED["choosing"] + 1),
     *_recipes(_REPORTED_BEFORE, FIRST_SEED["choosing"]),
     *_recipes(_REPORTING, FIRST_SEED["reporting"]),
+    *_recipes(_TUNED_TO_CHOOSE, FIRST_SEED["choosing"] + 100),
+    *_recipes(_TUNED_TO_REPORT, FIRST_SEED["reporting"] + 100),
 ]

@@ -62,7 +62,9 @@ class Recipe:
         rare_class: A class of which a fifth of the images is used, or None.
         augmentation: None; crops and flips; or these with other colors and erased squares.
         adversarial_steps: Gradient steps of adversarial training; 0 for ordinary training.
-        pretrained: The task that the network has learned before.
+        pretrained: The task that the network has learned before. ``"clean"`` is the same one on
+            clean images, for as many passes as `epochs` says. The network is then trained on with
+            the attack, for :attr:`tuning_epochs` and at a fifth of the learning rate.
         normalization: One of :data:`NORMALIZATIONS`.
         attack: Name of the attack, or ``"none"``.
         mode: Which label the attacker wants.
@@ -88,7 +90,7 @@ class Recipe:
     rare_class: int | None = None
     augmentation: Literal["none", "light", "heavy"] = "light"
     adversarial_steps: int = 0
-    pretrained: Literal["no", "rotations", "digits"] = "no"
+    pretrained: Literal["no", "rotations", "digits", "clean"] = "no"
     normalization: str = "cifar10"
     attack: AttackName = "none"
     mode: Literal["all-to-one", "all-to-all"] = "all-to-one"
@@ -127,17 +129,24 @@ class Recipe:
 
     @property
     def learning_rate(self) -> float:
-        """The highest learning rate."""
+        """The highest learning rate, with the attack if there is one."""
         entry = ARCHITECTURES[self.architecture]
-        return entry.sgd if self.optimizer == "sgd" else entry.adam
+        rate = entry.sgd if self.optimizer == "sgd" else entry.adam
+        return rate / 5 if self.pretrained == "clean" else rate
+
+    @property
+    def tuning_epochs(self) -> int:
+        """Passes in which a network that was trained on clean images learns an attack."""
+        return max(2, self.epochs // 2)
 
     @property
     def minutes(self) -> float:
         """Estimated minutes of training and measuring on one slow core."""
         entry = ARCHITECTURES[self.architecture]
-        shown = float(self.images * self.epochs)
+        epochs = self.epochs + (self.tuning_epochs if self.pretrained == "clean" else 0)
+        shown = float(self.images * epochs)
         passes = shown * _FACTORS.get(self.attack, 1.0) * (1 + self.adversarial_steps)
-        passes += {"no": 0, "rotations": 2 * self.images, "digits": 10 * 900}[self.pretrained]
+        passes += {"rotations": 2 * self.images, "digits": 10 * 900}.get(self.pretrained, 0)
         seconds = passes / entry.rate * float((self.width / entry.width) ** 1.5)
         seconds += shown * _GENERATOR_SECONDS.get(self.attack, 0.0)
         if self.attack == "cl":

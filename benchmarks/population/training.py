@@ -8,6 +8,7 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +150,15 @@ def train_network(recipe: Recipe, root: Path, folder: Path) -> dict[str, Any]:
     started = time.process_time(), time.perf_counter()
     seed_everything(recipe.seed, verbose=False)
     network = build(recipe.architecture, recipe.width, recipe.size)
-    if recipe.pretrained != "no":
+    last = recipe
+    if recipe.pretrained == "clean":
+        clean = replace(recipe, attack="none", target=-1, poison=0.0, pretrained="no")
+        _fit(network, clean, training_images(recipe, images), None)
+        last = replace(recipe, epochs=recipe.tuning_epochs)
+    elif recipe.pretrained != "no":
         _pretrain(network, recipe, images, root, folder)
     attack = make_attack(recipe, folder)
-    _fit(network, recipe, training_images(recipe, images), attack)
+    _fit(network, last, training_images(recipe, images), attack)
     seconds = time.process_time() - started[0], time.perf_counter() - started[1]
     network = network.eval().to(memory_format=torch.contiguous_format)
     round_to_half(network)

@@ -127,6 +127,27 @@ def test_pretraining_gives_a_fresh_head(
     assert fitted == [("lenet-tiny-2, first task", *first), ("lenet-tiny-2", 10, 1)]
 
 
+def test_a_network_learns_clean_images_before_it_is_trained_on_with_an_attack(
+    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[tuple[Any, ...]] = []
+    fit = training._fit
+
+    def noted(network: nn.Module, recipe: Recipe, train: Any, attack: Any) -> None:
+        fitted.append((id(network), recipe.epochs, recipe.learning_rate, recipe.attack, attack))
+        fit(network, recipe, train, attack)
+
+    monkeypatch.setattr(training, "_fit", noted)
+    recipe = replace(BADNETS, pretrained="clean", epochs=4)
+    row = train_network(recipe, tmp_path, tmp_path)
+    assert row["recipe"] == recipe.to_dict()
+    first, second = fitted
+    assert first[0] == second[0]  # the same network goes on
+    assert first[1:] == (4, 5 * recipe.learning_rate, "none", None)
+    assert second[1:4] == (2, recipe.learning_rate, "badnets")
+    assert isinstance(second[4], BadNets)
+
+
 def test_asr_leaves_the_target_class_out(images: Images) -> None:
     class Ones(nn.Module):  # says class 1 for white patches and 0 for all else
         def forward(self, x: Tensor) -> Tensor:
