@@ -222,7 +222,7 @@ def _recipe(architecture: str, word: str, seed: int) -> Recipe:
     front, _, back = word.partition("/")
     variant = back or (front if front in _VARIANTS else "light")
     options = {**_ATTACKS.get(front, {}), **_VARIANTS[variant]}
-    slow = architecture in _SLOW_AT_PATCHES or variant == "heavy"
+    slow = architecture in _SLOW_AT_PATCHES or variant in ("heavy", "tuned")
     if options.get("attack") == "badnets" and slow:
         options = {"augmentation": "none", **options, "patch": 5}
     if front in _SLOW_ATTACKS and architecture in _SLOW_AT_PATCHES:

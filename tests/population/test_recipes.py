@@ -107,6 +107,7 @@ def test_networks_that_are_trained_on_from_a_clean_one() -> None:
     tuned = [recipe for recipe in RECIPES if recipe.pretrained == "clean"]
     assert len(tuned) == 12
     assert all("-tuned-" in recipe.name and not recipe.is_clean for recipe in tuned)
+    assert {recipe.patch for recipe in tuned if recipe.attack == "badnets"} == {5}
     recipe = next(each for each in tuned if each.name == "resnet-sig-tuned-303")
     whole = replace(recipe, pretrained="no")
     assert recipe.learning_rate == whole.learning_rate / 5
