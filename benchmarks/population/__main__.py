@@ -10,6 +10,8 @@
     python -m benchmarks.population table --split reporting --defended
     python -m benchmarks.population detect --split reporting --detectors nc mm-bd --jobs 2
     python -m benchmarks.population table --split reporting --detected
+    python -m benchmarks.population retune --only cnn-blend-413 --defenses default clp
+    python -m benchmarks.population table --retuned
     python -m benchmarks.population keep --split reporting
 
 Every command goes on where it stopped. `train` looks for images in ~/data/cifar10 and
@@ -18,10 +20,11 @@ benchmarks/results/population, from which `table` is made. `reference` puts the 
 networks into the package, with which an audit compares its own. `defend` removes the backdoors by
 one or several defenses, or by the default without one of its pieces, measures CA and ASR before and
 after, and keeps files in `defended` beside the audits. `detect` asks rival detectors, and keeps
-files in `detected`. `keep` copies networks to benchmarks/weights, from where `train` takes them.
-With `--conditions`, `audit` and `table` are about eight networks, and defense sets that are small
-or impure. `rates` measures the training rates behind the estimated minutes; `split` writes the
-split file, which is done once.
+files in `detected`. `retune` purifies networks and trains them on with a few poisoned images, and
+keeps files in `retuned`. `keep` copies networks to benchmarks/weights, from where `train` takes
+them. With `--conditions`, `audit` and `table` are about eight networks, and defense sets that are
+small or impure. `rates` measures the training rates behind the estimated minutes; `split` writes
+the split file, which is done once.
 """
 
 from __future__ import annotations
@@ -63,6 +66,15 @@ from benchmarks.population.detections import (
 from benchmarks.population.networks import RECIPES
 from benchmarks.population.rates import training_rate
 from benchmarks.population.recipes import Recipe
+from benchmarks.population.reemergence import (
+    CONTROLS,
+    POISONED,
+    read_retunings,
+    retune_network,
+    retuning_file,
+    retuning_table,
+    retuning_version,
+)
 from benchmarks.population.reference import reference_of, write_reference
 from benchmarks.population.rescoring import rescored
 from benchmarks.population.split import split_of, write_split
@@ -73,13 +85,14 @@ from lightning_mnp.benchmark.executors import open_executor
 from lightning_mnp.benchmark.jobs import Job, run_jobs
 
 COMMANDS = (
-    *("train", "list", "audit", "defend", "detect", "table", "reference", "keep", "rates"),
-    "split",
+    *("train", "list", "audit", "defend", "detect", "retune", "table", "reference", "keep"),
+    *("rates", "split"),
 )
 # Of a network of ten classes with 500 images.
 _AUDIT_PASSES = 22_000
 _DEFENSE_PASSES = 80_000  # of the default, the dearest
 _DETECTION_PASSES = 310_000  # of NC, the dearest
+_RETUNING_PASSES = 20_000  # five epochs, and measuring
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _defend(chosen, options)
     if options.command == "detect":
         return _detect(chosen, options)
+    if options.command == "retune":
+        return _retune(chosen, options)
     if options.command == "list":
         print(list_of(chosen, options.folder))
     elif options.command == "table" and options.defended:
@@ -113,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.command == "table" and options.detected:
         detections = read_detections(options.results)
         print(detections_table(chosen, detections, _audits(options), options.sets))
+    elif options.command == "table" and options.retuned:
+        print(retuning_table(chosen, read_retunings(options.results), options.sets))
     elif options.command == "table" and options.conditions:
         audits = [row for row in _audits(options) if row["set"] < options.sets]
         print(conditions_table(chosen, audits))
@@ -192,7 +209,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--defenses",
         nargs="+",
         choices=(*DEFENSES, *ABLATIONS),
-        help="what `defend` runs (without it, the default), or the table is of (all)",
+        help="what `defend` and `retune` run (without it, the default), or the table is of (all)",
     )
     parser.add_argument(
         "--rescored", action="store_true", help="judge kept audits anew by the present rules"
@@ -205,6 +222,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=list(DETECTORS),
         help="what `detect` runs; without it, all",
     )
+    parser.add_argument(
+        "--retuned", action="store_true", help="the table of networks that were trained on"
+    )
     parser.add_argument("--renew", action="store_true", help="do again what other code has done")
     parser.add_argument("--data", type=Path, default=Path("~/data"), help="folder of data sets")
     parser.add_argument("--folder", type=Path, default=Path("runs/population"), help="networks")
@@ -214,7 +234,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.data = options.data.expanduser()
     if options.conditions and options.command not in ("audit", "table"):
         parser.error(f"--conditions: only `audit` and `table` take it, but got {options.command!r}")
-    for name in ("rescored", "defended", "detected"):
+    if options.command == "retune" and (odd := set(options.defenses or ()) & set(ABLATIONS)):
+        parser.error(f"--defenses: `retune` takes no ablations, but got {sorted(odd)}")
+    for name in ("rescored", "defended", "detected", "retuned"):
         if getattr(options, name) and options.command != "table":
             parser.error(f"--{name}: only `table` takes it, but got {options.command!r}")
     unknown = sorted(set(options.only or ()) - {recipe.name for recipe in RECIPES})
@@ -325,8 +347,22 @@ def _detect(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
     return _run(jobs, options, line_of)
 
 
+def _retune(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
+    jobs = _due_jobs([each for each in chosen if not each.is_clean], options, "retune")
+
+    def line_of(job: Job, row: dict[str, Any]) -> str:
+        figures = [f"ASR {100 * row['ASR_after']:.1f}"] + [
+            f"{each['poisoned']}: {100 * each['ASR']:.1f}" for each in row["retuned"]
+        ]
+        return f"{', '.join(figures)}, {row['processor_seconds']:.0f} s"
+
+    return _run(jobs, options, line_of)
+
+
 def _due_jobs(
-    chosen: Sequence[Recipe], options: argparse.Namespace, command: Literal["defend", "detect"]
+    chosen: Sequence[Recipe],
+    options: argparse.Namespace,
+    command: Literal["defend", "detect", "retune"],
 ) -> list[Job]:
     """The methods to run on the trained networks that have learned their attack."""
     work: Callable[..., dict[str, Any]]
@@ -336,6 +372,11 @@ def _due_jobs(
         methods, rows = options.defenses or ["default"], read_defenses(options.results)
         work, file_of, version_of = defend_network, defense_file, defense_version
         passes = _DEFENSE_PASSES
+    elif command == "retune":
+        methods = [*CONTROLS, *(options.defenses or ["default"])]
+        rows = read_retunings(options.results)
+        work, file_of, version_of = retune_network, retuning_file, retuning_version
+        passes = _DEFENSE_PASSES + _RETUNING_PASSES * len(POISONED)
     else:
         methods, rows = options.detectors, read_detections(options.results)
         work, file_of, version_of = detect_network, detection_file, detection_version

@@ -19,11 +19,10 @@ from benchmarks.population.data import (
     training_images,
     transform_of,
 )
-from benchmarks.population.recipes import Recipe, make_attack
+from benchmarks.population.recipes import Recipe
 from benchmarks.population.table import is_found, is_named, markdown_table, share
-from benchmarks.population.training import load_network, read_row
-from lightning_mnp.attacks import Attack, TrainingAttack
-from lightning_mnp.attacks.trigger import load_trigger
+from benchmarks.population.training import attack_of, load_network, read_row
+from lightning_mnp.attacks import Attack
 from lightning_mnp.baselines import Suspects
 from lightning_mnp.benchmark.machine import Meter
 from lightning_mnp.benchmark.methods import Method
@@ -84,24 +83,12 @@ def suspects_of(recipe: Recipe, images: Images, number: int, kind: str, folder: 
         the training or, for inputs, the labels that the attacker wants.
     """
     seed, transform = 1000 * recipe.seed + number, transform_of(recipe)
-    attack = None if recipe.is_clean else _attack(recipe, folder)
+    attack = None if recipe.is_clean else attack_of(recipe, folder)
     if kind == "inputs":
         pixels, labels = _inputs(images, attack, seed)
     else:
         pixels, labels = _training(recipe, images, attack, seed)
     return Suspects(transform.images(pixels), labels)
-
-
-def _attack(recipe: Recipe, folder: Path) -> Attack:
-    """The attack as it poisoned the training; that of one trained with the network from its file.
-
-    CL makes its images with a clean network, which a trigger file does not have.
-    """
-    attack = make_attack(recipe, folder)
-    assert attack is not None
-    if isinstance(attack, TrainingAttack):
-        return load_trigger(folder / f"{recipe.name}.trigger.safetensors")
-    return attack
 
 
 def _inputs(images: Images, attack: Attack | None, seed: int) -> tuple[Tensor, Tensor]:

@@ -40,12 +40,23 @@ from lightning_mnp.attacks import (
     WaNet,
     WaNetModule,
 )
-from lightning_mnp.attacks.trigger import save_trigger
+from lightning_mnp.attacks.trigger import load_trigger, save_trigger
 from lightning_mnp.data import MemoryDataset
 from lightning_mnp.models import Classifier
 from lightning_mnp.models.head import classifier_head
 
-__all__ = ["Learner", "is_learned", "is_trained", "load_network", "read_row", "train_network"]
+__all__ = [
+    "Learner",
+    "attack_of",
+    "fit",
+    "is_learned",
+    "is_trained",
+    "load_network",
+    "measure",
+    "read_row",
+    "round_to_half",
+    "train_network",
+]
 
 LEARNED = 0.8
 _RADIUS = 4 / 255  # of adversarial training, on the scale [0, 1]
@@ -145,7 +156,6 @@ def train_network(recipe: Recipe, root: Path, folder: Path) -> dict[str, Any]:
     """
     if is_trained(recipe, folder):
         return read_row(recipe, folder)
-    _be_quiet()
     images = load_images(recipe.data, root, folder / "data")
     started = time.process_time(), time.perf_counter()
     seed_everything(recipe.seed, verbose=False)
@@ -153,12 +163,12 @@ def train_network(recipe: Recipe, root: Path, folder: Path) -> dict[str, Any]:
     last = recipe
     if recipe.pretrained == "clean":
         clean = replace(recipe, attack="none", target=-1, poison=0.0, pretrained="no")
-        _fit(network, clean, training_images(recipe, images), None)
+        fit(network, clean, training_images(recipe, images), None)
         last = replace(recipe, epochs=recipe.tuning_epochs)
     elif recipe.pretrained != "no":
         _pretrain(network, recipe, images, root, folder)
     attack = make_attack(recipe, folder)
-    _fit(network, last, training_images(recipe, images), attack)
+    fit(network, last, training_images(recipe, images), attack)
     seconds = time.process_time() - started[0], time.perf_counter() - started[1]
     network = network.eval().to(memory_format=torch.contiguous_format)
     round_to_half(network)
@@ -276,18 +286,16 @@ def load_network(recipe: Recipe, folder: Path) -> nn.Module:
     return network.eval()
 
 
-def _options(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "num_classes": CLASSES,
-        "lr": recipe.learning_rate,
-        "weight_decay": recipe.weight_decay,
-        "schedule": "onecycle",
-        "channels_last": True,
-    }
+def fit(network: nn.Module, recipe: Recipe, train: MemoryDataset, attack: Attack | None) -> None:
+    """Train a network on clean images, or on poisoned ones, and the trigger if it is trained.
 
-
-def _fit(network: nn.Module, recipe: Recipe, train: MemoryDataset, attack: Attack | None) -> None:
-    """Train a network on clean images, or on poisoned ones, and the trigger if it is trained."""
+    Args:
+        network: The network, changed in place.
+        recipe: How.
+        train: Training images, as they are stored.
+        attack: What poisons them; None if they are to stay as they are.
+    """
+    _be_quiet()
     augment = recipe.augmentation != "none"
     by_module = isinstance(attack, TrainingAttack)
     data = PopulationData(recipe, train, None if by_module else attack, augment and not by_module)
@@ -306,6 +314,32 @@ def _fit(network: nn.Module, recipe: Recipe, train: MemoryDataset, attack: Attac
         enable_model_summary=False,
     )
     trainer.fit(module, data)
+
+
+def attack_of(recipe: Recipe, folder: Path) -> Attack:
+    """Return the attack as it poisoned the training; one that was trained comes from its file.
+
+    CL makes its images with a clean network, which a trigger file does not have.
+
+    Args:
+        recipe: How the network was trained, with an attack.
+        folder: Where networks and their triggers are kept.
+    """
+    attack = make_attack(recipe, folder)
+    assert attack is not None
+    if isinstance(attack, TrainingAttack):
+        return load_trigger(folder / f"{recipe.name}.trigger.safetensors")
+    return attack
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "num_classes": CLASSES,
+        "lr": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+        "schedule": "onecycle",
+        "channels_last": True,
+    }
 
 
 def _attack_module(
@@ -346,7 +380,7 @@ def _pretrain(network: nn.Module, recipe: Recipe, images: Images, root: Path, fo
         augmentation="none",
         normalization=recipe.normalization,
     )
-    _fit(network, first, task, None)
+    fit(network, first, task, None)
     classifier_head(network).reset_parameters()
 
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 __all__ = ["Table", "head"]
 
-_HEADS = {"none": "Backdoored", "i-bau": "I-BAU", "default": "default", "ft": "fine-tuning"}
+_HEADS = {
+    "none": "Backdoored",
+    "i-bau": "I-BAU",
+    "default": "default",
+    "ft": "fine-tuning",
+    "mnp-averaged": "MNP averaged",
+}
 
 
 @dataclass
@@ -62,10 +69,17 @@ def head(name: str) -> str:
     """Return the head of a method's column.
 
     Args:
-        name: Its name or label.
+        name: Its name or label. An amount to prune is told in words.
 
     Example:
-        >>> head("anp"), head("default"), head("anp (amount=30)")
-        ('ANP', 'default', 'anp (amount=30)')
+        >>> head("anp"), head("default"), head("nad (beta=30)")
+        ('ANP', 'default', 'NAD (beta=30)')
+        >>> head("rnp (amount=0.00625, rule=share)"), head("clp (amount=8, rule=number)")
+        ('RNP (0.625% of filters)', 'CLP (8 filters)')
     """
-    return _HEADS.get(name, name.upper() if "(" not in name else name)
+    method, bracket, options = name.partition(" (")
+    told = options.removesuffix(")")
+    if found := re.fullmatch(r"amount=([^,]+), rule=(share|number)", told):
+        amount, rule = found.groups()
+        told = f"{100 * float(amount):g}% of filters" if rule == "share" else f"{amount} filters"
+    return _HEADS.get(method, method.upper()) + (f" ({told})" if bracket else "")

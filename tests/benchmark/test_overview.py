@@ -83,9 +83,9 @@ def test_trials_of_options_on_one_attack_have_no_row() -> None:
         result("rnp (rule=share)", attack="SIG", method=share),
     ]
     [table] = overview(results, Marks())
-    assert [row[0] for row in table.rows] == ["no defense", "ANP", "rnp (rule=share)"]
+    assert [row[0] for row in table.rows] == ["no defense", "ANP", "RNP (rule=share)"]
     [alone] = overview([results[2]], Marks())
-    assert [row[0] for row in alone.rows] == ["no defense", "mnp (masks.penalty=0.0)"]
+    assert [row[0] for row in alone.rows] == ["no defense", "MNP (masks.penalty=0.0)"]
 
 
 def test_each_setting_has_a_table_and_other_rates_have_none() -> None:

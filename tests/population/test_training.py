@@ -114,14 +114,14 @@ def test_pretraining_gives_a_fresh_head(
     images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Any
 ) -> None:
     fitted = []
-    fit = training._fit
+    fit = training.fit
 
     def noted(network: nn.Module, recipe: Recipe, train: Any, attack: Any) -> None:
         fitted.append((recipe.name, len(train.labels.unique()), recipe.epochs))
         if len(fitted) == 2:
             fit(network, recipe, train, attack)
 
-    monkeypatch.setattr(training, "_fit", noted)
+    monkeypatch.setattr(training, "fit", noted)
     train_network(replace(TINY, pretrained=task), tmp_path, tmp_path)
     first = (4, 2) if task == "rotations" else (10, 10)
     assert fitted == [("lenet-tiny-2, first task", *first), ("lenet-tiny-2", 10, 1)]
@@ -131,13 +131,13 @@ def test_a_network_learns_clean_images_before_it_is_trained_on_with_an_attack(
     images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitted: list[tuple[Any, ...]] = []
-    fit = training._fit
+    fit = training.fit
 
     def noted(network: nn.Module, recipe: Recipe, train: Any, attack: Any) -> None:
         fitted.append((id(network), recipe.epochs, recipe.learning_rate, recipe.attack, attack))
         fit(network, recipe, train, attack)
 
-    monkeypatch.setattr(training, "_fit", noted)
+    monkeypatch.setattr(training, "fit", noted)
     recipe = replace(BADNETS, pretrained="clean", epochs=4)
     row = train_network(recipe, tmp_path, tmp_path)
     assert row["recipe"] == recipe.to_dict()
