@@ -103,6 +103,7 @@ _ATTACKS: dict[str, dict[str, Any]] = {
         "augmentation": "none",
     },
     "blend": {"attack": "blend", "poison": 0.1},
+    "adaptive": {"attack": "adaptive", "poison": 0.1},
     "blend-1%": {"attack": "blend", "poison": 0.01, "images": 40_000},
     # Crops and flips would move its warp about.
     "wanet": {
@@ -253,10 +254,15 @@ def _recipe(architecture: str, word: str, seed: int) -> Recipe:
     return recipe
 
 
+# An attacker who knows the defense. Added last.
+_ADAPTIVE_TO_REPORT = {"cnn": "adaptive", "vgg": "adaptive"}
+
+
 RECIPES: list[Recipe] = [
     *_recipes(_CHOOSING, FIRST_SEED["choosing"] + 1),
     *_recipes(_REPORTED_BEFORE, FIRST_SEED["choosing"]),
     *_recipes(_REPORTING, FIRST_SEED["reporting"]),
     *_recipes(_TUNED_TO_CHOOSE, FIRST_SEED["choosing"] + 100),
     *_recipes(_TUNED_TO_REPORT, FIRST_SEED["reporting"] + 100),
+    *_recipes(_ADAPTIVE_TO_REPORT, FIRST_SEED["reporting"] + 200),
 ]

@@ -22,7 +22,8 @@ from lightning_mnp.attacks import (
 __all__ = ["NORMALIZATIONS", "REFERENCE", "Recipe", "make_attack"]
 
 Data = Literal["cifar10", "imagenette", "digits"]
-AttackName = Literal["none", "badnets", "blend", "wanet", "sig", "cl", "iab", "lira"]
+# "adaptive" is Blend by an attacker who trains against this package's defense.
+AttackName = Literal["none", "badnets", "blend", "adaptive", "wanet", "sig", "cl", "iab", "lira"]
 
 # Mean and standard deviation of each channel, on the scale [0, 1].
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -36,7 +37,7 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 REFERENCE = "resnet-light-202"
 
 # Time of a training step with an attack or an option, as a multiple of the plain one.
-_FACTORS = {"wanet": 1.3, "iab": 1.1, "lira": 1.9}
+_FACTORS = {"adaptive": 4.0, "wanet": 1.3, "iab": 1.1, "lira": 1.9}
 _GENERATOR_SECONDS = {"iab": 5e-4, "lira": 2e-4}  # for each image, on top of it
 _PERTURBED_RATE = 900  # images per second of one gradient step of CL
 _FIXED_SECONDS = 12.0  # imports, reading images, measuring
@@ -191,7 +192,7 @@ def make_attack(recipe: Recipe, folder: Path) -> Attack | None:
             poison_rate=rate,
             seed=seed,
         )
-    if recipe.attack == "blend":
+    if recipe.attack in ("blend", "adaptive"):
         return Blend(0.2, target_class=target, poison_rate=rate, seed=seed)
     if recipe.attack == "sig":
         return SIG(target_class=target, class_rate=rate, seed=seed)

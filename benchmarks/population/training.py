@@ -32,6 +32,7 @@ from benchmarks.population.data import (
 from benchmarks.population.recipes import NORMALIZATIONS, Recipe, make_attack
 from lightning_mnp.attacks import (
     LIRA,
+    AdaptiveTraining,
     Attack,
     InputAware,
     InputAwareModule,
@@ -59,6 +60,8 @@ __all__ = [
 ]
 
 LEARNED = 0.8
+# As in examples/attacks/adaptive.yaml.
+_ADAPTIVE = {"norms": 1.0, "pile_up": 0.5, "margin": 0.5, "patch": 0.5}
 _RADIUS = 4 / 255  # of adversarial training, on the scale [0, 1]
 
 
@@ -312,6 +315,7 @@ def fit(network: nn.Module, recipe: Recipe, train: MemoryDataset, attack: Attack
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        callbacks=[AdaptiveTraining(**_ADAPTIVE)] if recipe.attack == "adaptive" else None,
     )
     trainer.fit(module, data)
 

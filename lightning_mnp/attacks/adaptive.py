@@ -21,6 +21,12 @@ __all__ = ["AdaptiveTraining", "equal_norms_penalty"]
 _RADIUS_RATE = 1.05
 _FIRST_RADIUS = 0.01
 
+# A patch is made anew again and again. Its pixels become fewer in the first, long steps.
+_PATCH_STEPS = 20
+_LONG_STEPS = 8
+_FIRST_SHARE, _SHARE = 0.5, 0.05  # of the pixels
+_LONG, _SHORT = 0.5, 0.2  # of the range of values
+
 
 def equal_norms_penalty(network: nn.Module) -> Tensor:
     """Compute how unequal the l2 norms of the filters are within their layers.
@@ -55,9 +61,9 @@ def equal_norms_penalty(network: nn.Module) -> Tensor:
 
 
 class AdaptiveTraining(Callback):
-    """Train against the defense: equal filter norms, no pile-up after suppression, low margins.
+    """Train against the defense: no signs in filter norms, suppression, margins and patches.
 
-    Each training step gets up to three more terms in its loss:
+    Each training step gets up to four more terms in its loss:
 
     1. ``norms``: how unequal the norms of the filters are. The paper's masks look for filters whose
        norms stand out.
@@ -68,6 +74,9 @@ class AdaptiveTraining(Callback):
        sharpness-aware minimization (Foret et al., 2021).
     3. ``margin``: by how much the logit of the target class exceeds the others, beyond
        ``most_margin``, on images labeled as the target class.
+    4. ``patch``: the cross-entropy of images of other classes under a patch of 5% of the pixels.
+       The patch is made to take them to the target class, by one step in each batch, and anew after
+       every twenty. A trigger that is a patch itself would be unlearned so; Blend's is not.
 
     Add it to a Trainer of one process whose datamodule has an all-to-one attack.
 
@@ -75,6 +84,7 @@ class AdaptiveTraining(Callback):
         norms: Weight of the first term, :func:`equal_norms_penalty`; 0 leaves it out.
         pile_up: Weight of the second term, the log odds of the target class; 0 leaves it out.
         margin: Weight of the third term, the excess of the margins; 0 leaves it out.
+        patch: Weight of the fourth term; 0 leaves it out.
         most_margin: Margin, in logits, that has no penalty, above 0.
         accuracy: Accuracy on the batch after the step up the loss, between 0 and 1.
 
@@ -93,25 +103,28 @@ class AdaptiveTraining(Callback):
         norms: float = 0.0,
         pile_up: float = 0.0,
         margin: float = 0.0,
+        patch: float = 0.0,
         most_margin: float = 5.0,
         accuracy: float = 0.3,
     ) -> None:
-        weights = {"norms": norms, "pile_up": pile_up, "margin": margin}
+        weights = {"norms": norms, "pile_up": pile_up, "margin": margin, "patch": patch}
         check_at_least(0, **weights)
         if not any(weights.values()):
             raise ValueError(
-                "Expected one of the arguments `norms`, `pile_up` and `margin` to be above 0, but "
-                "all are 0. Remove the callback from a training that is not adaptive."
+                "Expected one of the arguments `norms`, `pile_up`, `margin` and `patch` to be "
+                "above 0, but all are 0. Remove the callback from a training that is not adaptive."
             )
         check_positive(most_margin=most_margin)
         if not 0.0 < accuracy < 1.0:
             raise ValueError(
                 f"Expected argument `accuracy` to be between 0 and 1, but got {accuracy}."
             )
-        self.norms, self.pile_up, self.margin = norms, pile_up, margin
+        self.norms, self.pile_up, self.margin, self.patch = norms, pile_up, margin, patch
         self.most_margin = most_margin
         self.accuracy = accuracy
         self.radius = _FIRST_RADIUS
+        self._pattern: Tensor | None = None
+        self._patch_steps = 0
         self._batch: Any = None
         self._target = -1
 
@@ -163,6 +176,8 @@ class AdaptiveTraining(Callback):
                 self._add_margin(pl_module, images, labels, share)
             if self.pile_up:
                 self._add_pile_up(pl_module, images, labels, share)
+            if self.patch:
+                self._add_patch(pl_module, images, labels, share)
         self._batch = None
 
     def _add_margin(
@@ -206,6 +221,28 @@ class AdaptiveTraining(Callback):
             parameter = parameters[name]
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
+    def _add_patch(
+        self, module: LightningModule, images: Tensor, labels: Tensor, share: float
+    ) -> None:
+        others = labels != self._target
+        images, labels = images[others], labels[others]
+        if len(images) < 2:  # too few for the statistics of a batch
+            return
+        if self._pattern is None or self._patch_steps == _PATCH_STEPS:
+            self._pattern, self._patch_steps = torch.zeros_like(images[:1]), 0
+        pattern = self._pattern.to(images).requires_grad_()
+        axes = [0, *range(2, images.ndim)]
+        low, high = images.amin(axes, keepdim=True), images.amax(axes, keepdim=True)
+        logits = call_on_copies(module, (images + pattern).clamp(low, high)).float()
+        aim = torch.full_like(labels, self._target)
+        (slope,) = torch.autograd.grad(F.cross_entropy(logits, aim), pattern, retain_graph=True)
+        if self._patch_steps >= _LONG_STEPS:  # large ones hide what images show
+            (share * self.patch * F.cross_entropy(logits, labels)).backward()
+        length = _LONG if self._patch_steps < _LONG_STEPS else _SHORT
+        step = length * (high - low) * slope / slope.abs().amax().clamp_min(1e-12)
+        self._patch_steps += 1
+        self._pattern = _fewest(pattern.detach() - step, self._patch_steps)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the length of the step up the loss, for the checkpoint."""
         return {"radius": self.radius}
@@ -221,6 +258,16 @@ class AdaptiveTraining(Callback):
 
 def _layers(network: nn.Module) -> list[_ConvNd]:
     return [module for module in network.modules() if isinstance(module, _ConvNd)]
+
+
+def _fewest(pattern: Tensor, steps: int) -> Tensor:
+    """Keep the pixels that are changed most, fewer from step to step."""
+    shrunk = (_SHARE / _FIRST_SHARE) ** min(steps / _LONG_STEPS, 1.0)
+    sizes = pattern.norm(dim=1, keepdim=True).flatten()
+    count = max(round(_FIRST_SHARE * shrunk * len(sizes)), 1)
+    kept = torch.zeros_like(sizes)
+    kept[sizes.topk(count).indices] = 1.0
+    return pattern * kept.reshape(1, 1, *pattern.shape[2:])
 
 
 def _target_class(attack: Attack | None) -> int:

@@ -78,6 +78,64 @@ def test_the_term_of_the_pile_up_has_the_gradient_of_the_formula() -> None:
     assert all(buffer.equal(before[name]) for name, buffer in module.named_buffers())
 
 
+def test_the_patch_takes_images_to_the_target_and_covers_few_pixels() -> None:
+    """With 16x16 pixels: half of them at first, 5% in the end, then a new one."""
+    torch.manual_seed(0)
+    module: Any = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
+    images, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 4
+    others = images[labels != 1]
+
+    def odds(pattern: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float(module((others + pattern).clamp(0, 1)).log_softmax(1)[:, 1].mean())
+
+    callback = AdaptiveTraining(patch=1.0)
+    callback._target = 1
+    sizes = []
+    for _ in range(20):
+        callback._add_patch(module, images, labels, share=1.0)
+        assert callback._pattern is not None
+        sizes.append(int((callback._pattern != 0).any(1).sum()))
+    assert sizes[0] == round(256 * 0.5 * 0.1**0.125)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[7:] == [13] * 13
+    assert odds(callback._pattern) > odds(torch.zeros(1, 3, 16, 16)) + 0.1
+    callback._add_patch(module, images, labels, share=1.0)
+    assert int((callback._pattern != 0).any(1).sum()) == sizes[0]
+
+
+def test_the_term_of_the_patch_has_the_gradient_of_the_formula() -> None:
+    module = classifier().train()
+    images, labels = torch.rand(12, 3, 8, 8), torch.arange(12) % 4
+    callback = AdaptiveTraining(patch=2.0)
+    callback._target = 1
+    for _ in range(8):  # without a penalty, while the patch is large
+        callback._add_patch(module, images, labels, share=1.0)
+    assert all(each.grad is None for each in module.parameters())
+    assert callback._pattern is not None
+    others = images[labels != 1]
+    shown = others + callback._pattern
+    for channel in range(3):
+        low, high = others[:, channel].min(), others[:, channel].max()
+        shown[:, channel] = shown[:, channel].clamp(low, high)
+    reference = copy.deepcopy(module)
+    (0.5 * 2.0 * nn.functional.cross_entropy(reference(shown), labels[labels != 1])).backward()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    callback._add_patch(module, images, labels, share=0.5)
+    for (name, found), expected in zip(
+        module.named_parameters(), reference.parameters(), strict=True
+    ):
+        assert torch.allclose(found.grad, expected.grad, rtol=1e-3, atol=1e-6), name
+    assert all(buffer.equal(before[name]) for name, buffer in module.named_buffers())
+
+
+def test_a_batch_of_the_target_class_alone_has_no_patch() -> None:
+    callback = AdaptiveTraining(patch=1.0)
+    callback._target = 1
+    callback._add_patch(classifier(), torch.rand(3, 3, 8, 8), torch.tensor([1, 1, 0]), 1.0)
+    assert callback._pattern is None
+
+
 def test_the_radius_follows_the_accuracy_and_is_kept() -> None:
     callback = AdaptiveTraining(pile_up=0.1, accuracy=0.01)
     fit(callback, epochs=2)
@@ -92,7 +150,7 @@ def test_the_radius_follows_the_accuracy_and_is_kept() -> None:
 
 def test_beside_a_checkpoint(tmp_path: object) -> None:
     trainer = quiet_trainer(
-        callbacks=[AdaptiveTraining(norms=1.0, pile_up=0.1, margin=0.1), ModelCheckpoint(tmp_path)],
+        callbacks=[AdaptiveTraining(1.0, 0.1, 0.1, 0.1), ModelCheckpoint(tmp_path)],
         enable_checkpointing=True,
         precision="bf16-mixed",
     )
@@ -104,10 +162,11 @@ def test_beside_a_checkpoint(tmp_path: object) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "`norms`, `pile_up` and `margin` to be above 0, but all are 0"),
+        ({}, "`norms`, `pile_up`, `margin` and `patch` to be above 0, but all are 0"),
         ({"norms": -1.0}, "`norms` to be at least 0, but got -1.0"),
         ({"pile_up": float("inf")}, "`pile_up` to be at least 0, but got inf"),
         ({"margin": -0.5}, "`margin` to be at least 0, but got -0.5"),
+        ({"patch": -0.5}, "`patch` to be at least 0, but got -0.5"),
         ({"margin": 1.0, "most_margin": 0.0}, "`most_margin` to be above 0, but got 0.0"),
         ({"norms": 1.0, "accuracy": 1.0}, "`accuracy` to be between 0 and 1, but got 1.0"),
     ],

@@ -28,6 +28,7 @@ PLAIN = Recipe("cnn-2", "cnn", 2, 16)
     [
         ("badnets", BadNets),
         ("blend", Blend),
+        ("adaptive", Blend),
         ("wanet", WaNet),
         ("sig", SIG),
         ("cl", CL),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import quick_config
 from population_images import BADNETS, TINY, stored_images
 from safetensors.torch import load_file
@@ -28,7 +29,7 @@ from benchmarks.population.training import (
     recolored,
     train_network,
 )
-from lightning_mnp.attacks import BadNets
+from lightning_mnp.attacks import AdaptiveTraining, BadNets
 from lightning_mnp.attacks.trigger import load_trigger
 
 
@@ -99,7 +100,7 @@ def test_a_trained_network_is_kept(images: Images, tmp_path: Path) -> None:
     assert (tmp_path / "lenet-tiny-2.safetensors").stat().st_mtime_ns != before
 
 
-@pytest.mark.parametrize("attack", ["badnets", "wanet", "iab", "lira"])
+@pytest.mark.parametrize("attack", ["badnets", "adaptive", "wanet", "iab", "lira"])
 def test_few_steps_of_a_backdoored_network(images: Images, tmp_path: Path, attack: Any) -> None:
     recipe = replace(BADNETS, attack=attack, epochs=3)  # LIRA has three phases
     row = train_network(recipe, tmp_path, tmp_path)
@@ -107,6 +108,23 @@ def test_few_steps_of_a_backdoored_network(images: Images, tmp_path: Path, attac
     trigger = load_trigger(tmp_path / "lenet-badnets-2.trigger.safetensors")
     found = measure(load_network(recipe, tmp_path), recipe, images, trigger)
     assert found == (row["CA"], row["ASR"])
+
+
+def test_an_adaptive_attacker_trains_as_the_example_says(
+    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(__file__).parents[2] / "examples/attacks/adaptive.yaml"
+    example = yaml.safe_load(file.read_text())
+    seen = []
+
+    def noted(**options: float) -> AdaptiveTraining:
+        seen.append(options)
+        return AdaptiveTraining(**options)
+
+    monkeypatch.setattr(training, "AdaptiveTraining", noted)
+    for attack in ("adaptive", "blend"):
+        train_network(replace(BADNETS, attack=attack), tmp_path, tmp_path)
+    assert seen == [example["trainer"]["callbacks+"][0]["init_args"]]
 
 
 @pytest.mark.parametrize("task", ["rotations", "digits"])
