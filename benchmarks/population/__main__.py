@@ -234,8 +234,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.data = options.data.expanduser()
     if options.conditions and options.command not in ("audit", "table"):
         parser.error(f"--conditions: only `audit` and `table` take it, but got {options.command!r}")
-    if options.command == "retune" and (odd := set(options.defenses or ()) & set(ABLATIONS)):
-        parser.error(f"--defenses: `retune` takes no ablations, but got {sorted(odd)}")
     for name in ("rescored", "defended", "detected", "retuned"):
         if getattr(options, name) and options.command != "table":
             parser.error(f"--{name}: only `table` takes it, but got {options.command!r}")

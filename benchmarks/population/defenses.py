@@ -29,6 +29,7 @@ __all__ = [
     "defense_file",
     "defense_version",
     "defenses_table",
+    "find_defense",
     "read_defenses",
 ]
 
@@ -55,7 +56,12 @@ DEFENSES = {
 }
 
 
-def _find(defense: str) -> Method | Ablation:
+def find_defense(defense: str) -> Method | Ablation:
+    """Return a defense or an ablation by its name.
+
+    Args:
+        defense: One of :data:`DEFENSES`, or of the ablations.
+    """
     return ABLATIONS[defense] if defense in ABLATIONS else DEFENSES[defense]
 
 
@@ -65,7 +71,7 @@ def defense_version(defense: str) -> str:
     Args:
         defense: One of :data:`DEFENSES`, or of the ablations.
     """
-    return f"{code_version('baselines', 'purify')} {_find(defense).label}"
+    return f"{code_version('baselines', 'purify')} {find_defense(defense).label}"
 
 
 def defense_file(recipe: Recipe, number: int, defense: str, results: Path = RESULTS) -> Path:
@@ -107,7 +113,7 @@ def defend_network(
     version = defense_version(defense)  # before the work: of the code that does it
     started = time.process_time()
     with Meter(network, "cpu") as meter:
-        outcome = _find(defense).defend(network, defense_set(recipe, images, number), number)
+        outcome = find_defense(defense).defend(network, defense_set(recipe, images, number), number)
     spent = time.process_time() - started
     assert outcome.model is not None, "a defense returns a copy, also of what it leaves as it is"
     attack = None

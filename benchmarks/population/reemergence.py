@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch import seed_everything
 from torch import nn
 
+from benchmarks.population.ablations import ABLATIONS
 from benchmarks.population.audits import RESULTS, network_fields
 from benchmarks.population.data import CLASSES, Images, defense_set, load_images
-from benchmarks.population.defenses import DEFENSES, defense_version
+from benchmarks.population.defenses import DEFENSES, defense_version, find_defense
 from benchmarks.population.networks import RECIPES
 from benchmarks.population.recipes import Recipe
 from benchmarks.population.split import split_of
@@ -56,7 +57,7 @@ def retuning_version(defense: str) -> str:
     """Return a digest of the code and the options of a defense; a word for a control.
 
     Args:
-        defense: One of :data:`CONTROLS` or of the defenses.
+        defense: One of :data:`CONTROLS`, of the defenses or of the ablations.
     """
     return defense if defense in CONTROLS else defense_version(defense)
 
@@ -67,7 +68,7 @@ def retuning_file(recipe: Recipe, number: int, defense: str, results: Path = RES
     Args:
         recipe: How the backdoored network was trained.
         number: Number of the defense set, from 0.
-        defense: One of :data:`CONTROLS` or of the defenses.
+        defense: One of :data:`CONTROLS`, of the defenses or of the ablations.
         results: Folder of all audits.
     """
     return results / "retuned" / f"{recipe.name}-{defense}-set{number}.json"
@@ -156,7 +157,7 @@ def retune_network(
     Args:
         recipe: How the backdoored network was trained.
         number: Number of the defense set, from 0; also the defense's seed.
-        defense: One of :data:`CONTROLS` or of the defenses.
+        defense: One of :data:`CONTROLS`, of the defenses or of the ablations.
         root: Folder with the data sets.
         folder: Where networks and their triggers are kept.
         results: Where outcomes are kept.
@@ -201,7 +202,7 @@ def _purified(recipe: Recipe, images: Images, number: int, defense: str, folder:
     if defense == "none":
         return network
     data = defense_set(recipe, images, number)
-    model = DEFENSES[defense].defend(network, data, number).model
+    model = find_defense(defense).defend(network, data, number).model
     assert model is not None, "a defense returns a copy, also of what it leaves as it is"
     return model.eval()
 
@@ -232,7 +233,7 @@ def retuning_table(recipes: Sequence[Recipe], outcomes: Iterable[dict[str, Any]]
             groups.setdefault((row["network"], row["defense"]), []).append(row)
     lines = []
     for recipe in recipes:
-        for defense in (*CONTROLS, *DEFENSES):
+        for defense in (*CONTROLS, *DEFENSES, *ABLATIONS):
             if rows := groups.get((recipe.name, defense)):
                 cells = [
                     _pair([each["retuned"][place] for each in rows])
