@@ -129,7 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         detections = read_detections(options.results)
         print(detections_table(chosen, detections, _audits(options), options.sets))
     elif options.command == "table" and options.retuned:
-        print(retuning_table(chosen, read_retunings(options.results), options.sets))
+        wanted = (*CONTROLS, *(options.defenses or (*DEFENSES, *ABLATIONS)))
+        outcomes = [row for row in read_retunings(options.results) if row["defense"] in wanted]
+        print(retuning_table(chosen, outcomes, options.sets))
     elif options.command == "table" and options.conditions:
         audits = [row for row in _audits(options) if row["set"] < options.sets]
         print(conditions_table(chosen, audits))

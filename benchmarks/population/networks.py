@@ -199,6 +199,9 @@ _TUNED_TO_REPORT = {
     "vgg": "sig/tuned",
 }
 
+# An attacker who knows the defense. Added last.
+_ADAPTIVE_TO_REPORT = {"cnn": "adaptive", "vgg": "adaptive"}
+
 
 def recipes_of(split: str) -> list[Recipe]:
     """Return the recipes of a split, in the order in which they are trained.
@@ -252,10 +255,6 @@ def _recipe(architecture: str, word: str, seed: int) -> Recipe:
         pattern, corner = patterns[place % 3], corners[place % 2]
         recipe = replace(recipe, pattern=pattern, corner=corner)  # type: ignore[arg-type]
     return recipe
-
-
-# An attacker who knows the defense. Added last.
-_ADAPTIVE_TO_REPORT = {"cnn": "adaptive", "vgg": "adaptive"}
 
 
 RECIPES: list[Recipe] = [

@@ -54,12 +54,13 @@ _EPOCHS = 5
 
 
 def retuning_version(defense: str) -> str:
-    """Return a digest of the code and the options of a defense; a word for a control.
+    """Return a digest of the code and the options of a defense, and how networks are trained on.
 
     Args:
         defense: One of :data:`CONTROLS`, of the defenses or of the ablations.
     """
-    return defense if defense in CONTROLS else defense_version(defense)
+    version = defense if defense in CONTROLS else defense_version(defense)
+    return f"{version}, {_EPOCHS} epochs of {_CLEAN} and {', '.join(map(str, POISONED))}"
 
 
 def retuning_file(recipe: Recipe, number: int, defense: str, results: Path = RESULTS) -> Path:
@@ -119,7 +120,7 @@ def further_images(
 
 
 def clean_twin(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the first trained clean network that takes the same images, of the same architecture.
+    """Return the first trained clean network of the same architecture that takes the same images.
 
     Args:
         recipe: How the backdoored network was trained.
@@ -133,6 +134,7 @@ def clean_twin(recipe: Recipe, folder: Path) -> Recipe:
     for other in RECIPES:
         own = other.architecture, other.width, other.data, other.normalization
         alike = own == wanted and split_of(other.architecture, other.seed) == split
+        alike = alike and other.images <= recipe.images  # else it has seen the further images
         if other.is_clean and alike and is_trained(other, folder):
             return other
     raise FileNotFoundError(
@@ -151,8 +153,9 @@ def retune_network(
 ) -> dict[str, Any]:
     """Purify a network, train copies of it on with poisoned images, and write what comes back.
 
-    Each copy is trained for five epochs with the recipe's own optimizer, at a fifth of its learning
-    rate: as the networks of the population that learn clean images first.
+    Each copy is trained for five epochs with the recipe's own optimizer, at a fifth of the learning
+    rate that a network is trained whole with: as the networks of the population that learn clean
+    images first.
 
     Args:
         recipe: How the backdoored network was trained.
@@ -163,21 +166,27 @@ def retune_network(
         results: Where outcomes are kept.
 
     Returns:
-        What the file has: CA and ASR after the defense and, for each number of :data:`POISONED`,
-        after training on.
+        What the file has: CA and ASR after the defense, the verdict and the number of filters pruned
+        and, for each number of :data:`POISONED`, CA and ASR after training on.
+
+    Raises:
+        ValueError: If there are too few images that the network was not trained on.
     """
     row, version = read_row(recipe, folder), retuning_version(defense)
     images = load_images(recipe.data, root, folder / "data")
     attack = attack_of(recipe, folder)
     started = time.process_time()
-    purified = _purified(recipe, images, number, defense, folder)
+    further = {
+        poisoned: further_images(recipe, images, attack, poisoned, number) for poisoned in POISONED
+    }
+    purified, told = _purified(recipe, images, number, defense, folder)
     ca, asr = measure(purified, recipe, images, attack)
     after = []
-    for poisoned in POISONED:
+    for poisoned, train in further.items():
         network = copy.deepcopy(purified).train().requires_grad_(True)
         seed_everything(1000 * recipe.seed + number, verbose=False)
         way = replace(recipe, pretrained="clean", epochs=_EPOCHS, adversarial_steps=0)
-        fit(network, way, further_images(recipe, images, attack, poisoned, number), None)
+        fit(network, way, train, None)
         rates = measure(network.eval(), recipe, images, attack)
         after.append({"poisoned": poisoned, "CA": rates[0], "ASR": rates[1]})
     content: dict[str, Any] = {
@@ -185,6 +194,7 @@ def retune_network(
         "set": number,
         "defense": defense,
         **network_fields(recipe, row),
+        **told,
         "CA_after": ca,
         "ASR_after": asr,
         "retuned": after,
@@ -195,16 +205,21 @@ def retune_network(
     return content
 
 
-def _purified(recipe: Recipe, images: Images, number: int, defense: str, folder: Path) -> nn.Module:
+def _purified(
+    recipe: Recipe, images: Images, number: int, defense: str, folder: Path
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network to train on, and what is told of it."""
+    told: dict[str, Any] = {"verdict": None, "pruned": 0, "trained_on": recipe.name}
     if defense == "clean":
-        return load_network(clean_twin(recipe, folder), folder)
+        twin = clean_twin(recipe, folder)
+        return load_network(twin, folder), {**told, "trained_on": twin.name}
     network = load_network(recipe, folder)
     if defense == "none":
-        return network
-    data = defense_set(recipe, images, number)
-    model = find_defense(defense).defend(network, data, number).model
-    assert model is not None, "a defense returns a copy, also of what it leaves as it is"
-    return model.eval()
+        return network, told
+    outcome = find_defense(defense).defend(network, defense_set(recipe, images, number), number)
+    assert outcome.model is not None, "a defense returns a copy, also of what it leaves as it is"
+    told = {**told, "verdict": outcome.verdict, "pruned": len(outcome.pruned)}
+    return outcome.model.eval(), told
 
 
 def read_retunings(results: Path = RESULTS) -> list[dict[str, Any]]:
@@ -240,7 +255,9 @@ def retuning_table(recipes: Sequence[Recipe], outcomes: Iterable[dict[str, Any]]
                     for place in range(len(POISONED))
                 ]
                 told = [{"CA": row["CA_after"], "ASR": row["ASR_after"]} for row in rows]
-                lines.append([f"`{recipe.name}`", defense, _pair(told), *cells])
+                left = defense == "default" and any(row["verdict"] != "backdoored" for row in rows)
+                name = f"{defense}, not flagged" if left else defense
+                lines.append([f"`{recipe.name}`", name, _pair(told), *cells])
     heads = ["0 poisoned", *(str(count) for count in POISONED[1:])]
     return markdown_table(["network", "defense", "before", *heads], lines)
 

@@ -307,6 +307,7 @@ def fit(network: nn.Module, recipe: Recipe, train: MemoryDataset, attack: Attack
         module = _attack_module(network, recipe, attack, augment)
     else:
         module = Learner(network, recipe)
+    adaptive = attack is not None and recipe.attack == "adaptive"
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=recipe.epochs,
@@ -315,7 +316,7 @@ def fit(network: nn.Module, recipe: Recipe, train: MemoryDataset, attack: Attack
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[AdaptiveTraining(**_ADAPTIVE)] if recipe.attack == "adaptive" else None,
+        callbacks=[AdaptiveTraining(**_ADAPTIVE)] if adaptive else None,
     )
     trainer.fit(module, data)
 

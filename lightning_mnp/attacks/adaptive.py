@@ -84,9 +84,9 @@ class AdaptiveTraining(Callback):
         norms: Weight of the first term, :func:`equal_norms_penalty`; 0 leaves it out.
         pile_up: Weight of the second term, the log odds of the target class; 0 leaves it out.
         margin: Weight of the third term, the excess of the margins; 0 leaves it out.
-        patch: Weight of the fourth term; 0 leaves it out.
         most_margin: Margin, in logits, that has no penalty, above 0.
         accuracy: Accuracy on the batch after the step up the loss, between 0 and 1.
+        patch: Weight of the fourth term; 0 leaves it out.
 
     Raises:
         ValueError: If an argument is out of range. When training starts, if the datamodule has no
@@ -103,9 +103,9 @@ class AdaptiveTraining(Callback):
         norms: float = 0.0,
         pile_up: float = 0.0,
         margin: float = 0.0,
-        patch: float = 0.0,
         most_margin: float = 5.0,
         accuracy: float = 0.3,
+        patch: float = 0.0,
     ) -> None:
         weights = {"norms": norms, "pile_up": pile_up, "margin": margin, "patch": patch}
         check_at_least(0, **weights)
@@ -228,7 +228,8 @@ class AdaptiveTraining(Callback):
         images, labels = images[others], labels[others]
         if len(images) < 2:  # too few for the statistics of a batch
             return
-        if self._pattern is None or self._patch_steps == _PATCH_STEPS:
+        due = self._patch_steps == _PATCH_STEPS
+        if self._pattern is None or self._pattern.shape[1:] != images.shape[1:] or due:
             self._pattern, self._patch_steps = torch.zeros_like(images[:1]), 0
         pattern = self._pattern.to(images).requires_grad_()
         axes = [0, *range(2, images.ndim)]
@@ -244,16 +245,19 @@ class AdaptiveTraining(Callback):
         self._pattern = _fewest(pattern.detach() - step, self._patch_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the length of the step up the loss, for the checkpoint."""
-        return {"radius": self.radius}
+        """Return the length of the step up the loss, and the patch, for the checkpoint."""
+        pattern = None if self._pattern is None else self._pattern.cpu()
+        return {"radius": self.radius, "pattern": pattern, "patch_steps": self._patch_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the length of the step up the loss.
+        """Load the length of the step up the loss, and the patch if there is one.
 
         Args:
             state_dict: As :meth:`state_dict` returned it.
         """
         self.radius = float(state_dict["radius"])
+        self._pattern = state_dict.get("pattern")
+        self._patch_steps = int(state_dict.get("patch_steps", 0))
 
 
 def _layers(network: nn.Module) -> list[_ConvNd]:

@@ -149,14 +149,29 @@ def test_the_radius_follows_the_accuracy_and_is_kept() -> None:
 
 
 def test_beside_a_checkpoint(tmp_path: object) -> None:
+    callback = AdaptiveTraining(norms=1.0, pile_up=0.1, margin=0.1, patch=0.1)
     trainer = quiet_trainer(
-        callbacks=[AdaptiveTraining(1.0, 0.1, 0.1, 0.1), ModelCheckpoint(tmp_path)],
+        callbacks=[callback, ModelCheckpoint(tmp_path)],
         enable_checkpointing=True,
         precision="bf16-mixed",
+        max_epochs=4,
     )
     trainer.fit(classifier(), TinyDataModule(BadNets()))
+    assert callback._patch_steps > 8  # the patch has its penalty from then on
     path = trainer.checkpoint_callback.best_model_path
-    assert "AdaptiveTraining" in torch.load(path, weights_only=True)["callbacks"]
+    kept = torch.load(path, weights_only=True)["callbacks"]["AdaptiveTraining"]
+    again = AdaptiveTraining(patch=0.1)
+    again.load_state_dict(kept)
+    assert again._patch_steps == callback._patch_steps
+    assert again._pattern is not None
+    assert callback._pattern is not None
+    assert again._pattern.equal(callback._pattern)
+    again._target = 1
+    images, labels = torch.rand(8, 3, 6, 6), torch.arange(8) % 4
+    again._add_patch(classifier(), images, labels, share=1.0)  # a patch of another size is left
+    assert (again._patch_steps, again._pattern.shape) == (1, (1, 3, 6, 6))
+    again.load_state_dict({"radius": 0.5})  # of a checkpoint that knows of no patch
+    assert (again.radius, again._pattern, again._patch_steps) == (0.5, None, 0)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,8 @@ def test_a_retuned_network_leaves_a_file(images: data.Images, tmp_path: Path) ->
     file = retuning_file(BADNETS, 1, "clp", tmp_path / "results")
     assert json.loads(file.read_text()) == kept
     wanted = {"network": "lenet-badnets-2", "set": 1, "defense": "clp", "kind": "badnets"}
-    wanted |= {"version": defense_version("clp")}
+    wanted |= {"version": f"{defense_version('clp')}, 1 epochs of 10 and 0, 2"}
+    wanted |= {"verdict": None, "trained_on": "lenet-badnets-2"}
     assert {key: kept[key] for key in wanted} == wanted
     assert [each["poisoned"] for each in row["retuned"]] == [0, 2]
 
@@ -124,20 +125,35 @@ def test_controls_are_the_network_itself_and_a_clean_one(
     with pytest.raises(FileNotFoundError, match="Expected a clean network like `lenet-badnets-2`"):
         clean_twin(BADNETS, tmp_path)
     other = replace(TINY, name="lenet-raw-2", normalization="none")
-    monkeypatch.setattr(reemergence, "RECIPES", [BADNETS, other, TINY])
-    for recipe in (other, TINY):
+    more = replace(TINY, name="lenet-large-2", images=40)
+    monkeypatch.setattr(reemergence, "RECIPES", [BADNETS, other, more, TINY])
+    for recipe in (other, more, TINY):
         train_network(recipe, tmp_path, tmp_path)
     assert clean_twin(BADNETS, tmp_path) == TINY
     for control, recipe in (("none", BADNETS), ("clean", TINY)):
         row = retune_network(BADNETS, 0, control, tmp_path, tmp_path, tmp_path)
         before = measure(load_network(recipe, tmp_path), BADNETS, images, trigger)
         assert (row["CA_after"], row["ASR_after"]) == before
-        assert row["version"] == retuning_version(control) == control
+        assert row["version"] == retuning_version(control)
+        assert row["version"] == f"{control}, 1 epochs of 10 and 0, 2"
+        assert row["trained_on"] == recipe.name
 
 
-def outcome(network: str, defense: str, number: int, asr: float) -> dict[str, Any]:
+def test_an_adaptive_attacker_has_left_when_networks_are_trained_on(
+    images: data.Images, tmp_path: Path
+) -> None:
+    recipe = replace(BADNETS, attack="adaptive")
+    train_network(recipe, tmp_path, tmp_path)
+    row = retune_network(recipe, 0, "none", tmp_path, tmp_path, tmp_path)
+    assert len(row["retuned"]) == 2
+
+
+def outcome(
+    network: str, defense: str, number: int, asr: float, verdict: str = "backdoored"
+) -> dict[str, Any]:
     after = [{"poisoned": n, "CA": 0.5, "ASR": asr + n / 100} for n in reemergence.POISONED]
     fields = {"network": network, "defense": defense, "set": number, "retuned": after}
+    fields |= {"verdict": verdict}
     return {**fields, "CA_after": 0.6, "ASR_after": 0.01}
 
 
@@ -156,6 +172,8 @@ def test_the_table_has_a_line_for_each_network_and_defense() -> None:
         f"| `{name}` | default | 60.0/1.0 | 50.0/3.0 | 50.0/5.0 |",
     ]
     assert "50.0/2.0 | 50.0/4.0" in retuning_table(RECIPES, rows, sets=1)
+    missed = retuning_table(RECIPES, [outcome(name, "default", 0, 1.0, "clean")], sets=1)
+    assert f"| `{name}` | default, not flagged |" in missed
 
 
 def test_the_command_retunes_and_writes_the_table(
@@ -187,6 +205,8 @@ def test_the_command_retunes_and_writes_the_table(
     assert not capsys.readouterr().out  # all there
     assert main(["table", "--retuned", *places]) == 0
     assert capsys.readouterr().out.count("`lenet-badnets-2`") == 3
+    assert main(["table", "--retuned", "--defenses", "rnp", *places]) == 0
+    assert capsys.readouterr().out.count("`lenet-badnets-2`") == 2
 
 
 def test_the_table_is_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:

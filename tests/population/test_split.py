@@ -61,8 +61,8 @@ def test_there_are_enough_backdoored_networks() -> None:
     assert len(dense(CHOOSING)) >= 20
     assert len({recipe.architecture for recipe in dense(RECIPES)}) >= 8
     attacks = {"badnets", "blend", "wanet", "sig", "cl", "iab", "lira", "badnets, all-to-all"}
-    for part in (CHOOSING, REPORTING):
-        assert {recipe.kind for recipe in dense(part)} - {"adaptive"} == attacks
+    for part, more in ((CHOOSING, set()), (REPORTING, {"adaptive"})):
+        assert {recipe.kind for recipe in dense(part)} == attacks | more
         assert any(recipe.is_sparse for recipe in part)
 
 
