@@ -166,8 +166,8 @@ def retune_network(
         results: Where outcomes are kept.
 
     Returns:
-        What the file has: CA and ASR after the defense, the verdict and the number of filters pruned
-        and, for each number of :data:`POISONED`, CA and ASR after training on.
+        What the file has: CA and ASR after the defense, the verdict and the number of filters
+        pruned and, for each number of :data:`POISONED`, CA and ASR after training on.
 
     Raises:
         ValueError: If there are too few images that the network was not trained on.
