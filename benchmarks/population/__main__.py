@@ -42,7 +42,9 @@ from benchmarks.population.audits import (
     RESULTS,
     audit_network,
     code_version,
+    outcome_file,
     read_audits,
+    read_outcomes,
     result_file,
 )
 from benchmarks.population.conditions import CONDITIONS, NAMED, USUAL, conditions_table
@@ -50,18 +52,14 @@ from benchmarks.population.data import load_images
 from benchmarks.population.defenses import (
     DEFENSES,
     defend_network,
-    defense_file,
     defense_version,
     defenses_table,
-    read_defenses,
 )
 from benchmarks.population.detections import (
     DETECTORS,
     detect_network,
-    detection_file,
     detection_version,
     detections_table,
-    read_detections,
 )
 from benchmarks.population.networks import RECIPES
 from benchmarks.population.rates import training_rate
@@ -69,9 +67,7 @@ from benchmarks.population.recipes import Recipe
 from benchmarks.population.reemergence import (
     CONTROLS,
     POISONED,
-    read_retunings,
     retune_network,
-    retuning_file,
     retuning_table,
     retuning_version,
 )
@@ -121,16 +117,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.command == "table" and options.defended:
         outcomes = [
             row
-            for row in read_defenses(options.results)
+            for row in read_outcomes("defended", options.results)
             if options.defenses is None or row["defense"] in options.defenses
         ]
         print(defenses_table(chosen, outcomes, options.sets))
     elif options.command == "table" and options.detected:
-        detections = read_detections(options.results)
+        detections = read_outcomes("detected", options.results)
         print(detections_table(chosen, detections, _audits(options), options.sets))
     elif options.command == "table" and options.retuned:
         wanted = (*CONTROLS, *(options.defenses or (*DEFENSES, *ABLATIONS)))
-        outcomes = [row for row in read_retunings(options.results) if row["defense"] in wanted]
+        outcomes = [
+            row for row in read_outcomes("retuned", options.results) if row["defense"] in wanted
+        ]
         print(retuning_table(chosen, outcomes, options.sets))
     elif options.command == "table" and options.conditions:
         audits = [row for row in _audits(options) if row["set"] < options.sets]
@@ -366,24 +364,22 @@ def _due_jobs(
 ) -> list[Job]:
     """The methods to run on the trained networks that have learned their attack."""
     work: Callable[..., dict[str, Any]]
-    file_of: Callable[[Recipe, int, str], Path]
     version_of: Callable[[str], str]
     if command == "defend":
-        methods, rows = options.defenses or ["default"], read_defenses(options.results)
-        work, file_of, version_of = defend_network, defense_file, defense_version
+        methods, kind = options.defenses or ["default"], "defended"
+        work, version_of = defend_network, defense_version
         passes = _DEFENSE_PASSES
     elif command == "retune":
-        methods = [*CONTROLS, *(options.defenses or ["default"])]
-        rows = read_retunings(options.results)
-        work, file_of, version_of = retune_network, retuning_file, retuning_version
+        methods, kind = [*CONTROLS, *(options.defenses or ["default"])], "retuned"
+        work, version_of = retune_network, retuning_version
         passes = _DEFENSE_PASSES + _RETUNING_PASSES * len(POISONED)
     else:
-        methods, rows = options.detectors, read_detections(options.results)
-        work, file_of, version_of = detect_network, detection_file, detection_version
+        methods, kind = options.detectors, "detected"
+        work, version_of = detect_network, detection_version
         passes = _DETECTION_PASSES
     there = {
         (row["network"], row["defense"], row["set"]): (row["weights_sha256"], row["version"])
-        for row in rows
+        for row in read_outcomes(kind, options.results)
     }
     jobs = []
     for recipe, number, method in product(_trained(chosen, options), range(options.sets), methods):
@@ -395,7 +391,7 @@ def _due_jobs(
         if _is_due(done, row["weights_sha256"], version):
             seconds = passes / ARCHITECTURES[recipe.architecture].rate
             arguments = (recipe, number, method, options.data, options.folder, options.results)
-            name = file_of(recipe, number, method).stem
+            name = outcome_file(kind, recipe, number, method).stem
             jobs.append(Job(name, seconds, work, arguments))
     return jobs
 

@@ -24,7 +24,9 @@ __all__ = [
     "audit_network",
     "code_version",
     "network_fields",
+    "outcome_file",
     "read_audits",
+    "read_outcomes",
     "result_file",
 ]
 
@@ -144,6 +146,31 @@ def network_fields(recipe: Recipe, row: Mapping[str, Any]) -> dict[str, Any]:
         "poison": recipe.poison,
         **{key: row[key] for key in ("CA", "ASR", "learned", "weights_sha256")},
     }
+
+
+def outcome_file(
+    kind: str, recipe: Recipe, number: int, method: str, results: Path = RESULTS
+) -> Path:
+    """Return where the outcome of a method on a network is kept.
+
+    Args:
+        kind: The folder beside the audits: ``"defended"``, ``"detected"`` or ``"retuned"``.
+        recipe: How the network was trained.
+        number: Number of the defense set, from 0.
+        method: Name of a defense, an ablation, a detector or a control.
+        results: Folder of all audits.
+    """
+    return results / kind / f"{recipe.name}-{method}-set{number}.json"
+
+
+def read_outcomes(kind: str, results: Path = RESULTS) -> list[dict[str, Any]]:
+    """Read all outcomes of a kind, in the order of their names.
+
+    Args:
+        kind: See :func:`outcome_file`.
+        results: Folder of all audits.
+    """
+    return [read_json(file) for file in sorted((results / kind).glob("*.json"))]
 
 
 def read_audits(results: Path = RESULTS) -> list[dict[str, Any]]:

@@ -11,26 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.population.ablations import ABLATIONS, Ablation
-from benchmarks.population.audits import RESULTS, code_version, network_fields
+from benchmarks.population.audits import RESULTS, code_version, network_fields, outcome_file
 from benchmarks.population.data import defense_set, load_images
 from benchmarks.population.recipes import Recipe
-from benchmarks.population.table import markdown_table
+from benchmarks.population.table import markdown_table, pair
 from benchmarks.population.training import load_network, measure, read_row
 from lightning_mnp import MNPConfig
 from lightning_mnp.attacks.trigger import load_trigger
 from lightning_mnp.benchmark.machine import Meter
 from lightning_mnp.benchmark.methods import Method
-from lightning_mnp.benchmark.records import read_json, write_json
+from lightning_mnp.benchmark.records import write_json
 from lightning_mnp.report import DefenseReport
 
 __all__ = [
     "DEFENSES",
     "defend_network",
-    "defense_file",
     "defense_version",
     "defenses_table",
     "find_defense",
-    "read_defenses",
 ]
 
 _PAPER_SHARE = MNPConfig.paper().pruning.amount
@@ -72,18 +70,6 @@ def defense_version(defense: str) -> str:
         defense: One of :data:`DEFENSES`, or of the ablations.
     """
     return f"{code_version('baselines', 'purify')} {find_defense(defense).label}"
-
-
-def defense_file(recipe: Recipe, number: int, defense: str, results: Path = RESULTS) -> Path:
-    """Return where the outcome of a defense is kept.
-
-    Args:
-        recipe: How the network was trained.
-        number: Number of the defense set, from 0.
-        defense: One of :data:`DEFENSES`, or of the ablations.
-        results: Folder of all audits.
-    """
-    return results / "defended" / f"{recipe.name}-{defense}-set{number}.json"
 
 
 def defend_network(
@@ -135,7 +121,7 @@ def defend_network(
         "version": version,
         **_second_audit(outcome.report),
     }
-    write_json(defense_file(recipe, number, defense, results), content)
+    write_json(outcome_file("defended", recipe, number, defense, results), content)
     return content
 
 
@@ -153,15 +139,6 @@ def _second_audit(report: DefenseReport | None) -> dict[str, Any]:
         "all_to_all": report.all_to_all,
         "verdict_after": report.verdict_after,
     }
-
-
-def read_defenses(results: Path = RESULTS) -> list[dict[str, Any]]:
-    """Read all outcomes in a folder, in the order of their names.
-
-    Args:
-        results: Where audits are kept.
-    """
-    return [read_json(file) for file in sorted((results / "defended").glob("*.json"))]
 
 
 def defenses_table(recipes: Sequence[Recipe], outcomes: Iterable[dict[str, Any]], sets: int) -> str:
@@ -194,7 +171,7 @@ def defenses_table(recipes: Sequence[Recipe], outcomes: Iterable[dict[str, Any]]
         own = {name: [row for row in rows if _is_of(row, network, name)] for name in names}
         some = [row for part in own.values() for row in part]
         if some:
-            before = _pair(some[0]["CA"], some[0]["ASR"])
+            before = pair(some[0]["CA"], some[0]["ASR"])
             each.append([f"`{network}`", before, *(_figures(own[name]) for name in names)])
     columns = ("networks", "flagged", "CA drop", "ASR", "above 10%", "worst", "clean: CA drop")
     versions = Counter(row["version"].split()[0] for row in rows)
@@ -244,8 +221,4 @@ def _figures(rows: Sequence[dict[str, Any]]) -> str:
     rates = [row["ASR_after"] for row in rows if row["ASR_after"] is not None]
     ca = statistics.mean(row["CA_after"] for row in rows)
     pruned = statistics.mean(row["pruned"] for row in rows)
-    return f"{_pair(ca, statistics.mean(rates) if rates else None)} ({pruned:.0f})"
-
-
-def _pair(ca: float, asr: float | None) -> str:
-    return f"{100 * ca:.1f}" if asr is None else f"{100 * ca:.1f}/{100 * asr:.1f}"
+    return f"{pair(ca, statistics.mean(rates) if rates else None)} ({pruned:.0f})"

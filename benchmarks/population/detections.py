@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.population.audits import RESULTS, code_version, network_fields
+from benchmarks.population.audits import RESULTS, code_version, network_fields, outcome_file
 from benchmarks.population.data import (
     CLASSES,
     Images,
@@ -26,16 +26,14 @@ from lightning_mnp.attacks import Attack
 from lightning_mnp.baselines import Suspects
 from lightning_mnp.benchmark.machine import Meter
 from lightning_mnp.benchmark.methods import Method
-from lightning_mnp.benchmark.records import read_json, write_json
+from lightning_mnp.benchmark.records import write_json
 from lightning_mnp.data import balanced_indices
 
 __all__ = [
     "DETECTORS",
     "detect_network",
-    "detection_file",
     "detection_version",
     "detections_table",
-    "read_detections",
     "suspects_of",
 ]
 
@@ -51,18 +49,6 @@ def detection_version(detector: str) -> str:
         detector: One of :data:`DETECTORS`.
     """
     return f"{code_version('baselines')} {DETECTORS[detector].label}"
-
-
-def detection_file(recipe: Recipe, number: int, detector: str, results: Path = RESULTS) -> Path:
-    """Return where the verdict of a detector is kept.
-
-    Args:
-        recipe: How the network was trained.
-        number: Number of the defense set, from 0.
-        detector: One of :data:`DETECTORS`.
-        results: Folder of all audits.
-    """
-    return results / "detected" / f"{recipe.name}-{detector}-set{number}.json"
 
 
 def suspects_of(recipe: Recipe, images: Images, number: int, kind: str, folder: Path) -> Suspects:
@@ -164,17 +150,8 @@ def detect_network(
         "processor_seconds": round(time.process_time() - started, 1),
         "version": version,
     }
-    write_json(detection_file(recipe, number, detector, results), content)
+    write_json(outcome_file("detected", recipe, number, detector, results), content)
     return content
-
-
-def read_detections(results: Path = RESULTS) -> list[dict[str, Any]]:
-    """Read all verdicts of detectors in a folder, in the order of their names.
-
-    Args:
-        results: Where audits are kept.
-    """
-    return [read_json(file) for file in sorted((results / "detected").glob("*.json"))]
 
 
 def detections_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,13 +15,13 @@ from lightning.pytorch import seed_everything
 from torch import nn
 
 from benchmarks.population.ablations import ABLATIONS
-from benchmarks.population.audits import RESULTS, network_fields
+from benchmarks.population.audits import RESULTS, network_fields, outcome_file
 from benchmarks.population.data import CLASSES, Images, defense_set, load_images
 from benchmarks.population.defenses import DEFENSES, defense_version, find_defense
 from benchmarks.population.networks import RECIPES
 from benchmarks.population.recipes import Recipe
 from benchmarks.population.split import split_of
-from benchmarks.population.table import markdown_table
+from benchmarks.population.table import markdown_table, pair
 from benchmarks.population.training import (
     attack_of,
     fit,
@@ -31,16 +32,14 @@ from benchmarks.population.training import (
 )
 from lightning_mnp.attacks import Attack
 from lightning_mnp.attacks.attack import CleanLabelAttack
-from lightning_mnp.benchmark.records import read_json, write_json
+from lightning_mnp.benchmark.records import write_json
 from lightning_mnp.data import MemoryDataset
 
 __all__ = [
     "CONTROLS",
     "POISONED",
     "further_images",
-    "read_retunings",
     "retune_network",
-    "retuning_file",
     "retuning_table",
     "retuning_version",
 ]
@@ -61,18 +60,6 @@ def retuning_version(defense: str) -> str:
     """
     version = defense if defense in CONTROLS else defense_version(defense)
     return f"{version}, {_EPOCHS} epochs of {_CLEAN} and {', '.join(map(str, POISONED))}"
-
-
-def retuning_file(recipe: Recipe, number: int, defense: str, results: Path = RESULTS) -> Path:
-    """Return where the outcome is kept.
-
-    Args:
-        recipe: How the backdoored network was trained.
-        number: Number of the defense set, from 0.
-        defense: One of :data:`CONTROLS`, of the defenses or of the ablations.
-        results: Folder of all audits.
-    """
-    return results / "retuned" / f"{recipe.name}-{defense}-set{number}.json"
 
 
 def further_images(
@@ -201,7 +188,7 @@ def retune_network(
         "processor_seconds": round(time.process_time() - started, 1),
         "version": version,
     }
-    write_json(retuning_file(recipe, number, defense, results), content)
+    write_json(outcome_file("retuned", recipe, number, defense, results), content)
     return content
 
 
@@ -220,15 +207,6 @@ def _purified(
     assert outcome.model is not None, "a defense returns a copy, also of what it leaves as it is"
     told = {**told, "verdict": outcome.verdict, "pruned": len(outcome.pruned)}
     return outcome.model.eval(), told
-
-
-def read_retunings(results: Path = RESULTS) -> list[dict[str, Any]]:
-    """Read all outcomes in a folder, in the order of their names.
-
-    Args:
-        results: Where audits are kept.
-    """
-    return [read_json(file) for file in sorted((results / "retuned").glob("*.json"))]
 
 
 def retuning_table(recipes: Sequence[Recipe], outcomes: Iterable[dict[str, Any]], sets: int) -> str:
@@ -251,17 +229,16 @@ def retuning_table(recipes: Sequence[Recipe], outcomes: Iterable[dict[str, Any]]
         for defense in (*CONTROLS, *DEFENSES, *ABLATIONS):
             if rows := groups.get((recipe.name, defense)):
                 cells = [
-                    _pair([each["retuned"][place] for each in rows])
+                    _means([each["retuned"][place] for each in rows])
                     for place in range(len(POISONED))
                 ]
-                told = [{"CA": row["CA_after"], "ASR": row["ASR_after"]} for row in rows]
                 left = defense == "default" and any(row["verdict"] != "backdoored" for row in rows)
                 name = f"{defense}, not flagged" if left else defense
-                lines.append([f"`{recipe.name}`", name, _pair(told), *cells])
+                lines.append([f"`{recipe.name}`", name, _means(rows, "_after"), *cells])
     heads = ["0 poisoned", *(str(count) for count in POISONED[1:])]
     return markdown_table(["network", "defense", "before", *heads], lines)
 
 
-def _pair(rows: Sequence[dict[str, Any]]) -> str:
-    ca, asr = (100 * sum(row[name] for row in rows) / len(rows) for name in ("CA", "ASR"))
-    return f"{ca:.1f}/{asr:.1f}"
+def _means(rows: Sequence[dict[str, Any]], after: str = "") -> str:
+    """Mean CA and ASR."""
+    return pair(*(statistics.mean(row[f"{name}{after}"] for row in rows) for name in ("CA", "ASR")))

@@ -13,11 +13,25 @@ from benchmarks.population.recipes import Recipe
 from lightning_mnp import MNPConfig
 from lightning_mnp.signals.population import rate_interval
 
-__all__ = ["is_found", "is_named", "markdown_table", "share", "write_table"]
+__all__ = ["is_found", "is_named", "markdown_table", "pair", "share", "write_table"]
 
 Audit = dict[str, Any]
 
 PAPER_DELTA = MNPConfig.paper().verdict.delta
+
+
+def pair(ca: float, asr: float | None) -> str:
+    """Write CA and, if there is one, ASR, in percent.
+
+    Args:
+        ca: Clean accuracy, from 0 to 1.
+        asr: Attack success rate, from 0 to 1; None for a clean network.
+
+    Example:
+        >>> pair(0.65, 0.999), pair(0.65, None)
+        ('65.0/99.9', '65.0')
+    """
+    return f"{100 * ca:.1f}" if asr is None else f"{100 * ca:.1f}/{100 * asr:.1f}"
 
 
 def share(hits: int, total: int) -> str:

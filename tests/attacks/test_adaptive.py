@@ -29,6 +29,17 @@ def fit(callback: AdaptiveTraining | None, epochs: int = 4, **attack: object) ->
     return module
 
 
+def assert_same_gradients(
+    module: nn.Module, reference: nn.Module, before: dict[str, torch.Tensor], atol: float
+) -> None:
+    """Gradients are those of the reference, and buffers are as they were before."""
+    for (name, found), expected in zip(
+        module.named_parameters(), reference.parameters(), strict=True
+    ):
+        assert torch.allclose(found.grad, expected.grad, rtol=1e-3, atol=atol), name
+    assert all(buffer.equal(before[name]) for name, buffer in module.named_buffers())
+
+
 def test_the_penalty_is_the_mean_squared_coefficient_of_variation() -> None:
     network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.Linear(3, 7))
     expected = []
@@ -71,11 +82,7 @@ def test_the_term_of_the_pile_up_has_the_gradient_of_the_formula() -> None:
     (2.0 * excess.clamp_min(0).mean()).backward()
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     callback._add_pile_up(module, images, labels, share=1.0)
-    for (name, found), expected in zip(
-        module.named_parameters(), reference.parameters(), strict=True
-    ):
-        assert torch.allclose(found.grad, expected.grad, rtol=1e-3, atol=1e-5), name
-    assert all(buffer.equal(before[name]) for name, buffer in module.named_buffers())
+    assert_same_gradients(module, reference, before, atol=1e-5)
 
 
 def test_the_patch_takes_images_to_the_target_and_covers_few_pixels() -> None:
@@ -122,11 +129,7 @@ def test_the_term_of_the_patch_has_the_gradient_of_the_formula() -> None:
     (0.5 * 2.0 * nn.functional.cross_entropy(reference(shown), labels[labels != 1])).backward()
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     callback._add_patch(module, images, labels, share=0.5)
-    for (name, found), expected in zip(
-        module.named_parameters(), reference.parameters(), strict=True
-    ):
-        assert torch.allclose(found.grad, expected.grad, rtol=1e-3, atol=1e-6), name
-    assert all(buffer.equal(before[name]) for name, buffer in module.named_buffers())
+    assert_same_gradients(module, reference, before, atol=1e-6)
 
 
 def test_a_batch_of_the_target_class_alone_has_no_patch() -> None:

@@ -12,13 +12,12 @@ from torch import nn
 from benchmarks.population import data, defenses, training
 from benchmarks.population.__main__ import main
 from benchmarks.population.architectures import build
+from benchmarks.population.audits import outcome_file, read_outcomes
 from benchmarks.population.defenses import (
     DEFENSES,
     defend_network,
-    defense_file,
     defense_version,
     defenses_table,
-    read_defenses,
 )
 from benchmarks.population.networks import RECIPES
 from benchmarks.population.training import measure, train_network
@@ -53,8 +52,8 @@ def test_the_version_follows_the_options(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_defense_leaves_a_file(images: data.Images, tmp_path: Path) -> None:
     before = train_network(BADNETS, tmp_path, tmp_path)
     defend_network(BADNETS, 1, "clp", tmp_path, tmp_path, tmp_path / "results")
-    [kept] = read_defenses(tmp_path / "results")
-    file = defense_file(BADNETS, 1, "clp", tmp_path / "results")
+    [kept] = read_outcomes("defended", tmp_path / "results")
+    file = outcome_file("defended", BADNETS, 1, "clp", tmp_path / "results")
     assert file.name == "lenet-badnets-2-clp-set1.json"
     assert json.loads(file.read_text()) == kept
     wanted = {"network": "lenet-badnets-2", "set": 1, "defense": "clp", "split": "choosing"}
@@ -167,7 +166,7 @@ def test_the_command_defends_what_is_missing_or_of_another_version(
     told = "cnn-blend-216-rnp-set0: CA 60.0 to 50.0, ASR 100.0 to 1.0, 3 filters, 7 s"
     assert told in capsys.readouterr().out
     there = outcome("cnn-blend-216", "default", 0.5, 0.1, weights_sha256="ab", version="old")
-    monkeypatch.setattr(module, "read_defenses", lambda results: [there])
+    monkeypatch.setattr(module, "read_outcomes", lambda kind, results: [there])
     for arguments, count in (([], 1), (["--renew"], 2)):
         done.clear()
         assert main(["defend", *arguments, *places]) == 0

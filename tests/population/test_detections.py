@@ -12,14 +12,13 @@ from torch import nn
 
 from benchmarks.population import data, detections, training
 from benchmarks.population.__main__ import main
+from benchmarks.population.audits import outcome_file, read_outcomes
 from benchmarks.population.data import training_images, transform_of
 from benchmarks.population.detections import (
     DETECTORS,
     detect_network,
-    detection_file,
     detection_version,
     detections_table,
-    read_detections,
     suspects_of,
 )
 from benchmarks.population.networks import RECIPES
@@ -124,8 +123,8 @@ def test_a_verdict_leaves_a_file(
 
     monkeypatch.setitem(DETECTORS, "nc", Fake())
     detect_network(BADNETS, 1, "nc", tmp_path, tmp_path, tmp_path / "results")
-    [kept] = read_detections(tmp_path / "results")
-    file = detection_file(BADNETS, 1, "nc", tmp_path / "results")
+    [kept] = read_outcomes("detected", tmp_path / "results")
+    file = outcome_file("detected", BADNETS, 1, "nc", tmp_path / "results")
     assert file.name == "lenet-badnets-2-nc-set1.json"
     assert json.loads(file.read_text()) == kept
     wanted = {"verdict": "backdoored", "target_class": 3, "score": 2.5, "passes": 2.0}

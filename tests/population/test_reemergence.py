@@ -12,15 +12,14 @@ from torch import nn
 
 from benchmarks.population import data, reemergence, training
 from benchmarks.population.__main__ import main
+from benchmarks.population.audits import outcome_file, read_outcomes
 from benchmarks.population.defenses import defense_version
 from benchmarks.population.networks import RECIPES
 from benchmarks.population.recipes import Recipe
 from benchmarks.population.reemergence import (
     clean_twin,
     further_images,
-    read_retunings,
     retune_network,
-    retuning_file,
     retuning_table,
     retuning_version,
 )
@@ -80,8 +79,8 @@ def test_an_attack_without_relabeling_poisons_its_own_class(
 def test_a_retuned_network_leaves_a_file(images: data.Images, tmp_path: Path) -> None:
     train_network(BADNETS, tmp_path, tmp_path)
     row = retune_network(BADNETS, 1, "clp", tmp_path, tmp_path, tmp_path / "results")
-    [kept] = read_retunings(tmp_path / "results")
-    file = retuning_file(BADNETS, 1, "clp", tmp_path / "results")
+    [kept] = read_outcomes("retuned", tmp_path / "results")
+    file = outcome_file("retuned", BADNETS, 1, "clp", tmp_path / "results")
     assert json.loads(file.read_text()) == kept
     wanted = {"network": "lenet-badnets-2", "set": 1, "defense": "clp", "kind": "badnets"}
     wanted |= {"version": f"{defense_version('clp')}, 1 epochs of 10 and 0, 2"}
