@@ -346,7 +346,15 @@ def _detect(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
 
 
 def _retune(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
-    jobs = _due_jobs([each for each in chosen if not each.is_clean], options, "retune")
+    attacked = [recipe for recipe in chosen if not recipe.is_clean]
+    if chosen and not attacked:
+        print(
+            "all networks named are clean, and no backdoor can come back in them; name backdoored "
+            "ones, and each is compared with its clean twin",
+            file=sys.stderr,
+            flush=True,
+        )
+    jobs = _due_jobs(attacked, options, "retune")
 
     def line_of(job: Job, row: dict[str, Any]) -> str:
         figures = [f"ASR {100 * row['ASR_after']:.1f}"] + [

@@ -130,7 +130,7 @@ class PruningOptions:
         harm: Most harm to clean images by the rule `auto`, in nats.
         impurity: Share of the defense set that may be poisoned; harm is measured without it.
         soft_mask_steps: Steps that turn down kernels, if traces are left.
-        tuning_steps: Steps that tune weights after that.
+        tuning_steps: Steps that tune weights after that; with any, kernels are cut first.
         repair: Whether the logits are balanced again after pruning; the target's logit stays.
         reaudit: Whether a pruned network is audited again.
         removes: What pruning sets to zero: the output `map`, or the weights of the `filter` alone,
@@ -142,7 +142,7 @@ class PruningOptions:
     harm: float = option(0.015, above=0)
     impurity: float = option(0.0, at_least=0, below=0.5)
     soft_mask_steps: int = option(30, at_least=0)
-    tuning_steps: int = option(30, at_least=0)
+    tuning_steps: int = option(120, at_least=0)
     repair: bool = option(True)
     reaudit: bool = option(True)
     removes: Removal = option("map", choices=get_args(Removal))

@@ -16,7 +16,7 @@ from lightning_mnp.defense_data.views import Views, make_views, recognized_views
 from lightning_mnp.purify.greedy import GreedyPruning
 from lightning_mnp.purify.harm import CleanHarm, HarmConstants
 from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks, harmless_share
-from lightning_mnp.purify.tuning import Tuning, TuningConstants
+from lightning_mnp.purify.tuning import Tuning, TuningConstants, most_harmless
 from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, repair_shift
@@ -31,9 +31,9 @@ class Purification:
     """Finds what to change in a network, and changes it.
 
     Filters are named from outside (:meth:`remove`) or taken step by step
-    (:meth:`begin`, :meth:`greedy_step`). Kernels are then turned down (:meth:`soft_mask_step`), and
-    weights are tuned (:meth:`tuning_step`). :meth:`check` measures what is left and fits the
-    repair. The network itself changes only by :meth:`apply`.
+    (:meth:`begin`, :meth:`greedy_step`). Kernels are then turned down (:meth:`soft_mask_step`);
+    some of them are cut, and weights are tuned (:meth:`tuning_step`). :meth:`check` measures what
+    is left and fits the repair. The network itself changes only by :meth:`apply`.
 
     Args:
         masked: The network as it is, on its device.
@@ -47,7 +47,8 @@ class Purification:
     Attributes:
         removed: Positions of the filters to prune, worst first.
         kernel_masks: What all kernels are multiplied by, shape (total kernels,), or None.
-        tuned: Weights by name after tuning, masks on kernels included, or None.
+        cut: Positions of the kernels that were cut, worst first.
+        tuned: Weights by name after cuts and tuning, masks on kernels included, or None.
         tuned_by: By how much tuning has changed weights, as a share of their norm; 0 for not.
         shift: What is added to the logits, or None.
         accuracy: Accuracy on the defense set after all that, or None before :meth:`check`.
@@ -86,6 +87,7 @@ class Purification:
         self.config = config
         self.removed = torch.empty(0, dtype=torch.long, device=masked.device)
         self.kernel_masks: Tensor | None = None
+        self.cut = torch.empty(0, dtype=torch.long, device=masked.device)
         self.tuned: Weights | None = None
         self.tuned_by = 0.0
         self.shift: LogitShift | None = None
@@ -180,7 +182,7 @@ class Purification:
         return metrics
 
     def tuning_step(self, patch: PatchTrigger | None) -> dict[str, float]:
-        """Tune weights by one step, until ``ended``.
+        """Tune weights by one step, until ``ended``; cut kernels before the first.
 
         Args:
             patch: The patch to unlearn, which has not been made yet; None to take no step. It
@@ -193,12 +195,15 @@ class Purification:
             if patch is None:
                 self.ended = True
                 return {}
+            self.cut = self._cuts()
             self.tuning = self._new_tuning(patch)
         metrics = {} if self.tuning.finished else self.tuning.step()
         if self.tuning.finished:
-            found = self._harmless_tuning(self.tuning) if self.tuning.taken else None
+            found = self._harmless_tuning(self.tuning)
             self.tuned_by = 0.0 if found is None else self._moved(self.tuning, found)
             self.tuned = found if self.tuned_by else None
+            if self.tuned is None:
+                self.cut = self.cut[:0]
             self.ended = True
         return metrics
 
@@ -246,30 +251,52 @@ class Purification:
             config.pruning.tuning_steps,
             config.batch_size,
             config.seed,
+            self.cut,
+            config.pruning.impurity,
             self.constants,
         )
+
+    def _cuts(self) -> Tensor:
+        """The kernels to cut: those with the lowest masks, as many as harm allows."""
+        if self.soft is None or self.config.pruning.tuning_steps == 0:
+            return self.cut
+        constants, found = self.constants.of(TuningConstants), self.soft.masks
+        low = (found < constants.cut_below).nonzero().flatten()
+        low = low[found[low].argsort(stable=True)]
+        softened = torch.ones_like(found) if self.kernel_masks is None else self.kernel_masks
+
+        def harm(count: int) -> float:
+            masks = softened.clone()
+            masks[low[:count]] = 0.0
+            return self._harm_beyond_pruning(masks)
+
+        most = constants.cut_harm * self.config.pruning.harm
+        return low[: most_harmless(harm, len(low), most)]
 
     def _harmless_tuning(self, tuning: Tuning) -> Weights | None:
         """The tuned weights, turned back as far as they do more harm than is allowed.
 
         None if nothing is left of the change.
         """
-        config, filters, before = self.config, self.filter_masks(), tuning.before
+        config, filters, softened = self.config, self.filter_masks(), tuning.softened
         limits = self.constants.of(HarmConstants)
         given = self._clean.sets, config.batch_size, config.pruning.impurity, limits
-        measure = CleanHarm(before, *given)
-        measure.compare_with(before, filters)
+        measure = CleanHarm(softened, *given)
+        measure.compare_with(self.raised, torch.ones_like(filters))
+        # Tuning goes back to the former predictions, so that it may do less than masks have done.
+        done = measure.of(filters)
 
         def harm(share: float) -> float:
-            measure.masked = before.with_weights({**before.weights(), **tuning.changes(share)})
-            return measure.of(filters)
+            changed = {**softened.weights(), **tuning.changes(share)}
+            measure.masked = softened.with_weights(changed)
+            return measure.of(filters) - done
 
         share = self._allowed_share(
             harm,
             self.constants.of(TuningConstants),
             "weights were changed",
             "weights were not tuned",
-            "of harm",
+            "more harm than pruning and masks",
         )
         return tuning.changes(share) if share else None
 
@@ -302,7 +329,7 @@ class Purification:
         return share
 
     def _moved(self, tuning: Tuning, tuned: Weights) -> float:
-        before = tuning.before.weights()
+        before = tuning.softened.weights()
         moved = whole = 0.0
         for name, weight in tuned.items():
             moved += float((weight - before[name]).float().square().sum())
@@ -429,6 +456,7 @@ class Purification:
         return {
             "removed": self.removed,
             "kernel_masks": self.kernel_masks,
+            "cut": self.cut,
             "tuned": None if self.tuned is None else dict(self.tuned),
             "tuned_by": self.tuned_by,
             "ended": self.ended,
@@ -457,6 +485,7 @@ class Purification:
         self.remove(state["removed"])
         masks = state["kernel_masks"]
         self.kernel_masks = None if masks is None else masks.to(device)
+        self.cut = state["cut"].to(device)
         tuned = state["tuned"]
         self.tuned = None if tuned is None else {k: v.to(device) for k, v in tuned.items()}
         self.tuned_by = float(state["tuned_by"])

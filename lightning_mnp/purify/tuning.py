@@ -1,18 +1,19 @@
-"""Tuning: weights change a little, so that a patch takes images to the suspected class no more.
+"""Tuning: kernels of the backdoor are cut, and what clean images lose by that is won back.
 
-Pruning and masks take away what is in a network. Where the backdoor is woven into weights that
-clean images need as well, what is left of them still lets a patch through, and often the trigger.
-There, weights are changed in any direction, as unlearning does (compare I-BAU, Zeng et al., 2022,
-which unlearns perturbations of single images and fits the labels). Two things differ. Only patches
-to the suspected class are unlearned. And nothing is fitted to labels: the network keeps
-the predictions that it has on clean images after pruning, and learns to make them under the patch
-as well. Fitted to labels, networks learned their backdoors anew.
+Pruning and soft masks leave a backdoor weak, but in place: masks only turn kernels down, and
+training on brings it back. So the kernels with the lowest masks become zero. That costs more clean
+accuracy than is allowed, and weights are changed in any direction until the network makes its
+former predictions again, those of before pruning, on clean images and on those under a patch.
+
+The former predictions have the backdoor in them. Two things keep it from coming back. What was cut
+stays at zero. And no image of another class may lean towards the suspected class more than the cut
+network says. Nothing is fitted to labels: fitted to them, networks learned their backdoors anew.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,33 +24,40 @@ from torch.nn import functional as F
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet
+from lightning_mnp.purify.harm import trimmed_mean
 from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 
-__all__ = ["Tuning", "TuningConstants", "disagreement"]
+__all__ = ["Tuning", "TuningConstants", "disagreement", "held_down", "most_harmless"]
 
 
 @dataclass(frozen=True)
 class TuningConstants:
-    """How weights are tuned.
+    """How kernels are cut, and how weights are tuned.
 
     Attributes:
+        cut_below: Kernels with a lower mask may be cut.
+        cut_harm: Harm that cuts may do beside that of pruning before weights are tuned, in units
+            of what pruning may.
         weight: What images under the patch count against clean ones.
-        far: Mean margin of the class that the patch pushes to, in logits, up to which images are
-            back in their own class, so that there is nothing to tune.
+        own: What clean images of the suspected class count against those of others. They alone
+            speak for the class; all others hold it down.
         step: Length of the first step, as a share of the root mean square of a layer's weights;
             later ones are shorter, down to nothing, along half a cosine.
         images: Clean images of a step; never more than a batch.
         follow: The patch follows the network in every so many steps.
         temperature: What logits are divided by before predictions are compared.
-        harm: Harm that tuning may do, in units of what pruning may.
-        halvings: Tuning that does too much harm is turned back to a share that is known to within
+        harm: Harm that all of it may do beside that of pruning and masks, in units of what pruning
+            may.
+        halvings: What does too much harm is turned back to a share that is known to within
             1 / 2 ** halvings.
     """
 
-    weight: float = 0.02
-    far: float = -1.0
-    step: float = 0.003
+    cut_below: float = 0.8
+    cut_harm: int = 13
+    weight: float = 0.05
+    own: float = 3.0
+    step: float = 0.01
     images: int = 64
     follow: int = 5
     temperature: float = 2.0
@@ -66,37 +74,101 @@ def disagreement(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
         temperature: What both are divided by; the divergence is multiplied by its square.
 
     Returns:
-        The mean over the images, a scalar; 0 if they agree.
+        One value for each image, shape (N,); 0 if they agree.
 
     Example:
         >>> logits = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
-        >>> float(disagreement(logits, logits + 5.0, 2.0))
-        0.0
+        >>> disagreement(logits, logits + 5.0, 2.0)
+        tensor([0., 0.])
     """
     wanted = (wanted / temperature).log_softmax(1)
     found = (logits / temperature).log_softmax(1)
-    return temperature**2 * F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+    return temperature**2 * F.kl_div(found, wanted, reduction="none", log_target=True).sum(1)
+
+
+def held_down(logits: Tensor, limit: Tensor, goals: Tensor) -> Tensor:
+    """Lower the logit of a class for each image, where another network gives it less.
+
+    A class is as probable as its logit is ahead of the others together. That lead becomes the
+    smaller one of the two networks; what is between the other classes stays.
+
+    Args:
+        logits: Shape (N, K).
+        limit: Logits of the other network, shape (N, K).
+        goals: The class of each image, shape (N,); -1 for an image that stays as it is.
+
+    Returns:
+        The changed logits, shape (N, K).
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0, 3.0], [0.0, 0.0, 3.0]])
+        >>> limit = torch.tensor([[5.0, 5.0, 6.0], [5.0, 5.0, 6.0]])
+        >>> held_down(logits, limit, torch.tensor([2, -1]))
+        tensor([[0., 0., 1.],
+                [0., 0., 3.]])
+    """
+    held = goals >= 0
+    place = goals.clamp_min(0)[:, None]
+    others = torch.ones_like(logits, dtype=torch.bool).scatter(1, place, False)
+
+    def lead(values: Tensor) -> tuple[Tensor, Tensor]:
+        rest = values.masked_fill(~others, -torch.inf).logsumexp(1, keepdim=True)
+        return values.gather(1, place) - rest, rest
+
+    (ahead, rest), (most, _) = lead(logits), lead(limit)
+    changed = logits.scatter(1, place, rest + torch.minimum(ahead, most))
+    return torch.where(held[:, None], changed, logits)
+
+
+def most_harmless(harm: Callable[[int], float], count: int, most: float) -> int:
+    """Find how many of an ordered row of changes can be made, by halving.
+
+    Args:
+        harm: The harm of the first so many; NaN is too much. It is taken to grow with their number.
+        count: How many there are.
+        most: The most harm allowed.
+
+    Returns:
+        From 0 to `count`.
+
+    Example:
+        >>> most_harmless(lambda changes: 0.1 * changes**2, count=9, most=1.0)
+        3
+    """
+    if count == 0 or harm(count) <= most:
+        return count
+    fine, too_many = 0, count
+    while too_many - fine > 1:
+        middle = (fine + too_many) // 2
+        if harm(middle) <= most:
+            fine = middle
+        else:
+            too_many = middle
+    return fine
 
 
 class Tuning:
     """Tunes the weights of convolutions and linear layers of a network that was pruned.
 
     Args:
-        masked: The network.
-        weights: Its weights after pruning, with which it has the predictions to keep.
-        data: The defense set. Labels are not used, so images of it that are poisoned do no more
-            than keep what the network says of them.
+        masked: The network as it was before pruning, with its former predictions.
+        weights: Its weights after soft masks.
+        data: The defense set. Labels say which images may lean towards the suspected class.
         patch: A patch that has not been made yet; it is made for the network as it is tuned.
         filter_masks: Zeros for the filters pruned, ones for the others, shape (total filters,).
         augment: What is done to the clean images.
         steps: The steps to take.
         batch_size: Most images in a batch.
         seed: Seed of order and augmentation.
+        cut: Positions of the kernels to cut, among all kernels; None for none.
+        impurity: The share of images that may be poisoned; of each batch of clean images, as many
+            are left out, those with the greatest disagreement.
         constants: Constants that differ from their defaults.
 
     Attributes:
         steps: Number of steps.
         taken: Steps taken.
+        softened: The network with soft masks, and nothing cut.
         masked: The network with the weights so far.
 
     Example:
@@ -129,29 +201,43 @@ class Tuning:
         steps: int,
         batch_size: int,
         seed: int,
+        cut: Tensor | None = None,
+        impurity: float = 0.0,
         constants: Constants | None = None,
     ) -> None:
         self.constants = (constants or Constants()).of(TuningConstants)
-        self.before = masked.with_weights(weights)
+        self.former = masked
+        self.softened = masked.with_weights(weights)
+        kernels = masked.kernels
+        left = torch.ones(kernels.total, device=masked.device)
+        if cut is not None:
+            left[cut] = 0.0
+        begun = kernels.scaled(weights, left)
+        self.before = masked.with_weights(begun)
         self.data = data
         self.augment = augment
         self.steps = steps
         self.batch_size = min(batch_size, self.constants.images)
         self.seed = seed
+        self.impurity = impurity
         self.taken = 0
         self._filters = filter_masks.clone()
-        tuned = [layer.weight for layer in masked.kernels.layers]
+        tuned = [layer.weight for layer in kernels.layers]
         # In float32 at least: half a precision would lose small steps, and what Adam divides by.
         self._types = {name: weights[name].dtype for name in tuned}
         self._weights = {
-            name: weights[name].detach().to(torch.promote_types(dtype, torch.float32), copy=True)
+            name: begun[name].detach().to(torch.promote_types(dtype, torch.float32), copy=True)
             for name, dtype in self._types.items()
         }
+        self._left = kernels.scaled(
+            {name: torch.ones_like(weight) for name, weight in self._weights.items()}, left
+        )
         self._others = {name: weight for name, weight in weights.items() if name not in tuned}
         self.patch = patch
         self.masked = self.before
         self._show()
         self._begun = False
+        self._wanted_patched: Tensor | None = None
         self._lengths = [
             self.constants.step * float(weight.square().mean().sqrt())
             for weight in self._weights.values()
@@ -161,25 +247,19 @@ class Tuning:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were taken, or the patch never brought images near their goals."""
+        """Whether all steps were taken."""
         return self.taken >= self.steps
 
     def step(self) -> dict[str, float]:
-        """Take one step; make the patch first, and be finished if it leaves images where they are.
+        """Take one step; make the patch first.
 
         Returns:
-            The ``disagreement`` with the predictions before tuning, on clean images and on those
-            under the patch, weighed, in nats; nothing if no step was taken.
+            The ``disagreement`` with the wanted predictions, on clean images and on those under
+            the patch, weighed, in nats.
         """
         if not self._begun:
             self.patch.approach(self._filters)
             self._begun = True
-            far = self.constants.far
-            with torch.no_grad():
-                near = float(self.patch.margins(self._filters).mean()) > far  # NaN is not
-            if not near:
-                self.steps = 0
-                return {}
         found = self._descend()
         self.taken += 1
         if self.taken % self.constants.follow == 0 and not self.finished:
@@ -196,26 +276,49 @@ class Tuning:
         typed = zip(self._types.items(), tuned, strict=True)
         return {**self._others, **{name: weight.to(dtype) for (name, dtype), weight in typed}}
 
+    def _goals(self, labels: Tensor) -> Tensor:
+        """The class that the backdoor takes each image to; -1 if it is the image's own, or none.
+
+        That is the class of the patch for all others, or, if it exchanges classes, another one for
+        each class that it was made with.
+        """
+        goals = self.patch.goals
+        if bool((goals == goals[0]).all()):
+            return torch.where(labels == goals[0], -1, goals[0])
+        of = torch.full((int(max(labels.max(), self.patch.labels.max())) + 1,), -1).to(goals)
+        of[self.patch.labels] = goals
+        return of[labels]
+
+    @torch.no_grad()
+    def _wanted(self, images: Tensor, goals: Tensor) -> Tensor:
+        """Logits of the predictions to make: the former ones, the suspected class held down."""
+        former = self.former(images, statistics="running")
+        cut, temperature = self._logits(self.before, images), self.constants.temperature
+        return temperature * held_down(former / temperature, cut / temperature, goals)
+
     def _descend(self) -> float:
         constants, device = self.constants, self.masked.device
         epoch, index = divmod(self.taken, self.data.passes(self.batch_size))
         key = (self.seed, "tuning", epoch)
-        images, _ = self.data.batch(index, self.batch_size, device, self.augment, key)
+        images, labels = self.data.batch(index, self.batch_size, device, self.augment, key)
         patched = self.patch.applied(self.patch.images, self.patch.pattern)
+        if self._wanted_patched is None:  # the same in all steps
+            self._wanted_patched = self._wanted(self.patch.images, self.patch.goals)
+        goals = self._goals(labels)
+        own = torch.where(goals < 0, constants.own, 1.0)
         # New ones in each step: autocast would go on with what it has kept of known ones.
         leaves = [weight.detach().requires_grad_() for weight in self._weights.values()]
         gradients = [torch.zeros_like(leaf) for leaf in leaves]
         loss = torch.zeros((), device=device)
         # One by one, so that no more than one batch's activations are in memory.
-        for weight, clean, shown in (
-            (1.0, images, images),
-            (constants.weight, self.patch.images, patched),
+        for shown, wanted, counts, impurity in (
+            (images, self._wanted(images, goals), own, self.impurity),
+            (patched, self._wanted_patched, constants.weight, 0.0),
         ):
-            with torch.no_grad():
-                wanted = self._logits(self.before, clean)
             with torch.enable_grad():
                 logits = self._logits(self.masked, shown, self._all(leaves))
-                part = weight * disagreement(logits, wanted, constants.temperature)
+                each = counts * disagreement(logits, wanted, constants.temperature)
+                part = trimmed_mean(each, impurity)
                 slopes = torch.autograd.grad(part, leaves, allow_unused=True)
             loss = loss + part.detach()
             for gradient, slope in zip(gradients, slopes, strict=True):
@@ -229,6 +332,8 @@ class Tuning:
             group["params"][0].grad = gradient
         self._optimizer.step()
         self._optimizer.zero_grad()
+        for name, tuned in self._weights.items():
+            tuned.mul_(self._left[name])
         self._show()
         return float(loss)
 
@@ -241,9 +346,9 @@ class Tuning:
         """Return the tuned weights by name.
 
         Args:
-            share: How much of the change is made, from 0 to 1.
+            share: How much of the change is made, cuts included, from 0 to 1.
         """
-        before = self.before.weights()
+        before = self.softened.weights()
         return {
             name: before[name].to(weight).lerp(weight.detach(), share).to(self._types[name])
             for name, weight in self._weights.items()
@@ -254,17 +359,17 @@ class Tuning:
         moments = [self._optimizer.state[weight] for weight in self._weights.values()]
         return {
             "taken": self.taken,
-            "steps": self.steps,
             "begun": self._begun,
             "weights": {name: weight.clone() for name, weight in self._weights.items()},
             "moments": [{k: v.clone() for k, v in each.items()} for each in moments],
             "pattern": self.patch.pattern,
+            "wanted": self._wanted_patched,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         device = self.masked.device
-        self.taken, self.steps = int(state["taken"]), int(state["steps"])
+        self.taken = int(state["taken"])
         self._begun = bool(state["begun"])
         for name, weight in self._weights.items():
             weight.copy_(state["weights"][name])
@@ -276,3 +381,5 @@ class Tuning:
                 for name, value in moments.items()
             }
         self.patch.pattern = state["pattern"].to(device)
+        wanted = state["wanted"]
+        self._wanted_patched = None if wanted is None else wanted.to(device)

@@ -212,3 +212,11 @@ def test_the_table_is_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         main(["defend", "--retuned"])
     assert "--retuned: only `table` takes it, but got 'defend'" in capsys.readouterr().err
+
+
+def test_the_command_says_that_nothing_comes_back_in_clean_networks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--data", str(tmp_path), "--folder", str(tmp_path), "--results", str(tmp_path)]
+    assert main(["retune", "--only", "cnn-light-202", *places]) == 0
+    assert "all networks named are clean, and no backdoor can come back" in capsys.readouterr().err

@@ -32,10 +32,8 @@ from lightning_mnp.surgery.logit_shift import repair_shift
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.04, "harm": 50.0}
-# However near their own class images are, weights are tuned.
-NEAR = TuningConstants(far=-1e9)
 # No trace is ever gone, so that kernels are turned down.
-TURNING = Constants(GreedyConstants(gone_at=0.0), NEAR)
+TURNING = Constants(GreedyConstants(gone_at=0.0))
 
 
 def new_purification(constants: Constants | None = None, **changes: Any) -> Purification:
@@ -43,7 +41,7 @@ def new_purification(constants: Constants | None = None, **changes: Any) -> Puri
     data = DefenseSet(*images_and_labels())
     masked = MaskedNetwork(network, find_filter_layers(network, data.images[:2]))
     config = quick_config(**{**AUTO, **changes})
-    return Purification(masked, data, config, constants=constants or Constants(NEAR))
+    return Purification(masked, data, config, constants=constants)
 
 
 def traces_of(purification: Purification) -> list[Trace]:
@@ -282,6 +280,50 @@ def test_weights_are_tuned_after_pruning_and_written_into_the_network() -> None:
     assert accuracy == float((logits.argmax(1) == labels).float().mean())
 
 
+def turned_down(purification: Purification) -> Purification:
+    """Prune, and turn kernels down."""
+    purification.begin(traces_of(purification))
+    while not purification.settled:
+        purification.soft_mask_step() if purification._begun.stopped else purification.greedy_step()
+    return purification
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 3, 100])
+def test_the_lowest_kernels_are_cut_as_far_as_harm_allows(
+    allowed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purification = turned_down(new_purification(TURNING, soft_mask_steps=2, tuning_steps=1))
+    assert purification.soft is not None
+    assert purification.kernel_masks is not None
+    softened, found = purification.kernel_masks.clone(), torch.ones_like(purification.soft.masks)
+    found[[4, 9, 30, 7, 50]] = torch.tensor([0.5, 0.2, 0.79, 0.81, 0.6])
+    purification.soft.masks = found
+
+    def harm(masks: torch.Tensor) -> float:
+        cut = masks == 0
+        assert masks[~cut].equal(softened[~cut])
+        return 650.0 if int(cut.sum()) <= allowed else 651.0  # 13 times `harm`
+
+    monkeypatch.setattr(purification, "_harm_beyond_pruning", harm)
+    assert purification._cuts().tolist() == [9, 4, 50, 30][:allowed]
+    purification.tuning_step(patch_of(purification))
+    assert purification.tuned is not None
+    assert purification.cut.tolist() == [9, 4, 50, 30][:allowed]
+    left = torch.ones_like(softened)
+    left[purification.cut] = 0.0
+    zeros = purification.masked.kernels.scaled(purification.masked.weights(), left)
+    for name, weight in purification.tuned.items():
+        assert bool((weight[zeros[name] == 0] == 0).all())
+    assert purification.kernel_masks.equal(softened)
+
+
+def test_nothing_is_cut_without_soft_masks() -> None:
+    purification = new_purification()
+    purification.tuning_step(patch_of(purification))
+    assert purification.tuning is not None
+    assert purification.cut.tolist() == []
+
+
 def test_without_a_patch_nothing_is_tuned() -> None:
     purification = new_purification()
     assert purification.tuning_step(None) == {}
@@ -290,20 +332,8 @@ def test_without_a_patch_nothing_is_tuned() -> None:
     assert not purification.changes
 
 
-def test_nothing_is_tuned_where_the_patch_leaves_images_where_they_are() -> None:
-    purification = new_purification(Constants(TuningConstants(far=1e9)))
-    assert purification.tuning_step(patch_of(purification)) == {}
-    again = new_purification(Constants(TuningConstants(far=1e9)))
-    again.load_state_dict(purification.state_dict(), [], patch_of(again))
-    for each in (purification, again):
-        assert each.ended
-        assert each.tuned is None
-        assert not each.changes
-        assert each.warnings == []
-
-
 def test_tuning_that_changes_nothing_is_none() -> None:
-    purification = new_purification(Constants(TuningConstants(far=-1e9, step=0.0)))
+    purification = new_purification(Constants(TuningConstants(step=0.0)))
     while not purification.ended:
         purification.tuning_step(patch_of(purification))
     assert purification.tuning is not None
@@ -320,14 +350,15 @@ def test_tuning_that_does_too_much_harm_is_turned_back(
     purification.tuning_step(patch_of(purification))
     tuning = purification.tuning
     assert tuning is not None
+    purification.cut = torch.tensor([5])
 
     def of(measure: CleanHarm, masks: torch.Tensor) -> float:  # in proportion to the change
         assert measure._before is not None
         images = measure.clean[0].images
         with torch.no_grad():
-            logits = tuning.before(images, masks=masks, statistics="running")
+            logits = purification.raised(images, statistics="running")
         torch.testing.assert_close(measure._before[: len(images)], logits.log_softmax(1))
-        whole, before = tuning.changes()["fc.weight"], tuning.before.weights()["fc.weight"]
+        whole, before = tuning.changes()["fc.weight"], tuning.softened.weights()["fc.weight"]
         found = measure.masked.weights()["fc.weight"]
         return harm * float((found - before).norm() / (whole - before).norm())
 
@@ -339,10 +370,11 @@ def test_tuning_that_does_too_much_harm_is_turned_back(
     else:
         done = "were changed by 62% of what was found" if share else "were not tuned"
         assert purification.warnings == [
-            f"weights {done}: all of it did {harm:.3g} nats of harm, and 200, 4 times "
-            "`pruning.harm`, is allowed"
+            f"weights {done}: all of it did {harm:.3g} nats more harm than pruning and "
+            "masks, and 200, 4 times `pruning.harm`, is allowed"
         ]
     assert purification.changes == (share > 0)
+    assert purification.cut.tolist() == ([5] if share else [])
     if share:
         assert purification.tuned is not None
         expected = tuning.changes(share)

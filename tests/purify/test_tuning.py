@@ -11,7 +11,13 @@ from torch import Tensor
 
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import DefenseSet, value_range
-from lightning_mnp.purify.tuning import Tuning, TuningConstants, disagreement
+from lightning_mnp.purify.tuning import (
+    Tuning,
+    TuningConstants,
+    disagreement,
+    held_down,
+    most_harmless,
+)
 from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
@@ -23,7 +29,8 @@ def new_tuning(
     seed: int = 0,
     exclude: list[str] | None = None,
     weights: dict[str, Tensor] | None = None,
-    far: float = -1e9,
+    cut: tuple[int, ...] = (),
+    impurity: float = 0.0,
     **changes: Any,
 ) -> Tuning:
     network, data = trained_network(), DefenseSet(*images_and_labels())
@@ -36,8 +43,10 @@ def new_tuning(
     filters = torch.ones(layers.total)
     filters[list(pruned)] = 0.0
     given = masked.weights() if weights is None else weights
-    constants = Constants(TuningConstants(far=far, **changes))
-    return Tuning(masked, given, data, patch, filters, "none", steps, 40, seed, constants)
+    constants, zeros = Constants(TuningConstants(**changes)), torch.tensor(cut, dtype=torch.long)
+    return Tuning(
+        masked, given, data, patch, filters, "none", steps, 40, seed, zeros, impurity, constants
+    )
 
 
 def finish(tuning: Tuning) -> list[dict[str, float]]:
@@ -49,14 +58,51 @@ def finish(tuning: Tuning) -> list[dict[str, float]]:
 
 def test_disagreement_is_the_divergence_at_a_temperature() -> None:
     logits, wanted = torch.randn(3, 4), torch.randn(3, 4)
-    total = 0.0
+    expected = []
     for found, other in zip(logits.tolist(), wanted.tolist(), strict=True):
         p, q = (
             [math.exp(v / 2.0) / sum(math.exp(w / 2.0) for w in row) for v in row]
             for row in (other, found)
         )
-        total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert float(disagreement(logits, wanted, 2.0)) == pytest.approx(4 * total / 3, rel=1e-5)
+        expected.append(4 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    assert disagreement(logits, wanted, 2.0).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_class_is_held_down_to_the_lesser_lead() -> None:
+    torch.manual_seed(3)
+    logits, limit = 3 * torch.randn(8, 5), 3 * torch.randn(8, 5)
+    goals = torch.tensor([0, 1, 2, 3, 4, 2, -1, -1])
+    found = held_down(logits, limit, goals)
+
+    def odds(row: list[float], place: int) -> float:
+        return math.exp(row[place]) / sum(math.exp(v) for i, v in enumerate(row) if i != place)
+
+    lowered = 0
+    for image, goal in enumerate(goals.tolist()):
+        own, other, new = (each[image].tolist() for each in (logits, limit, found))
+        if goal < 0:
+            assert new == own
+            continue
+        wanted = min(odds(own, goal), odds(other, goal))
+        lowered += wanted < odds(own, goal)
+        assert odds(new, goal) == pytest.approx(wanted, rel=1e-4)
+        rest = [place for place in range(5) if place != goal]
+        assert [new[place] for place in rest] == [own[place] for place in rest]
+    assert 0 < lowered < 6
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8])
+@pytest.mark.parametrize("fine", range(9))
+def test_as_many_changes_as_harm_allows(count: int, fine: int) -> None:
+    asked = []
+
+    def harm(changes: int) -> float:
+        assert 0 < changes <= count
+        asked.append(changes)
+        return 0.0 if changes <= fine else math.nan if changes % 2 else 1.0
+
+    assert most_harmless(harm, count, 0.5) == min(count, fine)
+    assert len(asked) <= 1 + math.ceil(math.log2(count + 1))
 
 
 def test_a_patch_takes_images_less_far_and_clean_predictions_stay() -> None:
@@ -88,10 +134,10 @@ def test_the_first_step_is_that_of_adam_along_both_disagreements() -> None:
         kept = [reference(images) for images in (clean, tuning.patch.images)]
     reference.zero_grad()
     # On clean images nothing has changed yet, so that there is no slope.
-    loss = 0.5 * disagreement(reference(patched), kept[1], 2.0)
+    loss = 0.5 * disagreement(reference(patched), kept[1], 2.0).mean()
     loss.backward()
     with torch.no_grad():
-        assert float(disagreement(reference(clean), kept[0], 2.0)) == pytest.approx(0.0, abs=1e-6)
+        assert float(disagreement(reference(clean), kept[0], 2.0).max()) < 1e-5
     found = tuning.step()
     assert found["disagreement"] == pytest.approx(float(loss.detach()), rel=1e-4)
     before = tuning.before.weights()
@@ -103,6 +149,76 @@ def test_the_first_step_is_that_of_adam_along_both_disagreements() -> None:
         assert bool(sure.any())
         expected = before[name] - length * slope.sign()
         torch.testing.assert_close(weight[sure], expected[sure], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("impurity", "left_out"), [(0.0, 0), (0.1, 4)])
+def test_a_step_wins_back_the_former_predictions_with_the_suspected_class_held_down(
+    impurity: float, left_out: int
+) -> None:
+    """Against a reference of its own: one network before, one cut, one tuned."""
+    cut = (5, 17, 40)
+    tuning = new_tuning(weight=0.5, own=2.0, step=0.01, cut=cut, pruned=(2,), impurity=impurity)
+    former, filters = tuning.former.network, tuning._filters
+    zeros = torch.ones(tuning.masked.kernels.total)
+    zeros[list(cut)] = 0.0
+    weights = tuning.masked.kernels.scaled(tuning.former.weights(), zeros)
+    images, labels = tuning.data.images, tuning.data.labels
+    tuning.patch.approach(filters)
+    tuning._begun = True
+    others = tuning.patch.images
+    patched = tuning.patch.applied(others, tuning.patch.pattern)
+    given = {"masks": filters, "statistics": "running"}
+    with torch.no_grad():
+        goals = torch.where(labels == 1, -1, 1)
+        wanted = held_down(
+            former(images) / 2, tuning.former(images, weights=weights, **given) / 2, goals
+        )
+        ones = torch.ones(len(others), dtype=torch.long)
+        kept = held_down(
+            former(others) / 2, tuning.former(others, weights=weights, **given) / 2, ones
+        )
+    leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    clean = tuning.former(images, weights=leaves, **given)
+    shown = tuning.former(patched, weights=leaves, **given)
+    each = torch.where(labels == 1, 2.0, 1.0) * disagreement(clean, 2 * wanted, 2.0)
+    each = each.sort().values[: len(each) - left_out]
+    loss = each.mean() + 0.5 * disagreement(shown, 2 * kept, 2.0).mean()
+    slopes = torch.autograd.grad(loss, [leaves[name] for name in tuning.changes()])
+    assert tuning.step()["disagreement"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    for (name, weight), slope in zip(tuning.changes().items(), slopes, strict=True):
+        length = 0.01 * float(weights[name].square().mean().sqrt())
+        sure = (slope.abs() > 1e-5) & (weights[name] != 0)
+        expected = weights[name] - length * slope.sign()
+        torch.testing.assert_close(weight[sure], expected[sure], rtol=1e-3, atol=1e-4)
+
+
+def test_kernels_that_were_cut_stay_at_zero() -> None:
+    cut = (0, 3, 200)
+    tuning = new_tuning(cut=cut)
+    finish(tuning)
+    zeros = torch.ones(tuning.masked.kernels.total)
+    zeros[list(cut)] = 0.0
+    left = tuning.masked.kernels.scaled(tuning.former.weights(), zeros)
+    changed, other = tuning.changes(), 0
+    for name, weight in changed.items():
+        gone = (left[name] == 0) & (tuning.former.weights()[name] != 0)
+        other += int(gone.sum())
+        assert bool((weight[gone] == 0).all())
+        assert bool((tuning.changes(0.5)[name][gone] != 0).all())  # half of the way back
+    assert other > 0
+
+
+def test_images_of_the_suspected_class_may_lean_to_it() -> None:
+    tuning = new_tuning()
+    assert tuning._goals(torch.tensor([0, 1, 2, 3])).tolist() == [1, -1, 1, 1]
+
+
+def test_each_class_has_a_goal_of_its_own_where_classes_are_exchanged() -> None:
+    tuning = new_tuning()
+    tuning.patch.labels = torch.tensor([0, 2, 3])
+    tuning.patch.goals = torch.tensor([1, 3, 0])
+    assert tuning._goals(torch.tensor([0, 1, 2, 3, 0])).tolist() == [1, -1, 3, 0, 1]
+    assert tuning._goals(torch.tensor([1])).tolist() == [-1]
 
 
 def test_steps_get_shorter_down_to_nothing() -> None:
@@ -121,20 +237,6 @@ def test_the_patch_follows_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     finish(tuning)
     assert followed == [5]
     assert tuning.taken == 10
-
-
-@pytest.mark.parametrize("far", [1e9, math.nan])
-def test_no_step_is_taken_where_the_patch_takes_no_images_along(
-    far: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tuning = new_tuning(far=1e9)
-    if math.isnan(far):
-        tuning = new_tuning()
-        monkeypatch.setattr(tuning.patch, "margins", lambda masks: torch.full((3,), math.nan))
-    assert finish(tuning) == [{}]
-    assert tuning.taken == 0
-    before = tuning.before.weights()
-    assert all(weight.equal(before[name]) for name, weight in tuning.changes().items())
 
 
 def test_pruned_filters_and_layers_that_are_left_out_stay() -> None:
@@ -178,9 +280,9 @@ def test_low_precision_gives_finite_weights_of_its_own_type(dtype: torch.dtype) 
     patch = PatchTrigger(masked, images, labels, goals_of(images), low, high)
     filters = torch.ones(layers.total)
     filters[[0, 5]] = 0.0
-    constants = Constants(TuningConstants(far=-1e9, step=0.05))
-    given = (masked.weights(), data, patch, filters, "none", 4, 40, 0, constants)
-    tuning = Tuning(masked, *given)
+    constants = Constants(TuningConstants(step=0.05))
+    given = (masked.weights(), data, patch, filters, "none", 4, 40, 0)
+    tuning = Tuning(masked, *given, constants=constants)
     finish(tuning)
     for name, weight in tuning.changes().items():
         assert weight.dtype == dtype
@@ -194,8 +296,7 @@ def test_a_layer_that_is_not_called_stays() -> None:
     network.add_module("idle", torch.nn.Conv2d(1, 2, 1))
     masked = MaskedNetwork(network, tuning.before.layers)
     given = (tuning.data, tuning.patch, torch.ones(masked.layers.total), "none", 3, 40, 0)
-    constants = Constants(TuningConstants(far=-1e9))
-    again = Tuning(masked, masked.weights(), *given, constants)
+    again = Tuning(masked, masked.weights(), *given)
     finish(again)
     changes, before = again.changes(), masked.weights()
     assert changes["idle.weight"].equal(before["idle.weight"])
