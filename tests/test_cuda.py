@@ -34,7 +34,6 @@ from lightning_mnp.config import Constants
 from lightning_mnp.data import DigitsDataModule
 from lightning_mnp.models import Classifier
 from lightning_mnp.purify.greedy import GreedyConstants
-from lightning_mnp.purify.tuning import TuningConstants
 
 KIND = os.environ.get("LIGHTNING_MNP_CUDA_TESTS", "cuda")
 
@@ -235,8 +234,8 @@ def test_a_defense_goes_on_from_its_state(tmp_path: Path, steps: int) -> None:
 def test_pruning_along_traces_goes_on_from_its_state(tmp_path: Path, phase: str) -> None:
     data = DefenseSet.from_loader(loader())
     options = config(**{"pruning.rule": "auto", "pruning.amount": 0.2})
-    # No trace is ever gone, and the patch is near enough: each stage has steps to take.
-    constants = Constants(GreedyConstants(gone_at=0.0), TuningConstants(far=-1e9))
+    # No trace is ever gone: each stage has steps to take.
+    constants = Constants(GreedyConstants(gone_at=0.0))
     first = MNPDefense(network(), data, options, when="always", constants=constants)
     while first.phase != phase:
         first.step()

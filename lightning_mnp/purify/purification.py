@@ -186,13 +186,14 @@ class Purification:
 
         Args:
             patch: The patch to unlearn, which has not been made yet; None to take no step. It
-                counts at the first step only.
+                counts at the first step only. Nor is a step taken where nothing was pruned and no
+                kernel turned down, since nothing is to be won back there.
 
         Returns:
             Numbers of this step, see :meth:`Tuning.step`.
         """
         if self.tuning is None:
-            if patch is None:
+            if patch is None or not (len(self.removed) or self.soft):
                 self.ended = True
                 return {}
             self.cut = self._cuts()

@@ -361,7 +361,7 @@ def test_repair_shifts_the_logits_of_all_but_the_suspect() -> None:
     assert again.report().pruning.shift == report.pruning.shift
 
 
-AUTO = {"rule": "auto", "amount": 0.06, "harm": 50.0, "runs": 1}
+AUTO = {"rule": "auto", "amount": 0.06, "harm": 50.0, "runs": 1, "tuning_steps": 0}
 
 
 @short

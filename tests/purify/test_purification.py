@@ -319,6 +319,7 @@ def test_the_lowest_kernels_are_cut_as_far_as_harm_allows(
 
 def test_nothing_is_cut_without_soft_masks() -> None:
     purification = new_purification()
+    purification.remove(torch.tensor([3]))
     purification.tuning_step(patch_of(purification))
     assert purification.tuning is not None
     assert purification.cut.tolist() == []
@@ -334,12 +335,23 @@ def test_without_a_patch_nothing_is_tuned() -> None:
 
 def test_tuning_that_changes_nothing_is_none() -> None:
     purification = new_purification(Constants(TuningConstants(step=0.0)))
+    purification.remove(torch.tensor([3]))
     while not purification.ended:
         purification.tuning_step(patch_of(purification))
     assert purification.tuning is not None
     assert purification.tuning.taken == 4
     assert purification.tuned is None
-    assert not purification.changes
+
+
+def test_nothing_is_tuned_where_nothing_was_pruned_or_turned_down() -> None:
+    purification = new_purification()
+    assert purification.tuning_step(patch_of(purification)) == {}
+    again = new_purification()
+    again.load_state_dict(purification.state_dict(), [], patch_of(again))
+    for each in (purification, again):
+        assert each.ended
+        assert each.tuned is None
+        assert not each.changes
 
 
 @pytest.mark.parametrize(("harm", "share"), [(0.0, 1.0), (316.0, 0.625), (1e9, 0.0), (math.nan, 0)])
@@ -347,6 +359,7 @@ def test_tuning_that_does_too_much_harm_is_turned_back(
     harm: float, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     purification = new_purification(tuning_steps=3)
+    purification.remove(torch.tensor([3]))
     purification.tuning_step(patch_of(purification))
     tuning = purification.tuning
     assert tuning is not None
@@ -373,7 +386,7 @@ def test_tuning_that_does_too_much_harm_is_turned_back(
             f"weights {done}: all of it did {harm:.3g} nats more harm than pruning and "
             "masks, and 200, 4 times `pruning.harm`, is allowed"
         ]
-    assert purification.changes == (share > 0)
+    assert (purification.tuned is not None) == (share > 0)
     assert purification.cut.tolist() == ([5] if share else [])
     if share:
         assert purification.tuned is not None
