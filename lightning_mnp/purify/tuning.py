@@ -56,7 +56,7 @@ class TuningConstants:
     cut_below: float = 0.8
     cut_harm: int = 13
     weight: float = 0.05
-    own: float = 3.0
+    own: float = 2.0
     step: float = 0.01
     images: int = 64
     follow: int = 5
