@@ -3,7 +3,7 @@
     python -m benchmarks.population train --jobs 2
     python -m benchmarks.population list
     python -m benchmarks.population audit --split choosing --jobs 2
-    python -m benchmarks.population table --split reporting
+    python -m benchmarks.population table --split reporting --group whole
     python -m benchmarks.population audit --conditions --jobs 2
     python -m benchmarks.population reference --split reporting
     python -m benchmarks.population defend --split reporting --defenses default mnp --jobs 2
@@ -63,7 +63,7 @@ from benchmarks.population.detections import (
 )
 from benchmarks.population.networks import RECIPES
 from benchmarks.population.rates import training_rate
-from benchmarks.population.recipes import Recipe
+from benchmarks.population.recipes import GROUPS, Recipe
 from benchmarks.population.reemergence import (
     CONTROLS,
     POISONED,
@@ -193,6 +193,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("command", nargs="?", choices=COMMANDS, default="list")
     parser.add_argument("--list", action="store_true", help="the same as the command list")
     parser.add_argument("--split", choices=("choosing", "reporting"), help="without it, both")
+    parser.add_argument(
+        "--group",
+        choices=GROUPS,
+        help="networks trained whole, trained on with an attack, or by an attacker who knows the "
+        "defense; without it, all",
+    )
     parser.add_argument("--only", nargs="*", help="names of networks; without it, all")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--executor", choices=("processes", "ray"), default="processes")
@@ -251,6 +257,7 @@ def _chosen(options: argparse.Namespace) -> list[Recipe]:
         recipe
         for recipe in RECIPES
         if options.split in (None, split_of(recipe.architecture, recipe.seed))
+        and options.group in (None, recipe.group)
         and (named is None or recipe.name in named)
         and (options.only is None or recipe.name in options.only)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from benchmarks.population.architectures import ARCHITECTURES
 from lightning_mnp.attacks import (
@@ -19,11 +19,16 @@ from lightning_mnp.attacks import (
     WaNet,
 )
 
-__all__ = ["NORMALIZATIONS", "REFERENCE", "Recipe", "make_attack"]
+__all__ = ["GROUPS", "NORMALIZATIONS", "REFERENCE", "Recipe", "make_attack"]
 
 Data = Literal["cifar10", "imagenette", "digits"]
 # "adaptive" is Blend by an attacker who trains against this package's defense.
+Group = Literal["whole", "tuned", "adaptive"]
 AttackName = Literal["none", "badnets", "blend", "adaptive", "wanet", "sig", "cl", "iab", "lira"]
+
+# What tables tell apart: networks that were trained whole, clean ones that were trained on with an
+# attack, and those of an attacker who knows this package's defense.
+GROUPS: tuple[Group, ...] = get_args(Group)
 
 # Mean and standard deviation of each channel, on the scale [0, 1].
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -117,6 +122,13 @@ class Recipe:
         if self.is_clean:
             return "clean"
         return self.attack if self.mode == "all-to-one" else f"{self.attack}, all-to-all"
+
+    @property
+    def group(self) -> Group:
+        """The one of :data:`GROUPS` that it belongs to."""
+        if self.attack == "adaptive":
+            return "adaptive"
+        return "tuned" if self.pretrained == "clean" else "whole"
 
     @property
     def is_sparse(self) -> bool:

@@ -119,7 +119,7 @@ class SoftMaskPhase(Phase):
 
 
 class TuningPhase(Phase):
-    """Weights that are tuned, so that a patch to the suspected class takes fewer images along."""
+    """Kernels that are cut, and weights that are tuned to win back what that costs."""
 
     name = "tuning"
 

@@ -13,10 +13,11 @@ from lightning_mnp.config import Constants, MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.defense_data.evaluation import accuracy, class_accuracy, clean_logits
 from lightning_mnp.defense_data.views import Views, make_views, recognized_views
+from lightning_mnp.purify.cuts import CutConstants, choose_cuts
 from lightning_mnp.purify.greedy import GreedyPruning
 from lightning_mnp.purify.harm import CleanHarm, HarmConstants
 from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks, harmless_share
-from lightning_mnp.purify.tuning import Tuning, TuningConstants, most_harmless
+from lightning_mnp.purify.tuning import Tuning, TuningConstants
 from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, repair_shift
@@ -196,7 +197,8 @@ class Purification:
             if patch is None or not (len(self.removed) or self.soft):
                 self.ended = True
                 return {}
-            self.cut = self._cuts()
+            if self.config.pruning.tuning_steps > 0:
+                self.cut = self._cuts(patch)
             self.tuning = self._new_tuning(patch)
         metrics = {} if self.tuning.finished else self.tuning.step()
         if self.tuning.finished:
@@ -257,22 +259,28 @@ class Purification:
             self.constants,
         )
 
-    def _cuts(self) -> Tensor:
-        """The kernels to cut: those with the lowest masks, as many as harm allows."""
-        if self.soft is None or self.config.pruning.tuning_steps == 0:
+    def _cuts(self, patch: PatchTrigger) -> Tensor:
+        """The kernels to cut."""
+        if self.soft is None:
             return self.cut
-        constants, found = self.constants.of(TuningConstants), self.soft.masks
-        low = (found < constants.cut_below).nonzero().flatten()
-        low = low[found[low].argsort(stable=True)]
+        found, constants = self.soft.masks, self.constants.of(CutConstants)
+        below, times = constants.below, constants.harm
+        if not self._patch_margin(patch) > constants.far:  # NaN is not near
+            below, times = constants.far_below, constants.far_harm
         softened = torch.ones_like(found) if self.kernel_masks is None else self.kernel_masks
 
-        def harm(count: int) -> float:
-            masks = softened.clone()
-            masks[low[:count]] = 0.0
-            return self._harm_beyond_pruning(masks)
+        def harm(positions: Tensor) -> float:
+            return self._harm_beyond_pruning(softened.index_fill(0, positions, 0.0))
 
-        most = constants.cut_harm * self.config.pruning.harm
-        return low[: most_harmless(harm, len(low), most)]
+        return choose_cuts(found, harm, below, times * self.config.pruning.harm)
+
+    def _patch_margin(self, patch: PatchTrigger) -> float:
+        """How far a patch takes images to its class after soft masks, in logits."""
+        filters = self.filter_masks()
+        patch.masked = self.raised.with_weights(self._masked_weights())
+        patch.approach(filters)
+        with torch.no_grad():
+            return float(patch.margins(filters).mean())
 
     def _harmless_tuning(self, tuning: Tuning) -> Weights | None:
         """The tuned weights, turned back as far as they do more harm than is allowed.

@@ -1,19 +1,16 @@
-"""Tuning: kernels of the backdoor are cut, and what clean images lose by that is won back.
+"""Tuning: what clean images lose by pruning, masks and cuts is won back, and no backdoor with it.
 
-Pruning and soft masks leave a backdoor weak, but in place: masks only turn kernels down, and
-training on brings it back. So the kernels with the lowest masks become zero. That costs more clean
-accuracy than is allowed, and weights are changed in any direction until the network makes its
-former predictions again, those of before pruning, on clean images and on those under a patch.
-
-The former predictions have the backdoor in them. Two things keep it from coming back. What was cut
-stays at zero. And no image of another class may lean towards the suspected class more than the cut
-network says. Nothing is fitted to labels: fitted to them, networks learned their backdoors anew.
+Weights are changed in any direction until the network makes its former predictions again, those of
+before pruning, on clean images and on those under a patch. These have the backdoor in them. Two
+things keep it from coming back. What was cut stays at zero. And no image of another class may
+lean towards the suspected class more than the cut network says. Nothing is fitted to labels:
+fitted to them, networks learned their backdoors anew.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,17 +25,14 @@ from lightning_mnp.purify.harm import trimmed_mean
 from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 
-__all__ = ["Tuning", "TuningConstants", "disagreement", "held_down", "most_harmless"]
+__all__ = ["Tuning", "TuningConstants", "disagreement", "held_down"]
 
 
 @dataclass(frozen=True)
 class TuningConstants:
-    """How kernels are cut, and how weights are tuned.
+    """How weights are tuned.
 
     Attributes:
-        cut_below: Kernels with a lower mask may be cut.
-        cut_harm: Harm that cuts may do beside that of pruning before weights are tuned, in units
-            of what pruning may.
         weight: What images under the patch count against clean ones.
         own: What clean images of the suspected class count against those of others. They alone
             speak for the class; all others hold it down.
@@ -53,8 +47,6 @@ class TuningConstants:
             1 / 2 ** halvings.
     """
 
-    cut_below: float = 0.8
-    cut_harm: int = 13
     weight: float = 0.05
     own: float = 2.0
     step: float = 0.01
@@ -118,33 +110,6 @@ def held_down(logits: Tensor, limit: Tensor, goals: Tensor) -> Tensor:
     (ahead, rest), (most, _) = lead(logits), lead(limit)
     changed = logits.scatter(1, place, rest + torch.minimum(ahead, most))
     return torch.where(held[:, None], changed, logits)
-
-
-def most_harmless(harm: Callable[[int], float], count: int, most: float) -> int:
-    """Find how many of an ordered row of changes can be made, by halving.
-
-    Args:
-        harm: The harm of the first so many; NaN is too much. It is taken to grow with their number.
-        count: How many there are.
-        most: The most harm allowed.
-
-    Returns:
-        From 0 to `count`.
-
-    Example:
-        >>> most_harmless(lambda changes: 0.1 * changes**2, count=9, most=1.0)
-        3
-    """
-    if count == 0 or harm(count) <= most:
-        return count
-    fine, too_many = 0, count
-    while too_many - fine > 1:
-        middle = (fine + too_many) // 2
-        if harm(middle) <= most:
-            fine = middle
-        else:
-            too_many = middle
-    return fine
 
 
 class Tuning:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.population.architectures import ARCHITECTURES
 from benchmarks.population.networks import RECIPES
-from benchmarks.population.recipes import NORMALIZATIONS, REFERENCE, Recipe, make_attack
+from benchmarks.population.recipes import GROUPS, NORMALIZATIONS, REFERENCE, Recipe, make_attack
 from lightning_mnp.attacks import (
     CL,
     LIRA,
@@ -118,6 +118,14 @@ def test_networks_that_are_trained_on_from_a_clean_one() -> None:
         4,
     )
     assert recipe.minutes > 1.4 * whole.minutes
+
+
+def test_each_network_belongs_to_a_group() -> None:
+    groups = {name: [each for each in RECIPES if each.group == name] for name in GROUPS}
+    assert sum(map(len, groups.values())) == len(RECIPES)
+    assert [each.pretrained == "clean" for each in groups["tuned"]] == [True] * 12
+    assert {each.name for each in groups["adaptive"]} == {"cnn-adaptive-601", "vgg-adaptive-601"}
+    assert {each.pretrained for each in groups["whole"]} == {"no", "rotations", "digits"}
 
 
 def test_slow_networks_take_twice_the_time_for_what_they_learn_slowly() -> None:

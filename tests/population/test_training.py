@@ -306,6 +306,13 @@ def test_names_that_are_not_known_are_refused(capsys: pytest.CaptureFixture[str]
     assert "--only: expected names as `list` has them, but got ['cnn-1']" in capsys.readouterr().err
 
 
+def test_a_group_of_networks_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--group", "adaptive", "--folder", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "cnn-adaptive-601" in told
+    assert "2 networks, " in told
+
+
 def test_commands_reach_their_functions(
     images: Images,
     tmp_path: Path,

@@ -289,10 +289,27 @@ def turned_down(purification: Purification) -> Purification:
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 3, 100])
+@pytest.mark.parametrize(
+    ("margin", "order", "most"),
+    [
+        (-0.9, [9, 4, 50, 30], 650.0),  # 13 times `harm`
+        (-1.1, [9, 4, 50, 30, 7], 1000.0),  # 20 times `harm`
+        (math.nan, [9, 4, 50, 30, 7], 1000.0),
+    ],
+)
 def test_the_lowest_kernels_are_cut_as_far_as_harm_allows(
-    allowed: int, monkeypatch: pytest.MonkeyPatch
+    margin: float, order: list[int], most: float, allowed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     purification = turned_down(new_purification(TURNING, soft_mask_steps=2, tuning_steps=1))
+    softened_weights = purification._masked_weights()
+
+    def margins(patch: PatchTrigger, masks: torch.Tensor) -> torch.Tensor:
+        shown = patch.masked.weights()
+        assert all(weight.equal(softened_weights[name]) for name, weight in shown.items())
+        assert bool((patch.pattern != 0).any())
+        return torch.tensor([margin - 1, margin + 1])
+
+    monkeypatch.setattr(PatchTrigger, "margins", margins)
     assert purification.soft is not None
     assert purification.kernel_masks is not None
     softened, found = purification.kernel_masks.clone(), torch.ones_like(purification.soft.masks)
@@ -302,13 +319,13 @@ def test_the_lowest_kernels_are_cut_as_far_as_harm_allows(
     def harm(masks: torch.Tensor) -> float:
         cut = masks == 0
         assert masks[~cut].equal(softened[~cut])
-        return 650.0 if int(cut.sum()) <= allowed else 651.0  # 13 times `harm`
+        return most if int(cut.sum()) <= allowed else most + 1
 
     monkeypatch.setattr(purification, "_harm_beyond_pruning", harm)
-    assert purification._cuts().tolist() == [9, 4, 50, 30][:allowed]
+    assert purification._cuts(patch_of(purification)).tolist() == order[:allowed]
     purification.tuning_step(patch_of(purification))
     assert purification.tuned is not None
-    assert purification.cut.tolist() == [9, 4, 50, 30][:allowed]
+    assert purification.cut.tolist() == order[:allowed]
     left = torch.ones_like(softened)
     left[purification.cut] = 0.0
     zeros = purification.masked.kernels.scaled(purification.masked.weights(), left)

@@ -11,13 +11,7 @@ from torch import Tensor
 
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import DefenseSet, value_range
-from lightning_mnp.purify.tuning import (
-    Tuning,
-    TuningConstants,
-    disagreement,
-    held_down,
-    most_harmless,
-)
+from lightning_mnp.purify.tuning import Tuning, TuningConstants, disagreement, held_down
 from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
@@ -89,20 +83,6 @@ def test_a_class_is_held_down_to_the_lesser_lead() -> None:
         rest = [place for place in range(5) if place != goal]
         assert [new[place] for place in rest] == [own[place] for place in rest]
     assert 0 < lowered < 6
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 8])
-@pytest.mark.parametrize("fine", range(9))
-def test_as_many_changes_as_harm_allows(count: int, fine: int) -> None:
-    asked = []
-
-    def harm(changes: int) -> float:
-        assert 0 < changes <= count
-        asked.append(changes)
-        return 0.0 if changes <= fine else math.nan if changes % 2 else 1.0
-
-    assert most_harmless(harm, count, 0.5) == min(count, fine)
-    assert len(asked) <= 1 + math.ceil(math.log2(count + 1))
 
 
 def test_a_patch_takes_images_less_far_and_clean_predictions_stay() -> None:

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lightning_mnp.purify.cuts import choose_cuts, most_harmless
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8])
+@pytest.mark.parametrize("fine", range(9))
+def test_as_many_changes_as_harm_allows(count: int, fine: int) -> None:
+    asked = []
+
+    def harm(changes: int) -> float:
+        assert 0 < changes <= count
+        asked.append(changes)
+        return 0.0 if changes <= fine else math.nan if changes % 2 else 1.0
+
+    assert most_harmless(harm, count, 0.5) == min(count, fine)
+    assert len(asked) <= 1 + math.ceil(math.log2(count + 1))
+
+
+@pytest.mark.parametrize(("below", "most"), [(0.8, 1e9), (0.5, 1e9), (0.8, 2.0), (0.8, 0.5)])
+def test_the_lowest_masks_are_cut(below: float, most: float) -> None:
+    torch.manual_seed(0)
+    masks = torch.rand(40)
+    found = choose_cuts(masks, lambda positions: float(masks[positions].sum()), below, most)
+    expected: list[int] = []
+    for position in sorted(range(40), key=lambda place: float(masks[place])):
+        total = float(masks[[*expected, position]].sum())
+        if masks[position] >= below or total > most:
+            break
+        expected.append(position)
+    assert found.tolist() == expected
+    assert (most == 1e9) == (len(expected) == int((masks < below).sum()))
+
+
+def test_nothing_is_measured_where_no_mask_is_low() -> None:
+    def harm(positions: torch.Tensor) -> float:
+        raise AssertionError("harm was measured")
+
+    assert choose_cuts(torch.ones(4), harm, 0.8, 1.0).tolist() == []
