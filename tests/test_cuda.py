@@ -33,6 +33,7 @@ from lightning_mnp.cli.command_line import main
 from lightning_mnp.config import Constants
 from lightning_mnp.data import DigitsDataModule
 from lightning_mnp.models import Classifier
+from lightning_mnp.purify.cuts import CutConstants
 from lightning_mnp.purify.greedy import GreedyConstants
 
 KIND = os.environ.get("LIGHTNING_MNP_CUDA_TESTS", "cuda")
@@ -234,8 +235,8 @@ def test_a_defense_goes_on_from_its_state(tmp_path: Path, steps: int) -> None:
 def test_pruning_along_traces_goes_on_from_its_state(tmp_path: Path, phase: str) -> None:
     data = DefenseSet.from_loader(loader())
     options = config(**{"pruning.rule": "auto", "pruning.amount": 0.2})
-    # No trace is ever gone: each stage has steps to take.
-    constants = Constants(GreedyConstants(gone_at=0.0))
+    # No trace is ever gone, and masks are high after few steps: each stage has steps to take.
+    constants = Constants(GreedyConstants(gone_at=0.0), CutConstants(below=0.999, far_below=0.999))
     first = MNPDefense(network(), data, options, when="always", constants=constants)
     while first.phase != phase:
         first.step()

@@ -64,8 +64,10 @@ ABLATIONS = {
     "no-reach": Ablation("default without the reach", ("reach",)),
     "no-overlay": Ablation("default without the overlay", ("overlay",)),
     "no-further-trace": Ablation("default without reach and overlay", ("reach", "overlay")),
-    "no-masks": Ablation("default without soft masks", options={"pruning.soft_mask_steps": 0}),
-    "no-tuning": Ablation("default without tuning", options={"pruning.tuning_steps": 0}),
+    "no-masks": Ablation(
+        "default without soft masks and cuts", options={"pruning.soft_mask_steps": 0}
+    ),
+    "no-tuning": Ablation("default without cuts and tuning", options={"pruning.tuning_steps": 0}),
     "no-greedy": Ablation(
         "default without greedy pruning",
         constants=Constants(GreedyConstants(candidates=0, rejected=0)),

@@ -22,8 +22,8 @@ from lightning_mnp.attacks import (
 __all__ = ["GROUPS", "NORMALIZATIONS", "REFERENCE", "Recipe", "make_attack"]
 
 Data = Literal["cifar10", "imagenette", "digits"]
-# "adaptive" is Blend by an attacker who trains against this package's defense.
 Group = Literal["whole", "tuned", "adaptive"]
+# "adaptive" is Blend by an attacker who trains against this package's defense.
 AttackName = Literal["none", "badnets", "blend", "adaptive", "wanet", "sig", "cl", "iab", "lira"]
 
 # What tables tell apart: networks that were trained whole, clean ones that were trained on with an

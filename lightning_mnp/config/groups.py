@@ -130,7 +130,8 @@ class PruningOptions:
         harm: Most harm to clean images by the rule `auto`, in nats.
         impurity: Share of the defense set that may be poisoned; harm is measured without it.
         soft_mask_steps: Steps that turn down kernels, if traces are left.
-        tuning_steps: Steps that tune weights after that; with any, kernels are cut first.
+        tuning_steps: Steps that tune weights after that. Before them, kernels with low soft masks
+            are cut.
         repair: Whether the logits are balanced again after pruning; the target's logit stays.
         reaudit: Whether a pruned network is audited again.
         removes: What pruning sets to zero: the output `map`, or the weights of the `filter` alone,

@@ -43,6 +43,7 @@ class _Pruning(Phase):
             traces=[] if greedy is None else [trace.name for trace in greedy.traces],
             masks=purification.left(),
             tuned=purification.tuned_by,
+            cut=len(purification.cut),
             shift=[] if shift is None else shift.values.tolist(),
             sums=self._by_layer(scores if ranked else None),
         )

@@ -48,7 +48,8 @@ class Purification:
     Attributes:
         removed: Positions of the filters to prune, worst first.
         kernel_masks: What all kernels are multiplied by, shape (total kernels,), or None.
-        cut: Positions of the kernels that were cut, worst first.
+        cut: Positions of the kernels that were cut, lowest mask first; none if tuning was turned
+            back, wholly or in part.
         tuned: Weights by name after cuts and tuning, masks on kernels included, or None.
         tuned_by: By how much tuning has changed weights, as a share of their norm; 0 for not.
         shift: What is added to the logits, or None.
@@ -187,8 +188,8 @@ class Purification:
 
         Args:
             patch: The patch to unlearn, which has not been made yet; None to take no step. It
-                counts at the first step only. Nor is a step taken where nothing was pruned and no
-                kernel turned down, since nothing is to be won back there.
+                counts at the first step only. Nor is a step taken where nothing was pruned and soft
+                masks had nothing to do, since nothing is to be won back there.
 
         Returns:
             Numbers of this step, see :meth:`Tuning.step`.
@@ -202,10 +203,11 @@ class Purification:
             self.tuning = self._new_tuning(patch)
         metrics = {} if self.tuning.finished else self.tuning.step()
         if self.tuning.finished:
-            found = self._harmless_tuning(self.tuning)
-            self.tuned_by = 0.0 if found is None else self._moved(self.tuning, found)
+            share = self._harmless_tuning(self.tuning)
+            found = self.tuning.changes(share)
+            self.tuned_by = self._moved(self.tuning, found)
             self.tuned = found if self.tuned_by else None
-            if self.tuned is None:
+            if share < 1:
                 self.cut = self.cut[:0]
             self.ended = True
         return metrics
@@ -282,11 +284,8 @@ class Purification:
         with torch.no_grad():
             return float(patch.margins(filters).mean())
 
-    def _harmless_tuning(self, tuning: Tuning) -> Weights | None:
-        """The tuned weights, turned back as far as they do more harm than is allowed.
-
-        None if nothing is left of the change.
-        """
+    def _harmless_tuning(self, tuning: Tuning) -> float:
+        """How much of cuts and tuning may stay, from 0 to 1, for the harm that they do."""
         config, filters, softened = self.config, self.filter_masks(), tuning.softened
         limits = self.constants.of(HarmConstants)
         given = self._clean.sets, config.batch_size, config.pruning.impurity, limits
@@ -300,14 +299,13 @@ class Purification:
             measure.masked = softened.with_weights(changed)
             return measure.of(filters) - done
 
-        share = self._allowed_share(
+        return self._allowed_share(
             harm,
             self.constants.of(TuningConstants),
             "weights were changed",
             "weights were not tuned",
             "more harm than pruning and masks",
         )
-        return tuning.changes(share) if share else None
 
     def _allowed_share(
         self,

@@ -41,8 +41,8 @@ class TuningConstants:
         images: Clean images of a step; never more than a batch.
         follow: The patch follows the network in every so many steps.
         temperature: What logits are divided by before predictions are compared.
-        harm: Harm that all of it may do beside that of pruning and masks, in units of what pruning
-            may.
+        harm: Most harm of cuts and tuning together, beside that of pruning and masks, in units of
+            what pruning may.
         halvings: What does too much harm is turned back to a share that is known to within
             1 / 2 ** halvings.
     """
@@ -127,7 +127,7 @@ class Tuning:
         seed: Seed of order and augmentation.
         cut: Positions of the kernels to cut, among all kernels; None for none.
         impurity: The share of images that may be poisoned; of each batch of clean images, as many
-            are left out, those with the greatest disagreement.
+            are left out, those with the greatest disagreement, weighed by `own`.
         constants: Constants that differ from their defaults.
 
     Attributes:

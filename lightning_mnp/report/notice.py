@@ -91,7 +91,8 @@ def _reason(report: DefenseReport) -> str:
 
 def _filters(report: DefenseReport) -> str:
     told = f"filters pruned: {len(report.pruned)}, turned down: {report.turned_down}"
-    tuned = report.pruning.tuned
+    tuned, cut = report.pruning.tuned, report.pruning.cut
+    told = f"{told}, kernels cut: {cut}" if cut else told
     return f"{told}, weights tuned by {tuned:.1%}" if tuned else told
 
 

@@ -204,16 +204,17 @@ class PruningReport:
         curve: The rule ``auto``: for each of the `counts`, the harm to clean images in nats and,
             for each trace, how much of it is left, as a share.
         traces: The names of these traces, in the order of the curve.
-        masks: How much of each filter's weights is left, as a share, by layer; empty if no kernel
-            was turned down. Linear layers without filters are
+        masks: How much of each filter's weights soft masks leave, before any cut, as a share, by
+            layer; empty if no kernel was turned down. Linear layers without filters are
             left out.
         shift: What was added to each class's logit; empty if nothing was.
         sums: M1 + M2 of every filter, averaged over the runs, by layer; empty if the rule does not
             rank by them.
         counts: The rule ``auto``: the number of filters pruned at the start, 0, and after each
             step, in which one or more go.
-        tuned: By how much weights were tuned after that, as a share of their norm; 0 if they were
-            not.
+        tuned: By how much weights were changed after soft masks, cuts included, as a share of their
+            norm; 0 if they were not.
+        cut: Number of kernels that were cut.
     """
 
     scores: list[float] = field(default_factory=list)
@@ -224,6 +225,7 @@ class PruningReport:
     sums: dict[str, list[float]] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)
     tuned: float = 0.0
+    cut: int = 0
 
 
 @dataclass(frozen=True)

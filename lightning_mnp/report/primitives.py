@@ -78,7 +78,9 @@ def read_fields(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
         shift=[_number(value) for value in pruning["shift"]],
         sums={n: [_number(value) for value in part] for n, part in pruning["sums"].items()},
         counts=[int(count) for count in pruning["counts"]],
-        tuned=_number(pruning.get("tuned", 0.0)),  # not in reports of earlier versions
+        # These two are not in reports of earlier versions.
+        tuned=_number(pruning.get("tuned", 0.0)),
+        cut=int(pruning.get("cut", 0)),
     )
     if read["reference"] is not None:
         read["reference"] = ReferenceRate(**read["reference"])

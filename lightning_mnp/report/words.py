@@ -235,12 +235,7 @@ class Words:
         if report.changes:
             yield (
                 f"Purified: {len(report.pruned):,} of {report.filters:,} filters pruned, "
-                f"{report.turned_down:,} turned down."
-                + (
-                    f" Weights were tuned by {tuned:.1%}."
-                    if (tuned := report.pruning.tuned)
-                    else ""
-                )
+                f"{report.turned_down:,} turned down." + _tuned(report)
             )
         if report.reaudit is not None:
             yield f"The purified copy was audited again: {report.reaudit.verdict}."
@@ -259,6 +254,19 @@ def _listed(names: Sequence[str], last: str) -> str:
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} {last} {names[-1]}"
+
+
+def _tuned(report: DefenseReport) -> str:
+    """Return what was done to weights after soft masks, with a space before it."""
+    tuned, cut = report.pruning.tuned, report.pruning.cut
+    if not tuned:
+        return ""
+    kernels = "1 kernel was" if cut == 1 else f"{cut:,} kernels were"
+    return (
+        f" {kernels} cut, and weights tuned by {tuned:.1%}."
+        if cut
+        else (f" Weights were tuned by {tuned:.1%}.")
+    )
 
 
 def _share(value: float) -> str:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import DefenseSet, value_range
 from lightning_mnp.defense_data.evaluation import clean_logits
+from lightning_mnp.purify.cuts import CutConstants
 from lightning_mnp.purify.greedy import GreedyConstants
 from lightning_mnp.purify.harm import CleanHarm
 from lightning_mnp.purify.purification import Purification
@@ -32,8 +33,10 @@ from lightning_mnp.surgery.logit_shift import repair_shift
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
 AUTO: dict[str, Any] = {"rule": "auto", "amount": 0.04, "harm": 50.0}
-# No trace is ever gone, so that kernels are turned down.
-TURNING = Constants(GreedyConstants(gone_at=0.0))
+# No trace is ever gone, so that kernels are turned down; after so few steps, masks are high.
+TURNING = Constants(
+    GreedyConstants(gone_at=0.0), CutConstants(below=0.99, far_below=0.99, harm=50, far_harm=50)
+)
 
 
 def new_purification(constants: Constants | None = None, **changes: Any) -> Purification:
@@ -237,6 +240,8 @@ def test_resumed_purification_ends_the_same(stop: int) -> None:
     second.load_state_dict(first.state_dict(), traces_of(second), patch_of(second))
     steps_of(second)
     second.check(target=1)
+    assert len(reference.cut) > 0
+    assert second.cut.equal(reference.cut)
     assert second.removed.equal(reference.removed)
     assert second.kernel_masks is not None
     assert reference.kernel_masks is not None
@@ -300,7 +305,8 @@ def turned_down(purification: Purification) -> Purification:
 def test_the_lowest_kernels_are_cut_as_far_as_harm_allows(
     margin: float, order: list[int], most: float, allowed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    purification = turned_down(new_purification(TURNING, soft_mask_steps=2, tuning_steps=1))
+    turning = Constants(GreedyConstants(gone_at=0.0))
+    purification = turned_down(new_purification(turning, soft_mask_steps=2, tuning_steps=1))
     softened_weights = purification._masked_weights()
 
     def margins(patch: PatchTrigger, masks: torch.Tensor) -> torch.Tensor:
@@ -404,7 +410,7 @@ def test_tuning_that_does_too_much_harm_is_turned_back(
             "masks, and 200, 4 times `pruning.harm`, is allowed"
         ]
     assert (purification.tuned is not None) == (share > 0)
-    assert purification.cut.tolist() == ([5] if share else [])
+    assert purification.cut.tolist() == ([5] if share == 1 else [])
     if share:
         assert purification.tuned is not None
         expected = tuning.changes(share)

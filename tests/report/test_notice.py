@@ -39,6 +39,8 @@ def test_tuned_weights_are_told() -> None:
     assert (
         "- Purified network (filters pruned: 0, turned down: 0, weights tuned by 2.1%)" in told[2]
     )
+    report.pruning = PruningReport(tuned=0.0213, cut=17)
+    assert "turned down: 0, kernels cut: 17, weights tuned by 2.1%)" in lines(report, **FILES)[2]
 
 
 @pytest.mark.parametrize(

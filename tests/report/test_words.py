@@ -196,6 +196,12 @@ def test_facts() -> None:
     assert list(tuned.facts())[-2] == (
         "Purified: 1 of 1,200 filters pruned, 0 turned down. Weights were tuned by 2.1%."
     )
+    for cut, said in ((1, "1 kernel was"), (1234, "1,234 kernels were")):
+        changed = PruningReport(tuned=0.0213, cut=cut)
+        assert list(words("backdoored", pruning=changed, **CHANGED).facts())[-2] == (
+            "Purified: 1 of 1,200 filters pruned, 0 turned down. "
+            f"{said} cut, and weights tuned by 2.1%."
+        )
     assert list(words("clean", defense_set=data).facts()) == [
         "Accuracy on the 1,500 clean images: unknown."
     ]
