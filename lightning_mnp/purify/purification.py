@@ -204,8 +204,9 @@ class Purification:
         metrics = {} if self.tuning.finished else self.tuning.step()
         if self.tuning.finished:
             share = self._harmless_tuning(self.tuning)
-            found = self.tuning.changes(share)
-            self.tuned_by = self._moved(self.tuning, found)
+            # Not a share of 0, which would let NaN through.
+            found = self.tuning.changes(share) if share else None
+            self.tuned_by = 0.0 if found is None else self._moved(self.tuning, found)
             self.tuned = found if self.tuned_by else None
             if share < 1:
                 self.cut = self.cut[:0]

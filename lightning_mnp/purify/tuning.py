@@ -174,10 +174,10 @@ class Tuning:
         self.former = masked
         self.softened = masked.with_weights(weights)
         kernels = masked.kernels
-        left = torch.ones(kernels.total, device=masked.device)
+        self._left = torch.ones(kernels.total, device=masked.device)
         if cut is not None:
-            left[cut] = 0.0
-        begun = kernels.scaled(weights, left)
+            self._left[cut] = 0.0
+        begun = kernels.scaled(weights, self._left)
         self.before = masked.with_weights(begun)
         self.data = data
         self.augment = augment
@@ -194,9 +194,6 @@ class Tuning:
             name: begun[name].detach().to(torch.promote_types(dtype, torch.float32), copy=True)
             for name, dtype in self._types.items()
         }
-        self._left = kernels.scaled(
-            {name: torch.ones_like(weight) for name, weight in self._weights.items()}, left
-        )
         self._others = {name: weight for name, weight in weights.items() if name not in tuned}
         self.patch = patch
         self.masked = self.before
@@ -297,8 +294,8 @@ class Tuning:
             group["params"][0].grad = gradient
         self._optimizer.step()
         self._optimizer.zero_grad()
-        for name, tuned in self._weights.items():
-            tuned.mul_(self._left[name])
+        for name, tuned in self.former.kernels.scaled(self._weights, self._left).items():
+            self._weights[name].copy_(tuned)
         self._show()
         return float(loss)
 
@@ -328,7 +325,6 @@ class Tuning:
             "weights": {name: weight.clone() for name, weight in self._weights.items()},
             "moments": [{k: v.clone() for k, v in each.items()} for each in moments],
             "pattern": self.patch.pattern,
-            "wanted": self._wanted_patched,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -346,5 +342,3 @@ class Tuning:
                 for name, value in moments.items()
             }
         self.patch.pattern = state["pattern"].to(device)
-        wanted = state["wanted"]
-        self._wanted_patched = None if wanted is None else wanted.to(device)

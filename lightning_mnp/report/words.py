@@ -261,12 +261,10 @@ def _tuned(report: DefenseReport) -> str:
     tuned, cut = report.pruning.tuned, report.pruning.cut
     if not tuned:
         return ""
+    if not cut:
+        return f" Weights were tuned by {tuned:.1%}."
     kernels = "1 kernel was" if cut == 1 else f"{cut:,} kernels were"
-    return (
-        f" {kernels} cut, and weights tuned by {tuned:.1%}."
-        if cut
-        else (f" Weights were tuned by {tuned:.1%}.")
-    )
+    return f" {kernels} cut, and weights tuned by {tuned:.1%}."
 
 
 def _share(value: float) -> str:

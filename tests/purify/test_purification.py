@@ -417,6 +417,22 @@ def test_tuning_that_does_too_much_harm_is_turned_back(
         assert all(weight.equal(expected[name]) for name, weight in purification.tuned.items())
 
 
+def test_tuning_that_ends_in_nan_leaves_the_weights_as_they_were() -> None:
+    purification = new_purification(tuning_steps=1)
+    purification.remove(torch.tensor([3]))
+    before = purification._masked_weights()
+    purification.tuning = purification._new_tuning(patch_of(purification))
+    for weight in purification.tuning._weights.values():
+        weight.fill_(math.nan)
+    purification.tuning.taken = 1
+    purification.tuning._show()
+    purification.tuning_step(None)
+    assert purification.tuned is None
+    assert purification.tuned_by == 0.0
+    assert all(weight.equal(before[n]) for n, weight in purification._masked_weights().items())
+    assert "weights were not tuned" in purification.warnings[0]
+
+
 def test_weights_alone_are_removed_to_the_letter() -> None:
     purification = new_purification(rule="count", amount=2, removes="filter", repair=True)
     network = purification.masked.network
