@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_mnp.signals.margin import MarginSearch
 from lightning_mnp.signals.patch import PatchSearch
 from lightning_mnp.signals.permutation import PermutationSearch
 from lightning_mnp.signals.pile_up import PileUp
+from lightning_mnp.signals.reach import ReachSearch
 from lightning_mnp.signals.verdict import judge, rank_signals, runs_wanted
 from lightning_mnp.signals.warp import WarpSearch
 from lightning_mnp.surgery.layers import find_filter_layers
@@ -98,6 +100,10 @@ def _search(name: str, signal: dict[str, Any], scene: Scene) -> SignalSearch:
         permutation.permutation = {index: int(goal) for index, goal in classes.items()}
         permutation.moved = signal["value"]
         return permutation
+    if name == "reach":
+        reach = ReachSearch(scene)
+        reach.reaches = {index: 1 / near if near else math.nan for index, near in classes.items()}
+        return reach
     if name not in _FIGURES:
         raise ValueError(
             f"Expected a signal of an audit that is known here, but got {name!r} of "

@@ -12,7 +12,7 @@ from lightning_mnp.report.primitives import read_trigger
 
 __all__ = ["case_state", "check_state", "identity", "load_case"]
 
-FORMAT = 19
+FORMAT = 20
 
 
 def identity(case: Case) -> dict[str, Any]:

@@ -63,9 +63,9 @@ class Signal:
 
     Attributes:
         name: The signal, such as ``"patch"``.
-        strength: From 0; from 1 on it counts fully. Value over threshold, but for the margin, which
-            is confirmed by the pile-up (0 if that points to another class), and a patch under
-            which images hardly get to the class.
+        strength: From 0; from 1 on it counts fully. Value over threshold, but for the margin and
+            the reach, which are confirmed by the pile-up (0 if that points to another class), and a
+            patch under which images hardly get to the class.
         target_class: The class that it points to; None if it points to an exchange of classes.
         value: How far that class stands out: the gap to the next class, divided by the spread of
             the others. For ``permutation``, the share of images that are moved, from 0 to 1.
@@ -74,7 +74,8 @@ class Signal:
         classes: What was measured for each class that was tried. For ``permutation``, the class
             that each class is taken to.
         decides: Whether the signal can call a network backdoored. The pile-up can do so only if its
-            class is far too rare on clean images; otherwise it confirms the margin or the patch.
+            class is far too rare on clean images; otherwise it confirms the margin, the reach or
+            the patch.
     """
 
     name: str

@@ -34,6 +34,8 @@ _ASKS = {
     "pile-up": "On which class do predictions fall once the network has unlearned its task? "
     "Counts by itself only on a class that is far too rare on clean images.",
     "permutation": "Can one patch take each class to another one?",
+    "reach": "How soon does one perturbation of all images get to one class? Counts only with the "
+    "pile-up.",
 }
 _KINDS = {
     "patch": "patch",

@@ -16,7 +16,7 @@ from lightning_mnp.defense_data.defense_set import seeded_generator, value_range
 from lightning_mnp.report import Signal
 from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.logits import class_margins, least_positive
-from lightning_mnp.signals.pile_up import PileUp, PileUpConstants
+from lightning_mnp.signals.pile_up import confirmed_by_pile_up
 from lightning_mnp.signals.standout import StandoutConstants, find_standout
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork
@@ -236,15 +236,12 @@ class MarginSearch(SignalSearch):
         usual = statistics.median(abs(value) for value in self.margins.values())
         limits = constants.of(StandoutConstants)
         found = find_standout(self.margins, max(usual, 1e-12), limits)
-        piled = PileUp(self.scene).standout()
-        agree = piled.target_class == found.target_class
-        confirmed = piled.value / constants.of(PileUpConstants).counts_from
-        strength = min(found.value / counts_from, confirmed) if agree else 0.0
-        points = "the same class" if agree else f"class {piled.target_class}"
+        agree, confirmed = confirmed_by_pile_up(self.scene, found.target_class)
+        strength = min(found.value / counts_from, confirmed)
         reason = (
             f"the greatest margin is that of class {found.target_class}, where the gap to the next "
             f"class is {found.value:.2f} times the spread of the others (counts from "
-            f"{counts_from:g}, together with the pile-up, which points to {points})"
+            f"{counts_from:g}, together with the pile-up, which points to {agree})"
         )
         classes = dict(self.margins)
         return Signal(

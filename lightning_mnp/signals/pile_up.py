@@ -23,7 +23,7 @@ from lightning_mnp.signals.standout import Standout, StandoutConstants, find_sta
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Statistics, Weights
 
-__all__ = ["PileUp", "PileUpConstants", "SuppressedTrace"]
+__all__ = ["PileUp", "PileUpConstants", "SuppressedTrace", "confirmed_by_pile_up"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class PileUp(SignalSearch):
         lack = self.scene.masked.raised.get(found.target_class, 0.0)
         decides = lack >= constants.rare_from
         counts_from = constants.alone_from if decides else constants.counts_from
-        what = f"counts from {constants.counts_from:g}, together with the margin or the patch"
+        confirms = "the margin, the reach or the patch"
+        what = f"counts from {constants.counts_from:g}, together with {confirms}"
         if decides:
             what += (
                 f", and by itself from {counts_from:g}, since the class is rare on clean images: "
@@ -143,6 +144,22 @@ class PileUp(SignalSearch):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing."""
+
+
+def confirmed_by_pile_up(scene: Scene, target: int) -> tuple[str, float]:
+    """Say whether the pile-up points to the class of another signal, and how far it stands out.
+
+    Args:
+        scene: Its runs are read.
+        target: The class of the other signal.
+
+    Returns:
+        What the pile-up points to, in words, and its strength; 0 if that is another class.
+    """
+    piled = PileUp(scene).standout()
+    if piled.target_class != target:
+        return f"class {piled.target_class}", 0.0
+    return "the same class", piled.value / scene.constants.of(PileUpConstants).counts_from
 
 
 def _usual_shares(runs: Sequence[RunResult], least: float) -> list[float]:

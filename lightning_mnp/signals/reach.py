@@ -1,10 +1,10 @@
 """The reach: how long a perturbation of all images at once has to be to get to a class.
 
 A backdoor is a short way to its target class. A universal perturbation that is found by following
-the gradient takes that way, too, if there is one: it needs neither the trigger nor poisoned data.
-It is a trace for pruning, and no part of the verdict, to which it adds nothing (compare Neural
-Cleanse, Wang et al., 2019, which looks for small patches, and universal adversarial perturbations,
-Moosavi-Dezfooli et al., 2017).
+the gradient takes that way, too, if there is one: it needs neither the trigger nor poisoned data
+(compare Neural Cleanse, Wang et al., 2019, which looks for small patches, and universal adversarial
+perturbations, Moosavi-Dezfooli et al., 2017). It finds backdoors that a network has learned by
+fine-tuning, and is a trace for pruning.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from torch import Tensor
 
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.defense_set import seeded_generator
-from lightning_mnp.signals.base import Scene, Search
+from lightning_mnp.report import Signal
+from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.logits import goal_margins
 from lightning_mnp.signals.margin import MarginSearch
 from lightning_mnp.signals.perturbation import UniversalPerturbation, image_scale
+from lightning_mnp.signals.pile_up import confirmed_by_pile_up
+from lightning_mnp.signals.standout import StandoutConstants, find_standout
 from lightning_mnp.signals.trace import Trace, TraceConstants
 
 __all__ = ["PerturbationTrace", "ReachConstants", "ReachSearch", "reach_ratio"]
@@ -32,11 +35,13 @@ __all__ = ["PerturbationTrace", "ReachConstants", "ReachSearch", "reach_ratio"]
 
 @dataclass(frozen=True)
 class ReachConstants:
-    """How a universal perturbation is made, and when it is a trace.
+    """How a universal perturbation is made, when its length counts, and when it is a trace.
 
     All lengths are shares of the images' mean distance from their mean.
 
     Attributes:
+        counts_from: How far one class stands out, from where it counts fully, if predictions pile
+            up on the same class; see :func:`~lightning_mnp.signals.standout.find_standout`.
         step: Length of the first step.
         growth: Factor from step to step, so that near and far classes are measured with about the
             same relative precision.
@@ -54,6 +59,7 @@ class ReachConstants:
         share: Length of each of these steps, as a share of the perturbation's greatest length.
     """
 
+    counts_from: float = 1.0
     step: float = 0.03
     growth: float = 1.25
     most_steps: int = 10
@@ -73,7 +79,7 @@ class ReachConstants:
         return self.step * (self.growth**self.most_steps - 1) / (self.growth - 1)
 
 
-class ReachSearch(Search):
+class ReachSearch(SignalSearch):
     """Measures for each class how long a universal perturbation to it has to be.
 
     Each class is approached by steps of growing length from no perturbation at all, in evaluation
@@ -160,6 +166,33 @@ class ReachSearch(Search):
     def failed(self) -> bool:
         """Whether a reach is NaN."""
         return any(math.isnan(reach) for reach in self.reaches.values())
+
+    @property
+    def nearness(self) -> dict[int, float]:
+        """The inverse of each reach; none counts as shorter than a first step can tell."""
+        least, most = self.constants.step, self.constants.longest
+        return {index: 1 / min(max(reach, least), most) for index, reach in self.reaches.items()}
+
+    def signal(self) -> Signal:
+        """Return whether the shortest reach and the pile-up agree on a class that stands out.
+
+        A clean network has classes that are reached sooner than others, too, and a suppressed
+        network may fall back to one class. The strength is the lesser of both.
+        """
+        constants, counts_from = self.scene.constants, self.constants.counts_from
+        near = dict.fromkeys(self.reaches, 0.0) if self.failed else self.nearness
+        usual = max(statistics.median(near.values()), 1e-12)
+        found = find_standout(near, usual, constants.of(StandoutConstants))
+        agree, confirmed = confirmed_by_pile_up(self.scene, found.target_class)
+        strength = min(found.value / counts_from, confirmed)
+        reason = (
+            f"a perturbation of all images alike gets to class {found.target_class} soonest, where "
+            f"the gap to the next class is {found.value:.2f} times the spread of the others "
+            f"(counts from {counts_from:g}, together with the pile-up, which points to {agree})"
+        )
+        return Signal(
+            self.name, strength, found.target_class, found.value, counts_from, reason, near
+        )
 
     def traces(self, target: int | None, searches: Mapping[str, Search]) -> list[Trace]:
         """Return images under a perturbation, if the reach or the margin of the class stands out.

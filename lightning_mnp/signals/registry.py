@@ -34,8 +34,8 @@ _SEARCHES: dict[str, type[Search]] = {
         PatchSearch,
         WarpSearch,
         PermutationSearch,
-        # For pruning only.
         ReachSearch,
+        # For pruning only.
         OverlaySearch,
     )
 }

@@ -25,6 +25,10 @@ __all__ = [
 ]
 
 
+# Signals that count only if the pile-up points to the same class. With it, each is one voice.
+_CONFIRMED = frozenset({"margin", "reach"})
+
+
 @dataclass(frozen=True)
 class VerdictConstants:
     """When a verdict is open.
@@ -99,12 +103,11 @@ def rank_signals(found: Sequence[Signal], threshold: float = 1.0) -> list[Signal
         return signal.decides and signal.strength >= full
 
     voting = [signal for signal in found if counts(signal)]
-    # The margin counts by the pile-up: together they are one voice.
-    pair = {signal.target_class for signal in voting if signal.name == "margin"}
+    confirmed = {signal.target_class for signal in voting if signal.name in _CONFIRMED}
     votes = Counter(
         signal.target_class
         for signal in voting
-        if signal.name != "pile-up" or signal.target_class not in pair
+        if signal.name != "pile-up" or signal.target_class not in confirmed
     )
 
     def order(signal: Signal) -> tuple[bool, bool, int, float]:
@@ -132,22 +135,22 @@ def _pile_up_bars(found: Sequence[Signal], constants: Constants) -> list[tuple[i
     least, piled = constants.of(VerdictConstants).undecided_from, constants.of(PileUpConstants)
     bars, settled = [], False
     for signal in found:
-        if signal.name == "margin" and signal.value >= least * signal.threshold:
+        if signal.name in _CONFIRMED and signal.value >= least * signal.threshold:
             bars.append((signal.target_class, piled.counts_from))
         elif signal.name == "pile-up" and signal.decides:
             bars.append((signal.target_class, piled.alone_from))
         elif _leans_on_pile_up(signal, constants) and signal.strength >= least:
             bars.append((signal.target_class, constants.of(PatchConstants).piled_from))
         else:
-            settled |= signal.counts and signal.name not in ("margin", "pile-up")
+            settled |= signal.counts and signal.name not in {*_CONFIRMED, "pile-up"}
     return [] if settled else bars
 
 
 def hangs_on_pile_up(found: Sequence[Signal], constants: Constants | None = None) -> bool:
     """Return whether the verdict hangs on the pile-up: nothing counts but what leans on it.
 
-    The margin leans on it, a pile-up that decides is one, and a patch may count for more because
-    the two agree.
+    The margin and the reach lean on it, a pile-up that decides is one, and a patch may count for
+    more because the two agree.
 
     Args:
         found: All signals.
@@ -166,7 +169,8 @@ def hangs_on_pile_up(found: Sequence[Signal], constants: Constants | None = None
 def in_doubt(found: Sequence[Signal], constants: Constants | None = None) -> bool:
     """Return whether the score hangs on a pile-up that more suppression runs would make clearer.
 
-    A pile-up on another class than that of the margin is clear enough: the two do not agree.
+    A pile-up on another class than that of the margin or the reach is clear enough: they do not
+    agree.
 
     It does not depend on the threshold of the verdict: the score would, then, and a threshold that
     was found from the scores of clean networks would be one for other scores.
@@ -235,8 +239,8 @@ def signals_to_repeat(
     """Return the names of the signals that an audit of the purified network makes again.
 
     These are the one most believed, and those that came half as far as what counts. If the one most
-    believed is the margin or the pile-up, they are these two. Otherwise the pile-up is made again
-    for a patch that leans on it.
+    believed is the margin or the reach, they are it and the pile-up; if it is the pile-up, they are
+    it and the margin. Otherwise the pile-up is made again for a patch that leans on it.
 
     Args:
         ranked: All signals, as :func:`rank_signals` returns them; at least one.
@@ -250,11 +254,12 @@ def signals_to_repeat(
         ['patch', 'warp']
     """
     first, *others = ranked
-    pair = {"margin", "pile-up"}
-    if first.name in pair:
-        return frozenset(pair)
+    if first.name in _CONFIRMED:
+        return frozenset({first.name, "pile-up"})
+    if first.name == "pile-up":
+        return frozenset({"margin", "pile-up"})
     again = [first, *(each for each in others if 2 * each.strength >= threshold)]
-    names = {each.name for each in again} - pair
+    names = {each.name for each in again} - {*_CONFIRMED, "pile-up"}
     if any(_leans_on_pile_up(each, constants or Constants()) for each in again):
         names.add("pile-up")
     return frozenset(names)

@@ -20,7 +20,6 @@ from lightning_mnp.mnp.suppression import suppression_parts
 from lightning_mnp.purify.greedy import GreedyConstants
 from lightning_mnp.signals.abstention import AbstentionConstants
 from lightning_mnp.signals.overlay import OverlaySearch
-from lightning_mnp.signals.reach import ReachSearch
 from lightning_mnp.signals.verdict import Judgement, signals_to_repeat
 
 short = pytest.mark.usefixtures("short_searches")
@@ -75,7 +74,7 @@ def test_phases_of_the_published_procedure() -> None:
 def test_phases_of_an_audit() -> None:
     assert phases(new_defense(when="never", runs=2)) == [
         "reference", "suppression", "saliency", "margin", "patch", "warp", "permutation",
-        "verdict",
+        "reach", "verdict",
     ]  # fmt: skip
     by_ratio = new_defense(when="never", runs=2, verdict="ratio")
     assert phases(by_ratio) == [
@@ -93,7 +92,7 @@ def test_the_usual_runs_are_made_if_the_verdict_hangs_on_the_pile_up(
     )
     defense = new_defense(when="never", runs=3)
     again = ["suppression", "saliency"] * 2 + ["verdict"]
-    assert phases(defense)[7:] == ["verdict", *([] if settled else again)]
+    assert phases(defense)[8:] == ["verdict", *([] if settled else again)]
     at_once = finished(new_defense(runs=3, rule="auto", amount=0.02, soft_mask_steps=0))
     assert defense.case.runs == at_once.case.runs[: 1 if settled else 3]
 
@@ -106,8 +105,8 @@ def test_a_flagged_network_is_pruned_with_the_runs_of_its_verdict(
     monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **options: judgement)
     changes = {"rule": "auto", "amount": 0.05, "runs": 2}
     defense = new_defense(when="flagged", **changes)
-    assert phases(defense)[7:] == [
-        "verdict", "reach", "overlay", "pruning", "soft_masks", "tuning", "check",
+    assert phases(defense)[8:] == [
+        "verdict", "overlay", "pruning", "soft_masks", "tuning", "check",
     ]  # fmt: skip
     always = finished(new_defense(**changes))
     assert len(defense.case.runs) == 1
@@ -121,7 +120,7 @@ def test_automatic_rule_needs_no_masks() -> None:
     changes = {"rule": "auto", "amount": 0.05}
     assert phases(new_defense(runs=1, **changes)) == [
         "reference", "suppression", "saliency", "margin", "patch", "warp", "permutation",
-        "verdict", "reach", "overlay", "pruning", "soft_masks", "tuning", "check",
+        "reach", "verdict", "overlay", "pruning", "soft_masks", "tuning", "check",
     ]  # fmt: skip
     assert "soft_masks" not in phases(new_defense(runs=1, soft_mask_steps=0, **changes))
     assert "tuning" not in phases(new_defense(runs=1, tuning_steps=0, **changes))
@@ -137,32 +136,29 @@ def test_what_is_made_for_pruning_only_is_made_of_a_flagged_network(
     monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **options: judgement)
     expected: list[str] = []
     if verdict == "backdoored" and changes:
-        expected = ["reach", "overlay", "pruning", "soft_masks", "tuning", "check"]
+        expected = ["overlay", "pruning", "soft_masks", "tuning", "check"]
     elif verdict == "backdoored":
         expected = ["suppression", "saliency", "masks", "pruning", "check"]
     made = phases(new_defense(when="flagged", runs=1, **changes))
-    assert made[:7] == [
-        "reference", "suppression", "saliency", "margin", "patch", "warp", "permutation",
+    assert made[:8] == [
+        "reference", "suppression", "saliency", "margin", "patch", "warp", "permutation", "reach",
     ]  # fmt: skip
-    assert made[7:] == ["verdict", *expected]
+    assert made[8:] == ["verdict", *expected]
 
 
 @short
-@pytest.mark.parametrize("name", ["reach", "overlay"])
-def test_what_a_trace_has_found_is_of_no_account_for_the_verdict(name: str) -> None:
+def test_what_a_trace_has_found_is_of_no_account_for_the_verdict() -> None:
     defense = new_defense(runs=1, rule="auto", amount=0.02)
     while defense.phase != "pruning":
         defense.step()
-    judgement, search = defense.judgement, defense.case.search(name)
+    judgement, search = defense.judgement, defense.case.search("overlay")
     assert judgement.judged
-    if isinstance(search, ReachSearch):
-        search.reaches = dict.fromkeys(range(4), float("nan"))
-    elif isinstance(search, OverlaySearch):
-        search.rises = dict.fromkeys(range(4), float("nan"))
+    assert isinstance(search, OverlaySearch)
+    search.rises = dict.fromkeys(range(4), float("nan"))
     assert search.failed
     assert defense.case.judge() == judgement
     assert sorted(signal.name for signal in defense.case.signals()) == [
-        "margin", "patch", "permutation", "pile-up", "warp",
+        "margin", "patch", "permutation", "pile-up", "reach", "warp",
     ]  # fmt: skip
 
 
@@ -178,7 +174,7 @@ def test_unclear_pile_ups_get_further_runs(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("lightning_mnp.signals.verdict.in_doubt", unclear)
     defense = new_defense(when="never", more_runs=3)
     assert phases(defense)[6:] == [
-        "permutation", "verdict", "suppression", "saliency", "verdict",
+        "permutation", "reach", "verdict", "suppression", "saliency", "verdict",
         *("suppression", "saliency") * 2, "verdict", "suppression", "saliency", "verdict",
     ]  # fmt: skip
     assert [len(runs) for runs in judged] == [2, 4, 5]

@@ -28,28 +28,32 @@ class _StopError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("name", "made"),
+    ("name", "made", "reached"),
     [
-        ("all-pieces", ["reach", "overlay"]),
-        ("no-reach", ["overlay"]),
-        ("no-overlay", ["reach"]),
-        ("no-further-trace", []),
+        ("all-pieces", ["overlay"], True),
+        ("no-reach", ["overlay"], False),
+        ("no-overlay", [], True),
+        ("no-further-trace", [], False),
     ],
 )
 def test_searches_are_left_out_and_come_back(
-    name: str, made: list[str], images: DefenseSet, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    made: list[str],
+    reached: bool,
+    images: DefenseSet,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before, seen = list(registered()), []
 
     def stop(engine: MNPDefense) -> None:
-        seen.append(list(engine.case.wanted_traces))
+        seen.append((list(engine.case.wanted_traces), "reach" in engine.case.wanted_signals))
         assert engine.case.when == "flagged"
         raise _StopError
 
     monkeypatch.setattr(ablations, "run_defense", stop)
     with pytest.raises(_StopError):
         ABLATIONS[name].defend(build("lenet", 3, 32), images, 0)
-    assert seen == [made]
+    assert seen == [(made, reached)]
     assert list(registered()) == before
 
 

@@ -20,6 +20,7 @@ def audit(predictions: list[int] | None = None, **values: dict[str, float]) -> d
     classes = {
         **classes,
         "pile-up": LEVELS,
+        "reach": {str(k): 5.0 - 0.2 * k for k in range(10)},
         "permutation": {str(k): (k + 1) % 10 for k in range(10)},
     }
     run = {"detection_ratio": 0.5, "correlation": 0.3, "steps": 9, "accuracy": 0.2, "stopped": ""}
@@ -54,8 +55,10 @@ def test_runs_and_rare_classes_have_their_part() -> None:
     assert rescored(audit(piled))["verdict"] == "clean"
     rare = {**audit(piled), "rare_classes": {"2": 1.8}}
     assert (rescored(rare)["verdict"], rescored(rare)["target_class"]) == ("backdoored", 2)
-    sure = rescored(audit(piled, margin={"2": 60.0}))
-    assert (sure["verdict"], sure["target_class"]) == ("backdoored", 2)
+    for sure in (audit(piled, margin={"2": 60.0}), audit(piled, reach={"2": 20.0})):
+        assert (rescored(sure)["verdict"], rescored(sure)["target_class"]) == ("backdoored", 2)
+    unknown = audit(piled, reach=dict.fromkeys(map(str, range(10)), 0.0))
+    assert rescored(unknown)["verdict"] == "clean"
 
 
 def test_what_could_not_be_judged_stays_so() -> None:
@@ -65,8 +68,8 @@ def test_what_could_not_be_judged_stays_so() -> None:
 
 def test_a_signal_of_another_version_is_refused() -> None:
     before = audit()
-    before["signals"][0]["name"] = "reach"
-    with pytest.raises(ValueError, match="is known here, but got 'reach' of another version"):
+    before["signals"][0]["name"] = "overlay"
+    with pytest.raises(ValueError, match="is known here, but got 'overlay' of another version"):
         rescored(before)
 
 

@@ -49,7 +49,7 @@ def test_signal_is_the_formula() -> None:
     assert signal.reason == (
         f"after clean suppression, {usual[0]:.0%} of the predictions fall on class 0, where the "
         f"gap to the next class is {signal.value:.2f} times the spread of the others (mean of 3 "
-        "runs; counts from 1, together with the margin or the patch)"
+        "runs; counts from 1, together with the margin, the reach or the patch)"
     )
 
 
@@ -76,7 +76,7 @@ def test_it_decides_on_a_class_that_is_rare_on_clean_images(
     assert signal.strength == pytest.approx(value / signal.threshold)
     told = f"by itself from 2, since the class is rare on clean images: its logit lacks {lack:.2f}"
     assert (told in signal.reason) == decides
-    assert "counts from 1, together with the margin or the patch" in signal.reason
+    assert "counts from 1, together with the margin, the reach or the patch" in signal.reason
 
 
 def test_it_does_not_decide_if_another_class_is_rare() -> None:

@@ -7,8 +7,9 @@ import torch
 from helpers import finish, images_and_labels, new_scene, same, snapshot, trained_network
 
 from lightning_mnp.config import Constants
-from lightning_mnp.signals.base import SignalSearch
+from lightning_mnp.report import RunResult
 from lightning_mnp.signals.margin import MarginSearch
+from lightning_mnp.signals.pile_up import PileUp
 from lightning_mnp.signals.reach import (
     PerturbationTrace,
     ReachConstants,
@@ -16,6 +17,7 @@ from lightning_mnp.signals.reach import (
     _crossing,
     reach_ratio,
 )
+from lightning_mnp.signals.standout import StandoutConstants
 
 
 def test_every_class_is_visited_and_nothing_touched() -> None:
@@ -83,8 +85,75 @@ def test_an_unknown_reach_is_not_the_soonest() -> None:
     assert (soonest, ratio) == (1, reach_ratio({**known, 3: math.inf})[1])
 
 
-def test_a_reach_is_a_trace_and_no_signal() -> None:
-    assert not issubclass(ReachSearch, SignalSearch)
+def found_search(
+    reaches: dict[int, float], predictions: tuple[int, ...], constants: Constants | None = None
+) -> ReachSearch:
+    """A search that has found these reaches, after one run with these predictions."""
+    search = ReachSearch(new_scene(constants=constants))
+    search.scene.runs.append(RunResult(0.5, 0.3, predictions, 9, 0.2, ""))
+    search.reaches = reaches
+    return search
+
+
+PILED = (1, 2, 9, 3, 2, 1)  # the gap on class 2 is 6, the spread of the others 2
+OTHERS = {0: 0.25, 1: 0.2, 3: 0.25, 4: 0.25, 5: 0.5}  # their inverses go from 2 to 5
+
+
+@pytest.mark.parametrize(
+    ("reach", "others", "value"),
+    [
+        (0.1, OTHERS, 5 / 3),
+        (0.2, OTHERS, 0.0),
+        # Others so even that a quarter of the median inverse is taken for their spread.
+        (0.1, dict.fromkeys(OTHERS, 0.25), 6.0),
+        # A first step cannot tell shorter ones, and none is longer than the longest.
+        (0.0, OTHERS, (1 / 0.03 - 5) / 3),
+        (0.1, {**OTHERS, 5: math.inf}, 5 / (5 - 1 / ReachConstants().longest)),
+    ],
+)
+def test_signal_is_the_lesser_of_reach_and_pile_up(
+    reach: float, others: dict[int, float], value: float
+) -> None:
+    search = found_search({2: reach, **others}, PILED)
+    assert PileUp(search.scene).signal().strength == pytest.approx(3.0)
+    signal = search.signal()
+    counts_from = ReachConstants().counts_from
+    assert (signal.name, signal.threshold, signal.decides) == ("reach", counts_from, True)
+    assert signal.value == pytest.approx(value)
+    assert signal.strength == pytest.approx(min(value / counts_from, 3.0))
+    assert signal.classes == pytest.approx(search.nearness)
+    assert signal.classes[0] == pytest.approx(4.0)
+    if value:
+        assert signal.reason == (
+            "a perturbation of all images alike gets to class 2 soonest, where the gap to the next "
+            f"class is {value:.2f} times the spread of the others (counts from {counts_from:g}, "
+            "together with the pile-up, which points to the same class)"
+        )
+
+
+def test_nothing_counts_if_reach_and_pile_up_disagree() -> None:
+    signal = found_search({**OTHERS, 2: 0.2, 3: 0.05}, PILED).signal()
+    assert (signal.target_class, signal.strength) == (3, 0.0)
+    assert signal.value == pytest.approx(15 / 3)
+    assert "the pile-up, which points to class 2)" in signal.reason
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_nothing_counts_if_a_reach_is_not_known(index: int) -> None:
+    search = found_search({**OTHERS, 2: 0.1, index: math.nan}, PILED)
+    assert search.failed
+    assert (search.signal().strength, search.signal().value) == (0.0, 0.0)
+
+
+def test_constants_of_the_signal_can_be_varied() -> None:
+    reaches = {2: 0.1, **OTHERS}
+    strict = Constants(ReachConstants(counts_from=10.0))
+    assert found_search(reaches, PILED, strict).signal().strength == pytest.approx(1 / 6)
+    rough = Constants(StandoutConstants(least_spread=5.0))
+    assert found_search(reaches, PILED, rough).signal().value == pytest.approx(5 / (5 * 4))
+
+
+def test_a_short_reach_is_a_trace() -> None:
     for normal, names in ((0.8, ["universal perturbation"]), (0.2, [])):
         search = ReachSearch(new_scene(constants=Constants(ReachConstants(normal=normal))))
         search.reaches = {0: 0.2, 1: 0.05, 2: 0.1, 3: 0.3}
@@ -93,8 +162,6 @@ def test_a_reach_is_a_trace_and_no_signal() -> None:
         assert [trace.name for trace in search.traces(1, {"reach": search})] == names
         assert search.traces(2, {}) == search.traces(None, {}) == []
         assert not search.failed
-        search.reaches[2] = math.nan
-        assert search.failed
 
 
 def test_trace_adapts_within_its_length_and_goes_on_from_its_state() -> None:

@@ -187,7 +187,7 @@ def test_a_search_from_outside_is_made_for_pruning_and_resumed() -> None:
         if phases.count("darkness") == 2 and halfway is None:
             halfway = copy.deepcopy(defense.state_dict())
     assert phases.count("darkness") == 3
-    assert phases.index("verdict") < phases.index("reach") < phases.index("overlay")
+    assert phases.index("reach") < phases.index("verdict") < phases.index("overlay")
     assert phases.index("overlay") < phases.index("darkness") < phases.index("pruning")
     report = defense.report()
     assert report.signal("darkness") is None

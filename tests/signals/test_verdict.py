@@ -258,6 +258,8 @@ def test_a_margin_just_below_what_counts_makes_a_verdict_hang() -> None:
         ({"patch": 3.0, "warp": 0.5, "margin": 2.0, "pile-up": 2.0}, 1.0, {"patch", "warp"}),
         ({"patch": 3.0, "warp": 0.5, "margin": 2.0, "pile-up": 2.0}, 2.0, {"patch"}),
         ({"margin": 1.2, "patch": 0.9, "pile-up": 2.0}, 1.0, {"margin", "pile-up"}),
+        ({"reach": 1.2, "patch": 0.9, "margin": 1.1}, 1.0, {"reach", "pile-up"}),
+        ({"patch": 3.0, "reach": 2.0, "pile-up": 2.0}, 1.0, {"patch"}),
         ({"warp": 0.1, "patch": 0.0}, 1.0, {"warp"}),
     ],
 )
@@ -308,6 +310,9 @@ def test_a_pile_up_that_a_patch_leans_on_is_made_again(
         ([of("warp", 1.3, 1.4)], 3.9, True, True, True),
         ([of("margin", 0.9, 1.0)], 1.2, True, True, True),  # the margin wants 1.0 only
         ([of("margin", 0.8, 1.0)], 1.1, True, True, False),
+        ([of("reach", 0.9, 1.0)], 1.2, False, True, True),
+        ([of("reach", 0.8, 1.0)], 1.2, False, False, False),
+        ([of("reach", 1.4, 1.0), of("warp", 1.4, 1.4)], 1.2, False, False, False),
     ],
 )
 def test_a_verdict_hangs_on_a_pile_up_that_decides_or_that_a_patch_leans_on(
@@ -318,9 +323,10 @@ def test_a_verdict_hangs_on_a_pile_up_that_decides_or_that_a_patch_leans_on(
     assert (hangs_on_pile_up(found), in_doubt(found)) == (hangs, doubt)
 
 
-def test_a_pile_up_on_another_class_than_the_margin_is_clear() -> None:
+@pytest.mark.parametrize("name", ["margin", "reach"])
+def test_a_pile_up_on_another_class_than_the_margin_or_the_reach_is_clear(name: str) -> None:
     elsewhere = Signal("pile-up", 1.2, 5, 1.2, 1.0, "a test says so", decides=False)
-    found = [of("margin", 0.95, 1.0), elsewhere]
+    found = [of(name, 0.95, 1.0), elsewhere]
     assert hangs_on_pile_up(found)  # by one run; another may pile up on the margin's class
     assert not in_doubt(found)
     assert in_doubt([found[0], of("pile-up", 1.2, 1.0, decides=False)])
@@ -346,8 +352,9 @@ def test_runs_that_a_verdict_wants(made: int, piled: float, parts: int, wanted: 
     assert runs_wanted(made, [*found, FIRM], options, parts) == made
 
 
-def test_margin_and_pile_up_are_one_voice() -> None:
-    pair = [of("margin", 1.1, 1.0), of("pile-up", 2.2, 2.0)]
+@pytest.mark.parametrize("name", ["margin", "reach"])
+def test_the_pile_up_is_one_voice_with_what_it_confirms(name: str) -> None:
+    pair = [of(name, 1.1, 1.0), of("pile-up", 2.2, 2.0)]
     strong = Signal("patch", 6.0, 5, 6.0, 1.0, "a test says so")
     assert rank_signals([*pair, strong])[0].name == "patch"
     assert rank_signals([pair[1], strong, of("warp", 1.5, 1.4)])[0].target_class == 3
