@@ -228,7 +228,7 @@ def test_classes_that_are_not_tried_are_told() -> None:
             for signal in report.signals
             if signal.name not in ("pile-up", "permutation")
         }
-        assert set(tried) == {"margin", "patch", "warp"}
+        assert set(tried) == {"margin", "patch", "reach", "warp"}
         assert set(tried.values()) == {min(most, 4)}
         return report.warnings
 
