@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,7 @@ from lightning_mnp.defense_data.defense_set import seeded_generator, value_range
 from lightning_mnp.report import Signal
 from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.logits import class_margins, least_positive
-from lightning_mnp.signals.pile_up import confirmed_by_pile_up
-from lightning_mnp.signals.standout import StandoutConstants, find_standout
+from lightning_mnp.signals.pile_up import confirmed_signal
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
@@ -232,21 +230,8 @@ class MarginSearch(SignalSearch):
         Each alone is found in clean networks, too: a class may have objects of great margin, and
         a suppressed network may fall back to one class. Its strength is the lesser of both.
         """
-        constants, counts_from = self.scene.constants, self.constants.counts_from
-        usual = statistics.median(abs(value) for value in self.margins.values())
-        limits = constants.of(StandoutConstants)
-        found = find_standout(self.margins, max(usual, 1e-12), limits)
-        agree, confirmed = confirmed_by_pile_up(self.scene, found.target_class)
-        strength = min(found.value / counts_from, confirmed)
-        reason = (
-            f"the greatest margin is that of class {found.target_class}, where the gap to the next "
-            f"class is {found.value:.2f} times the spread of the others (counts from "
-            f"{counts_from:g}, together with the pile-up, which points to {agree})"
-        )
-        classes = dict(self.margins)
-        return Signal(
-            self.name, strength, found.target_class, found.value, counts_from, reason, classes
-        )
+        leads, counts_from = "the greatest margin is that of class {}", self.constants.counts_from
+        return confirmed_signal(self.scene, self.name, dict(self.margins), counts_from, leads)
 
     def stands_out(self, target: int) -> bool:
         """Return whether the margin of a class is out of the ordinary.

@@ -7,6 +7,7 @@ pulls clean images to one class are the filters looked for.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from lightning_mnp.signals.standout import Standout, StandoutConstants, find_sta
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Statistics, Weights
 
-__all__ = ["PileUp", "PileUpConstants", "SuppressedTrace", "confirmed_by_pile_up"]
+__all__ = ["PileUp", "PileUpConstants", "SuppressedTrace", "confirmed_signal"]
 
 
 @dataclass(frozen=True)
@@ -146,20 +147,34 @@ class PileUp(SignalSearch):
         """Do nothing."""
 
 
-def confirmed_by_pile_up(scene: Scene, target: int) -> tuple[str, float]:
-    """Say whether the pile-up points to the class of another signal, and how far it stands out.
+def confirmed_signal(
+    scene: Scene, name: str, values: dict[int, float], counts_from: float, leads: str
+) -> Signal:
+    """Return a signal that counts only if the pile-up points to the same class.
+
+    Its strength is the lesser of both, and 0 if the pile-up points to another class.
 
     Args:
         scene: Its runs are read.
-        target: The class of the other signal.
-
-    Returns:
-        What the pile-up points to, in words, and its strength; 0 if that is another class.
+        name: The name of the signal.
+        values: What was measured for each class, two classes or more; large for a backdoor.
+        counts_from: How far one class has to stand out.
+        leads: What the first class has before the others, in words, with ``{}`` for the class.
     """
+    constants = scene.constants
+    usual = statistics.median(abs(value) for value in values.values())
+    found = find_standout(values, max(usual, 1e-12), constants.of(StandoutConstants))
     piled = PileUp(scene).standout()
-    if piled.target_class != target:
-        return f"class {piled.target_class}", 0.0
-    return "the same class", piled.value / scene.constants.of(PileUpConstants).counts_from
+    agree = piled.target_class == found.target_class
+    confirmed = piled.value / constants.of(PileUpConstants).counts_from
+    strength = min(found.value / counts_from, confirmed) if agree else 0.0
+    points = "the same class" if agree else f"class {piled.target_class}"
+    reason = (
+        f"{leads.format(found.target_class)}, where the gap to the next class is "
+        f"{found.value:.2f} times the spread of the others (counts from {counts_from:g}, together "
+        f"with the pile-up, which points to {points})"
+    )
+    return Signal(name, strength, found.target_class, found.value, counts_from, reason, values)
 
 
 def _usual_shares(runs: Sequence[RunResult], least: float) -> list[float]:

@@ -26,8 +26,7 @@ from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.logits import goal_margins
 from lightning_mnp.signals.margin import MarginSearch
 from lightning_mnp.signals.perturbation import UniversalPerturbation, image_scale
-from lightning_mnp.signals.pile_up import confirmed_by_pile_up
-from lightning_mnp.signals.standout import StandoutConstants, find_standout
+from lightning_mnp.signals.pile_up import confirmed_signal
 from lightning_mnp.signals.trace import Trace, TraceConstants
 
 __all__ = ["PerturbationTrace", "ReachConstants", "ReachSearch", "reach_ratio"]
@@ -179,20 +178,9 @@ class ReachSearch(SignalSearch):
         A clean network has classes that are reached sooner than others, too, and a suppressed
         network may fall back to one class. The strength is the lesser of both.
         """
-        constants, counts_from = self.scene.constants, self.constants.counts_from
         near = dict.fromkeys(self.reaches, 0.0) if self.failed else self.nearness
-        usual = max(statistics.median(near.values()), 1e-12)
-        found = find_standout(near, usual, constants.of(StandoutConstants))
-        agree, confirmed = confirmed_by_pile_up(self.scene, found.target_class)
-        strength = min(found.value / counts_from, confirmed)
-        reason = (
-            f"a perturbation of all images alike gets to class {found.target_class} soonest, where "
-            f"the gap to the next class is {found.value:.2f} times the spread of the others "
-            f"(counts from {counts_from:g}, together with the pile-up, which points to {agree})"
-        )
-        return Signal(
-            self.name, strength, found.target_class, found.value, counts_from, reason, near
-        )
+        leads = "a perturbation of all images alike gets to class {} soonest"
+        return confirmed_signal(self.scene, self.name, near, self.constants.counts_from, leads)
 
     def traces(self, target: int | None, searches: Mapping[str, Search]) -> list[Trace]:
         """Return images under a perturbation, if the reach or the margin of the class stands out.
