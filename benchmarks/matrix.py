@@ -182,7 +182,7 @@ def examine(
     assert not warnings, warnings
     assert report.runs[0].steps > 0, report.runs[0].stopped
     assert len(report.pruned) == round(config.pruning.amount * report.filters) > 0
-    worst = float(defense.case.scores[defense.purification.removed].max())
+    worst = float(defense.case.scores[defense.purification.changes.removed].max())
     assert pruned_count(defense.case.scores, "threshold", worst) >= len(report.pruned)
     probe = data.images[:2]
     check_attaching(network, defense.case.layers, probe)
@@ -228,11 +228,11 @@ def check_pruned(
 ) -> None:
     """Check that the pruned network computes what zeros as masks and the repair make of it."""
     masks = torch.ones(defense.case.layers.total)
-    masks[defense.purification.removed] = 0.0
+    masks[defense.purification.changes.removed] = 0.0
     with FilterMasks(network, defense.case.layers, masks):
         masked = call_network(network, images)
-    if defense.purification.shift is not None:
-        masked = masked + defense.purification.shift.values
+    if defense.purification.changes.shift is not None:
+        masked = masked + defense.purification.changes.shift.values
     torch.testing.assert_close(call_network(purified, images), masked, rtol=1e-4, atol=1e-4)
 
 

@@ -599,14 +599,14 @@ def test_removed_filters_masks_and_weights_are_those_of_the_first_process(
     defense = MNPDefense(small_network(), DefenseSet(*images_and_labels()), CONFIG)
     while not defense.finished:
         defense.step()
-    before = defense.purification.removed
+    before = defense.purification.changes.removed
     masks = torch.rand(defense.case.masked.kernels.total)
     tuned = {"fc.weight": torch.rand(4, 3)}
     first: list[Any] = []
     for rank in (0, 1):
         # What this process has: of the first, it is sent and taken; of another, neither.
-        defense.purification.kernel_masks = masks + rank
-        defense.purification.tuned = {name: weight + rank for name, weight in tuned.items()}
+        defense.purification.changes.kernel_masks = masks + rank
+        defense.purification.changes.tuned = {name: weight + rank for name, weight in tuned.items()}
 
         def gather(outcome: Any, rank: int = rank) -> list[Any]:
             if rank == 0:
@@ -618,10 +618,10 @@ def test_removed_filters_masks_and_weights_are_those_of_the_first_process(
         monkeypatch.setattr(lightning_host, "process_rank", lambda rank=rank: rank)
         monkeypatch.setattr(lightning_host, "gather_objects", gather)
         report = lightning_host.follow_first(defense)
-        assert defense.purification.tuned is not None
-        assert defense.purification.tuned["fc.weight"].equal(tuned["fc.weight"])
-        assert defense.purification.kernel_masks is not None
-        assert defense.purification.kernel_masks.equal(masks)
-    assert torch.equal(before, defense.purification.removed)
-    assert defense.purification.removed.device == before.device
+        assert defense.purification.changes.tuned is not None
+        assert defense.purification.changes.tuned["fc.weight"].equal(tuned["fc.weight"])
+        assert defense.purification.changes.kernel_masks is not None
+        assert defense.purification.changes.kernel_masks.equal(masks)
+    assert torch.equal(before, defense.purification.changes.removed)
+    assert defense.purification.changes.removed.device == before.device
     assert report.pruned == [defense.case.layers.locate(int(each)) for each in before]

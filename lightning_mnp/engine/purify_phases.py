@@ -31,19 +31,19 @@ class _Pruning(Phase):
     name = "pruning"
 
     def report(self, report: DefenseReport) -> None:
-        case, purification = self.case, self.case.purification
-        removed = [int(position) for position in purification.removed]
+        case, changes = self.case, self.case.purification.changes
+        removed = [int(position) for position in changes.removed]
         report.pruned = [case.layers.locate(position) for position in removed]
         scores, ranked = case.scores, bool(case.masks_count)
-        greedy, shift = purification.greedy, purification.shift
+        greedy, shift = case.purification.greedy, changes.shift
         report.pruning = PruningReport(
             scores=[float(scores[position]) for position in removed] if ranked else [],
             counts=[] if greedy is None else list(greedy.counts),
             curve=[] if greedy is None else [list(point) for point in greedy.curve],
             traces=[] if greedy is None else [trace.name for trace in greedy.traces],
-            masks=purification.left(),
-            tuned=purification.tuned_by,
-            cut=len(purification.cut),
+            masks=changes.left(),
+            tuned=changes.tuned_by,
+            cut=len(changes.cut),
             shift=[] if shift is None else shift.values.tolist(),
             sums=self._by_layer(scores if ranked else None),
         )
@@ -212,7 +212,7 @@ class ReauditPhase(Phase):
     @property
     def done(self) -> bool:
         """Whether the second audit has finished, or there is nothing to audit again."""
-        if not self.case.purification.changes:
+        if not self.case.purification.changes.any:
             return self.steps > 0
         return self.case.second_audit is not None
 
@@ -225,7 +225,7 @@ class ReauditPhase(Phase):
     def step(self, updates: Updates) -> dict[str, float]:
         """Take one step of the second audit."""
         self.steps += 1
-        if not self.case.purification.changes:
+        if not self.case.purification.changes.any:
             return {}
         # The second engine's optimizers are its own: no Trainer knows of them.
         self.second = self.second or self._audit(self.case.purification.purified())

@@ -233,7 +233,7 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
         The first process's report.
     """
     # Not a broadcast, which would not tell that another process has died.
-    own = defense.purification
+    own = defense.purification.changes
     bias = None if own.shift is None else own.shift.name
     first = process_rank() == 0  # of the others, nothing is taken
     masks = own.kernel_masks.cpu() if first and own.kernel_masks is not None else None
@@ -245,8 +245,8 @@ def follow_first(defense: MNPDefense) -> DefenseReport:
     # In double precision, as the report has the numbers: the default type could round them.
     shift = torch.tensor(report.pruning.shift, dtype=torch.float64)
     own.shift = None if bias is None else LogitShift(bias, shift)
-    own.remove(torch.tensor(removed, dtype=torch.long))
     device = own.removed.device
+    own.removed = torch.tensor(removed, dtype=torch.long, device=device)
     own.kernel_masks = None if masks is None else masks.to(device)
     own.tuned = None if tuned is None else {k: v.to(device) for k, v in tuned.items()}
     return cast(DefenseReport, report)

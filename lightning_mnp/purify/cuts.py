@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["CutConstants", "choose_cuts", "most_harmless"]
+from lightning_mnp.purify.allowance import most_harmless
+
+__all__ = ["CutConstants", "choose_cuts"]
 
 
 @dataclass(frozen=True)
@@ -59,30 +61,3 @@ def choose_cuts(
     low = (masks < below).nonzero().flatten()
     low = low[masks[low].argsort(stable=True)]
     return low[: most_harmless(lambda count: harm(low[:count]), len(low), most)]
-
-
-def most_harmless(harm: Callable[[int], float], count: int, most: float) -> int:
-    """Find how many of an ordered row of changes can be made, by halving.
-
-    Args:
-        harm: The harm of the first so many; NaN is too much. It is taken to grow with their number.
-        count: How many there are.
-        most: The most harm allowed.
-
-    Returns:
-        From 0 to `count`.
-
-    Example:
-        >>> most_harmless(lambda changes: 0.1 * changes**2, count=9, most=1.0)
-        3
-    """
-    if count == 0 or harm(count) <= most:
-        return count
-    fine, too_many = 0, count
-    while too_many - fine > 1:
-        middle = (fine + too_many) // 2
-        if harm(middle) <= most:
-            fine = middle
-        else:
-            too_many = middle
-    return fine

@@ -13,17 +13,19 @@ from lightning_mnp.config import Constants, MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.defense_data.evaluation import accuracy, class_accuracy, clean_logits
 from lightning_mnp.defense_data.views import Views, make_views, recognized_views
+from lightning_mnp.purify.allowance import harmless_share
+from lightning_mnp.purify.changes import Changes
 from lightning_mnp.purify.cuts import CutConstants, choose_cuts
 from lightning_mnp.purify.greedy import GreedyPruning
 from lightning_mnp.purify.harm import CleanHarm, HarmConstants
-from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks, harmless_share
+from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks
 from lightning_mnp.purify.tuning import Tuning, TuningConstants
 from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, repair_shift
-from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
+from lightning_mnp.surgery.masked_network import MaskedNetwork
 from lightning_mnp.surgery.network import copy_network
-from lightning_mnp.surgery.prune import Pruning, prune, without_filters
+from lightning_mnp.surgery.prune import Pruning
 
 __all__ = ["Purification"]
 
@@ -46,13 +48,7 @@ class Purification:
         constants: Constants that differ from their defaults.
 
     Attributes:
-        removed: Positions of the filters to prune, worst first.
-        kernel_masks: What all kernels are multiplied by, shape (total kernels,), or None.
-        cut: Positions of the kernels that were cut, lowest mask first; none if tuning was turned
-            back, wholly or in part.
-        tuned: Weights by name after cuts and tuning, masks on kernels included, or None.
-        tuned_by: By how much tuning has changed weights, as a share of their norm; 0 for not.
-        shift: What is added to the logits, or None.
+        changes: What was found so far.
         accuracy: Accuracy on the defense set after all that, or None before :meth:`check`.
         class_accuracy: The same for each class that has images; empty before :meth:`check`.
         greedy: What takes filters step by step, once it has begun.
@@ -70,7 +66,7 @@ class Purification:
         >>> purification = Purification(masked, data, MNPConfig())
         >>> purification.remove(torch.tensor([2]))
         >>> accuracy = purification.check(target=0)
-        >>> bool((purification.purified()[0].weight[2] == 0).all()), purification.changes
+        >>> bool((purification.purified()[0].weight[2] == 0).all()), purification.changes.any
         (True, True)
     """
 
@@ -87,12 +83,7 @@ class Purification:
         self.constants = constants or Constants()
         self.data = data
         self.config = config
-        self.removed = torch.empty(0, dtype=torch.long, device=masked.device)
-        self.kernel_masks: Tensor | None = None
-        self.cut = torch.empty(0, dtype=torch.long, device=masked.device)
-        self.tuned: Weights | None = None
-        self.tuned_by = 0.0
-        self.shift: LogitShift | None = None
+        self.changes = Changes(masked, config.pruning.removes == "filter")
         self.accuracy: float | None = None
         self.class_accuracy: dict[int, float] = {}
         self.greedy: GreedyPruning | None = None
@@ -102,12 +93,6 @@ class Purification:
         self.ended = False
         self.warnings: list[str] = []
         self._known: Views | None = None
-
-    @property
-    def changes(self) -> bool:
-        """Whether the purified network differs from the one that was audited."""
-        masked = self.kernel_masks is not None
-        return len(self.removed) > 0 or masked or self.tuned is not None
 
     @property
     def most_filters(self) -> int:
@@ -121,7 +106,7 @@ class Purification:
         Args:
             positions: Their positions among all filters, worst first.
         """
-        self.removed = positions.to(self.masked.device)
+        self.changes.removed = positions.to(self.masked.device)
 
     def spare(self, positions: Sequence[int]) -> None:
         """Warn of filters that would go, but stay as the last of their layers.
@@ -179,7 +164,7 @@ class Purification:
         self.soft = self.soft or self._new_soft_masks()
         metrics = {} if self.soft.finished else self.soft.step()
         if self.soft.finished:
-            self.kernel_masks = self._harmless(self.soft.masks)
+            self.changes.kernel_masks = self._harmless(self.soft.masks)
             self.settled = True
         return metrics
 
@@ -194,22 +179,23 @@ class Purification:
         Returns:
             Numbers of this step, see :meth:`Tuning.step`.
         """
+        changes = self.changes
         if self.tuning is None:
-            if patch is None or not (len(self.removed) or self.soft):
+            if patch is None or not (len(changes.removed) or self.soft):
                 self.ended = True
                 return {}
             if self.config.pruning.tuning_steps > 0:
-                self.cut = self._cuts(patch)
+                changes.cut = self._cuts(patch)
             self.tuning = self._new_tuning(patch)
         metrics = {} if self.tuning.finished else self.tuning.step()
         if self.tuning.finished:
             share = self._harmless_tuning(self.tuning)
             # Not a share of 0, which would let NaN through.
             found = self.tuning.changes(share) if share else None
-            self.tuned_by = 0.0 if found is None else self._moved(self.tuning, found)
-            self.tuned = found if self.tuned_by else None
+            changes.tuned_by = 0.0 if found is None else self.tuning.moved(found)
+            changes.tuned = found if changes.tuned_by else None
             if share < 1:
-                self.cut = self.cut[:0]
+                changes.cut = changes.cut[:0]
             self.ended = True
         return metrics
 
@@ -246,18 +232,18 @@ class Purification:
         )
 
     def _new_tuning(self, patch: PatchTrigger) -> Tuning:
-        config = self.config
+        config, changes = self.config, self.changes
         return Tuning(
             self.raised,
-            self._masked_weights(),
+            changes.turned_down(),
             self.data,
             patch,
-            self.filter_masks(),
+            changes.filter_masks(),
             self._clean.augment,
             config.pruning.tuning_steps,
             config.batch_size,
             config.seed,
-            self.cut,
+            changes.cut,
             config.pruning.impurity,
             self.constants,
         )
@@ -265,12 +251,13 @@ class Purification:
     def _cuts(self, patch: PatchTrigger) -> Tensor:
         """The kernels to cut."""
         if self.soft is None:
-            return self.cut
+            return self.changes.cut
         found, constants = self.soft.masks, self.constants.of(CutConstants)
         below, times = constants.below, constants.harm
         if not self._patch_margin(patch) > constants.far:  # NaN is not near
             below, times = constants.far_below, constants.far_harm
-        softened = torch.ones_like(found) if self.kernel_masks is None else self.kernel_masks
+        softened = self.changes.kernel_masks
+        softened = torch.ones_like(found) if softened is None else softened
 
         def harm(positions: Tensor) -> float:
             return self._harm_beyond_pruning(softened.index_fill(0, positions, 0.0))
@@ -279,15 +266,15 @@ class Purification:
 
     def _patch_margin(self, patch: PatchTrigger) -> float:
         """How far a patch takes images to its class after soft masks, in logits."""
-        filters = self.filter_masks()
-        patch.masked = self.raised.with_weights(self._masked_weights())
+        filters = self.changes.filter_masks()
+        patch.masked = self.raised.with_weights(self.changes.turned_down())
         patch.approach(filters)
         with torch.no_grad():
             return float(patch.margins(filters).mean())
 
     def _harmless_tuning(self, tuning: Tuning) -> float:
         """How much of cuts and tuning may stay, from 0 to 1, for the harm that they do."""
-        config, filters, softened = self.config, self.filter_masks(), tuning.softened
+        config, filters, softened = self.config, self.changes.filter_masks(), tuning.softened
         limits = self.constants.of(HarmConstants)
         given = self._clean.sets, config.batch_size, config.pruning.impurity, limits
         measure = CleanHarm(softened, *given)
@@ -325,24 +312,16 @@ class Purification:
             undone: The same if nothing may stay.
             what: What the nats are of.
         """
-        most, whole = constants.harm * self.config.pruning.harm, harm(1.0)
-        if whole <= most:
-            return 1.0
-        share = harmless_share(harm, most, constants.halvings)
+        most = constants.harm * self.config.pruning.harm
+        share, whole = harmless_share(harm, most, constants.halvings)
+        if share == 1:
+            return share
         told = f"{done} by {share:.0%} of what was found" if share else undone
         self.warnings.append(
             f"{told}: all of it did {whole:.3g} nats {what}, and {most:g}, {constants.harm} times "
             "`pruning.harm`, is allowed"
         )
         return share
-
-    def _moved(self, tuning: Tuning, tuned: Weights) -> float:
-        before = tuning.softened.weights()
-        moved = whole = 0.0
-        for name, weight in tuned.items():
-            moved += float((weight - before[name]).float().square().sum())
-            whole += float(before[name].float().square().sum())
-        return math.sqrt(moved / whole) if whole else 0.0
 
     def _harm_beyond_pruning(self, kernel_masks: Tensor) -> float:
         greedy = self._begun
@@ -364,46 +343,6 @@ class Purification:
         )
         return begun.lerp(masks, share) if share else None
 
-    def filter_masks(self) -> Tensor:
-        """Return 0 for the filters pruned and 1 for the others, shape (total filters,)."""
-        values = torch.ones(self.masked.layers.total, device=self.masked.device)
-        values[self.removed] = 0.0
-        return values
-
-    def left(self) -> dict[str, list[float]]:
-        """Return how much of each filter is left, as a share of its weights, by layer.
-
-        It is empty if no kernel was turned down. Linear layers that have no filters are not told.
-        """
-        if self.kernel_masks is None:
-            return {}
-        shares = self.masked.kernels.left(self.masked.weights(), self.kernel_masks)
-        layers = self.masked.layers
-        found = {layer.name: shares.get(layer.name, [1.0] * layer.filters) for layer in layers}
-        for name, index in map(layers.locate, self.removed.tolist()):
-            found[name][index] = 0.0
-        return found
-
-    @property
-    def _weights_only(self) -> bool:
-        return self.config.pruning.removes == "filter"
-
-    def _masked_weights(self) -> Weights:
-        """The network's weights, turned down."""
-        weights = self.masked.weights()
-        if self.kernel_masks is None:
-            return weights
-        return self.masked.kernels.scaled(weights, self.kernel_masks)
-
-    def _changed(self) -> dict[str, Any]:
-        """What a call of the network takes to run as it will be."""
-        weights = {**self._masked_weights(), **(self.tuned or {})}
-        if not self._weights_only:
-            return {"weights": weights, "masks": self.filter_masks()}
-        return {
-            "weights": {**weights, **without_filters(self.masked.layers, weights, self.removed)}
-        }
-
     def check(self, target: int | None) -> float:
         """Fit the repair, if one is wanted, and measure what is left.
 
@@ -413,17 +352,18 @@ class Purification:
         Returns:
             The accuracy on the defense set, from 0 to 1.
         """
-        changed, size = self._changed(), self.config.batch_size
-        if self.config.pruning.repair and self.changes:
+        changes, size = self.changes, self.config.batch_size
+        changed = changes.call()
+        if self.config.pruning.repair and changes.any:
             # With rare classes raised: a target among them is to get back what pruning took from
             # it, but not, as clean images would have it, what it never had.
             passed = [clean_logits(self.raised, data, size, **changed) for data in self._clean.sets]
             seen, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
             fixed = None if target in self.raised.raised else target
-            self.shift = self._shift_of(repair_shift(seen, classes, fixed))
+            changes.shift = self._shift_of(repair_shift(seen, classes, fixed))
         logits, labels = clean_logits(self.masked, self.data, size, **changed)
-        if self.shift is not None:
-            logits = logits + self.shift.values.to(logits)
+        if changes.shift is not None:
+            logits = logits + changes.shift.values.to(logits)
         self.class_accuracy = class_accuracy(logits, labels)
         self.accuracy = accuracy(logits, labels)
         return self.accuracy
@@ -443,15 +383,7 @@ class Purification:
         Returns:
             What was removed; its ``undo`` puts it back.
         """
-        return prune(
-            network,
-            self.masked.layers,
-            self.removed,
-            self.shift,
-            weights_only=self._weights_only,
-            kernel_masks=self.kernel_masks,
-            weights=self.tuned,
-        )
+        return self.changes.apply(network)
 
     def purified(self) -> nn.Module:
         """Return a changed copy of the network."""
@@ -462,13 +394,8 @@ class Purification:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and primitives."""
         return {
-            "removed": self.removed,
-            "kernel_masks": self.kernel_masks,
-            "cut": self.cut,
-            "tuned": None if self.tuned is None else dict(self.tuned),
-            "tuned_by": self.tuned_by,
+            **self.changes.state_dict(),
             "ended": self.ended,
-            "shift": None if self.shift is None else [self.shift.name, self.shift.values],
             "augment": None if self._known is None else self._known.augment,
             "accuracy": self.accuracy,
             "class_accuracy": dict(self.class_accuracy),
@@ -489,16 +416,8 @@ class Purification:
             traces: Those of greedy pruning, made anew; of no account if it had not begun.
             patch: That of tuning, made anew; of no account if it had not begun.
         """
-        device = self.masked.device
-        self.remove(state["removed"])
-        masks = state["kernel_masks"]
-        self.kernel_masks = None if masks is None else masks.to(device)
-        self.cut = state["cut"].to(device)
-        tuned = state["tuned"]
-        self.tuned = None if tuned is None else {k: v.to(device) for k, v in tuned.items()}
-        self.tuned_by = float(state["tuned_by"])
+        self.changes.load_state_dict(state)
         self.ended = bool(state["ended"])
-        self.shift = None if state["shift"] is None else LogitShift(*state["shift"])
         self._known = None
         if state["augment"] is not None:
             self._known = make_views(self.data, state["augment"], self.config.seed)

@@ -8,7 +8,7 @@ objective, they do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from lightning_mnp.purify.harm import trimmed_mean
 from lightning_mnp.signals.trace import Trace, TraceConstants, strength
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
-__all__ = ["SoftMaskConstants", "SoftMasks", "harmless_share"]
+__all__ = ["SoftMaskConstants", "SoftMasks"]
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,6 @@ class SoftMaskConstants:
     images: int = 64
     harm: int = 4
     halvings: int = 4
-
-
-def harmless_share(harm: Callable[[float], float], most: float, halvings: int) -> float:
-    """Find the greatest share of a change that does no more harm than is allowed.
-
-    Args:
-        harm: The harm of a share from 0 to 1; NaN is too much.
-        most: The most harm allowed.
-        halvings: The share is known to within 1 / 2 ** halvings.
-
-    Returns:
-        From 0 to below 1, a multiple of that.
-
-    Example:
-        >>> harmless_share(lambda share: 4 * share, most=2.5, halvings=4)
-        0.625
-    """
-    share, width = 0.0, 1.0
-    for _ in range(halvings):
-        width /= 2
-        if harm(share + width) <= most:
-            share += width
-    return share
 
 
 class SoftMasks:

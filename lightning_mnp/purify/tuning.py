@@ -316,6 +316,17 @@ class Tuning:
             for name, weight in self._weights.items()
         }
 
+    def moved(self, tuned: Weights) -> float:
+        """Return by how much weights have moved, as a share of their norm before cuts and tuning.
+
+        Args:
+            tuned: Weights by name, from :meth:`changes`.
+        """
+        before = self.softened.weights()
+        moved = sum(float((w - before[n]).float().square().sum()) for n, w in tuned.items())
+        whole = sum(float(before[name].float().square().sum()) for name in tuned)
+        return math.sqrt(moved / whole) if whole else 0.0
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and primitives."""
         moments = [self._optimizer.state[weight] for weight in self._weights.values()]

@@ -168,7 +168,10 @@ class ReachSearch(SignalSearch):
 
     @property
     def nearness(self) -> dict[int, float]:
-        """The inverse of each reach; none counts as shorter than a first step can tell."""
+        """The inverse of each reach; none counts as shorter than a first step can tell.
+
+        It is NaN where the reach is.
+        """
         least, most = self.constants.step, self.constants.longest
         return {index: 1 / min(max(reach, least), most) for index, reach in self.reaches.items()}
 
@@ -178,9 +181,10 @@ class ReachSearch(SignalSearch):
         A clean network has classes that are reached sooner than others, too, and a suppressed
         network may fall back to one class. The strength is the lesser of both.
         """
-        near = dict.fromkeys(self.reaches, 0.0) if self.failed else self.nearness
         leads = "a perturbation of all images alike gets to class {} soonest"
-        return confirmed_signal(self.scene, self.name, near, self.constants.counts_from, leads)
+        return confirmed_signal(
+            self.scene, self.name, self.nearness, self.constants.counts_from, leads
+        )
 
     def traces(self, target: int | None, searches: Mapping[str, Search]) -> list[Trace]:
         """Return images under a perturbation, if the reach or the margin of the class stands out.

@@ -364,7 +364,7 @@ AUTO = {"rule": "auto", "amount": 0.06, "harm": 50.0, "runs": 1, "tuning_steps":
 def test_soft_masks_turns_down_what_is_left() -> None:
     defense = finished(at_soft_masks())
     report = defense.report()
-    found = defense.purification.kernel_masks
+    found = defense.purification.changes.kernel_masks
     assert found is not None
     left = report.pruning.masks
     assert list(left) == [layer.name for layer in defense.case.layers]
@@ -378,7 +378,7 @@ def test_soft_masks_turns_down_what_is_left() -> None:
     assert plain.report().pruning.masks == {}
     assert plain.report().pruned == report.pruned
     images = defense.case.data.images
-    masked, filters = plain.case.masked, plain.purification.filter_masks()
+    masked, filters = plain.case.masked, plain.purification.changes.filter_masks()
     with torch.no_grad(), masked.masking_kernels(found):
         logits = masked(images, masks=filters, statistics="running")
         expected = logits + torch.tensor(report.pruning.shift)
@@ -419,7 +419,7 @@ def test_soft_masks_that_does_harm_is_dropped_and_told(monkeypatch: pytest.Monke
 def test_soft_masks_that_does_too_much_harm_is_turned_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = finished(at_soft_masks()).purification.kernel_masks
+    whole = finished(at_soft_masks()).purification.changes.kernel_masks
     assert whole is not None
     defense = at_soft_masks()
     search, raised = defense.purification.greedy, defense.purification.raised
@@ -435,7 +435,7 @@ def test_soft_masks_that_does_too_much_harm_is_turned_back(
     report = finished(defense).report()
     share = 0.625  # the largest sixteenth below 200 / 316
     expected = torch.lerp(begun, whole, share)
-    found = defense.purification.kernel_masks
+    found = defense.purification.changes.kernel_masks
     assert found is not None
     torch.testing.assert_close(found, expected)
     [told] = [text for text in report.warnings if "turned down" in text]
@@ -528,7 +528,7 @@ def test_purified_network_that_is_still_flagged_is_told() -> None:
 def test_nothing_pruned_nothing_audited_again() -> None:
     changes = {"rule": "auto", "amount": 0.05, "harm": 1e-9, "soft_mask_steps": 0}
     defense = finished(new_defense(runs=1, reaudit=True, **changes))
-    assert (len(defense.purification.removed) == 0) == (defense.report().reaudit is None)
+    assert (len(defense.purification.changes.removed) == 0) == (defense.report().reaudit is None)
     assert finished(new_defense(rule="count", amount=0, reaudit=True)).report().reaudit is None
 
 

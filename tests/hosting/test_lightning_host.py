@@ -21,7 +21,7 @@ def test_a_repair_is_not_rounded_on_its_way_from_the_first_process(dtype: torch.
         defense.step()
     before = network.get_parameter("fc.bias").detach().clone()
     shift = torch.tensor([1 / 3, -0.1, 2.5e-9, 0.0], dtype=dtype)
-    defense.purification.shift = LogitShift("fc.bias", shift)
+    defense.purification.changes.shift = LogitShift("fc.bias", shift)
     follow_first(defense)
     defense.prune_()
     assert torch.equal(network.get_parameter("fc.bias").detach(), before + shift)

@@ -88,7 +88,7 @@ def test_kernels_are_turned_down_unless_the_traces_are_gone(level: float) -> Non
     steps = steps_of(purification)
     assert len(steps) == (1 if level == 0.05 else 3) + 4  # the last ones are those of tuning
     assert (steps[0] == {}) == (level == 0.05)
-    assert (purification.kernel_masks is None) == (level == 0.05)
+    assert (purification.changes.kernel_masks is None) == (level == 0.05)
 
 
 def test_greedy_pruning_must_have_begun() -> None:
@@ -133,36 +133,19 @@ def test_harm_of_kernel_masks_is_measured_against_the_network_as_it_was() -> Non
     kernel_masks = torch.full((purification.masked.kernels.total,), 0.9)
     found = purification._harm_beyond_pruning(kernel_masks)
     measure = CleanHarm(purification.masked, purification._clean.sets, 16)
-    filters = purification.filter_masks()
+    filters = purification.changes.filter_masks()
     assert measure.of(filters) == 0
     with purification.masked.masking_kernels(kernel_masks):
         assert found == pytest.approx(measure.of(filters), rel=1e-4)
     assert found > 0.01
 
 
-def test_what_is_left_of_each_filter() -> None:
-    purification = new_purification()
-    assert purification.filter_masks().eq(1).all()
-    assert purification.left() == {}
-    assert not purification.changes
-    purification.kernel_masks = torch.full((purification.masked.kernels.total,), 0.5)
-    purification.remove(torch.tensor([3, 1]))
-    found = purification.filter_masks()
-    assert found[[1, 3]].tolist() == [0.0, 0.0]
-    assert found.sum() == len(found) - 2
-    left = purification.left()
-    first, *others = left.values()
-    assert first == [0.0 if index in (1, 3) else 0.5 for index in range(len(first))]
-    assert {value for part in others for value in part} == {0.5}
-    assert purification.changes
-
-
 def as_purified(purification: Purification, images: torch.Tensor) -> torch.Tensor:
     """The logits before the repair, with masks attached to filters in place of zeros."""
-    filters, weights = purification.filter_masks(), purification.masked.weights()
-    if purification.kernel_masks is not None:
-        weights = purification.masked.kernels.scaled(weights, purification.kernel_masks)
-    weights.update(purification.tuned or {})
+    filters, weights = purification.changes.filter_masks(), purification.masked.weights()
+    if purification.changes.kernel_masks is not None:
+        weights = purification.masked.kernels.scaled(weights, purification.changes.kernel_masks)
+    weights.update(purification.changes.tuned or {})
     return purification.masked(images, weights=weights, masks=filters, statistics="running")
 
 
@@ -174,9 +157,9 @@ def test_purified_copy_gives_what_the_masks_and_the_shift_say() -> None:
     found = purification.check(target=1)
     images, labels = purification.data.images, purification.data.labels
     logits = as_purified(purification, images)
-    assert purification.kernel_masks is not None
-    assert purification.shift is not None
-    expected = logits + purification.shift.values
+    assert purification.changes.kernel_masks is not None
+    assert purification.changes.shift is not None
+    expected = logits + purification.changes.shift.values
     purified = purification.purified()
     torch.testing.assert_close(purified(images), expected, rtol=1e-4, atol=1e-4)
     hits = (expected.argmax(1) == labels).float().mean()
@@ -196,14 +179,14 @@ def test_repair_gives_a_rare_target_back_what_pruning_took_and_no_more() -> None
     for purification, fixed in ((plain, 1), (rare, None)):
         purification.remove(torch.tensor([0, 5]))
         purification.check(target=1)
-        assert purification.shift is not None
+        assert purification.changes.shift is not None
         sets = purification._clean.sets
-        masks = purification.filter_masks()
+        masks = purification.changes.filter_masks()
         passed = [clean_logits(purification.raised, data, 128, masks=masks) for data in sets]
         logits, classes = (torch.cat(parts) for parts in zip(*passed, strict=True))
         expected = repair_shift(logits, classes, fixed)
-        torch.testing.assert_close(purification.shift.values, expected)
-        assert (purification.shift.values[1] == 0) == (fixed == 1)
+        torch.testing.assert_close(purification.changes.shift.values, expected)
+        assert (purification.changes.shift.values[1] == 0) == (fixed == 1)
         # Accuracy is that of the network as it is given back: no logit is raised in it.
         given = purification.purified()(images)
         assert purification.accuracy == pytest.approx(
@@ -214,7 +197,7 @@ def test_repair_gives_a_rare_target_back_what_pruning_took_and_no_more() -> None
 def test_nothing_changed_needs_no_repair() -> None:
     purification = new_purification()
     assert purification.check(target=1) > 0.5
-    assert purification.shift is None
+    assert purification.changes.shift is None
 
 
 def not_to_be_run(*arguments: Any) -> None:
@@ -240,22 +223,24 @@ def test_resumed_purification_ends_the_same(stop: int) -> None:
     second.load_state_dict(first.state_dict(), traces_of(second), patch_of(second))
     steps_of(second)
     second.check(target=1)
-    assert len(reference.cut) > 0
-    assert second.cut.equal(reference.cut)
-    assert second.removed.equal(reference.removed)
-    assert second.kernel_masks is not None
-    assert reference.kernel_masks is not None
-    assert second.kernel_masks.equal(reference.kernel_masks)
-    assert second.tuned is not None
-    assert reference.tuned is not None
-    assert all(weight.equal(reference.tuned[name]) for name, weight in second.tuned.items())
+    assert len(reference.changes.cut) > 0
+    assert second.changes.cut.equal(reference.changes.cut)
+    assert second.changes.removed.equal(reference.changes.removed)
+    assert second.changes.kernel_masks is not None
+    assert reference.changes.kernel_masks is not None
+    assert second.changes.kernel_masks.equal(reference.changes.kernel_masks)
+    assert second.changes.tuned is not None
+    assert reference.changes.tuned is not None
+    assert all(
+        weight.equal(reference.changes.tuned[name]) for name, weight in second.changes.tuned.items()
+    )
     assert second.accuracy == reference.accuracy
     finished = new_purification(TURNING)
     finished.masked.network.register_forward_pre_hook(not_to_be_run)
     finished.load_state_dict(second.state_dict(), traces_of(finished), patch_of(finished))
-    assert finished.shift is not None
-    assert reference.shift is not None
-    assert finished.shift.values.equal(reference.shift.values)
+    assert finished.changes.shift is not None
+    assert reference.changes.shift is not None
+    assert finished.changes.shift.values.equal(reference.changes.shift.values)
     assert finished.accuracy == reference.accuracy
 
 
@@ -264,21 +249,23 @@ def test_weights_are_tuned_after_pruning_and_written_into_the_network() -> None:
     purification.begin(traces_of(purification))
     while not purification.settled:
         purification.soft_mask_step() if purification._begun.stopped else purification.greedy_step()
-    turned, filters = purification._masked_weights(), purification.filter_masks()
-    assert purification.tuned_by == 0.0
+    turned, filters = purification.changes.turned_down(), purification.changes.filter_masks()
+    assert purification.changes.tuned_by == 0.0
     while not purification.ended:
         purification.tuning_step(patch_of(purification))
-    assert purification.tuned is not None
-    assert set(purification.tuned) == {each.weight for each in purification.masked.kernels.layers}
-    before = torch.cat([turned[name].flatten() for name in purification.tuned])
-    after = torch.cat([weight.flatten() for weight in purification.tuned.values()])
+    assert purification.changes.tuned is not None
+    assert set(purification.changes.tuned) == {
+        each.weight for each in purification.masked.kernels.layers
+    }
+    before = torch.cat([turned[name].flatten() for name in purification.changes.tuned])
+    after = torch.cat([weight.flatten() for weight in purification.changes.tuned.values()])
     expected = float((after - before).norm() / before.norm())
-    assert purification.tuned_by == pytest.approx(expected, rel=1e-4)
+    assert purification.changes.tuned_by == pytest.approx(expected, rel=1e-4)
     assert 0 < expected < 0.05
     accuracy = purification.check(target=1)
     images, labels = purification.data.images, purification.data.labels
     with torch.no_grad():
-        weights = {**turned, **purification.tuned}
+        weights = {**turned, **purification.changes.tuned}
         given = {"weights": weights, "masks": filters, "statistics": "running"}
         logits = purification.masked(images, **given)
         torch.testing.assert_close(purification.purified()(images), logits, rtol=1e-4, atol=1e-4)
@@ -307,7 +294,7 @@ def test_the_lowest_kernels_are_cut_as_far_as_harm_allows(
 ) -> None:
     turning = Constants(GreedyConstants(gone_at=0.0))
     purification = turned_down(new_purification(turning, soft_mask_steps=2, tuning_steps=1))
-    softened_weights = purification._masked_weights()
+    softened_weights = purification.changes.turned_down()
 
     def margins(patch: PatchTrigger, masks: torch.Tensor) -> torch.Tensor:
         shown = patch.masked.weights()
@@ -317,8 +304,11 @@ def test_the_lowest_kernels_are_cut_as_far_as_harm_allows(
 
     monkeypatch.setattr(PatchTrigger, "margins", margins)
     assert purification.soft is not None
-    assert purification.kernel_masks is not None
-    softened, found = purification.kernel_masks.clone(), torch.ones_like(purification.soft.masks)
+    assert purification.changes.kernel_masks is not None
+    softened, found = (
+        purification.changes.kernel_masks.clone(),
+        torch.ones_like(purification.soft.masks),
+    )
     found[[4, 9, 30, 7, 50]] = torch.tensor([0.5, 0.2, 0.79, 0.81, 0.6])
     purification.soft.masks = found
 
@@ -330,14 +320,14 @@ def test_the_lowest_kernels_are_cut_as_far_as_harm_allows(
     monkeypatch.setattr(purification, "_harm_beyond_pruning", harm)
     assert purification._cuts(patch_of(purification)).tolist() == order[:allowed]
     purification.tuning_step(patch_of(purification))
-    assert purification.tuned is not None
-    assert purification.cut.tolist() == order[:allowed]
+    assert purification.changes.tuned is not None
+    assert purification.changes.cut.tolist() == order[:allowed]
     left = torch.ones_like(softened)
-    left[purification.cut] = 0.0
+    left[purification.changes.cut] = 0.0
     zeros = purification.masked.kernels.scaled(purification.masked.weights(), left)
-    for name, weight in purification.tuned.items():
+    for name, weight in purification.changes.tuned.items():
         assert bool((weight[zeros[name] == 0] == 0).all())
-    assert purification.kernel_masks.equal(softened)
+    assert purification.changes.kernel_masks.equal(softened)
 
 
 def test_nothing_is_cut_without_soft_masks() -> None:
@@ -345,15 +335,15 @@ def test_nothing_is_cut_without_soft_masks() -> None:
     purification.remove(torch.tensor([3]))
     purification.tuning_step(patch_of(purification))
     assert purification.tuning is not None
-    assert purification.cut.tolist() == []
+    assert purification.changes.cut.tolist() == []
 
 
 def test_without_a_patch_nothing_is_tuned() -> None:
     purification = new_purification()
     assert purification.tuning_step(None) == {}
     assert purification.ended
-    assert purification.tuned is None
-    assert not purification.changes
+    assert purification.changes.tuned is None
+    assert not purification.changes.any
 
 
 def test_tuning_that_changes_nothing_is_none() -> None:
@@ -363,7 +353,7 @@ def test_tuning_that_changes_nothing_is_none() -> None:
         purification.tuning_step(patch_of(purification))
     assert purification.tuning is not None
     assert purification.tuning.taken == 4
-    assert purification.tuned is None
+    assert purification.changes.tuned is None
 
 
 def test_nothing_is_tuned_where_nothing_was_pruned_or_turned_down() -> None:
@@ -373,8 +363,8 @@ def test_nothing_is_tuned_where_nothing_was_pruned_or_turned_down() -> None:
     again.load_state_dict(purification.state_dict(), [], patch_of(again))
     for each in (purification, again):
         assert each.ended
-        assert each.tuned is None
-        assert not each.changes
+        assert each.changes.tuned is None
+        assert not each.changes.any
 
 
 @pytest.mark.parametrize(("harm", "share"), [(0.0, 1.0), (316.0, 0.625), (1e9, 0.0), (math.nan, 0)])
@@ -386,7 +376,7 @@ def test_tuning_that_does_too_much_harm_is_turned_back(
     purification.tuning_step(patch_of(purification))
     tuning = purification.tuning
     assert tuning is not None
-    purification.cut = torch.tensor([5])
+    purification.changes.cut = torch.tensor([5])
 
     def of(measure: CleanHarm, masks: torch.Tensor) -> float:  # in proportion to the change
         assert measure._before is not None
@@ -409,27 +399,29 @@ def test_tuning_that_does_too_much_harm_is_turned_back(
             f"weights {done}: all of it did {harm:.3g} nats more harm than pruning and "
             "masks, and 200, 4 times `pruning.harm`, is allowed"
         ]
-    assert (purification.tuned is not None) == (share > 0)
-    assert purification.cut.tolist() == ([5] if share == 1 else [])
+    assert (purification.changes.tuned is not None) == (share > 0)
+    assert purification.changes.cut.tolist() == ([5] if share == 1 else [])
     if share:
-        assert purification.tuned is not None
+        assert purification.changes.tuned is not None
         expected = tuning.changes(share)
-        assert all(weight.equal(expected[name]) for name, weight in purification.tuned.items())
+        assert all(
+            weight.equal(expected[name]) for name, weight in purification.changes.tuned.items()
+        )
 
 
 def test_tuning_that_ends_in_nan_leaves_the_weights_as_they_were() -> None:
     purification = new_purification(tuning_steps=1)
     purification.remove(torch.tensor([3]))
-    before = purification._masked_weights()
+    before = purification.changes.turned_down()
     purification.tuning = purification._new_tuning(patch_of(purification))
     for weight in purification.tuning._weights.values():
         weight.fill_(math.nan)
     purification.tuning.taken = 1
     purification.tuning._show()
     purification.tuning_step(None)
-    assert purification.tuned is None
-    assert purification.tuned_by == 0.0
-    assert all(weight.equal(before[n]) for n, weight in purification._masked_weights().items())
+    assert purification.changes.tuned is None
+    assert purification.changes.tuned_by == 0.0
+    assert all(weight.equal(before[n]) for n, weight in purification.changes.turned_down().items())
     assert "weights were not tuned" in purification.warnings[0]
 
 

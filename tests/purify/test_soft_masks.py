@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lightning_mnp.config import Constants
 from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks, harmless_share
+from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks
 from lightning_mnp.signals.pile_up import SuppressedTrace
 from lightning_mnp.signals.trace import Trace, strength
 from lightning_mnp.surgery.layers import find_filter_layers
@@ -201,12 +201,3 @@ def test_network_is_left_as_it_was() -> None:
     before = snapshot(soft.masked.network)
     finish(soft)
     assert same(before, snapshot(soft.masked.network))
-
-
-@pytest.mark.parametrize(("most", "share"), [(9.0, 0.9375), (2.5, 0.625), (0.2, 0.0)])
-def test_harmless_share_is_the_largest_that_is_allowed(most: float, share: float) -> None:
-    assert harmless_share(lambda tried: 4 * tried, most, halvings=4) == share
-
-
-def test_harm_that_is_not_known_is_too_much() -> None:
-    assert harmless_share(lambda tried: float("nan"), most=1.0, halvings=4) == 0

@@ -142,7 +142,9 @@ def test_nothing_counts_if_reach_and_pile_up_disagree() -> None:
 def test_nothing_counts_if_a_reach_is_not_known(index: int) -> None:
     search = found_search({**OTHERS, 2: 0.1, index: math.nan}, PILED)
     assert search.failed
-    assert (search.signal().strength, search.signal().value) == (0.0, 0.0)
+    signal = search.signal()
+    assert (signal.strength, signal.value) == (0.0, 0.0)
+    assert [where for where, near in signal.classes.items() if math.isnan(near)] == [index]
 
 
 def test_constants_of_the_signal_can_be_varied() -> None:
