@@ -24,10 +24,11 @@ from lightning_mnp.purify.traces import find_patch, find_traces
 from lightning_mnp.report import DefenseReport, RunResult, SecondAudit, Signal, SurrogateTrigger
 from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.patch import PatchTrigger
+from lightning_mnp.signals.pile_up import PileUp
 from lightning_mnp.signals.registry import registered
 from lightning_mnp.signals.screening import Screening
 from lightning_mnp.signals.trace import Trace
-from lightning_mnp.signals.verdict import Judgement, judge, rank_signals
+from lightning_mnp.signals.verdict import CONFIRMED, Judgement, judge, rank_signals
 from lightning_mnp.surgery.forward import Forward
 from lightning_mnp.surgery.guards import (
     refuse_quantized,
@@ -195,7 +196,7 @@ class Case:
         One is enough for a verdict by signals if no filters are ranked by masks: the others are
         made when that verdict needs them. None is made if none of the signals needs one.
         """
-        if self.judges_by_signals and not (self.measured is None or "pile-up" in self.measured):
+        if self.judges_by_signals and not (self.measured is None or PileUp.name in self.measured):
             return 0
         waits = self.when == "never" or not self.ranks_by_masks
         return 1 if self.judges_by_signals and waits else self.config.suppression.runs
@@ -365,11 +366,26 @@ def open_case(
             exclude=filters.exclude,
             linear=filters.linear,
         )
+    if measured is not None:
+        measured = _with_what_confirms(measured)
     if pruning.rule != "auto":
         pruned_count(torch.ones(layers.total), pruning.rule, pruning.amount)
         if when != "never" and filters.site == "filter":
             _refuse_undone_masks(model, layers, filters.statistics)
     return Case(model, data, config, when, layers, call, classes, autocast, constants, measured)
+
+
+def _with_what_confirms(names: Set[str]) -> frozenset[str]:
+    """Check names of signals, and add the pile-up if one of them counts only together with it."""
+    known = [name for name, kind in registered().items() if issubclass(kind, SignalSearch)]
+    unknown = sorted(set(names) - set(known))
+    if unknown or not names:
+        found = f"{unknown[0]!r}" if unknown else "none"
+        raise ValueError(
+            f"Expected argument `signals` to name signals, but got {found}. Choose some of "
+            f"{', '.join(map(repr, known))}, or None for all."
+        )
+    return frozenset({*names, PileUp.name} if CONFIRMED & names else names)
 
 
 def _refuse_undone_masks(model: nn.Module, layers: FilterLayers, statistics: Statistics) -> None:

@@ -132,9 +132,12 @@ class SuppressionPhase(Phase):
         return self._images.most_steps - self.steps
 
     def _keep_for_pruning(self) -> None:
-        """Keep the weights of the run before this one, if pruning may look at them."""
+        """Keep the weights of the run before this one, if pruning may look at them.
+
+        Once: an interrupted first step is taken again.
+        """
         case, most = self.case, self.case.config.suppression.runs - 1
-        if case.may_prune_greedily and self.run > 0 and len(case.suppressed) < most:
+        if case.may_prune_greedily and len(case.suppressed) < min(most, self.run):
             weights = case.suppression.weights
             case.suppressed.append({name: weight.clone() for name, weight in weights.items()})
 

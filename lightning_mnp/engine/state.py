@@ -26,6 +26,7 @@ def identity(case: Case) -> dict[str, Any]:
         "options": case.config.to_dict(),
         "constants": case.constants.to_dict(),
         "searches": list(case.wanted_searches),
+        "signals": None if case.measured is None else sorted(case.measured),
         "occasion": case.when,
         "layers": [[layer.name, layer.filters] for layer in case.layers],
         "weights": case.weights_sha256,
@@ -51,12 +52,35 @@ def check_state(case: Case, state: Any) -> None:
             "file to start anew."
         )
     for name, value in identity(case).items():
-        if state["identity"].get(name) != value:
+        found = state["identity"].get(name)
+        if found != value:
+            told = _difference(value, found)
             raise ValueError(
-                f"Expected the state to belong to the same {name}, but it was {value!r} and "
-                f"is {state['identity'].get(name)!r} in the state. Remove the file to start "
-                "anew."
+                f"Expected the state to belong to the same {name}, but {told}. Remove the file to "
+                "start anew."
             )
+
+
+def _difference(value: Any, found: Any) -> str:
+    """Tell two values apart; of groups of options, only those that differ."""
+    if not (isinstance(value, dict) and isinstance(found, dict)):
+        return f"it is {value!r} now, and {found!r} in the state"
+    now, then = _flat(value), _flat(found)
+    parts = [
+        f"`{name}` is {now.get(name)!r} now, and {then.get(name)!r} in the state"
+        for name in dict.fromkeys([*now, *then])
+        if now.get(name) != then.get(name)
+    ]
+    return "; ".join(parts)
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested options by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        dotted = f"{prefix}{name}"
+        found.update(_flat(value, f"{dotted}.") if isinstance(value, dict) else {dotted: value})
+    return found
 
 
 def case_state(case: Case) -> dict[str, Any]:

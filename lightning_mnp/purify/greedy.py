@@ -320,6 +320,7 @@ class GreedyPruning:
 
     def _clean_slope(self) -> Tensor:
         """Gradient, with respect to the masks, of the mean clean margin, shape (total filters,)."""
+        # The former name of this stage is part of the seed: another would draw other images.
         key = (self.seed, "search", len(self.taken))
         data = self.clean[-1]
         drawn = torch.randperm(len(data), generator=seeded_generator(*key))

@@ -152,6 +152,7 @@ class SoftMasks:
                 begun = [float(strength(trace, self._filters)) for trace in self.traces]
             self._now = [max(each, self._least) for each in begun]
         epoch, index = divmod(self.taken, self.data.passes(self.batch_size))
+        # The former name of this stage is part of the seed: another would draw other images.
         key = (self.seed, "attenuation", epoch)
         images, labels = self.data.batch(
             index, self.batch_size, self.masked.device, self.augment, key

@@ -36,7 +36,7 @@ def find_traces(
 
     Args:
         scene: What the searches worked on.
-        suppressed: The suppressed weights of each run.
+        suppressed: The suppressed weights of the first runs and of the latest.
         believed: The signal most to be believed, which tells the suspected class, if it is one.
         searches: The searches by name, finished.
     """
@@ -48,7 +48,8 @@ def find_traces(
         if not isinstance(exchange, PermutationSearch):
             raise ValueError(
                 f"Expected a signal that points to a class, since only an exchange of classes by "
-                f"one patch is known how to prune, but {believed.name!r} points to none."
+                f"one patch is known how to prune, but {believed.name!r} points to none. Give its "
+                "signal a `target_class`."
             )
         images, goals = exchange.images(count)
         decides = False

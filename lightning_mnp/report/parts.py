@@ -64,8 +64,9 @@ class Signal:
     Attributes:
         name: The signal, such as ``"patch"``.
         strength: From 0; from 1 on it counts fully. Value over threshold, but for the margin and
-            the reach, which are confirmed by the pile-up (0 if that points to another class), and a
-            patch under which images hardly get to the class.
+            the reach, which are confirmed by the pile-up (0 if that points to another class), a
+            patch under which images hardly get to the class, and a permutation, where both are
+            taken above chance.
         target_class: The class that it points to; None if it points to an exchange of classes.
         value: How far that class stands out: the gap to the next class, divided by the spread of
             the others. For ``permutation``, the share of images that are moved, from 0 to 1.

@@ -153,10 +153,8 @@ def line_chart(
                 "polyline",
                 points=" ".join(points),
                 fill="none",
-                stroke=_color(_SERIES[number % len(_SERIES)]),
-                stroke_width="2",
-                stroke_dasharray=_DASHES[number % len(_DASHES)],
                 stroke_linejoin="round",
+                **_stroke(number),
             )
         )
     chart = tag(
@@ -168,6 +166,16 @@ def line_chart(
         aria_label=label,
     )
     return join(chart, _legend([name for name, _ in lines]) if len(lines) > 1 else None)
+
+
+def _stroke(number: int) -> dict[str, str | None]:
+    """Color and dashes of a line, which no other of the first sixteen has."""
+    color, dashes = (number + number // len(_SERIES)) % len(_SERIES), number % len(_DASHES)
+    return {
+        "stroke": _color(_SERIES[color]),
+        "stroke_width": "2",
+        "stroke_dasharray": _DASHES[dashes],
+    }
 
 
 def _grid(low: float, high: float, percent: bool) -> Markup:
@@ -204,9 +212,7 @@ def _legend(names: Sequence[str]) -> Markup:
             x2="28",
             y1="5",
             y2="5",
-            stroke=_color(_SERIES[number % len(_SERIES)]),
-            stroke_width="2",
-            stroke_dasharray=_DASHES[number % len(_DASHES)],
+            **_stroke(number),
         )
         sample = tag("svg", line, width="28", height="10", style="width:28px;display:inline")
         parts.append(tag("span", sample, " ", name))

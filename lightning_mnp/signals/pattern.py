@@ -137,7 +137,8 @@ class PatternSearch(Search, Generic[Trigger]):
         images, labels = scene.data.others(target, MEASURED, scene.masked.device, key)
         if len(images) == 0:
             return None
-        return portray(trigger, images, labels, torch.full_like(labels, target), target)
+        goals = torch.full_like(labels, target)
+        return portray(trigger, images, labels, goals, target, scene.config.batch_size)
 
     def _searched(self, target: int) -> Trigger:
         """Begin the pattern by which a class is compared with others."""

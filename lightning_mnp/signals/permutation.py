@@ -240,8 +240,8 @@ class PermutationSearch(SignalSearch):
 
     @property
     def failed(self) -> bool:
-        """Always False: shares of images always mean something."""
-        return False
+        """Whether gradients were not finite, so that the patch is none."""
+        return self._pattern is not None and not bool(self._pattern.isfinite().all())
 
     def signal(self) -> Signal:
         """Return what the share of exchanged images says."""
@@ -267,7 +267,8 @@ class PermutationSearch(SignalSearch):
         data, device, rows = self.scene.data, self.scene.masked.device, self._measured[:MEASURED]
         trigger, labels = self.trigger(), data.labels[rows].to(device)
         trigger.pattern = self._pattern
-        found = portray(trigger, data.images[rows].to(device), labels, self.goals(labels), None)
+        images, size = data.images[rows].to(device), self.scene.config.batch_size
+        found = portray(trigger, images, labels, self.goals(labels), None, size)
         return replace(found, signal=self.name, success=self.moved, images=len(self._measured))
 
     def traces(self, target: int | None, searches: Mapping[str, Search]) -> list[Trace]:

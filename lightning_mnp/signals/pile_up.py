@@ -148,7 +148,7 @@ class PileUp(SignalSearch):
 
 
 def confirmed_signal(
-    scene: Scene, name: str, values: dict[int, float], counts_from: float, leads: str
+    scene: Scene, name: str, values: dict[int, float], counts_from: float, claim: str
 ) -> Signal:
     """Return a signal that counts only if the pile-up points to the same class.
 
@@ -159,7 +159,7 @@ def confirmed_signal(
         name: The name of the signal.
         values: What was measured for each class, two classes or more; large for a backdoor.
         counts_from: How far one class has to stand out.
-        leads: What the first class has before the others, in words, with ``{}`` for the class.
+        claim: What the first class has before the others, in words, with ``{}`` for the class.
     """
     constants = scene.constants
     usual = statistics.median(abs(value) for value in values.values())
@@ -170,7 +170,7 @@ def confirmed_signal(
     strength = min(found.value / counts_from, confirmed) if agree else 0.0
     points = "the same class" if agree else f"class {piled.target_class}"
     reason = (
-        f"{leads.format(found.target_class)}, where the gap to the next class is "
+        f"{claim.format(found.target_class)}, where the gap to the next class is "
         f"{found.value:.2f} times the spread of the others (counts from {counts_from:g}, together "
         f"with the pile-up, which points to {points})"
     )

@@ -22,7 +22,12 @@ _MOST_PIXELS = 96  # in each direction, so that a report stays small
 
 @torch.no_grad()
 def portray(
-    trigger: PatternTrigger, images: Tensor, labels: Tensor, goals: Tensor, target: int | None
+    trigger: PatternTrigger,
+    images: Tensor,
+    labels: Tensor,
+    goals: Tensor,
+    target: int | None,
+    batch_size: int,
 ) -> SurrogateTrigger:
     """Measure a finished pattern on clean images, and draw it on some of them.
 
@@ -32,6 +37,7 @@ def portray(
         labels: Their classes, shape (N,).
         goals: The class that the pattern takes each image to, shape (N,).
         target: The class that it takes all images to; None if that differs.
+        batch_size: Most images that the network gets at once.
 
     Returns:
         The success, and pictures if images have height and width: those come first that the
@@ -40,8 +46,10 @@ def portray(
     # As the network is, without what the audit adds to the logits of rare classes.
     network = trigger.masked.with_raised({})
     triggered = trigger.applied(images, trigger.pattern)
-    before = network(images, statistics="running").argmax(1)
-    after = network(triggered, statistics="running").argmax(1)
+    before, after = (
+        torch.cat([network(p, statistics="running").argmax(1) for p in shown.split(batch_size)])
+        for shown in (images, triggered)
+    )
     arrived = after == goals
     pattern, examples = "", []
     if images.ndim == 4:

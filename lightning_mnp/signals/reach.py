@@ -99,7 +99,7 @@ class ReachSearch(SignalSearch):
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
         self.constants = scene.constants.of(ReachConstants)
-        self.scale = image_scale(scene.data.images)
+        self.scale = max(image_scale(scene.data.images), 1e-12)  # images may all be the same
         self.reaches: dict[int, float] = {}
         self.perturbations: dict[int, Tensor] = {}
         self._course: list[tuple[float, float]] = []  # length and success after each step
@@ -151,8 +151,11 @@ class ReachSearch(SignalSearch):
             until = 0.0 if last else constants.level
             step = constants.step * constants.growth ** len(self._course) * self.scale
             success = self._pushed.ascend(images, labels, step, until=until)
+            if not bool(self._pushed.perturbation.isfinite().all()):
+                self._pushed.perturbation = torch.zeros_like(self._pushed.perturbation)
+                success, last = math.nan, True
         self._course.append((length, success))
-        if success >= constants.level or len(self._course) > constants.most_steps:
+        if last or success >= constants.level:
             self.reaches[target] = _crossing(self._course, constants.level)
             self.perturbations[target] = self._pushed.perturbation
             self._pushed, self._course = None, []
@@ -181,9 +184,9 @@ class ReachSearch(SignalSearch):
         A clean network has classes that are reached sooner than others, too, and a suppressed
         network may fall back to one class. The strength is the lesser of both.
         """
-        leads = "a perturbation of all images alike gets to class {} soonest"
+        claim = "a perturbation of all images alike gets to class {} soonest"
         return confirmed_signal(
-            self.scene, self.name, self.nearness, self.constants.counts_from, leads
+            self.scene, self.name, self.nearness, self.constants.counts_from, claim
         )
 
     def traces(self, target: int | None, searches: Mapping[str, Search]) -> list[Trace]:
@@ -243,7 +246,12 @@ class ReachSearch(SignalSearch):
 
 
 def _crossing(course: Sequence[tuple[float, float]], level: float) -> float:
-    """Length at which the success first passes the level, between two steps by a straight line."""
+    """Length at which the success first passes the level, between two steps by a straight line.
+
+    NaN if the last success is.
+    """
+    if math.isnan(course[-1][1]):
+        return math.nan
     if course[0][1] >= level:
         return 0.0
     for (length, success), (later, greater) in itertools.pairwise(course):

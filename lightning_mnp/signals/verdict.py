@@ -13,6 +13,7 @@ from lightning_mnp.signals.patch import PatchConstants
 from lightning_mnp.signals.pile_up import PileUpConstants
 
 __all__ = [
+    "CONFIRMED",
     "Judgement",
     "VerdictConstants",
     "hangs_on_pile_up",
@@ -25,8 +26,9 @@ __all__ = [
 ]
 
 
-# Signals that count only if the pile-up points to the same class. With it, each is one voice.
-_CONFIRMED = frozenset({"margin", "reach"})
+# Signals that count only if the pile-up points to the same class. The pile-up has no voice of its
+# own beside one of them; two of them are two voices, since they measure different things.
+CONFIRMED = frozenset({"margin", "reach"})
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def rank_signals(found: Sequence[Signal], threshold: float = 1.0) -> list[Signal
         return signal.decides and signal.strength >= full
 
     voting = [signal for signal in found if counts(signal)]
-    confirmed = {signal.target_class for signal in voting if signal.name in _CONFIRMED}
+    confirmed = {signal.target_class for signal in voting if signal.name in CONFIRMED}
     votes = Counter(
         signal.target_class
         for signal in voting
@@ -135,14 +137,14 @@ def _pile_up_bars(found: Sequence[Signal], constants: Constants) -> list[tuple[i
     least, piled = constants.of(VerdictConstants).undecided_from, constants.of(PileUpConstants)
     bars, settled = [], False
     for signal in found:
-        if signal.name in _CONFIRMED and signal.value >= least * signal.threshold:
+        if signal.name in CONFIRMED and signal.value >= least * signal.threshold:
             bars.append((signal.target_class, piled.counts_from))
         elif signal.name == "pile-up" and signal.decides:
             bars.append((signal.target_class, piled.alone_from))
         elif _leans_on_pile_up(signal, constants) and signal.strength >= least:
             bars.append((signal.target_class, constants.of(PatchConstants).piled_from))
         else:
-            settled |= signal.counts and signal.name not in {*_CONFIRMED, "pile-up"}
+            settled |= signal.counts and signal.name not in {*CONFIRMED, "pile-up"}
     return [] if settled else bars
 
 
@@ -238,9 +240,9 @@ def signals_to_repeat(
 ) -> frozenset[str]:
     """Return the names of the signals that an audit of the purified network makes again.
 
-    These are the one most believed, and those that came half as far as what counts. If the one most
-    believed is the margin or the reach, they are it and the pile-up; if it is the pile-up, they are
-    it and the margin. Otherwise the pile-up is made again for a patch that leans on it.
+    If the one most believed is the margin or the reach, they are it and the pile-up; if it is the
+    pile-up, they are it and the margin. Otherwise they are it and those that came half as far as
+    what counts, margin and reach left out, and the pile-up for a patch that leans on it.
 
     Args:
         ranked: All signals, as :func:`rank_signals` returns them; at least one.
@@ -254,12 +256,12 @@ def signals_to_repeat(
         ['patch', 'warp']
     """
     first, *others = ranked
-    if first.name in _CONFIRMED:
+    if first.name in CONFIRMED:
         return frozenset({first.name, "pile-up"})
     if first.name == "pile-up":
         return frozenset({"margin", "pile-up"})
     again = [first, *(each for each in others if 2 * each.strength >= threshold)]
-    names = {each.name for each in again} - {*_CONFIRMED, "pile-up"}
+    names = {each.name for each in again} - {*CONFIRMED, "pile-up"}
     if any(_leans_on_pile_up(each, constants or Constants()) for each in again):
         names.add("pile-up")
     return frozenset(names)
@@ -282,8 +284,7 @@ def judge(
     Args:
         runs: The suppression runs; none if no signal needs one.
         correlation: Rank correlation of magnitude and saliency of the network as it is.
-        found: The signals, most believed first; may be empty if ``config.verdict.rule`` is
-            ``"ratio"``.
+        found: The signals, most believed first; without any, a verdict by signals is undecided.
         config: Options; ``verdict`` chooses the rule.
         accuracy: The network's accuracy on the defense set, from 0 to 1.
         doubts: Why the network cannot be judged, in words, see
@@ -318,6 +319,9 @@ def judge(
         score = max(strengths, default=0.0 if found else math.nan)
         reasons = [signal.reason for signal in found]
         verdict = _by_score(score, config.verdict.threshold, undecided_from)
+        if not found:
+            judged = False
+            reasons.append("no signal was made that can speak for a backdoor")
         if failed and verdict == "clean":
             verdict, judged = "undecided", False
             reasons.append(
@@ -339,6 +343,8 @@ def judge(
 
 def _not_suppressed(runs: Sequence[RunResult], accuracy: float, config: MNPConfig) -> Iterator[str]:
     """Why the suppressed networks mean nothing, if clean suppression had nothing to unlearn."""
+    if not runs:
+        return
     stop = config.suppression.stop_accuracy
     if stop is not None and accuracy <= stop:
         yield (
@@ -347,7 +353,7 @@ def _not_suppressed(runs: Sequence[RunResult], accuracy: float, config: MNPConfi
             "unlearn; check images and labels, or lower that option"
         )
         return
-    if not runs or any(run.steps for run in runs):
+    if any(run.steps for run in runs):
         return
     first, seen = runs[0], ""
     if not math.isnan(first.accuracy):
@@ -372,7 +378,7 @@ def top_class(runs: Sequence[RunResult]) -> int:
 def _by_score(score: float, threshold: float, undecided_from: float) -> Verdict:
     if score >= threshold:
         return "backdoored"
-    return "undecided" if score >= undecided_from * threshold else "clean"
+    return "clean" if score < undecided_from * threshold else "undecided"  # NaN is not clean
 
 
 def _by_ratio(ratio: float, correlation: float, delta: float) -> tuple[Verdict, list[str]]:

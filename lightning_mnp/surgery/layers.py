@@ -339,6 +339,8 @@ def _paired_norm(
     weight = getattr(norm, "weight", None)
     if weight is not None and weight.numel() != filters:
         return None, 1, f"the normalization layer {norm_name} has other channels"
+    if weight is not None and weight.ndim != 1:
+        return None, 1, f"the weight of the normalization layer {norm_name} has several dimensions"
     if norm_name in use.crossed:
         return None, 1, f"the normalization layer {norm_name} normalizes another dimension"
     if is_parametrized(norm) or _is_tied(norm, owners):

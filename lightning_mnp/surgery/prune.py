@@ -56,7 +56,6 @@ def prune(
     layers: FilterLayers,
     positions: Tensor,
     shift: LogitShift | None = None,
-    masks: Tensor | None = None,
     weights_only: bool = False,
     kernel_masks: Tensor | None = None,
     weights: Mapping[str, Tensor] | None = None,
@@ -68,10 +67,8 @@ def prune(
         layers: Its layers.
         positions: Positions of the filters among the filters of all layers.
         shift: Constants that are added to the logits at the same time, or None.
-        masks: Factors of the output maps of the other filters, shape (total filters,); all ones if
-            None.
         weights_only: Whether only the weights of the filters are set to zero, see
-            :func:`without_filters`. Masks other than 0 and 1 are not possible then.
+            :func:`without_filters`.
         kernel_masks: Factors of the kernels, see
             :class:`~lightning_mnp.surgery.kernels.Kernels`; all ones if None.
         weights: Weights by name that replace those of the network, before filters are removed;
@@ -95,7 +92,7 @@ def prune(
         True
     """
     device = next(network.parameters()).device
-    values = torch.ones(layers.total, device=device) if masks is None else masks.to(device).clone()
+    values = torch.ones(layers.total, device=device)
     pruned = [layers.locate(int(position)) for position in positions]
     values[positions.to(device)] = 0.0
     parts = zip(layers, values.split(layers.sizes), strict=True)

@@ -89,14 +89,12 @@ class ConvolutionUse:
     """How one convolution was used in a run.
 
     Attributes:
-        calls: How often it was called.
         norms: Pairs (name, channel dimension) of the normalization layers that its output enters.
         elsewhere: Whether its output enters anything else.
         crossed: Names of those normalization layers whose weights belong to a dimension other than
             the channels.
     """
 
-    calls: int = 0
     norms: set[tuple[str, int]] = field(default_factory=set)
     elsewhere: bool = False
     crossed: set[str] = field(default_factory=set)
@@ -222,7 +220,7 @@ class RunTracer(TorchFunctionMode):
             self._makers[id(tensor)] = makers
             self._maps.pop(id(tensor), None)
             if isinstance(module, self._followed):
-                self.uses.setdefault(name, ConvolutionUse()).calls += 1
+                self.uses.setdefault(name, ConvolutionUse())
                 last = tensor.ndim - 1  # where linear layers have their units
                 self._maps[id(tensor)] = (name, 1 if isinstance(module, _ConvNd) else last)
 

@@ -80,6 +80,13 @@ def test_lines_go_through_their_values() -> None:
     assert all(part in text for part in ("100%", "50%", "0%", "pass", "falls", "a", "b"))
 
 
+def test_many_lines_are_told_apart() -> None:
+    lines = [(f"line {number}", [0.0, 1.0]) for number in range(16)]
+    chart = svg(line_chart(lines, across="pass", first=1, label="falls"))
+    drawn = chart.findall(".//polyline")
+    assert len({(line.get("stroke"), line.get("stroke-dasharray")) for line in drawn}) == 16
+
+
 @pytest.mark.parametrize("values", [[0.002], [0.0, 0.0], [-1.0, 2.0]])
 def test_a_chart_of_any_numbers(values: list[float]) -> None:
     text = line_chart([("harm", values)], across="filters", first=0, label="harm")

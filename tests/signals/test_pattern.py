@@ -137,8 +137,15 @@ def test_what_is_found_is_the_pattern_of_the_class_that_stands_out(kind: Kind) -
 
 @KINDS
 def test_batches_are_no_larger_than_told(kind: Kind) -> None:
-    search = new_search(kind, batch_size=5)
+    search, sizes = new_search(kind, batch_size=5), []
     assert len(search.trigger(1).images) == 5
+    network = search.scene.masked.network
+    network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    finish(search)
+    shown = search.found()
+    assert shown is not None
+    assert shown.images > 5
+    assert max(sizes) == 5
 
 
 @KINDS

@@ -89,8 +89,33 @@ def test_no_batch_is_larger_than_asked_for() -> None:
     search = new_search(network, count=80, batch_size=5)
     handle = network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     finish(search)
+    shown = search.found()
     handle.remove()
+    assert shown is not None
     assert max(sizes) == 5
+
+
+class Spoiled(nn.Module):
+    """A network whose gradients with respect to the images are NaN, and whose logits are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = trained_network()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(images)
+        return logits + 0 * (images - images).sqrt().flatten(1).sum(1, keepdim=True)
+
+
+def test_a_patch_that_is_not_finite_is_a_failure() -> None:
+    assert not finish(new_search(constants=SHORT)).failed
+    search = new_search(Spoiled(), constants=SHORT)
+    assert not search.failed
+    finish(search)
+    assert search.failed
+    again = new_search(Spoiled(), constants=SHORT)
+    again.load_state_dict(search.state_dict())
+    assert again.failed
 
 
 def test_logits_that_are_not_finite_leave_some_permutation() -> None:

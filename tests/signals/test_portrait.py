@@ -58,7 +58,7 @@ def a_scene_with_a_patch() -> tuple[PatchTrigger, Tensor, Tensor]:
 def test_success_and_examples_are_those_of_the_network() -> None:
     trigger, images, pattern = a_scene_with_a_patch()
     labels = torch.tensor([1, 0, 0, 0, 0])  # the first is not recognized
-    found = portray(trigger, images, labels, torch.ones(5, dtype=torch.long), 1)
+    found = portray(trigger, images, labels, torch.ones(5, dtype=torch.long), 1, 2)
     changed = (images + pattern).clamp(-1.0, 3.0)
     arrived = [float(image[0, 0, 1]) > float(image[0, 0, 0]) for image in changed]
     assert (found.signal, found.target_class, found.images) == ("patch", 1, 5)
@@ -80,7 +80,7 @@ def test_nothing_is_drawn_of_what_is_no_picture() -> None:
     images = torch.zeros(4, 3, 8)
     trigger = new_patch(images, torch.zeros(4, dtype=torch.long), torch.zeros(1, 3, 8))
     labels = torch.zeros(4, dtype=torch.long)
-    found = portray(trigger, images, labels, labels, 0)
+    found = portray(trigger, images, labels, labels, 0, 128)
     assert (found.pattern, found.examples, found.success) == ("", (), 1.0)
 
 
@@ -88,7 +88,7 @@ def test_the_audits_addition_to_rare_classes_is_left_out() -> None:
     trigger, images, _ = a_scene_with_a_patch()
     trigger.masked.raised = {1: 1e6}
     labels = torch.zeros(5, dtype=torch.long)
-    assert portray(trigger, images, labels, labels + 1, 1).examples[0].before == 0
+    assert portray(trigger, images, labels, labels + 1, 1, 128).examples[0].before == 0
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,6 @@ def test_pattern_and_network_are_left_as_they_were() -> None:
     network = trigger.masked.network
     before = snapshot(network)
     labels = torch.zeros(5, dtype=torch.long)
-    portray(trigger, images, labels, labels + 1, 1)
+    portray(trigger, images, labels, labels + 1, 1, 128)
     assert trigger.pattern.equal(pattern)
     assert same(before, snapshot(network))

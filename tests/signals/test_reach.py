@@ -7,7 +7,9 @@ import torch
 from helpers import finish, images_and_labels, new_scene, same, snapshot, trained_network
 
 from lightning_mnp.config import Constants
+from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.report import RunResult
+from lightning_mnp.signals.logits import push_loss
 from lightning_mnp.signals.margin import MarginSearch
 from lightning_mnp.signals.pile_up import PileUp
 from lightning_mnp.signals.reach import (
@@ -52,10 +54,33 @@ def test_resumed_search_ends_the_same() -> None:
         ([(0.0, 0.0), (0.02, 0.25), (0.04, 0.75)], 0.03),
         ([(0.0, 0.6)], 0.0),
         ([(0.0, 0.1), (0.02, 0.2)], math.inf),
+        ([(0.0, 0.1), (0.02, math.nan)], math.nan),
     ],
 )
 def test_crossing_is_by_a_straight_line(course: list[tuple[float, float]], expected: float) -> None:
-    assert _crossing(course, 0.5) == pytest.approx(expected)
+    assert _crossing(course, 0.5) == pytest.approx(expected, nan_ok=True)
+
+
+def test_gradients_that_are_not_finite_leave_a_reach_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = ReachSearch(new_scene(tried=[2, 0, 1]))
+
+    def spoiled(logits: torch.Tensor, labels: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
+        rises = float("nan") if int(goals[0]) == 0 else 1.0
+        return rises * push_loss(logits, labels, goals)
+
+    monkeypatch.setattr("lightning_mnp.signals.perturbation.push_loss", spoiled)
+    finish(search)
+    assert {index for index, reach in search.reaches.items() if math.isnan(reach)} == {0}
+    assert search.failed
+    assert all(bool(found.isfinite().all()) for found in search.perturbations.values())
+
+
+def test_images_that_are_all_the_same_have_some_reach() -> None:
+    data = DefenseSet(torch.zeros(8, 1, 8, 8), torch.arange(8) % 4)
+    search = finish(ReachSearch(new_scene(data=data)))
+    assert len(search.reaches) == 4
 
 
 def test_ratio_is_of_the_soonest_to_the_median_of_the_others() -> None:

@@ -358,6 +358,8 @@ def test_the_pile_up_is_one_voice_with_what_it_confirms(name: str) -> None:
     strong = Signal("patch", 6.0, 5, 6.0, 1.0, "a test says so")
     assert rank_signals([*pair, strong])[0].name == "patch"
     assert rank_signals([pair[1], strong, of("warp", 1.5, 1.4)])[0].target_class == 3
+    both = [*pair, of({"margin": "reach", "reach": "margin"}[name], 1.2, 1.1)]
+    assert rank_signals([*both, strong])[0].target_class == 3  # two measurements, two voices
 
 
 def test_a_verdict_needs_no_run_where_no_signal_does() -> None:
@@ -365,6 +367,15 @@ def test_a_verdict_needs_no_run_where_no_signal_does() -> None:
     judgement = verdict.judge([], 0.5, ranked, MNPConfig(), 0.9)
     assert (judgement.verdict, judgement.judged, judgement.score) == ("clean", True, 0.2)
     assert math.isnan(judgement.detection_ratio)
+    # Without runs, that clean suppression would have had nothing to do is no matter.
+    assert verdict.judge([], 0.5, ranked, MNPConfig(), 0.1).verdict == "clean"
+
+
+def test_a_verdict_without_signals_is_none() -> None:
+    judgement = verdict.judge([run()], 0.5, [], MNPConfig(), 0.9)
+    assert (judgement.verdict, judgement.judged) == ("undecided", False)
+    assert math.isnan(judgement.score)
+    assert "no signal was made that can speak for a backdoor" in judgement.reasons
 
 
 def test_what_is_in_doubt_can_be_varied() -> None:

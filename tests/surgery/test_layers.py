@@ -49,6 +49,19 @@ class Net(nn.Module):
         return logits
 
 
+class TallNorm(nn.BatchNorm2d):
+    """A normalization layer whose weight has a dimension for each of those of a map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.weight = nn.Parameter(self.weight.detach()[:, None, None])
+        self.bias = nn.Parameter(self.bias.detach()[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean, variance = self.running_mean[:, None, None], self.running_var[:, None, None]
+        return (images - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
+
+
 def chain(*layers: nn.Module, width: int = 4, dims: int = 2) -> nn.Sequential:
     pools = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
     return nn.Sequential(*layers, pools[dims](1), nn.Flatten(), nn.Linear(width, 2))
@@ -166,6 +179,7 @@ def test_a_single_channel() -> None:
     [
         (nn.LayerNorm([4, 6, 6]), "the normalization layer 1 has other channels"),
         (nn.LayerNorm(6), "the normalization layer 1 has other channels"),
+        (TallNorm(4), "the weight of the normalization layer 1 has several dimensions"),
         (
             nn.GroupNorm(2, 4, affine=False),
             "the normalization layer 1 has no weight to prune",

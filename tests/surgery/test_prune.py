@@ -27,24 +27,6 @@ def test_pruned_network_computes_what_the_masked_one_does() -> None:
     assert pruning.pruned == [layers.locate(int(position)) for position in positions]
 
 
-def test_masks_of_the_filters_that_stay() -> None:
-    network = trained_network().double()
-    images = images_and_labels()[0].double()
-    layers = find_filter_layers(network, images[:2])
-    masks = torch.rand(layers.total, dtype=torch.float64)
-    positions = torch.tensor([0, 77])
-    before = snapshot(network)
-    with FilterMasks(network, layers, masks.index_fill(0, positions, 0.0)):
-        expected = network(images)
-    given = masks.clone()
-    pruning = prune(network, layers, positions, masks=masks)
-    torch.testing.assert_close(network(images), expected)
-    assert pruning.pruned == [layers.locate(0), layers.locate(77)]
-    assert masks.equal(given)
-    pruning.undo(network)
-    assert same(before, snapshot(network))
-
-
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_kernels_that_are_turned_down(weights_only: bool) -> None:
     network = trained_network().double()
