@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
@@ -23,6 +23,7 @@ from lightning_mnp.benchmark.networks import Fit, NetworkFolder
 from lightning_mnp.benchmark.recipe import read_yaml
 from lightning_mnp.benchmark.report import write_report
 from lightning_mnp.benchmark.run import Places, Summary, run_benchmark
+from lightning_mnp.cli.parser import print_error
 
 __all__ = ["main", "parse_seconds"]
 
@@ -89,6 +90,21 @@ def report(
     raise AssertionError("only parsed")
 
 
+class _Parser(ArgumentParser):
+    """A parser that says what is wrong in plain words."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the error and the usage, and end with code 2.
+
+        Args:
+            message: What is wrong.
+            ex: The exception that says so.
+        """
+        print_error(self, message, ex)
+        self.exit(2)
+        raise AssertionError("unreachable")
+
+
 def main(args: Sequence[str], fit: Fit) -> int:
     """Run the command.
 
@@ -102,12 +118,12 @@ def main(args: Sequence[str], fit: Fit) -> int:
     Raises:
         ValueError: If an argument cannot serve.
     """
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="lightning-mnp benchmark", description="Compare defenses and detectors, cell by cell."
     )
     commands = parser.add_subcommands()
     for command in (run, report):
-        part = ArgumentParser(description=str(command.__doc__).partition("\n\n    Args:")[0])
+        part = _Parser(description=str(command.__doc__).partition("\n\n    Args:")[0])
         part.add_argument("--config", action="config", help="a YAML file with these options")
         part.add_function_arguments(command, as_group=False)
         first = str(command.__doc__).partition("\n")[0].rstrip(".")

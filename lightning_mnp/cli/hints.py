@@ -29,7 +29,14 @@ _PROBLEM = re.compile(
 )
 _NOT_ACCEPTED = re.compile(r"Option '(?P<name>\w+)' is not accepted")
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: --|does not accept option \W?)(?P<name>[\w.]+)")
-_REQUIRED = re.compile(r"(?<=arguments are required: )(?P<command>\w+)\.(?P<name>\w+)$")
+_REQUIRED = re.compile(
+    r"(?<=arguments are required: )(?P<names>(?P<command>\w+)\.\w+(?:, (?P=command)\.\w+)*)$"
+)
+# A configuration that has a model and a data set, for commands that need them.
+_EXAMPLES = {
+    **dict.fromkeys(("audit", "defend", "calibrate"), "package:audit-cifar10"),
+    **dict.fromkeys(("fit", "validate", "test"), "package:fit-cifar10-2core"),
+}
 
 
 def plain_message(message: str) -> str:
@@ -46,7 +53,10 @@ def plain_message(message: str) -> str:
         'Expected argument `--mnp.seed` to be one of 0, 1, but got 2.'
     """
     if found := _REQUIRED.search(message):
-        return f"Expected argument `--{found['name']}`, which is required, but got none."
+        *names, last = [f"`--{name.partition('.')[2]}`" for name in found["names"].split(", ")]
+        if not names:
+            return f"Expected argument {last}, which is required, but got none."
+        return f"Expected arguments {', '.join(names)} and {last}, but got none of them."
     if found := _VALUE.search(message):
         value = found["value"].splitlines()[0]
         return f"Expected argument `--{found['key']}` to be {_kind(found)}, but got {value}."
@@ -90,10 +100,17 @@ def _kind(found: re.Match[str]) -> str:
 def find_hint(message: str, parser: argparse.ArgumentParser) -> str:
     """Return the option, value or class that was probably meant, as a question; empty if none is.
 
+    For a missing model or data set, it is a configuration that names both.
+
     Args:
         message: What jsonargparse says.
         parser: The parser that was used.
     """
+    if (found := _REQUIRED.search(message)) and found["command"] in _EXAMPLES:
+        named = {name.partition(".")[2] for name in found["names"].split(", ")}
+        file = _EXAMPLES[found["command"]]
+        if named & {"model", "data"}:
+            return f"A configuration names model and data, for example `--config {file}`."
     if found := _UNKNOWN.search(message):
         options = {name for action in parser._actions for name in action.option_strings}
         return similar(f"--{found['name']}", options).strip()

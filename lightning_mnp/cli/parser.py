@@ -13,11 +13,17 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.cli.hints import find_hint, named_command, plain_message
+from lightning_mnp.cli.words import COMMANDS
 
-__all__ = ["MNPParser"]
+__all__ = ["MNPParser", "print_error"]
 
 _MOST_LETTERS = 2000
 _OPTIONS = "--config FILE [options]"
+# Commands that need no file.
+_OTHER_OPTIONS = {
+    **dict.fromkeys(("demo", "report"), "[options]"),
+    "benchmark": "{run,report} [options]",
+}
 
 # Options of Lightning's Trainer that have a meaning for commands that do not train.
 _TRAINER = ("accelerator", "devices", "precision", "logger", "enable_progress_bar")
@@ -55,6 +61,8 @@ _OWN_VALUES = {
 }
 _LEFT = 38  # columns for the names of options, so that nearly all fit
 
+# Where the defaults of the demo come from is a file of the package.
+_DEFAULTS_FROM = re.compile(r"default config file locations:\n(?:  .*\n)+\n")
 _FIRST_SENTENCE = re.compile(r"(?<=\.)\s(?=[A-Z])|;\s")
 
 
@@ -115,7 +123,9 @@ class MNPParser(LightningArgumentParser):
             if name in groups:
                 groups[name].title = title
         if command != self.prog:
-            self.usage = f"{_program(self)} {_OPTIONS}"
+            self.usage = f"{_program(self)} {_options(command)}"
+            what = COMMANDS[command]
+            self.description = f"{what[0].upper()}{what[1:]}."
         names = [action.dest for action in self._actions]
         hidden = [
             (action, action.help) for action in self._actions if _is_hidden(action, command, names)
@@ -123,7 +133,7 @@ class MNPParser(LightningArgumentParser):
         for action, _ in hidden:
             action.help = argparse.SUPPRESS
         try:
-            return str(super().format_help(*args, **kwargs))
+            return _DEFAULTS_FROM.sub("", str(super().format_help(*args, **kwargs)))
         finally:
             for action, told in hidden:
                 action.help = told
@@ -137,15 +147,33 @@ class MNPParser(LightningArgumentParser):
         """
         if not self.exit_on_error:
             super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        hint, command = find_hint(message, parser), named_command(message)
-        program = " ".join(filter(None, (_program(parser), command)))
-        usage = f"usage: {program} {_OPTIONS}; `{program} --help` lists the options"
-        told = [f"error: {plain_message(message)}", *([hint] if hint else []), usage]
-        for line in "\n".join(told).splitlines():
-            print(printable(line, _MOST_LETTERS), file=sys.stderr)
+        print_error(self, message, ex)
         self.exit(2)
         raise AssertionError("unreachable")
+
+
+def print_error(
+    parser: argparse.ArgumentParser, message: str, error: Exception | None = None
+) -> None:
+    """Print what is wrong and what was probably meant, then the usage.
+
+    Args:
+        parser: The parser that was used.
+        message: What is wrong.
+        error: The exception that says so.
+    """
+    parser = getattr(error, "subcommand_parser", None) or parser
+    hint, command = find_hint(message, parser), named_command(message)
+    program = " ".join(filter(None, (_program(parser), command)))
+    options = _options(program.split()[-1])
+    usage = f"usage: {program} {options}; `{program} --help` lists the options"
+    told = [f"error: {plain_message(message)}", *([hint] if hint else []), usage]
+    for line in "\n".join(told).splitlines():
+        print(printable(line, _MOST_LETTERS), file=sys.stderr)
+
+
+def _options(command: str) -> str:
+    return _OTHER_OPTIONS.get(command, _OPTIONS)
 
 
 def _program(parser: argparse.ArgumentParser) -> str:

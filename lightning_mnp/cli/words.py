@@ -14,11 +14,11 @@ __all__ = ["COMMANDS", "HELP", "WordsParser", "similar"]
 COMMANDS = {
     "scan": "judge a weights file, with a folder of clean images; no configuration needed",
     "audit": "judge the network in a checkpoint, by a configuration",
-    "defend": "judge it, prune it if it is flagged, and write its weights",
+    "defend": "judge a network, prune it if it is flagged, and write its weights",
     "calibrate": "find the threshold of the verdict from clean networks of your own",
     "fit": "train a network, also under attack",
     "validate": "measure clean accuracy and attack success on the validation data",
-    "test": "measure them on the test data",
+    "test": "measure clean accuracy and attack success on the test data",
     "benchmark": "compare defenses and detectors on attacks, and make tables of the results",
     "demo": "train a backdoored network on digits, audit it and defend it, in two minutes",
 }

@@ -85,8 +85,8 @@ def _grouped_message(name: str) -> str:
 class MNPConfig:
     """All options of an audit or a defense.
 
-    How the defaults were chosen, with the measurements, is told on the documentation's page
-    "The default".
+    How the defaults were chosen, with the measurements, is told on the documentation's pages
+    "The verdict" and "Pruning".
 
     Args:
         seed: Seed of all that is drawn; the same seed gives the same outcome.

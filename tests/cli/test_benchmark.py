@@ -124,6 +124,20 @@ def test_unknown_options_of_the_command(words: list[str], message: str) -> None:
         module.main(words, quick_fit)
 
 
+def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["benchmark", "run"])
+    assert stop.value.code == 2
+    error, usage = capsys.readouterr().err.splitlines()
+    assert error == "error: Expected arguments `--base` and `--grids`, but got none of them."
+    assert usage.startswith("usage: lightning-mnp benchmark run --config FILE [options]; ")
+    with pytest.raises(SystemExit):
+        main(["benchmark", "nope"])
+    error, usage = capsys.readouterr().err.splitlines()
+    assert "invalid choice: 'nope'" in error
+    assert usage.startswith("usage: lightning-mnp benchmark {run,report} [options]; ")
+
+
 def test_a_mistake_is_an_error_of_the_command(
     config: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:

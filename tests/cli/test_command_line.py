@@ -17,6 +17,7 @@ from helpers import same, snapshot
 
 from lightning_mnp.benchmark.networks import using_threads
 from lightning_mnp.cli.command_line import MNPCLI, _exit_code, _named_command, main
+from lightning_mnp.cli.words import COMMANDS
 from lightning_mnp.models import Classifier
 from lightning_mnp.report import DefenseReport, SecondAudit
 from lightning_mnp.signals.verdict import Judgement
@@ -294,6 +295,11 @@ def test_help(
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--data" in text
+    what = COMMANDS[command]
+    usage, told = f"{command} {'[options]' if command == 'demo' else '--config FILE'}", what[1:]
+    assert text.startswith(f"usage: lightning-mnp {usage}")
+    assert f" {what[0].upper()}{told}. options:" in " ".join(text.split())
+    assert "default config file" not in text
     if command in ("audit", "defend", "calibrate"):
         assert len(text.splitlines()) <= 120
         assert max(map(len, text.splitlines())) <= 80

@@ -93,6 +93,22 @@ CLASSIFIER = "lightning_mnp.models.Classifier"
             "",
         ),
         (
+            "the following arguments are required: audit.ckpt_path, audit.data, audit.model",
+            "Expected arguments `--ckpt_path`, `--data` and `--model`, but got none of them.",
+            "A configuration names model and data, for example `--config package:audit-cifar10`.",
+        ),
+        (
+            "the following arguments are required: fit.model",
+            "Expected argument `--model`, which is required, but got none.",
+            "A configuration names model and data, for example "
+            "`--config package:fit-cifar10-2core`.",
+        ),
+        (
+            "the following arguments are required: run.base, run.grids",
+            "Expected arguments `--base` and `--grids`, but got none of them.",
+            "",
+        ),
+        (
             "Subcommand 'audit' does not accept option 'mnp.rul'",
             "Subcommand 'audit' does not accept option 'mnp.rul'",
             "Did you mean --mnp.rule?",
