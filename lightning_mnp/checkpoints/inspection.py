@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import pickletools
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from lightning_mnp.checkpoints.printable import printable
 
@@ -18,7 +18,7 @@ PICKLE_MAGIC = b"\x80"
 LEGACY_PICKLES = 5
 MAX_PICKLE_BYTES = 64 * 2**20  # for the structure of a checkpoint, without its weights
 MAX_DEPTH = 1000  # tuples inside each other
-MAX_SHARED_ITEMS = 10**7  # items of tuples that are used more than once, counted at each use
+MAX_SHARED_ITEMS = 10**7  # items of containers that are used more than once, at each use
 
 _ALLOWED_GLOBALS = frozenset(
     {
@@ -58,6 +58,10 @@ _PLAIN_BUILTINS = (
     "bool bytes complex dict float frozenset int list long object range set slice str tuple "
     "unicode xrange"
 )
+
+
+# Instructions that add items to a list or a dict.
+_GROWING = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS"})
 
 
 class CheckpointError(ValueError):
@@ -177,20 +181,20 @@ def _check_zip(path: Path, max_bytes: int, foreign: bool) -> None:
 def _check_pickle(stream: io.BytesIO, path: Path, foreign: bool) -> None:
     """Check the instructions of one pickle, without running any of them."""
     shown = printable(str(path))
-    tuples = _Tuples()
+    containers = _Containers()
     try:
         for opcode, argument, _ in pickletools.genops(stream):
-            tuples.follow(opcode, argument)
-            if tuples.deepest > MAX_DEPTH:
+            containers.follow(opcode, argument)
+            if containers.deepest > MAX_DEPTH:
                 raise CheckpointError(
                     f"{shown} is refused: its pickle puts tuples into tuples more than "
                     f"{MAX_DEPTH:,} deep, which checkpoints do not need, and which would break "
                     "what reads them."
                 )
-            if tuples.shared > MAX_SHARED_ITEMS:
+            if containers.shared > MAX_SHARED_ITEMS:
                 raise CheckpointError(
-                    f"{shown} is refused: its pickle puts tuples into tuples again and again, "
-                    "which would take for ever to read and which checkpoints do not need."
+                    f"{shown} is refused: its pickle uses the same tuples or lists again and "
+                    "again, which would take for ever to read and which checkpoints do not need."
                 )
             if opcode.name in ("GLOBAL", "INST"):
                 _check_name(str(argument), foreign, shown)
@@ -244,23 +248,25 @@ def _runs_code(module: str, name: str) -> bool:
     )
 
 
-class _Size(NamedTuple):
-    """Size of an object: number of items of all tuples in it, and how deep the tuples go."""
+@dataclass
+class _Size:
+    """Size of an object: number of items in it, and how deep the tuples in it go."""
 
     items: int = 0
     depth: int = 0
 
 
-class _Tuples:
-    """Follows a pickle and counts how deep tuples go and how many of their items are used again.
+class _Containers:
+    """Follows a pickle and counts how deep tuples go and how many items are used again.
 
     A few bytes can describe a tuple that holds another tuple twice, which holds a third one twice,
     and so on. Used as the key of a dict, it is hashed item by item, each item at each use, which
     never ends. And hashing tuples inside each other takes a C call for each level, which can
-    exhaust the stack of the process.
+    exhaust the stack of the process. A list or a dict that is stored once can be handed to many
+    calls, each of which copies it.
 
     Attributes:
-        shared: Number of items of tuples that were used again.
+        shared: Number of items of tuples, lists and dicts that were used again.
         deepest: Number of tuples inside each other, at most.
     """
 
@@ -284,7 +290,12 @@ class _Tuples:
         else:
             items = self._pop(opcode)
             size = _Size()
-            if name.startswith("TUPLE"):
+            if name in _GROWING:  # the container itself goes on, also where it is stored
+                size = items[-1]
+                size.items += len(items) - 1
+            elif name == "BUILD":
+                size = items[-1]
+            elif name.startswith("TUPLE"):
                 below = sum(item.items for item in items)
                 depth = 1 + max((item.depth for item in items), default=0)
                 size = _Size(len(items) + below, depth)

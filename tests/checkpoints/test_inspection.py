@@ -72,6 +72,23 @@ def test_raw_pickle_is_refused(tmp_path: Path, canary: Path, kind: str, is_zip: 
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("made_by", ["torch\nSize", "collections\nOrderedDict"])
+def test_one_list_for_many_calls_is_refused(tmp_path: Path, made_by: str) -> None:
+    """Each call would copy the list, which a few bytes hand to it again."""
+    path = tmp_path / "hostile.pt"
+
+    def pickled(items: int, calls: int) -> bytes:
+        call = f"c{made_by}\n".encode() + b"h\x00\x85R0"
+        return b"\x80\x02]q\x00(" + b"K\x01K\x02\x86" * items + b"e0" + call * calls + b"}."
+
+    torch.save({"weight": torch.ones(1)}, path)
+    rewrite_member(path, "data.pkl", lambda _: pickled(10_001, 1_000))
+    assert path.stat().st_size < 100_000
+    assert_refused(path, "uses the same tuples or lists again and again")
+    rewrite_member(path, "data.pkl", lambda _: pickled(9_999, 1_000))
+    assert inspect_checkpoint(path, MOST)
+
+
 def test_safe_globals_of_others_are_not_honored(tmp_path: Path, canary: Path) -> None:
     path = tmp_path / "hostile.pt"
     torch.save({"weight": torch.ones(1), "bomb": RunsCommand(canary)}, path)
