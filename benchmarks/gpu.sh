@@ -9,8 +9,9 @@
 # the machine.
 # `run` first runs the tests that need a GPU, then trains the networks and runs the defenses on them,
 # as far as the time goes, and leaves OUT/cells.tar.gz. With RESULTS, a folder of earlier cells, it
-# goes on behind these. For a trial elsewhere: CONFIG (benchmarks/configs/gpu.yaml), DEVICE (cuda),
-# LIMIT (480), JOBS (4), TESTS (those that need a GPU; "" for none).
+# goes on behind these; their networks are trained anew. For a trial elsewhere: CONFIG
+# (benchmarks/configs/gpu.yaml), DEVICE (cuda), LIMIT (480), JOBS (4), TESTS (those that need a GPU;
+# "" for none).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 limit=${LIMIT:-480}
@@ -59,13 +60,22 @@ run() {
             2>&1 | tee "$out/tests.log" | tail -n 5 || echo "tests failed, see $out/tests.log"
     fi
     # Thirty seconds are kept for the last cell to be longer than thought, and for the archive.
-    local left=$((limit - SECONDS - 30))
+    local left=$((limit - SECONDS - 30)) code=0
+    if [ "$left" -le 0 ]; then
+        echo "no time is left for cells: LIMIT is $limit s, and unpacking and tests took $SECONDS" >&2
+        exit 1
+    fi
     timeout $((left + 20)) python3 -m lightning_mnp.cli benchmark run --progress false \
         --config "${CONFIG:-benchmarks/configs/gpu.yaml}" --device "${DEVICE:-cuda}" \
         --data "$work/data" --networks "$work/networks" --out "$work/cells" \
-        --jobs "${JOBS:-4}" --budget "${left}s" 2>&1 | tee "$out/run.log" || true
+        --jobs "${JOBS:-4}" --budget "${left}s" 2>&1 | tee "$out/run.log" || code=$?
     tar -C "$work" -czf "$out/cells.tar.gz" cells
-    tar -tzf "$out/cells.tar.gz" | grep -c '\.json$' || true
+    tar -tzf "$out/cells.tar.gz" | grep -c '\.json$' || code=1  # no cell at all
+    # 124: the time was up, which is how a run usually ends.
+    if [ "$code" -ne 0 ] && [ "$code" -ne 124 ]; then
+        echo "ended with code $code, see $out/run.log" >&2
+        exit "$code"
+    fi
 }
 
 case "${1:-} $#" in

@@ -30,6 +30,7 @@ def result(
     size: int = 500,
     machine: dict[str, Any] | None = None,
     before: tuple[float, float] = (0.95, 1.0),
+    weights: str | None = None,
     **network: Any,
 ) -> Result:
     """Make one result; CA and ASR from 0 to 1."""
@@ -81,6 +82,7 @@ def result(
             seconds=2.0 + seed,
             passes=100.0,
             peak_mib=50.0 + seed,
+            training={"seconds": 9.0, "weights_sha256": weights},
         )
     name = "-".join(map(str, (attack, label, task, seed, size, sorted(network.items()))))
     return Result(name.replace("/", ""), content)

@@ -353,6 +353,20 @@ def test_failed_output_keeps_the_progress(
     assert names == sorted(["out.pt", "report.json", "weights.pt", *["first.pt"] * len(written)])
 
 
+def test_an_interrupted_training_ends_with_130(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning ends the process by itself then, with code 1."""
+    step = "lightning_mnp.models.Classifier.training_step"
+    monkeypatch.setattr(step, lambda *args: signal.raise_signal(signal.SIGINT))
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["fit", *COMMON, "--trainer.max_epochs=1"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    assert capsys.readouterr().err.endswith("interrupted\n")
+
+
 def test_interrupted_command_ends_with_130_and_goes_on(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

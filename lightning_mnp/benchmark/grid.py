@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning_mnp.benchmark.methods import Method, Task
+from lightning_mnp.benchmark.names import file_words
 from lightning_mnp.benchmark.recipe import CLEAN, NetworkRecipe
 
 __all__ = ["Cell", "Grid", "cells_of"]
@@ -140,8 +140,8 @@ class Cell:
     @property
     def name(self) -> str:
         """The name of the cell's file, without its ending."""
-        words = re.sub(r"[^a-z0-9.+-]+", "-", f"{self.network.attack}-{self.method.label}".lower())
-        return f"{words.strip('-')}-{self.task}-{self.digest}"
+        words = file_words(f"{self.network.attack}-{self.method.label}")
+        return f"{words}-{self.task}-{self.digest}"
 
 
 def cells_of(

@@ -149,7 +149,7 @@ class CellImages:
             kind: ``"training"`` for training images, the same number of each class, poisoned as
                 for the training; ``"inputs"`` for test images, half of them with the trigger.
             size: Their number; there may be fewer inputs.
-            seed: Seed that draws them.
+            seed: Seed that draws training images. Inputs are the same for every seed.
         """
         if kind == "inputs":
             test = self.test(size if self.trigger is None else size // 2)

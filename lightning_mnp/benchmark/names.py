@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
-__all__ = ["find_class", "nearest"]
+__all__ = ["file_words", "find_class", "nearest"]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -23,6 +24,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     found = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def file_words(text: str) -> str:
+    """Return a text as a part of a file's name: lower case, with dashes for what is no word.
+
+    Args:
+        text: Such as the label of a method.
+
+    Example:
+        >>> file_words("default (verdict.reference=/tmp/c.json)")
+        'default-verdict.reference-tmp-c.json'
+    """
+    return re.sub(r"[^a-z0-9.+-]+", "-", text.lower()).strip("-")
 
 
 def find_class(path: str) -> type[Any]:

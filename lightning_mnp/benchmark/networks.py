@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -46,8 +46,19 @@ def training_version(recipe: NetworkRecipe) -> str:
     """
     paths = [recipe.content[part]["class_path"] for part in ("data", "model")]
     paths += [recipe.attack_options["class_path"]] if recipe.attack_options else []
+    paths += _callbacks(recipe.content["trainer"])
     own = ["lightning_mnp.attacks.callback", "lightning_mnp.metrics.success"]
     return code_version([*(find_class(path).__module__ for path in paths), *own])
+
+
+def _callbacks(trainer: Mapping[str, Any]) -> list[str]:
+    """Return the class paths of a training's callbacks, without Lightning's own."""
+    paths: list[str] = []
+    for name in ("callbacks", "callbacks+"):
+        given = trainer.get(name) or []
+        for each in given if isinstance(given, list) else [given]:
+            paths.append(each["class_path"] if isinstance(each, Mapping) else str(each))
+    return [path for path in paths if "." in path and not path.startswith("lightning.")]
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class NetworkFolder:
     Args:
         root: Folder of all networks.
         recipe: How the network is trained.
-        any_code: Whether a network that other code has trained will do.
+        any_code: Whether a network that other code has trained will do, if there is none of this.
     """
 
     root: Path
@@ -70,10 +81,11 @@ class NetworkFolder:
     @property
     def path(self) -> Path:
         """The folder."""
-        if self.any_code:
+        current = self.root / f"{self.recipe.name}-{training_version(self.recipe)}"
+        if self.any_code and not (current / "network.json").exists():
             for figures in sorted(self.root.glob(f"{self.recipe.name}-*/network.json")):
                 return figures.parent
-        return self.root / f"{self.recipe.name}-{training_version(self.recipe)}"
+        return current
 
     @property
     def checkpoint(self) -> Path:

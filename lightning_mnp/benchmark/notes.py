@@ -8,7 +8,7 @@ from lightning_mnp.benchmark.pairs import Pair, mean_pair, pairs_of, shown
 from lightning_mnp.benchmark.results import Result
 from lightning_mnp.benchmark.table import head
 
-__all__ = ["POINTS", "fine_tuned", "losses", "not_learned"]
+__all__ = ["POINTS", "fine_tuned", "losses", "not_learned", "trained_again"]
 
 # A rival is better if it is so by more than this, in CA or ASR, and no worse in the other.
 POINTS = 0.5
@@ -48,6 +48,27 @@ def fine_tuned(results: Sequence[Result]) -> list[str]:
             rest = f"; {whole} whole" if whole else ""
             told.append(f"{attack} ({count} epochs{rest})")
     return [f"Trained on from the clean network of their seed: {', '.join(told)}."] if told else []
+
+
+def trained_again(results: Sequence[Result]) -> list[str]:
+    """Return a sentence that says which recipes gave several networks, if any did.
+
+    Args:
+        results: The results.
+    """
+    weights: dict[tuple[str, str], set[str]] = {}
+    for each in results:
+        if each.is_done:
+            place = each.attack, str(each.network["digest"])
+            weights.setdefault(place, set()).add(each.network_key)
+    told = [f"{attack} ({len(keys)})" for (attack, _), keys in weights.items() if len(keys) > 1]
+    if not told:
+        return []
+    return [
+        f"Trained more than once by the same recipe, so that rows are of different networks: "
+        f"{', '.join(sorted(told))}. *No defense* is their mean; CA drops are against the network "
+        "that the defense had."
+    ]
 
 
 def losses(attack: str, group: Sequence[Result]) -> list[str]:

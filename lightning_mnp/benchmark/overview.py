@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from lightning_mnp.benchmark.notes import fine_tuned, not_learned
-from lightning_mnp.benchmark.pairs import mean_pair, pairs_of
+from lightning_mnp.benchmark.notes import fine_tuned, not_learned, trained_again
+from lightning_mnp.benchmark.pairs import mean_drop, mean_pair, pairs_of
 from lightning_mnp.benchmark.results import MISSING, Marks, Result, settings_of
 from lightning_mnp.benchmark.table import Table, head
 
@@ -57,6 +57,7 @@ def _table(number: int, here: Sequence[Result], marks: Marks) -> Table:
         "all attacks come last.",
         f"Measured on {marks.mark(here)}.",
         *fine_tuned(here),
+        *trained_again(here),
     ]
     for name in attacks:
         notes += not_learned(name, _of(here, name))
@@ -90,9 +91,11 @@ def _row(
     attacks = [name for name in columns if name != "clean"]
     drops, rates = [], []
     for name in attacks:
-        if after := pairs_of(_of(group, name), "after"):
-            before, (ca, asr) = mean_pair(pairs_of(_of(group, name), "before")), mean_pair(after)
-            drops.append(before[0] - ca)
+        of_attack = _of(group, name)
+        drop = mean_drop(of_attack)
+        if drop is not None:
+            asr = mean_pair(pairs_of(of_attack, "after"))[1]
+            drops.append(drop)
             rates += [] if asr is None else [asr]
     short = "" if len(rates) == len(attacks) else f", {len(rates)} of {len(attacks)}"
     means = [f"{statistics.mean(each):.1f}{short}" if each else MISSING for each in (drops, rates)]

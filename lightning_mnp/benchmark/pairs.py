@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lightning_mnp.benchmark.results import MISSING, Result
 
-__all__ = ["Pair", "mean_pair", "pairs_of", "shown"]
+__all__ = ["Pair", "mean_drop", "mean_pair", "pairs_of", "shown"]
 
 Pair = tuple[float, float | None]
 
@@ -35,8 +35,24 @@ def pairs_of(results: Sequence[Result], when: str) -> list[Pair]:
     """
     done = [each for each in results if each.is_done]
     if when == "before":
-        return list({r.network["digest"]: r.percent(when) for r in done}.values())
+        return list({r.network_key: r.percent(when) for r in done}.values())
     return [each.percent(when) for each in done]
+
+
+def mean_drop(results: Sequence[Result]) -> float | None:
+    """Return by how much CA falls, in points: the mean over networks of the mean over their cells.
+
+    Args:
+        results: The results; None is returned if none of them has figures.
+    """
+    drops: dict[str, list[float]] = {}
+    for each in results:
+        if each.is_done and each.content["after"] is not None:
+            fall = each.percent("before")[0] - each.percent("after")[0]
+            drops.setdefault(each.network_key, []).append(fall)
+    if not drops:
+        return None
+    return statistics.mean(statistics.mean(falls) for falls in drops.values())
 
 
 def shown(pair: Pair | None, count: int = 1) -> str:

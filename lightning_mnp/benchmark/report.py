@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +12,11 @@ from lightning_mnp.benchmark.overview import overview
 from lightning_mnp.benchmark.plots import draw_plots
 from lightning_mnp.benchmark.results import Marks, Result, paper_figures, read_results
 from lightning_mnp.benchmark.table import Table
+from lightning_mnp.checkpoints.atomic_write import write_atomically
 
 __all__ = ["write_report"]
+
+_OURS = re.compile(r"(overview|table\d)-\d+.*\.csv$")
 
 
 def write_report(results: Path, out: Path, plots: bool = True) -> list[Path]:
@@ -36,12 +40,21 @@ def write_report(results: Path, out: Path, plots: bool = True) -> list[Path]:
     if plots and find_spec("matplotlib") is not None:
         drawn = draw_plots(found, out)
     page = out / "report.md"
-    page.write_text(_page(found, made, marks, drawn), "utf-8")
+    _write(page, _page(found, made, marks, drawn))
     files = [page]
     for table in [*made, side_tables.every_cell(found)]:
         files.append(out / f"{table.name}.csv")
-        files[-1].write_text(table.csv(), "utf-8")
+        _write(files[-1], table.csv())
+    for old in out.glob("*.csv"):  # tables of settings that are gone
+        if old not in files and _OURS.match(old.name):
+            old.unlink()
     return [*files, *drawn]
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(
+        path, lambda partial: partial.write_text(text, "utf-8"), argument="out", replace=True
+    )
 
 
 def _tables(found: Sequence[Result], marks: Marks) -> list[Table]:

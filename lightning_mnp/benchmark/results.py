@@ -92,6 +92,12 @@ class Result:
         return network
 
     @property
+    def network_key(self) -> str:
+        """Which network it is: one recipe, trained twice, gives two."""
+        trained = self.content.get("training") or {}
+        return str(trained.get("weights_sha256") or self.network["digest"])
+
+    @property
     def attack(self) -> str:
         """The paper's name of the attack, or that of its class; ``"clean"`` without one."""
         name = str(self.network["attack_class"])

@@ -178,7 +178,8 @@ def run_benchmark(
     """Measure all cells that have no result yet.
 
     A result is kept if the same code would measure it again; with ``any_code``, in any case. A
-    cell that has failed is tried again. Networks are trained when the first of their cells comes.
+    cell that has failed is tried again, and a failure replaces no earlier result. Networks are
+    trained when the first of their cells comes.
 
     Args:
         cells: The cells, in the order in which they are measured.
@@ -208,8 +209,10 @@ def run_benchmark(
             if isinstance(result, BaseException):  # of the training, or of the process
                 result = {**_head(cell), **_failure(result)}
             result["at_a_time"] = executor.slots  # cells beside each other slow each other down
-            write_json(cell_file(places.results, cell.name), result)
             failed = result["status"] == "failed"
+            before = known.get(cell.name)
+            if not (failed and before is not None and before["status"] == "done"):
+                write_json(cell_file(places.results, cell.name), result)
             summary.failed, summary.done = summary.failed + failed, summary.done + (not failed)
         if say is not None:
             say(f"{line} ({time.monotonic() - started:.0f} s)", number, len(jobs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from lightning_mnp.benchmark.names import file_words
 from lightning_mnp.benchmark.notes import POINTS, fine_tuned, losses, not_learned
 from lightning_mnp.benchmark.pairs import Pair, mean_pair, pairs_of, shown
 from lightning_mnp.benchmark.results import MISSING, Marks, Result, paper_figures, settings_of
@@ -151,7 +152,7 @@ def by_rate(results: Sequence[Result], marks: Marks) -> list[Table]:
             heads = [f"{rate:.2%} {each}" for rate in rates for each in ("no defense", head(label))]
             tables.append(
                 Table(
-                    f"table3-{number}-{label.replace(' ', '-')}",
+                    f"table3-{number}-{file_words(label)}",
                     f"Table 3: BadNets by poison rate, {head(label)}, setting {mark}",
                     ["attack", "in percent", "by", *heads, "measured on"],
                     lines,
@@ -175,7 +176,7 @@ def _rate_rows(
             group = [each for each in here if each.network["rate"] == rate]
             done = [each for each in group if each.is_done]
             for when in ("before", "after"):
-                value = mean_pair([each.percent(when) for each in done])[place] if done else None
+                value = mean_pair(pairs_of(done, when))[place] if done else None
                 count = f" ({len(done)})" if len(done) > 1 and when == "after" else ""
                 without = "error" if group else MISSING
                 told.append(without if value is None else f"{value:.2f}{count}")

@@ -22,7 +22,7 @@ class Calibration:
     Attributes:
         scores: Scores of the networks, from 0, in the order of the argument.
         rate: The false positive rate that was asked for, between 0 and 1.
-        threshold: Value for :attr:`MNPConfig.threshold <lightning_mnp.config.MNPConfig>`.
+        threshold: Value for `verdict.threshold` of :class:`~lightning_mnp.config.MNPConfig`.
         bound: Upper bound of the probability that one more clean network is flagged; at most
             ``rate``.
         default_threshold: The threshold that is used by default.

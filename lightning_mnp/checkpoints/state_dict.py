@@ -208,7 +208,8 @@ def check_finite(state_dict: Mapping[str, Tensor]) -> None:
         state_dict: Tensors by name.
 
     Raises:
-        CheckpointError: If a value is not finite; the message lists the first such tensors.
+        CheckpointError: If a value is not finite, or a tensor is of 8-bit floating-point numbers;
+            the message lists the first such tensors.
 
     Example:
         >>> check_finite({"weight": torch.tensor([1.0, float("nan")])})
@@ -217,6 +218,13 @@ def check_finite(state_dict: Mapping[str, Tensor]) -> None:
         lightning_mnp.checkpoints.inspection.CheckpointError: Expected all weights to be finite, but
         1 of 1 tensors hold NaN or infinity: weight. The network cannot be used.
     """
+    small = [n for n, t in state_dict.items() if t.is_floating_point() and t.element_size() < 2]
+    if small:
+        raise CheckpointError(
+            f"Expected weights of two bytes or more each, but {len(small)} of {len(state_dict)} "
+            f"tensors are of {str(state_dict[small[0]].dtype).removeprefix('torch.')}: "
+            f"{first_names(small)}. Save them as float32 or float16."
+        )
     bad = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise CheckpointError(

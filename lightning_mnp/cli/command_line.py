@@ -195,6 +195,12 @@ def main(args: list[str] | None = None) -> int:
         else:
             raise
         return _WRONG_USE
+    except SystemExit as stop:
+        # Lightning ends the process by itself after Ctrl-C in a training, with code 1.
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
     except KeyboardInterrupt:
         if os.environ.get("LIGHTNING_MNP_DEBUG"):
             raise

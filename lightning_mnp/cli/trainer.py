@@ -103,6 +103,7 @@ class MNPTrainer(Trainer):
         outcome = self._carry_out(defense, state_file, file, notes)
         self._save_report(outcome, report)
         forget_state(state_file)
+        self._log(outcome)
         return outcome
 
     def defend(
@@ -165,6 +166,7 @@ class MNPTrainer(Trainer):
             _say(f"Weights written to {output}")
         self._save_report(outcome, report)
         forget_state(state_file)
+        self._log(outcome)
         return outcome
 
     def calibrate(
@@ -356,9 +358,13 @@ class MNPTrainer(Trainer):
         outcome.weights_file = file
         outcome.warnings[:0] = notes
         if self.is_global_zero:
-            log_outcome(self.loggers, outcome, self.global_step)
             print(text(outcome, color=wants_color(sys.stdout)), flush=True)
         return outcome
+
+    def _log(self, outcome: DefenseReport) -> None:
+        """Tell the loggers, last of all: one that fails costs no file."""
+        if self.is_global_zero:
+            log_outcome(self.loggers, outcome, self.global_step)
 
     def _save_report(self, outcome: DefenseReport, report: Path | None) -> None:
         if report is not None:

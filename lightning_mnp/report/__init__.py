@@ -12,9 +12,10 @@ from lightning_mnp.report.parts import (
     Verdict,
     WeightsFile,
 )
-from lightning_mnp.report.report import DefenseReport, ReportError
+from lightning_mnp.report.report import EXIT_CODES, DefenseReport, ReportError
 
 __all__ = [
+    "EXIT_CODES",
     "DefenseReport",
     "DefenseSetSummary",
     "PruningReport",

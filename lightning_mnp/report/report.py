@@ -27,10 +27,11 @@ from lightning_mnp.report.parts import (
 from lightning_mnp.report.primitives import primitive, read_fields
 from lightning_mnp.report.text import text
 
-__all__ = ["DefenseReport", "ReportError"]
+__all__ = ["EXIT_CODES", "DefenseReport", "ReportError"]
 
 SCHEMA = 1
-_EXIT_CODES: dict[str, int] = {"clean": 0, "backdoored": 3, "undecided": 4}
+# Of the command line, by the verdict.
+EXIT_CODES: dict[str, int] = {"clean": 0, "backdoored": 3, "undecided": 4}
 _MOST_BYTES = 2**28  # a report of a network of 100,000 filters has a few million
 
 
@@ -143,7 +144,7 @@ class DefenseReport:
     @property
     def exit_code(self) -> int:
         """0 if :attr:`verdict_after` is clean, 3 for backdoored, 4 for undecided."""
-        return _EXIT_CODES[self.verdict_after]
+        return EXIT_CODES[self.verdict_after]
 
     @property
     def changes(self) -> bool:

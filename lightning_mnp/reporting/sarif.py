@@ -50,7 +50,11 @@ _RULES = (
 
 
 def sarif(
-    report: DefenseReport, *, artifact: str, class_names: Sequence[str] | None = None
+    report: DefenseReport,
+    *,
+    artifact: str,
+    class_names: Sequence[str] | None = None,
+    exit_code: int | None = None,
 ) -> dict[str, Any]:
     """Return a report as a SARIF log.
 
@@ -63,6 +67,7 @@ def sarif(
         artifact: The file that was audited: a path, which should be relative to the repository,
             or an address.
         class_names: Names of the classes, in their order; those of the report if None.
+        exit_code: The exit code of the command; that of the report if None.
 
     Returns:
         The log, ready for ``json.dump``.
@@ -83,7 +88,8 @@ def sarif(
         "informationUri": _HOMEPAGE,
         "rules": [_rule(*rule) for rule in _RULES],
     }
-    invocation: dict[str, Any] = {"executionSuccessful": True, "exitCode": report.exit_code}
+    code = report.exit_code if exit_code is None else exit_code
+    invocation: dict[str, Any] = {"executionSuccessful": True, "exitCode": code}
     if report.date:
         invocation["endTimeUtc"] = report.date.replace("+00:00", "Z")
     run = {

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,34 @@ def test_the_version_of_a_training_covers_attack_data_and_model(base: Path) -> N
         name: training_version(NetworkRecipe(base, name)) for name in ("clean", "badnets", "wanet")
     }
     assert len(set(versions.values())) == 3
+
+
+def test_the_version_of_a_training_covers_its_callbacks(base: Path) -> None:
+    recipe = NetworkRecipe(base, "badnets")
+    own = {"class_path": "lightning_mnp.attacks.AdaptiveTraining"}
+    of_lightning = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    plain = training_version(recipe)
+    for name, given, same in (
+        ("callbacks", of_lightning, True),
+        ("callbacks", [of_lightning], True),
+        ("callbacks+", own, False),
+        ("callbacks", [of_lightning, own], False),
+    ):
+        trainer = {**recipe.content["trainer"], name: given}
+        changed = SimpleNamespace(
+            content={**recipe.content, "trainer": trainer}, attack_options=recipe.attack_options
+        )
+        assert (training_version(changed) == plain) is same  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("small")
+def test_the_network_of_this_code_comes_first(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of(base).train(quick_fit, None, None)
+    monkeypatch.setattr(module, "training_version", lambda recipe: "f" * 12)
+    newer = folder_of(base, any_code=True)
+    assert newer.path.name.endswith("0" * 12)
+    folder_of(base).train(quick_fit, None, None)
+    assert newer.path.name.endswith("f" * 12)
 
 
 def test_threads_are_as_before() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from cell_results import result
 
-from lightning_mnp.benchmark.notes import fine_tuned, losses, not_learned
+from lightning_mnp.benchmark.notes import fine_tuned, losses, not_learned, trained_again
 
 
 def test_it_is_said_in_words_where_ours_loses() -> None:
@@ -28,6 +28,13 @@ def test_networks_count_once_in_what_was_not_learned() -> None:
     [told] = not_learned("BadNets", results)
     assert told.startswith("BadNets: 1 of 2 networks have an ASR below 50%")
     assert not_learned("BadNets", results[2:]) == []
+
+
+def test_recipes_that_were_trained_more_than_once_are_named() -> None:
+    results = [result("anp", weights="a"), result("clp", weights="a"), result("clp", seed=1)]
+    assert trained_again(results) == []
+    [told] = trained_again([*results, result("default", weights="b")])
+    assert "rows are of different networks: BadNets (2)." in told
 
 
 def test_networks_that_were_trained_whole_are_not_named() -> None:

@@ -35,6 +35,24 @@ def test_a_report_of_all_that_is_there(tmp_path: Path, monkeypatch: pytest.Monke
     assert "Magnitude-based Neuron Pruning" in page
 
 
+def test_tables_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
+    wide = write([result(), result(width=8)], tmp_path / "both")
+    write_report(wide, tmp_path / "report", plots=False)
+    (tmp_path / "report" / "of-mine.csv").touch()
+    assert (tmp_path / "report" / "table1-2.csv").exists()
+    files = write_report(write([result()], tmp_path / "one"), tmp_path / "report", plots=False)
+    left = {path.name for path in (tmp_path / "report").iterdir()}
+    assert left == {path.name for path in files} | {"of-mine.csv"}
+
+
+def test_options_that_are_paths_make_names_of_files(tmp_path: Path) -> None:
+    method = {"name": "default", "options": {"verdict.reference": "/tmp/c.json"}}
+    label = 'default (verdict.reference="/tmp/c.json")'
+    results = [result(label, method=method, rate=rate, usual=rate == 0.1) for rate in (0.1, 0.01)]
+    files = write_report(write(results, tmp_path / "cells"), tmp_path / "report", plots=False)
+    assert "table3-1-default-verdict.reference-tmp-c.json.csv" in {path.name for path in files}
+
+
 def test_without_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write([result()], tmp_path / "cells")
     monkeypatch.setattr(module, "draw_plots", None)  # would fail

@@ -190,6 +190,18 @@ def test_a_failing_cell_is_a_row_with_its_error_and_is_tried_again(
     assert calls == ["broken", "nothing 0", "broken"]
 
 
+def test_a_failure_replaces_no_result(
+    base: Path, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = cells_of([grid("nothing")], base)
+    run(cells, places)
+    [before] = read_cells(places.results).values()
+    monkeypatch.setattr(module, "cell_version", lambda cell: "other")
+    monkeypatch.setattr(module, "_measured", None)  # would fail
+    assert run(cells, places) == Summary(failed=1)
+    assert list(read_cells(places.results).values()) == [before]
+
+
 def test_a_training_that_fails_is_the_error_of_its_cells(base: Path, places: Places) -> None:
     cells = cells_of([Grid(["cl", "badnets"], ["nothing"], defense_sizes=[8])], base)
 

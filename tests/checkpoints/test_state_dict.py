@@ -30,6 +30,14 @@ def renamed(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in weights.items()}
 
 
+def test_weights_of_eight_bits_are_refused() -> None:
+    weights = {"a": torch.ones(2), "b": torch.ones(2).to(torch.float8_e4m3fn)}
+    message = "of two bytes or more each, but 1 of 2 tensors are of float8_e4m3fn: b. Save them"
+    with pytest.raises(CheckpointError, match=message):
+        check_finite(weights)
+    check_finite({"a": torch.ones(2), "counts": torch.ones(2, dtype=torch.int8)})
+
+
 @pytest.mark.parametrize("prefix", ["", "network.", "model.", "a.b.c."])
 def test_prefix_in_file_is_found(prefix: str) -> None:
     source, target = Wrapper().network, Wrapper().network

@@ -283,6 +283,27 @@ def test_demo_writes_networks_and_report(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
 
 
+@pytest.mark.parametrize("command", ["audit", "defend"])
+def test_a_logger_that_fails_costs_no_file(
+    command: str,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def gone(*args: Any) -> None:
+        raise OSError("the server is gone")
+
+    monkeypatch.setattr("lightning_mnp.cli.trainer.log_outcome", gone)
+    files = ["--report=report.json", *(["--output=out.pt"] if command == "defend" else [])]
+    args = [command, *COMMON, *QUICK, RATIO, f"--ckpt_path={checkpoint}", *files]
+    assert main(args) == 2
+    told = capsys.readouterr()
+    assert "error: the server is gone" in told.err
+    assert "Score" in told.out or "ratio" in told.out
+    assert DefenseReport.load("report.json").filters > 0
+    assert Path("out.pt").exists() == (command == "defend")
+
+
 @pytest.mark.parametrize(
     "command", ["fit", "validate", "test", "audit", "defend", "calibrate", "demo"]
 )

@@ -99,15 +99,17 @@ def find_architecture(
     if told and told[0][0].startswith("hf/"):
         return _build(told[0][0], weights.tensors, classes, told[0][1])
     ordinary = [(name, "the fit of all names and shapes") for name in _ordinary(weights.tensors)]
+    missing: ImportError | None = None
     for name, how in (*told, *ordinary):
         try:
             if _would_fit(name, weights.tensors, classes):
                 return _build(name, weights.tensors, classes, how)
-        except ImportError:
-            if len(told) == 1:
-                raise
+        except ImportError as error:
+            missing = error
         except ValueError:  # the file tells a name that the library does not know
             continue
+    if missing is not None:
+        raise missing
     names = ", ".join(printable(name) for name, _ in told)
     said = f"the file names {names}, which is none that fits" if told else "the file names none"
     raise ValueError(

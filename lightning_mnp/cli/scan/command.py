@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from lightning_mnp.cli.scan.preparation import Preparation, find_preparation
 from lightning_mnp.cli.scan.source import find_weights
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.report import DefenseReport, ReportError, WeightsFile
+from lightning_mnp.report import EXIT_CODES, DefenseReport, ReportError, WeightsFile
 from lightning_mnp.report.text import text, wants_color
 from lightning_mnp.reporting import sarif
 from lightning_mnp.reporting.files import save_report
@@ -85,12 +86,17 @@ def _one_by_one(options: ScanOptions) -> list[ScanOptions]:
 
 
 def _scanned(options: ScanOptions) -> int:
-    """Scan one file and return the exit code."""
+    """Scan one file and return the exit code.
+
+    It is about the file that came in, whatever became of a purified copy.
+    """
     try:
-        return scan(options).exit_code
-    except _WRONG_INPUT as error:
+        return EXIT_CODES[scan(options).verdict]
+    except Exception as error:
         if os.environ.get("LIGHTNING_MNP_DEBUG"):
             raise
+        if not isinstance(error, _WRONG_INPUT):  # so that other files are scanned all the same
+            traceback.print_exc()
         lines = [printable(line, 10_000) for line in str(error).splitlines()]
         print("error: " + "\n".join(lines), file=sys.stderr)
         return _WRONG_USE
@@ -265,7 +271,8 @@ def _print(report: DefenseReport, options: ScanOptions) -> None:
         print(report.to_json())
     elif options.format == "sarif":
         assert report.weights_file is not None
-        print(json.dumps(sarif(report, artifact=report.weights_file.name), indent=2))
+        code, name = EXIT_CODES[report.verdict], report.weights_file.name
+        print(json.dumps(sarif(report, artifact=name, exit_code=code), indent=2))
     else:
         print(text(report, color=wants_color(sys.stdout)))
         places = [printable(str(options.out / name)) for name in _REPORTS]

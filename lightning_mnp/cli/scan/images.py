@@ -93,10 +93,13 @@ def _numbers_of(
     known = {name: number for number, name in enumerate(class_names)}
     if known and set(found) <= set(known):
         return known, list(class_names)
+    numbers = {name: int(name) for name in found if name.isdecimal()}
+    if len(set(numbers.values())) == len(found):
+        if max(numbers.values()) < classes:
+            return numbers, list(class_names)
+        found = sorted(found, key=numbers.__getitem__)  # they begin with 1
     if len(found) == classes:
         return {name: number for number, name in enumerate(found)}, list(found)
-    if all(name.isdecimal() and int(name) < classes for name in found):
-        return {name: int(name) for name in found}, list(class_names)
     raise ValueError(
         f"Expected {classes} classes, as the network has, but there are {len(found)} "
         f"{printable(what)}: {', '.join(printable(name, 30) for name in found[:5])}, …. Name the "

@@ -17,6 +17,7 @@ __all__ = ["Preparation", "find_preparation"]
 
 _IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _USUAL_SIZE = 224
+_MOST = 1e6  # what a mean or a standard deviation of pixels can be, and no overflow
 _MOST_SIDE = 1024  # that a file may ask for: larger ones could take all memory
 _SIZES = ("img_size", "image_size", "input_size", "val_crop_size")  # names in training scripts
 
@@ -128,7 +129,8 @@ def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_transformers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"mean": settings.get("image_mean"), "std": settings.get("image_std")}
+    told = {"mean": settings.get("image_mean"), "std": settings.get("image_std")}
+    found: dict[str, Any] = told if all(map(_are_numbers, told.values())) else {}
     if settings.get("do_normalize") is False:
         found |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     for name in ("crop_size", "size"):
@@ -149,5 +151,5 @@ def _side(value: Any) -> int | None:
 
 def _are_numbers(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(
-        isinstance(each, (int, float)) for each in value
+        isinstance(each, (int, float)) and abs(each) < _MOST for each in value
     )

@@ -79,6 +79,17 @@ def test_the_configuration_of_timm_beside_the_file() -> None:
     assert find_architecture(None, weights, source).name == "timm/test_resnet"
 
 
+def test_a_library_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str, *arguments: Any) -> bool:
+        if name.startswith("timm/"):
+            raise ImportError("pip install timm")
+        return False
+
+    monkeypatch.setattr("lightning_mnp.cli.scan.architecture._would_fit", missing)
+    with pytest.raises(ImportError, match="pip install timm"):
+        find_architecture(None, weights_of(own_network(3), arch="my_net"), NOWHERE)
+
+
 def test_what_cannot_be_found_is_told() -> None:
     with pytest.raises(ValueError, match=r"the file names none\. Give it as `--arch`"):
         find_architecture(None, weights_of(own_network(3)), NOWHERE)

@@ -17,6 +17,7 @@ from lightning_mnp.cli.entry import main
 from lightning_mnp.cli.scan.command import scan
 from lightning_mnp.cli.scan.options import ScanOptions
 from lightning_mnp.models import build_network, cifar_resnet18
+from lightning_mnp.report import SecondAudit
 
 pytestmark = pytest.mark.usefixtures("short_searches")
 
@@ -70,13 +71,40 @@ def test_from_a_file_and_a_folder_to_a_report(
     ]
 
 
-def reporting(verdict: Any) -> Callable[..., DefenseReport]:
+def reporting(verdict: Any, **changes: Any) -> Callable[..., DefenseReport]:
     """An audit, or a defense, that has come to a verdict at once."""
 
     def found(network: nn.Module, data: Any, **others: Any) -> DefenseReport:
-        return DefenseReport(verdict, score=0.5, model=network)
+        return DefenseReport(verdict, score=0.5, model=network, **changes)
 
     return found
+
+
+def test_the_exit_code_is_about_the_file_that_came_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean = SecondAudit("clean", 0.1, None, False, 0.9, 0.2, [])
+    purified = reporting("backdoored", pruned=[("conv1", 0)], reaudit=clean)
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.defend", purified)
+    assert main([*WORDS, "--purify", "out.safetensors", "--format", "sarif"]) == 3
+    [run] = json.loads(capsys.readouterr().out)["runs"]
+    assert [each["exitCode"] for each in run["invocations"]] == [3]
+    assert DefenseReport.load("report.json").exit_code == 0
+
+
+def test_a_file_that_breaks_the_scan_does_not_keep_others_from_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scanned(options: ScanOptions) -> DefenseReport:
+        if options.weights == "model.ckpt":
+            raise OverflowError("nobody thought of this")
+        return DefenseReport("backdoored")
+
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.scan", scanned)
+    assert main([WORDS[0], "model.ckpt", "other.ckpt", *WORDS[2:]]) == 3
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert told.endswith("error: nobody thought of this\n")
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("clean", 0), ("backdoored", 3), ("undecided", 4)])

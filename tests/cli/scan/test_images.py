@@ -35,6 +35,19 @@ def test_names_and_numbers_of_classes(tmp_path: Path) -> None:
     assert find_images(tmp_path / "numbers", None, classes=12).labels == [11, 4]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_all_numbers_of_classes_are_in_their_order(tmp_path: Path, first: int) -> None:
+    for number in range(first, first + 11):
+        write(tmp_path, f"{number}/{number}.png")
+    found = find_images(tmp_path, None, classes=11)
+    pairs = zip(found.paths, found.labels or [], strict=True)
+    assert {int(path.stem): label for path, label in pairs} == {
+        number: number - first for number in range(first, first + 11)
+    }
+    if first:
+        assert found.class_names == [str(number) for number in range(1, 12)]
+
+
 def test_classes_that_do_not_fit_are_told(tmp_path: Path) -> None:
     for name in ("train/cat/1.png", "val/cat/2.png"):
         write(tmp_path, name)

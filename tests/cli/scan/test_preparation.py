@@ -90,6 +90,20 @@ def test_images_in_the_unit_range() -> None:
 
 
 @pytest.mark.parametrize(
+    "told",
+    [
+        {"facts": {"mean": [10**400] * 3, "std": THIRDS}},
+        {"facts": {"mean": THIRDS, "std": [float("nan")] * 3}},
+        {"facts": {"mean": THIRDS}},
+        {"preparation": {"image_mean": THIRDS}},
+        {"preparation": {"image_mean": THIRDS, "image_std": [float("inf")] * 3}},
+    ],
+)
+def test_what_is_no_normalization_is_not_taken(told: Any) -> None:
+    assert find(**told).assumed
+
+
+@pytest.mark.parametrize(
     ("told", "message"),
     [
         ({"channels": 1}, "no usual one for 1 channels. Give it as in training"),
