@@ -9,11 +9,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_mnp.attacks.attack import Attack
 from lightning_mnp.attacks.checks import check_at_least, check_positive
 from lightning_mnp.surgery.forward import call_on_copies
+from lightning_mnp.surgery.layers import filter_rows
 
 __all__ = ["AdaptiveTraining", "equal_norms_penalty"]
 
@@ -55,7 +56,8 @@ def equal_norms_penalty(network: nn.Module) -> Tensor:
         )
     spreads = []
     for layer in layers:
-        norms = layer.weight.flatten(1).norm(dim=1)
+        rows = filter_rows(layer.weight, isinstance(layer, _ConvTransposeNd), layer.groups)
+        norms = rows.norm(dim=1)
         spreads.append(norms.var(correction=0) / norms.mean().clamp_min(1e-12).square())
     return torch.stack(spreads).mean()
 

@@ -42,7 +42,8 @@ class Attack(ABC):
         mode: ``"all-to-one"`` gives every triggered image the target class; ``"all-to-all"``
             gives an image of class y the class (y + 1) mod K.
         poison_rate: Share of the training images that are poisoned, from 0 to 1.
-        seed: Seed of everything random in the attack: the pattern and the poisoned indices.
+        seed: Seed of everything random in the attack: the pattern and the poisoned indices. Its
+            lowest 32 bits count.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -357,7 +358,14 @@ class TrainingAttack(Attack):
                 f"Expected the tensors of a {type(self).__name__} generator with the same "
                 f"options, but these are missing, unknown or of another shape: {wrong[:5]}."
             )
-        bad = [n for n, v in tensors.items() if not (v.is_floating_point() and v.isfinite().all())]
+        bad = [
+            name
+            for name, value in tensors.items()
+            if not (value.is_floating_point() and value.to(expected[name]).isfinite().all())
+        ]
         if bad:
-            raise ValueError(f"Expected finite floating point numbers, but got others: {bad[:5]}.")
+            raise ValueError(
+                f"Expected finite floating point numbers in the tensors of a {type(self).__name__} "
+                f"generator, but got others in {bad[:5]}. Get the file again."
+            )
         self.generator.load_state_dict(dict(tensors))

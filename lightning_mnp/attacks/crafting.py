@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mnp.attacks.reference import ReferenceNetwork
+from lightning_mnp.surgery.precision import full_float32
 
 __all__ = ["BATCH", "check_reference", "clean_network", "crafting", "fill_up", "scaled"]
 
@@ -89,6 +90,7 @@ def crafting() -> Iterator[torch.device]:
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         torch.autocast(device.type, enabled=False),
+        full_float32(),
     ):
         yield device
 

@@ -102,7 +102,8 @@ class DFSTModule(GenerativeModule):
     3. From ``detox_epoch`` on, poisoning goes on in rounds of ``round_epochs``. The last round
        goes on until training ends.
 
-    At the start of a round, the network is held still for ``injector_steps`` batches. The neurons
+    At the start of a round, the network is held still for ``injector_steps`` batches, which its
+    schedule counts all the same: the learning rate ends that many steps early. The neurons
     that the trigger excites most are found. A shallow network, the feature injector, is trained to
     excite them by a small and simple change of the images. For the rest of the round, a share
     ``detox_rate`` of each batch are detoxicants: images that an injector of this or an earlier

@@ -315,12 +315,12 @@ class FeatureCollision(Attack):
         if int(indices[0]) < 0 or (indices.diff() <= 0).any():
             raise ValueError(
                 "Expected the tensor 'target_indices' of FeatureCollision to be different indices "
-                "in rising order, but it is not."
+                f"in rising order, but got {indices.tolist()[:10]}."
             )
         if int(classes.min()) < 0 or (classes == self.target_class).any():
             raise ValueError(
                 "Expected the tensor 'target_classes' of FeatureCollision to be classes other "
-                f"than {self.target_class}, but it is not."
+                f"than {self.target_class}, but got {classes.tolist()[:10]}."
             )
         self.target_indices, self.target_classes = indices.clone(), classes.clone()
 

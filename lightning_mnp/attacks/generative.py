@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from lightning_mnp.attacks.attack import Images, Mode, TrainingAttack
 from lightning_mnp.attacks.checks import check_positive
 from lightning_mnp.attacks.training import AttackModule
+from lightning_mnp.surgery.precision import full_float32
 
 __all__ = ["GenerativeAttack", "GenerativeModule"]
 
@@ -95,7 +96,8 @@ class GenerativeAttack(TrainingAttack):
         weight = next(self.generator.parameters())
         count = max(_PIXELS // (images.shape[2] * images.shape[3]), 1)
         # In full precision, so the trigger is the same wherever it is measured.
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        autocast = torch.autocast(weight.device.type, enabled=False)
+        with torch.no_grad(), autocast, full_float32():
             parts = [self.inject(part.to(weight)).to(images) for part in images.split(count)]
         return torch.cat(parts)
 

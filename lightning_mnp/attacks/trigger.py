@@ -22,7 +22,7 @@ from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.read import read_state_dict
 from lightning_mnp.checkpoints.write import write_state_dict
 
-__all__ = ["SavedTrigger", "load_trigger", "save_trigger"]
+__all__ = ["SavedTrigger", "load_trigger", "read_poisoned_indices", "save_trigger"]
 
 FORMAT = "lightning-mnp trigger 1"
 MAX_BYTES = 512 * 2**20
@@ -137,6 +137,8 @@ def read_poisoned_indices(path: str | os.PathLike[str]) -> Tensor:
 
 class SavedTrigger(Attack):
     """The trigger from a file, to measure attack success without the attack's own options.
+
+    A training with it poisons as the attack in the file does, if that poisons stored images.
 
     Args:
         path: A file by :func:`save_trigger`. Training with an attack leaves one beside the network.

@@ -6,15 +6,16 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_mnp.baselines.amount import AmountRule, check_amount, filters_to_prune
 from lightning_mnp.baselines.result import BaselineResult
 from lightning_mnp.baselines.workbench import Workbench, require_finite
-from lightning_mnp.config import check_options, option, require
+from lightning_mnp.config import check_options, option
 from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import (
     DefenseSet,
@@ -28,9 +29,7 @@ from lightning_mnp.surgery.guards import running_alone, unchanged_on_error
 from lightning_mnp.surgery.layers import FilterLayer, FilterLayers, find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork, Weights
 
-__all__ = ["ANPConfig", "ANPRule", "anp", "default_anp"]
-
-ANPRule = Literal["own", "number", "share"]
+__all__ = ["ANPConfig", "anp", "default_anp"]
 
 _LARGEST_THRESHOLD = 0.9  # of those that the published program tries
 
@@ -75,20 +74,14 @@ class ANPConfig:
     eps: float = option(0.4, above=0)
     alpha: float = option(0.2, at_least=0, at_most=1)
     noise_steps: int = option(1, at_least=1)
-    rule: ANPRule = option("own", choices=get_args(ANPRule))
-    amount: float = option(30.0)
+    rule: AmountRule = option("own", choices=get_args(AmountRule))
+    amount: float = option(0.0)
     threshold: float | None = option(None, at_least=0, below=1, optional=True)
     max_drop: float = option(0.02, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.rule == "number":
-            fits = self.amount >= 1 and float(self.amount).is_integer()
-            expected = "a whole number of filters, at least 1"
-        else:
-            fits = self.rule == "own" or 0 < self.amount < 1
-            expected = "a share above 0 and below 1"
-        require(fits, self, "amount", f"{expected} (`rule` is {self.rule!r})")
+        check_amount(self)
 
 
 def anp(
@@ -157,7 +150,8 @@ def anp(
     with unchanged_on_error(model), running_alone(model):
         found = find_filter_layers(model, bench.sample, forward=bench.call)
         layers = _scaled_layers(model, found)
-        number = _number(config, layers, found)
+        counted = config.rule != "own"
+        number = filters_to_prune(config, found.total, layers.total) if counted else 0
         masked = MaskedNetwork(model, layers, bench.call)
         masks, means = _learn(masked, bench, config)
         order = means.argsort(stable=True)
@@ -222,16 +216,6 @@ def _names(layer: FilterLayer, tensors: dict[str, Tensor]) -> tuple[str, str]:
     scale = "weight" if layer.site != layer.name else layer.scale
     names = f"{layer.site}.{scale}", f"{layer.site}.bias"
     return names[0] if names[0] in tensors else "", names[1] if names[1] in tensors else ""
-
-
-def _number(config: ANPConfig, layers: FilterLayers, found: FilterLayers) -> int:
-    """Return how many filters the rules "number" and "share" prune, 0 for another rule."""
-    if config.rule == "own":
-        return 0
-    if config.rule == "share":
-        return min(layers.total, max(1, round(config.amount * found.total)))
-    require(config.amount <= layers.total, config, "amount", f"at most {layers.total} filters")
-    return int(config.amount)
 
 
 def _scaled(masked: MaskedNetwork, scales: Tensor, shifts: Tensor) -> Weights:

@@ -138,9 +138,9 @@ class Workbench:
         self.data = DefenseSet.from_loader(loader, unpack)
         self.seed, self.batch_size, self.augment = seed, batch_size, augment
         self.model = model
-        self.call = network_forward(model, network, forward)
         parameter = next(model.parameters(), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
+        self.call = _fresh_casts(network_forward(model, network, forward), self.device)
         with unchanged_on_error(model), running_alone(model):
             self.classes = check_network(model, self.sample, self.data.labels, self.call)
         self.copy = copy_network(model)
@@ -266,15 +266,32 @@ class Workbench:
             network: The model or a copy of it.
 
         Raises:
-            ArithmeticError: If its outputs are not finite, because a defense has driven its weights
-                too far.
+            ArithmeticError: If its outputs are not finite: because a defense has driven its weights
+                too far, or, for the model itself, because of its weights or the images.
         """
+        remedy = "Lower the learning rates."
+        if network is self.model:
+            remedy = "Check its weights, and how the images are prepared."
         hits = 0
         with running_alone(network), evaluating(network):
             for images, labels in self.data.batches(self.batch_size, self.device):
                 logits = self.logits(network, images)
-                require_finite(
-                    logits, "every output on the defense set", "Lower the learning rates."
-                )
+                require_finite(logits, "every output on the defense set", remedy)
                 hits += int((logits.argmax(1) == labels).sum())
         return hits / len(self.data)
+
+
+def _fresh_casts(call: Forward, device: torch.device) -> Forward:
+    """Return a call that knows no former weights.
+
+    Autocast keeps short copies of the weights for as long as its context lasts, which may be the
+    caller's; weights that are tuned meanwhile would have no effect.
+    """
+
+    def fresh(network: nn.Module, images: Tensor) -> Any:
+        enabled = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type)
+        with torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False):
+            return call(network, images)
+
+    return fresh

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_mnp.attacks import Attack, TrainingAttack
+from lightning_mnp.attacks import Attack, SavedTrigger, TrainingAttack
 from lightning_mnp.data.dataset import (
     ImageDataset,
     MemoryDataset,
@@ -200,12 +200,15 @@ class BackdoorDataModule(LightningDataModule, ABC):
         """The training images, poisoned if there is an attack."""
         if self.attack is None:
             return self.clean_train_set
-        if isinstance(self.attack, TrainingAttack):
-            name = type(self.attack).__name__
+        saved = isinstance(self.attack, SavedTrigger)
+        attack = self.attack.attack if isinstance(self.attack, SavedTrigger) else self.attack
+        if isinstance(attack, TrainingAttack):
+            name = type(attack).__name__
             raise ValueError(
-                f"Expected argument `attack` to poison stored images, but got {name}, which is "
-                f"trained with the network. Give it to its module, `{name}Module`, or measure "
-                "with its saved trigger, `SavedTrigger`."
+                f"Expected argument `attack` to poison stored images, but got "
+                f"{'the saved trigger of ' if saved else ''}{name}, which is trained with the "
+                f"network. Give it to its module, `{name}Module`, or measure with its saved "
+                "trigger, `SavedTrigger`, without training."
             )
         self._prepare_attack()
         return PoisonedDataset(
@@ -370,7 +373,8 @@ class BackdoorDataModule(LightningDataModule, ABC):
 
     def _checked(self, images: ImageDataset, split: Split) -> ImageDataset:
         if len(images) == 0:
-            raise ValueError(f"Expected the {split} set in {self.root} to hold images, but got 0.")
+            place = "" if self.root is None else f" in {self.root}"
+            raise ValueError(f"Expected the {split} set{place} to hold images, but got 0.")
         channels = images.fetch([0]).shape[1]
         if channels != len(self.mean):
             raise ValueError(

@@ -161,6 +161,12 @@ def _unpack(batch: Any, unpack: Unpack, number: int) -> tuple[Tensor, Tensor]:
             f"Expected argument `unpack` to return images and labels, but on batch {number} it "
             f"raised {type(error).__name__}: {error}"
         ) from error
+    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+        found = f"{type(images).__name__} and {type(labels).__name__}"
+        raise TypeError(
+            f"Expected argument `unpack` to return images and labels as tensors, but on batch "
+            f"{number} it returned {found}. `torch.as_tensor` makes a tensor of an array or a list."
+        )
     return images, labels
 
 

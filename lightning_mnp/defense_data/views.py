@@ -72,7 +72,8 @@ def recognized_views(
     known = accuracy(*clean_logits(masked, data, batch_size))
     for choice in choices[augment]:
         found = make_views(data, choice, seed)
-        if accuracy(*clean_logits(masked, found.sets[-1], batch_size)) >= known - _MOST_LOSS:
+        seen = accuracy(*clean_logits(masked, found.sets[-1], batch_size))
+        if seen >= known - _MOST_LOSS - 1e-9:  # 0.4 - 0.1 is not quite 0.3
             return found
     return make_views(data, "none", seed)
 

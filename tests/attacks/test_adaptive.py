@@ -51,6 +51,15 @@ def test_the_penalty_is_the_mean_squared_coefficient_of_variation() -> None:
         equal_norms_penalty(nn.Linear(2, 2))
 
 
+def test_filters_of_a_transposed_convolution_are_its_outputs() -> None:
+    layer = nn.ConvTranspose2d(2, 3, 2)
+    nn.init.ones_(layer.weight)
+    assert equal_norms_penalty(layer).item() == pytest.approx(0)
+    with torch.no_grad():
+        layer.weight[:, 1] *= 4
+    assert equal_norms_penalty(layer).item() == pytest.approx(0.5)  # norms 1, 4 and 1
+
+
 def test_norms_become_equal() -> None:
     plain, adapted = fit(None), fit(AdaptiveTraining(norms=100.0))
     assert equal_norms_penalty(adapted) < 0.5 * equal_norms_penalty(plain)

@@ -34,6 +34,20 @@ def test_an_image_file_is_blended_in(tmp_path: Path, channels: int) -> None:
     torch.testing.assert_close(result, torch.full((2, channels, 6, 6), 0.5 * 128 / 255))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_keeps_its_colors_and_its_sides(tmp_path: Path, channels: int) -> None:
+    pixels = np.zeros((4, 4, 3), dtype=np.uint8)
+    pixels[0, 0], pixels[0, 3], pixels[3, 0] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "pattern.png")
+
+    result = Blend(ratio=1.0, image=tmp_path / "pattern.png").apply(torch.zeros(1, channels, 4, 4))
+
+    shown = picture if channels == 3 else picture.convert("L")
+    expected = torch.tensor(np.array(shown)).reshape(4, 4, channels).permute(2, 0, 1) / 255
+    torch.testing.assert_close(result[0], expected, rtol=0, atol=0.01)
+
+
 def test_the_whole_image_can_be_replaced() -> None:
     first, second = Blend(ratio=1.0).apply(torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)]))
     assert first.equal(second)

@@ -127,7 +127,8 @@ def test_hostile_tensors_are_refused(kind: Any) -> None:
     name = next(iter(good))
     first = good[name]
     for hostile, message in (
-        ({**good, name: first.long()}, "finite floating point numbers, but got others"),
+        ({**good, name: first.long()}, "finite floating point numbers in the tensors"),
+        ({**good, name: torch.full_like(first, 1e300, dtype=torch.float64)}, "but got others in"),
         ({**good, name: first / 0}, "finite floating point numbers"),
         ({**good, name: first[:1]}, "missing, unknown or of another shape"),
         ({**good, "more": first}, "missing, unknown or of another shape"),
@@ -257,6 +258,9 @@ def test_a_fresh_generator_is_not_measured(attack: GenerativeAttack, tmp_path: P
     with pytest.raises(ValueError, match=f"generator of {name} is fresh.*`{name}Module`"):
         TinyDataModule(attack).setup("test")
     save_trigger(tmp_path / "t.safetensors", attack)
-    TinyDataModule(SavedTrigger(tmp_path / "t.safetensors")).setup("test")
+    saved = SavedTrigger(tmp_path / "t.safetensors")
+    TinyDataModule(saved).setup("test")
+    with pytest.raises(ValueError, match=f"but got the saved trigger of {name}, which is trained"):
+        TinyDataModule(saved).setup("fit")
     attack.mark_trained()
     TinyDataModule(attack).setup("test")

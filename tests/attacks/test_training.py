@@ -59,11 +59,17 @@ def test_a_batch_is_poisoned_then_augmented_then_normalized(
     torch.testing.assert_close(images[:4, :, -1, -1], torch.full((4, 3), (1 - 0.5) / 0.25))
 
 
-def test_random_steps_differ_by_seed_epoch_and_batch() -> None:
+def test_random_steps_differ_by_seed_epoch_batch_and_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     each = module()
     each.trainer = quiet_trainer()
     draws = [torch.rand(1, generator=each.step_generator(index)).item() for index in (0, 1, 0)]
     assert draws[0] == draws[2] != draws[1]
+    for name, value in (("current_epoch", 1), ("global_rank", 1)):
+        with monkeypatch.context() as patched:
+            patched.setattr(type(each), name, value)
+            assert torch.rand(1, generator=each.step_generator(0)).item() != draws[0]
     each.attack.seed = 9
     assert torch.rand(1, generator=each.step_generator(0)).item() != draws[0]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import images_and_labels, same, snapshot
+from helpers import images_and_labels, loader, same, snapshot
 from torch import nn
 
 from lightning_mnp import DefenseSet, baselines
@@ -16,8 +16,16 @@ from lightning_mnp.baselines import (
     ANPConfig,
     BaselineResult,
     DetectionResult,
+    FTConfig,
+    FTSAMConfig,
+    IBAUConfig,
+    NADConfig,
     RNPConfig,
     Suspects,
+    ft,
+    ft_sam,
+    ibau,
+    nad,
     rnp,
 )
 
@@ -220,6 +228,23 @@ def test_it_works_where_gradients_are_disabled(task: str, name: str) -> None:
         assert same(snapshot(found.model), snapshot(expected.model))
     else:
         assert found == expected
+
+
+@pytest.mark.parametrize("tune", [ft, ft_sam, nad, ibau])
+def test_the_callers_autocast_keeps_no_former_weights(tune: Any) -> None:
+    """Autocast's own copies of the weights would outlive the steps that change them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = small_network()
+    kinds: dict[Any, Any] = {ft: FTConfig, ft_sam: FTSAMConfig, nad: NADConfig, ibau: IBAUConfig}
+    steps = "rounds" if tune is ibau else "epochs"
+    config = kinds[tune](**{steps: 60, "augment": "none"})
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = tune(network, loader(), config=config)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        plain = tune(network, loader(), config=config)
+    assert inside.accuracy_after == plain.accuracy_after
+    assert inside.details == plain.details
 
 
 @pytest.mark.usefixtures("short")

@@ -311,7 +311,7 @@ def test_data_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         RandomDataModule(defense_size=2).defense_dataloader()
     empty = MemoryDataset(torch.zeros(0, 3, 8, 8).to(torch.uint8), torch.zeros(0).long())
     monkeypatch.setattr(RandomDataModule, "load", lambda self, split: empty)
-    with pytest.raises(ValueError, match="test set in None to hold images, but got 0"):
+    with pytest.raises(ValueError, match="Expected the test set to hold images, but got 0"):
         RandomDataModule().setup("test")
 
 

@@ -4,6 +4,7 @@ from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -154,6 +155,20 @@ def test_a_function_that_unpacks() -> None:
     images, labels = read_batches(batches, lambda batch: (batch["pixels"], batch["answers"]))
     assert torch.equal(images[0], IMAGES)
     assert torch.equal(labels[0], LABELS)
+
+
+@pytest.mark.parametrize(
+    ("parts", "found"),
+    [
+        ((np.zeros((2, 1, 4, 4)), torch.tensor([0, 1])), "ndarray and Tensor"),
+        ((torch.zeros(2, 1, 4, 4), [0, 1]), "Tensor and list"),
+        ((torch.zeros(2, 1, 4, 4), None), "Tensor and NoneType"),
+    ],
+)
+def test_a_function_that_unpacks_no_tensors(parts: Any, found: str) -> None:
+    message = f"`unpack` to return images and labels as tensors, but on batch 0 it returned {found}"
+    with pytest.raises(TypeError, match=message):
+        read_batches([None], unpack=lambda batch: parts)
 
 
 def test_a_function_that_fails_to_unpack() -> None:

@@ -45,6 +45,7 @@ class Told:
         ("crop-flip", (20, 16, 15), "crop"),
         ("crop", (40, 36, 40), "crop"),
         ("crop", (40, 30, 40), None),
+        ("crop", (16, 12, 16), "crop"),  # 0.4 - 0.1 is not quite 0.3
         ("none", (40, 40, 40), None),
     ],
 )
