@@ -29,18 +29,11 @@ _GROUPS: dict[str, type] = {
     "pruning": PruningOptions,
     "verdict": VerdictOptions,
 }
-# The group of each option that once had none.
-_GROUPED = {
-    **{name: f"filters.{name}" for name in ("include", "exclude", "site", "statistics")},
-    **{name: f"suppression.{name}" for name in ("runs", "more_runs", "stop_accuracy", "mu")},
-    **{f"suppression_{n}": f"suppression.{n}" for n in ("lr", "momentum", "epochs", "parts")},
-    **{f"mask_{name}": f"masks.{name}" for name in ("lr", "momentum", "epochs")},
-    "penalty": "masks.penalty",
-    **{n: f"pruning.{n}" for n in ("rule", "amount", "harm", "impurity", "repair", "reaudit")},
-    "attenuation_steps": "pruning.soft_mask_steps",
-    **{name: f"verdict.{name}" for name in ("threshold", "delta", "most_classes")},
-    "balance": "verdict.raise_rare_classes",
-}
+# The groups that have an option of a name.
+_GROUPS_OF: dict[str, list[str]] = {}
+for _group, _kind in _GROUPS.items():
+    for _field in fields(_kind):
+        _GROUPS_OF.setdefault(_field.name, []).append(_group)
 
 
 def _refuse_flat_names(cls: type[Kind]) -> type[Kind]:
@@ -50,7 +43,7 @@ def _refuse_flat_names(cls: type[Kind]) -> type[Kind]:
     @functools.wraps(init)
     def checked(self: Kind, *args: Any, **options: Any) -> None:
         for name in options:
-            if name in _GROUPED:
+            if name in _GROUPS_OF:
                 raise TypeError(_grouped_message(name))
         init(self, *args, **options)
 
@@ -59,24 +52,26 @@ def _refuse_flat_names(cls: type[Kind]) -> type[Kind]:
 
 
 def grouped_message(name: str) -> str | None:
-    """Return where an option stands that once had no group; None if it is no such option.
+    """Return where an option is that is given without its group; None if it is no such option.
 
     Args:
         name: The name without a group.
 
     Example:
-        >>> grouped_message("runs").split(".")[0]
-        'The option `runs` is `suppression'
+        >>> grouped_message("runs").split(". ")[0]
+        'The option `runs` belongs to a group: `suppression.runs`'
     """
-    return _grouped_message(name) if name in _GROUPED else None
+    return _grouped_message(name) if name in _GROUPS_OF else None
 
 
 def _grouped_message(name: str) -> str:
-    group, own = _GROUPED[name].split(".")
-    kind = _GROUPS[group].__name__
+    groups = _GROUPS_OF[name]
+    places = " or ".join(f"`{group}.{name}`" for group in groups)
+    kind = _GROUPS[groups[0]].__name__
     return (
-        f"The option `{name}` is `{group}.{own}` now. Write "
-        f"MNPConfig({group}={kind}({own}=...)), or `--mnp.{group}.{own}` on the command line."
+        f"The option `{name}` belongs to a group: {places}. Write "
+        f"MNPConfig({groups[0]}={kind}({name}=...)), or `--mnp.{groups[0]}.{name}` on the command "
+        "line."
     )
 
 
@@ -299,7 +294,7 @@ class MNPConfig:
 
 
 def _unknown_message(name: str, known: list[str]) -> str:
-    if name in _GROUPED:
+    if name in _GROUPS_OF:
         return _grouped_message(name)
     near = difflib.get_close_matches(name, known, 1)
     meant = f" Did you mean {near[0]!r}?" if near else f" There are {', '.join(known)}."
