@@ -12,6 +12,7 @@ from typing import Any
 from lightning_mnp.calibration.threshold import Calibration
 from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable, write_atomically
 from lightning_mnp.checkpoints.printable import printable
+from lightning_mnp.config.dotted import dotted
 from lightning_mnp.signals.population import SCORES_FORMAT
 
 __all__ = ["CalibrationFile", "NetworkScore"]
@@ -67,7 +68,7 @@ class CalibrationFile:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         check_writable(path, "output")
         self.path = path
-        self.settings = _flat(json.loads(json.dumps(settings)))
+        self.settings = dotted(json.loads(json.dumps(settings)))
         self.networks: list[NetworkScore] = []
         if path.exists():
             self._read()
@@ -140,7 +141,7 @@ class CalibrationFile:
         try:
             content = json.loads(self.path.read_text("utf-8"))
             known = content["format"] == SCORES_FORMAT
-            settings = _flat(dict(content["settings"]))
+            settings = dotted(dict(content["settings"]))
             networks = [NetworkScore(**entry) for entry in content["networks"]]
             known = known and all(_is_sound(network) for network in networks)
         except OSError as error:
@@ -165,17 +166,6 @@ class CalibrationFile:
                     "move the file away."
                 )
         self.networks = networks
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return settings in groups by dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _is_sound(network: NetworkScore) -> bool:

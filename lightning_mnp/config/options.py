@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar, get_args
 
+from lightning_mnp.config.dotted import dotted
 from lightning_mnp.config.groups import (
     FilterOptions,
     MaskOptions,
@@ -278,12 +279,7 @@ class MNPConfig:
             >>> MNPConfig().flat()["suppression.runs"]
             2
         """
-        options = self.to_dict()
-        return {
-            name: options[name] if "." not in name else options[name.split(".")[0]][own]
-            for name in self._names()
-            for own in [name.rpartition(".")[2]]
-        }
+        return dotted(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options as primitives, in groups."""

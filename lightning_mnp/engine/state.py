@@ -6,6 +6,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from lightning_mnp.config.dotted import dotted
 from lightning_mnp.engine.case import Case
 from lightning_mnp.report import RunResult, SecondAudit
 from lightning_mnp.report.primitives import read_trigger
@@ -65,22 +66,13 @@ def _difference(value: Any, found: Any) -> str:
     """Tell two values apart; of groups of options, only those that differ."""
     if not (isinstance(value, dict) and isinstance(found, dict)):
         return f"it is {value!r} now, and {found!r} in the state"
-    now, then = _flat(value), _flat(found)
+    now, then = dotted(value), dotted(found)
     parts = [
         f"`{name}` is {now.get(name)!r} now, and {then.get(name)!r} in the state"
         for name in dict.fromkeys([*now, *then])
         if now.get(name) != then.get(name)
     ]
     return "; ".join(parts)
-
-
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested options by dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in options.items():
-        dotted = f"{prefix}{name}"
-        found.update(_flat(value, f"{dotted}.") if isinstance(value, dict) else {dotted: value})
-    return found
 
 
 def case_state(case: Case) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lightning_mnp.config.dotted import dotted
 from lightning_mnp.report import DefenseReport
 from lightning_mnp.report.words import Words
 from lightning_mnp.reporting.charts import line_chart, share_bar
@@ -210,7 +211,7 @@ def settings(report: DefenseReport) -> Markup | None:
     parts = (
         _folded("Digests of file, weights and images", digests),
         _folded("Suppression runs", suppression),
-        _folded("Options", dict(_flat(report.config))),
+        _folded("Options", dotted(report.config)),
         _folded("Versions", report.versions),
         _folded("Time and image passes by phase", spent),
         _folded("Convolutions left alone", dict(report.skipped)),
@@ -225,15 +226,6 @@ def _folded(title: str, content: Mapping[str, Any]) -> Markup | None:
         if value is not None
     ]
     return tag("details", tag("summary", title), tag("table", *rows)) if rows else None
-
-
-def _flat(options: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield options by their dotted names."""
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value
 
 
 def _number(value: str | int) -> Markup:
