@@ -252,7 +252,7 @@ def test_state_of_another_precision_is_refused() -> None:
         return torch.autocast("cpu", torch.bfloat16)
 
     state = MNPDefense(network, data, quick_config(), autocast=autocast).state_dict()
-    with pytest.raises(ValueError, match=r"same precision, but it was 'torch.float32' and is"):
+    with pytest.raises(ValueError, match=r"same precision, but it is 'torch.float32' now"):
         MNPDefense(network, data, quick_config()).load_state_dict(state)
 
 

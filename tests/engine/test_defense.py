@@ -42,7 +42,7 @@ def new_defense(
     return MNPDefense(model, data, config, when=when, constants=constants, signals=signals)
 
 
-@pytest.mark.parametrize(("signals", "told"), [({"pach", "warp"}, "'pach'"), (set(), "none")])
+@pytest.mark.parametrize(("signals", "told"), [({"stripe", "warp"}, "'stripe'"), (set(), "none")])
 def test_signals_that_there_are_not_are_refused(signals: Any, told: str) -> None:
     words = (
         f"Expected argument `signals` to name signals, but got {told}. Choose some of 'pile-up', "

@@ -45,8 +45,8 @@ def test_what_is_recorded_of_a_run() -> None:
 
     tracer = trace(run)
     assert tracer.uses == {
-        "conv1": ConvolutionUse(calls=1, elsewhere=True),
-        "conv2": ConvolutionUse(calls=2, norms={("norm", 1)}),
+        "conv1": ConvolutionUse(elsewhere=True),
+        "conv2": ConvolutionUse(norms={("norm", 1)}),
     }
     assert tracer.feeders == {"norm": {"conv2"}}
 
@@ -119,7 +119,7 @@ def test_channels_are_followed_on_devices_without_float64(dtype: torch.dtype) ->
 
     with NoDoubles():
         use = trace(run, nn.LayerNorm(4)).uses["conv1"]
-    assert use == ConvolutionUse(calls=1, norms={("norm", 3)})
+    assert use == ConvolutionUse(norms={("norm", 3)})
 
 
 @pytest.mark.parametrize(
@@ -146,4 +146,4 @@ def test_questions_about_a_map_are_no_use_of_it() -> None:
         assert y.is_floating_point()
         return net.classify(net.norm(input=y))  # also by keyword
 
-    assert trace(run).uses["conv1"] == ConvolutionUse(calls=1, norms={("norm", 1)})
+    assert trace(run).uses["conv1"] == ConvolutionUse(norms={("norm", 1)})
