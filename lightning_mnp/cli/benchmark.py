@@ -23,7 +23,7 @@ from lightning_mnp.benchmark.networks import Fit, NetworkFolder
 from lightning_mnp.benchmark.recipe import read_yaml
 from lightning_mnp.benchmark.report import write_report
 from lightning_mnp.benchmark.run import Places, Summary, run_benchmark
-from lightning_mnp.cli.parser import print_error
+from lightning_mnp.cli.parser import end_with_error
 
 __all__ = ["main", "parse_seconds"]
 
@@ -100,9 +100,7 @@ class _Parser(ArgumentParser):
             message: What is wrong.
             ex: The exception that says so.
         """
-        print_error(self, message, ex)
-        self.exit(2)
-        raise AssertionError("unreachable")
+        end_with_error(self, message, ex)
 
 
 def main(args: Sequence[str], fit: Fit) -> int:

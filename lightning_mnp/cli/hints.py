@@ -53,7 +53,7 @@ def plain_message(message: str) -> str:
         'Expected argument `--mnp.seed` to be one of 0, 1, but got 2.'
     """
     if found := _REQUIRED.search(message):
-        *names, last = [f"`--{name.partition('.')[2]}`" for name in found["names"].split(", ")]
+        *names, last = [f"`--{name}`" for name in _missing(found)]
         if not names:
             return f"Expected argument {last}, which is required, but got none."
         return f"Expected arguments {', '.join(names)} and {last}, but got none of them."
@@ -73,6 +73,11 @@ def plain_message(message: str) -> str:
         return f"Expected argument `--{key}` to be a class path, but got {path}: {why}."
     value = found["value"].splitlines()[0]
     return f"Expected argument `--{key}` to be the class path of a {kind}, but got {value}."
+
+
+def _missing(found: re.Match[str]) -> list[str]:
+    """Return the names of the missing arguments, without the command."""
+    return [name.partition(".")[2] for name in found["names"].split(", ")]
 
 
 def named_command(message: str) -> str:
@@ -107,9 +112,8 @@ def find_hint(message: str, parser: argparse.ArgumentParser) -> str:
         parser: The parser that was used.
     """
     if (found := _REQUIRED.search(message)) and found["command"] in _EXAMPLES:
-        named = {name.partition(".")[2] for name in found["names"].split(", ")}
         file = _EXAMPLES[found["command"]]
-        if named & {"model", "data"}:
+        if not {"model", "data"}.isdisjoint(_missing(found)):
             return f"A configuration names model and data, for example `--config {file}`."
     if found := _UNKNOWN.search(message):
         options = {name for action in parser._actions for name in action.option_strings}

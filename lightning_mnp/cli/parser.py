@@ -15,7 +15,7 @@ from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.cli.hints import find_hint, named_command, plain_message
 from lightning_mnp.cli.words import COMMANDS
 
-__all__ = ["MNPParser", "print_error"]
+__all__ = ["MNPParser", "end_with_error"]
 
 _MOST_LETTERS = 2000
 _OPTIONS = "--config FILE [options]"
@@ -147,15 +147,13 @@ class MNPParser(LightningArgumentParser):
         """
         if not self.exit_on_error:
             super().error(message, ex)
-        print_error(self, message, ex)
-        self.exit(2)
-        raise AssertionError("unreachable")
+        end_with_error(self, message, ex)
 
 
-def print_error(
+def end_with_error(
     parser: argparse.ArgumentParser, message: str, error: Exception | None = None
-) -> None:
-    """Print what is wrong and what was probably meant, then the usage.
+) -> NoReturn:
+    """Print what is wrong and what was probably meant, then the usage, and end with code 2.
 
     Args:
         parser: The parser that was used.
@@ -170,6 +168,7 @@ def print_error(
     told = [f"error: {plain_message(message)}", *([hint] if hint else []), usage]
     for line in "\n".join(told).splitlines():
         print(printable(line, _MOST_LETTERS), file=sys.stderr)
+    sys.exit(2)
 
 
 def _options(command: str) -> str:

@@ -362,7 +362,7 @@ class MNPTrainer(Trainer):
         return outcome
 
     def _log(self, outcome: DefenseReport) -> None:
-        """Tell the loggers, last of all: one that fails costs no file."""
+        """Log the outcome, last of all: a logger that fails costs no file."""
         if self.is_global_zero:
             log_outcome(self.loggers, outcome, self.global_step)
 

@@ -264,13 +264,7 @@ class MNPConfig:
             >>> MNPConfig.from_dict({"seed": 3, "masks": {"epochs": 5}}).masks.epochs
             5
         """
-        changes: dict[str, Any] = {}
-        for name, value in options.items():
-            if isinstance(value, Mapping):
-                changes.update({f"{name}.{own}": each for own, each in value.items()})
-            else:
-                changes[name] = value
-        return cls().changed(changes)
+        return cls().changed(dotted(options))
 
     def flat(self) -> dict[str, Any]:
         """Return all options as primitives by name, as :meth:`changed` takes them.

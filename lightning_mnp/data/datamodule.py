@@ -200,15 +200,14 @@ class BackdoorDataModule(LightningDataModule, ABC):
         """The training images, poisoned if there is an attack."""
         if self.attack is None:
             return self.clean_train_set
-        saved = isinstance(self.attack, SavedTrigger)
         attack = self.attack.attack if isinstance(self.attack, SavedTrigger) else self.attack
         if isinstance(attack, TrainingAttack):
             name = type(attack).__name__
+            given = name if attack is self.attack else f"the saved trigger of {name}"
             raise ValueError(
-                f"Expected argument `attack` to poison stored images, but got "
-                f"{'the saved trigger of ' if saved else ''}{name}, which is trained with the "
-                f"network. Give it to its module, `{name}Module`, or measure with its saved "
-                "trigger, `SavedTrigger`, without training."
+                f"Expected argument `attack` to poison stored images, but got {given}, which is "
+                f"trained with the network. Give it to its module, `{name}Module`, or measure with "
+                "its saved trigger, `SavedTrigger`, without training."
             )
         self._prepare_attack()
         return PoisonedDataset(

@@ -25,10 +25,10 @@ from lightning_mnp.report import DefenseReport, RunResult, SecondAudit, Signal, 
 from lightning_mnp.signals.base import Scene, Search, SignalSearch
 from lightning_mnp.signals.patch import PatchTrigger
 from lightning_mnp.signals.pile_up import PileUp
-from lightning_mnp.signals.registry import registered
+from lightning_mnp.signals.registry import complete_signals, registered
 from lightning_mnp.signals.screening import Screening
 from lightning_mnp.signals.trace import Trace
-from lightning_mnp.signals.verdict import CONFIRMED, Judgement, judge, rank_signals
+from lightning_mnp.signals.verdict import Judgement, judge, rank_signals
 from lightning_mnp.surgery.forward import Forward
 from lightning_mnp.surgery.guards import (
     refuse_quantized,
@@ -367,25 +367,12 @@ def open_case(
             linear=filters.linear,
         )
     if measured is not None:
-        measured = _with_what_confirms(measured)
+        measured = complete_signals(measured)
     if pruning.rule != "auto":
         pruned_count(torch.ones(layers.total), pruning.rule, pruning.amount)
         if when != "never" and filters.site == "filter":
             _refuse_undone_masks(model, layers, filters.statistics)
     return Case(model, data, config, when, layers, call, classes, autocast, constants, measured)
-
-
-def _with_what_confirms(names: Set[str]) -> frozenset[str]:
-    """Check names of signals, and add the pile-up if one of them counts only together with it."""
-    known = [name for name, kind in registered().items() if issubclass(kind, SignalSearch)]
-    unknown = sorted(set(names) - set(known))
-    if unknown or not names:
-        found = f"{unknown[0]!r}" if unknown else "none"
-        raise ValueError(
-            f"Expected argument `signals` to name signals, but got {found}. Choose some of "
-            f"{', '.join(map(repr, known))}, or None for all."
-        )
-    return frozenset({*names, PileUp.name} if CONFIRMED & names else names)
 
 
 def _refuse_undone_masks(model: nn.Module, layers: FilterLayers, statistics: Statistics) -> None:

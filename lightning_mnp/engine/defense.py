@@ -193,7 +193,7 @@ class MNPDefense:
             RuntimeError: If the defense has not finished.
         """
         self._require_finished()
-        return self.purification.apply(self.case.model)
+        return self.purification.changes.apply(self.case.model)
 
     def purified(self) -> nn.Module:
         """Return a pruned copy of the model.

@@ -63,7 +63,7 @@ def check_state(case: Case, state: Any) -> None:
 
 
 def _difference(value: Any, found: Any) -> str:
-    """Tell two values apart; of groups of options, only those that differ."""
+    """Return in words how two values differ; of groups of options, only those that do."""
     if not (isinstance(value, dict) and isinstance(found, dict)):
         return f"it is {value!r} now, and {found!r} in the state"
     now, then = dotted(value), dotted(found)

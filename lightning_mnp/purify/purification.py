@@ -25,7 +25,6 @@ from lightning_mnp.signals.trace import Trace
 from lightning_mnp.surgery.logit_shift import LogitShift, find_logit_bias, repair_shift
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 from lightning_mnp.surgery.network import copy_network
-from lightning_mnp.surgery.prune import Pruning
 
 __all__ = ["Purification"]
 
@@ -36,7 +35,7 @@ class Purification:
     Filters are named from outside (:meth:`remove`) or taken step by step
     (:meth:`begin`, :meth:`greedy_step`). Kernels are then turned down (:meth:`soft_mask_step`);
     some of them are cut, and weights are tuned (:meth:`tuning_step`). :meth:`check` measures what
-    is left and fits the repair. The network itself changes only by :meth:`apply`.
+    is left and fits the repair. The network itself does not change, see :meth:`Changes.apply`.
 
     Args:
         masked: The network as it is, on its device.
@@ -374,21 +373,10 @@ class Purification:
         name = find_logit_bias(self.masked.network, sample, self.masked.forward)
         return None if name is None else LogitShift(name, values)
 
-    def apply(self, network: nn.Module) -> Pruning:
-        """Change a network as was found.
-
-        Args:
-            network: The network, or a copy of it.
-
-        Returns:
-            What was removed; its ``undo`` puts it back.
-        """
-        return self.changes.apply(network)
-
     def purified(self) -> nn.Module:
         """Return a changed copy of the network."""
         network = copy_network(self.masked.network)
-        self.apply(network)
+        self.changes.apply(network)
         return network
 
     def state_dict(self) -> dict[str, Any]:

@@ -230,8 +230,8 @@ class MarginSearch(SignalSearch):
         Each alone is found in clean networks, too: a class may have objects of great margin, and
         a suppressed network may fall back to one class. Its strength is the lesser of both.
         """
-        leads, counts_from = "the greatest margin is that of class {}", self.constants.counts_from
-        return confirmed_signal(self.scene, self.name, dict(self.margins), counts_from, leads)
+        claim, counts_from = "the greatest margin is that of class {}", self.constants.counts_from
+        return confirmed_signal(self.scene, self.name, dict(self.margins), counts_from, claim)
 
     def stands_out(self, target: int) -> bool:
         """Return whether the margin of a class is out of the ordinary.

@@ -7,16 +7,19 @@ register(MySearch)  # a SignalSearch, or a Search that is made for pruning only
 
 from __future__ import annotations
 
-from lightning_mnp.signals.base import Search
+from collections.abc import Set
+
+from lightning_mnp.signals.base import Search, SignalSearch
 from lightning_mnp.signals.margin import MarginSearch
 from lightning_mnp.signals.overlay import OverlaySearch
 from lightning_mnp.signals.patch import PatchSearch
 from lightning_mnp.signals.permutation import PermutationSearch
 from lightning_mnp.signals.pile_up import PileUp
 from lightning_mnp.signals.reach import ReachSearch
+from lightning_mnp.signals.verdict import CONFIRMED
 from lightning_mnp.signals.warp import WarpSearch
 
-__all__ = ["register", "registered", "unregister"]
+__all__ = ["complete_signals", "register", "registered", "unregister"]
 
 # What the engine's other phases are called.
 _RESERVED = frozenset(
@@ -97,3 +100,27 @@ def registered() -> dict[str, type[Search]]:
         ['pile-up', 'margin', 'patch']
     """
     return dict(_SEARCHES)
+
+
+def complete_signals(names: Set[str]) -> frozenset[str]:
+    """Check names of signals, and add the pile-up if one of them counts only together with it.
+
+    Args:
+        names: The names.
+
+    Raises:
+        ValueError: If there is none, or one that no signal has.
+
+    Example:
+        >>> sorted(complete_signals({"margin", "patch"}))
+        ['margin', 'patch', 'pile-up']
+    """
+    known = [name for name, kind in _SEARCHES.items() if issubclass(kind, SignalSearch)]
+    unknown = sorted(set(names) - set(known))
+    if unknown or not names:
+        found = f"{unknown[0]!r}" if unknown else "none"
+        raise ValueError(
+            f"Expected argument `signals` to name signals, but got {found}. Choose some of "
+            f"{', '.join(map(repr, known))}, or None for all."
+        )
+    return frozenset({*names, PileUp.name} if CONFIRMED & names else names)

@@ -95,10 +95,11 @@ def _scanned(options: ScanOptions) -> int:
     except Exception as error:
         if os.environ.get("LIGHTNING_MNP_DEBUG"):
             raise
+        told = f"error: {error}"
         if not isinstance(error, _WRONG_INPUT):  # so that other files are scanned all the same
-            traceback.print_exc()
-        lines = [printable(line, 10_000) for line in str(error).splitlines()]
-        print("error: " + "\n".join(lines), file=sys.stderr)
+            told = f"{traceback.format_exc()}{told}"
+        for line in told.splitlines():  # which may hold names from the file
+            print(printable(line, 10_000), file=sys.stderr)
         return _WRONG_USE
 
 

@@ -107,6 +107,21 @@ def test_a_file_that_breaks_the_scan_does_not_keep_others_from_it(
     assert told.endswith("error: nobody thought of this\n")
 
 
+def test_names_in_a_trace_are_escaped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a name from the file: \x1b[2J"
+
+    def scanned(options: ScanOptions) -> DefenseReport:
+        raise OverflowError(name)
+
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.scan", scanned)
+    assert main(WORDS) == 2
+    told = capsys.readouterr().err
+    assert told.count("a name from the file: ") == 2  # in the trace, and after it
+    assert "\x1b" not in told
+
+
 @pytest.mark.parametrize(("verdict", "code"), [("clean", 0), ("backdoored", 3), ("undecided", 4)])
 def test_exit_codes_and_formats(
     verdict: str,
