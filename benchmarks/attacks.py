@@ -11,7 +11,6 @@ folder keeps the checkpoint, the trigger and the log. CA and ASR are then measur
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from lightning_mnp.benchmark.executors import ENVIRONMENT
+from lightning_mnp.benchmark.records import read_json, write_json
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "attacks"
 NOTED_EVERY = 30.0  # seconds between two notes of the time that a training has taken
@@ -184,8 +184,7 @@ class Task:
     def noted(self) -> dict[str, Any]:
         """Return what :meth:`note` kept last."""
         path = self.folder / "seconds.json"
-        figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        return figures
+        return read_json(path) if path.exists() else {}
 
     def spent(self) -> float:
         """Say the seconds of training so far, with those before it was stopped."""
@@ -198,9 +197,7 @@ class Task:
 
     def note(self, **figures: Any) -> None:
         """Keep the seconds of training, and whether it is finished."""
-        fresh = self.folder / ".seconds.json"
-        fresh.write_text(json.dumps(figures))
-        fresh.replace(self.folder / "seconds.json")
+        write_json(self.folder / "seconds.json", figures)
 
     def finish(self) -> dict[str, Any]:
         """Train and measure what is missing."""
@@ -208,10 +205,10 @@ class Task:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self.is_trained():
                 self.fit()
-            self.result.write_text(json.dumps({**self.test(), "seconds": self.spent()}))
-            print(f"{self.name}: {self.result.read_text()}", flush=True)
-        result: dict[str, Any] = json.loads(self.result.read_text())
-        return result
+            result = {**self.test(), "seconds": self.spent()}
+            write_json(self.result, result)
+            print(f"{self.name}: {result}", flush=True)
+        return read_json(self.result)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -174,7 +174,9 @@ def main() -> None:
             path = folder / f"{name}-{seed}.json"
             if not path.exists():
                 row = run(name, seed, options.preset, zoo, options.data, evaluate)
-                path.write_text(json.dumps(row, indent=2) + "\n")
+                partial = path.with_suffix(".partial")  # a killed run leaves no half of a file
+                partial.write_text(json.dumps(row, indent=2) + "\n")
+                partial.replace(path)
                 print(f"{path}: done", flush=True)
             rows.append(json.loads(path.read_text()))
     print_table(rows)

@@ -367,6 +367,21 @@ def test_an_interrupted_training_ends_with_130(
     assert capsys.readouterr().err.endswith("interrupted\n")
 
 
+def test_a_terminated_training_ends_with_143(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning would end the process with 0, as if the training were complete."""
+    earlier = Classifier.training_step
+
+    def step(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return earlier(*args)
+
+    monkeypatch.setattr(Classifier, "training_step", step)
+    assert main(["fit", *COMMON, "--trainer.max_epochs=1"]) == 143
+    assert capsys.readouterr().err.endswith("terminated\n")
+
+
 def test_interrupted_command_ends_with_130_and_goes_on(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

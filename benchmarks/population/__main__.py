@@ -279,8 +279,6 @@ def _train(chosen: Sequence[Recipe], options: argparse.Namespace) -> int:
     missing = [recipe for recipe in chosen if not is_trained(recipe, options.folder)]
     first = [recipe for recipe in references if not is_trained(recipe, options.folder)]
     later = [recipe for recipe in missing if recipe not in first]
-    for name in sorted({recipe.data for recipe in [*first, *later]}):
-        load_images(name, options.data, options.folder / "data")  # once, not in each process
     jobs = [
         Job(
             each.name,
@@ -429,9 +427,18 @@ def _is_due(done: tuple[str, str] | None, weights: str, version: str | None) -> 
     return done is None or done[0] != weights or version not in (None, done[1])
 
 
+def _data_of(job: Job) -> set[str]:
+    """The data sets that a job reads."""
+    recipes = [each for each in job.arguments if isinstance(each, Recipe)]
+    first = {"digits" for recipe in recipes if recipe.pretrained == "digits"}
+    return {recipe.data for recipe in recipes} | first
+
+
 def _run(
     jobs: Sequence[Job], options: argparse.Namespace, line_of: Callable[[Job, dict[str, Any]], str]
 ) -> int:
+    for name in sorted({name for job in jobs for name in _data_of(job)}):
+        load_images(name, options.data, options.folder / "data")  # once, not in each process
     failed = 0
     with open_executor(options.executor, options.jobs, options.address, apart=True) as executor:
         for job, row in run_jobs(jobs, executor, options.budget):

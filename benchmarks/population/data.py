@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.population.recipes import NORMALIZATIONS, Recipe
 from lightning_mnp import DefenseSet
 from lightning_mnp.attacks import Attack
+from lightning_mnp.checkpoints.atomic_write import write_atomically
 from lightning_mnp.data import (
     BackdoorDataModule,
     CIFAR10DataModule,
@@ -92,9 +93,9 @@ def load_images(name: str, root: Path, cache: Path) -> Images:
             )
         }
         cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.rename(file)
+        write_atomically(
+            file, lambda partial: save_file(tensors, partial), argument="folder", replace=True
+        )
     return Images(**load_file(file))
 
 

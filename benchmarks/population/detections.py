@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -209,12 +210,12 @@ def _line(
     attacked = [row for kind in kinds for row in groups[kind]]
     flagged = [row for row in attacked if is_found(row)]
     clean = [row for row in groups["clean"] if is_found(row)]
-    passes = sorted(row["passes"] for row in rows if row["passes"] is not None)
+    passes = [row["passes"] for row in rows if row["passes"] is not None]
     return [
         name,
         *(hits(groups[kind]) for kind in kinds),
         share(len(flagged), len(attacked)),
         f"{sum(map(is_named, flagged))} of {len(flagged)}",
         share(len(clean), len(groups["clean"])),
-        f"{passes[len(passes) // 2]:,.0f}" if passes else "-",
+        f"{statistics.median(passes):,.0f}" if passes else "-",
     ]

@@ -142,7 +142,7 @@ def retune_network(
 
     Each copy is trained for five epochs with the recipe's own optimizer, at a fifth of the learning
     rate that a network is trained whole with: as the networks of the population that learn clean
-    images first.
+    images first. Adversarial steps of the recipe are left out.
 
     Args:
         recipe: How the backdoored network was trained.

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_mnp.checkpoints.atomic_write import write_atomically
+
 __all__ = ["FIRST_SEED", "REPORTING_ONLY", "SPLIT_FILE", "seen_networks", "split_of"]
 
 SPLIT_FILE = Path(__file__).with_name("split.json")
@@ -70,4 +72,7 @@ def write_split(names: dict[str, tuple[str, int]]) -> None:
     Args:
         names: See :func:`make_split`.
     """
-    SPLIT_FILE.write_text(json.dumps(make_split(names), indent=1) + "\n")
+    text = json.dumps(make_split(names), indent=1) + "\n"
+    write_atomically(
+        SPLIT_FILE, lambda partial: partial.write_text(text), argument="split", replace=True
+    )

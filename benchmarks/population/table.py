@@ -226,8 +226,7 @@ def _ratios(clean: Sequence[Audit], learned: Sequence[Audit]) -> str:
 
 def _costs(rows: Sequence[Audit]) -> str:
     def median_of(values: Sequence[float]) -> str:
-        ordered = sorted(values)
-        return f"{ordered[len(ordered) // 2]:,.0f}" if ordered else "-"
+        return f"{statistics.median(values):,.0f}" if values else "-"
 
     seconds = [row["processor_seconds"] for row in rows]
     passes = [row["passes"] for row in rows if row["passes"] is not None]

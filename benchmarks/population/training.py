@@ -42,6 +42,7 @@ from lightning_mnp.attacks import (
     WaNetModule,
 )
 from lightning_mnp.attacks.trigger import load_trigger, save_trigger
+from lightning_mnp.benchmark.records import read_json
 from lightning_mnp.data import MemoryDataset
 from lightning_mnp.models import Classifier
 from lightning_mnp.models.head import classifier_head
@@ -273,8 +274,7 @@ def read_row(recipe: Recipe, folder: Path) -> dict[str, Any]:
         recipe: The recipe.
         folder: Where networks are kept.
     """
-    row: dict[str, Any] = json.loads((folder / f"{recipe.name}.json").read_text())
-    return row
+    return read_json(folder / f"{recipe.name}.json")
 
 
 def load_network(recipe: Recipe, folder: Path) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from benchmarks.population.recipes import Recipe
 from benchmarks.population.training import is_trained
+from lightning_mnp.checkpoints.atomic_write import write_atomically
 
 __all__ = ["KEPT", "keep", "restore"]
 
@@ -64,4 +66,6 @@ def _copy(recipe: Recipe, source: Path, target: Path) -> None:
     for ending in _ENDINGS:
         file = source / f"{recipe.name}{ending}"
         if file.exists():
-            shutil.copyfile(file, target / file.name)
+            write_atomically(
+                target / file.name, partial(shutil.copyfile, file), argument="folder", replace=True
+            )

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing.synchronize import Event
 from typing import Any, Literal, Protocol
 
 import torch
@@ -72,13 +74,14 @@ class Processes:
 
     def __init__(self, count: int) -> None:
         self.slots = count
+        self._context = multiprocessing.get_context("spawn")
+        self._stopped = self._context.Event()
         self._pool = self._open()
         self._before = {name: os.environ.get(name) for name in ENVIRONMENT}
         os.environ.update(ENVIRONMENT)  # a process is started when there is work for it
 
     def _open(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.slots, context, _prepare)
+        return ProcessPoolExecutor(self.slots, self._context, _prepare, (self._stopped,))
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Begin a piece of work in a process that is free."""
@@ -88,6 +91,10 @@ class Processes:
             self._pool.shutdown(wait=False)
             self._pool = self._open()
             return self._pool.submit(work, *arguments)
+
+    def stop(self) -> None:
+        """End the processes at once; what they have begun is lost."""
+        self._stopped.set()
 
     def close(self) -> None:
         """End the processes, after the work that they have begun; put the environment back."""
@@ -124,6 +131,9 @@ class _Ray:
         future: Future[Any] = self._remote.remote(work, arguments).future()
         return future
 
+    def stop(self) -> None:
+        """Nothing: closing ends what has begun."""
+
     def close(self) -> None:
         self._ray.shutdown()
 
@@ -140,6 +150,8 @@ def open_executor(
     apart: bool = False,
 ) -> Iterator[Executor]:
     """Make an executor, and close it at the end of the context.
+
+    If the context ends by an error or an interrupt, work that has begun is not waited for.
 
     Args:
         name: ``"processes"`` of this machine, or ``"ray"``.
@@ -170,14 +182,23 @@ def open_executor(
     executor = _Ray(jobs, address) if name == "ray" else Processes(jobs or 1)
     try:
         yield executor
+    except BaseException:
+        executor.stop()
+        raise
     finally:
         executor.close()
 
 
-def _prepare() -> None:
-    """Prepare a process: one thread, and an end with the process that started it."""
+def _prepare(stopped: Event) -> None:
+    """Prepare a process: one thread, and an end with the process that started it, or before."""
     torch.set_num_threads(1)
-    threading.Thread(target=_follow, daemon=True).start()
+    for follow in (_follow, partial(_obey, stopped)):
+        threading.Thread(target=follow, daemon=True).start()
+
+
+def _obey(stopped: Event) -> None:
+    stopped.wait()
+    os._exit(1)  # an interrupt: nobody waits for the result
 
 
 def _follow() -> None:

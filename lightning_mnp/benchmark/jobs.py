@@ -44,8 +44,9 @@ class _Clock:
         self.estimated = self.spent = 0.0
 
     def note(self, job: Job, seconds: float) -> None:
-        self.estimated += job.seconds
-        self.spent += seconds
+        if job.seconds:  # others say nothing about how good estimates are
+            self.estimated += job.seconds
+            self.spent += seconds
         for kind in filter(None, {job.kind, job.kind.partition("/")[0]}):
             self.longest[kind] = max(self.longest.get(kind, 0.0), seconds)
 
@@ -86,8 +87,9 @@ def run_jobs(
         while len(begun) < executor.slots:
             now = time.monotonic()
             left = math.inf if budget is None else budget - (now - started)
-            waiting = [job for job in waiting if clock.expected(job) <= left]
-            job = next((each for each in waiting if not unfinished & set(each.needs)), None)
+            # What is thought to take too long may turn out to be quicker, so it is asked each time.
+            fitting = (each for each in waiting if clock.expected(each) <= left)
+            job = next((each for each in fitting if not unfinished & set(each.needs)), None)
             if job is None:
                 break
             waiting.remove(job)

@@ -34,7 +34,7 @@ __all__ = ["Fit", "NetworkFolder", "training_version", "using_threads"]
 # Runs the command `fit` with these arguments and returns its exit code.
 Fit = Callable[[list[str]], int]
 
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143
 _LAST_LINES = 6
 
 
@@ -71,7 +71,8 @@ class NetworkFolder:
     Args:
         root: Folder of all networks.
         recipe: How the network is trained.
-        any_code: Whether a network that other code has trained will do, if there is none of this.
+        any_code: Whether a network that other code has trained will do, the latest one, if there is
+            none of this.
     """
 
     root: Path
@@ -83,8 +84,9 @@ class NetworkFolder:
         """The folder."""
         current = self.root / f"{self.recipe.name}-{training_version(self.recipe)}"
         if self.any_code and not (current / "network.json").exists():
-            for figures in sorted(self.root.glob(f"{self.recipe.name}-*/network.json")):
-                return figures.parent
+            trained = list(self.root.glob(f"{self.recipe.name}-*/network.json"))
+            if trained:
+                return max(trained, key=lambda figures: figures.stat().st_mtime).parent
         return current
 
     @property
@@ -202,6 +204,8 @@ class NetworkFolder:
             code = _run_quietly(fit, arguments, file)
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
+        if code == _TERMINATED:  # somebody wants the process to end, and not this training alone
+            raise SystemExit(code)
         if code:
             said = _last_lines(log.read_text("utf-8"))
             raise RuntimeError(f"Training {self.recipe.name} failed: {said} The log is {log}.")

@@ -8,7 +8,15 @@ from lightning_mnp.benchmark.pairs import Pair, mean_pair, pairs_of, shown
 from lightning_mnp.benchmark.results import Result
 from lightning_mnp.benchmark.table import head
 
-__all__ = ["POINTS", "fine_tuned", "losses", "not_learned", "trained_again"]
+__all__ = [
+    "POINTS",
+    "fine_tuned",
+    "losses",
+    "not_learned",
+    "not_shown",
+    "other_code",
+    "trained_again",
+]
 
 # A rival is better if it is so by more than this, in CA or ASR, and no worse in the other.
 POINTS = 0.5
@@ -69,6 +77,36 @@ def trained_again(results: Sequence[Result]) -> list[str]:
         f"{', '.join(sorted(told))}. *No defense* is their mean; CA drops are against the network "
         "that the defense had."
     ]
+
+
+def other_code(results: Sequence[Result]) -> list[str]:
+    """Return a sentence that says which methods were run by several versions of their code, if any.
+
+    Args:
+        results: The results.
+    """
+    versions: dict[str, set[str]] = {}
+    for each in results:
+        if each.is_done:
+            # Before the dash is the version of the training.
+            method = str(each.content["code"]).rpartition("-")[2]
+            versions.setdefault(each.label, set()).add(method)
+    told = [f"{head(label)} ({len(each)})" for label, each in versions.items() if len(each) > 1]
+    return [f"By several versions of the method's code: {', '.join(told)}."] if told else []
+
+
+def not_shown(trials: Sequence[str]) -> list[str]:
+    """Return a sentence that says how many trials of options have a table of their own, if any.
+
+    Args:
+        trials: Labels of the methods.
+    """
+    if not trials:
+        return []
+    what = (
+        "method with other options was" if len(trials) == 1 else "methods with other options were"
+    )
+    return [f"Not in this table: {len(trials)} {what} run on one attack only."]
 
 
 def losses(attack: str, group: Sequence[Result]) -> list[str]:

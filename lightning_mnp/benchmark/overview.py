@@ -6,9 +6,16 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from lightning_mnp.benchmark.notes import fine_tuned, not_learned, trained_again
-from lightning_mnp.benchmark.pairs import mean_drop, mean_pair, pairs_of
-from lightning_mnp.benchmark.results import MISSING, Marks, Result, settings_of
+from lightning_mnp.benchmark.notes import (
+    fine_tuned,
+    not_learned,
+    not_shown,
+    other_code,
+    trained_again,
+)
+from lightning_mnp.benchmark.pairs import cell_of, mean_drop, mean_pair, pairs_of
+from lightning_mnp.benchmark.results import MISSING, Marks, Result
+from lightning_mnp.benchmark.sweeps import without_other_sizes, without_trials
 from lightning_mnp.benchmark.table import Table, head
 
 __all__ = ["overview"]
@@ -26,10 +33,11 @@ def overview(results: Sequence[Result], marks: Marks) -> list[Table]:
     Returns:
         The tables, that with the most attacks first. Defenses that were run on all attacks come
         first, by their mean ASR. One that was run on a single attack out of several, with options
-        of its own, is a trial of these options and has no row.
+        of its own, is a trial of these options and has no row; nor have other numbers of clean
+        images, on fewer attacks.
     """
     wanted = [r for r in results if r.task == "defense" and (r.network["usual"] or r.is_clean)]
-    groups = [[r for r in wanted if r.setting == setting] for setting in settings_of(wanted)]
+    groups = without_other_sizes(wanted)
     groups = [group for group in groups if any(not each.is_clean for each in group)]
     groups.sort(key=lambda group: -len({each.attack for each in group}))
     return [_table(number, group, marks) for number, group in enumerate(groups, 1)]
@@ -38,17 +46,14 @@ def overview(results: Sequence[Result], marks: Marks) -> list[Table]:
 def _table(number: int, here: Sequence[Result], marks: Marks) -> Table:
     attacks = sorted({each.attack for each in here if not each.is_clean})
     columns = [*attacks, *(["clean"] if any(each.is_clean for each in here) else [])]
-    shown = [
-        each
-        for each in here
-        if not each.has_options or len(attacks) == 1 or len(_attacks_of(here, each.label)) > 1
-    ]
+    shown, trials = without_trials(here)
     rows = [
         _row([each for each in shown if each.label == label], label, columns)
         for label in dict.fromkeys(each.label for each in shown)
     ]
     rows.sort(key=lambda row: row[0])
-    none = ["no defense", *(_cell(_of(here, name), "before") for name in columns), *[""] * 4]
+    cells = [cell_of(_of(here, name), "before", digits=1) for name in columns]
+    none = ["no defense", *cells, *[""] * 4]
     heads = ["defense", *columns, "mean CA drop", "mean ASR", f"ASR above {_HIGH:.0f}%", "passes"]
     notes = [
         "Means are over the attacks; several networks of an attack count as one. In brackets: how "
@@ -58,6 +63,8 @@ def _table(number: int, here: Sequence[Result], marks: Marks) -> Table:
         f"Measured on {marks.mark(here)}.",
         *fine_tuned(here),
         *trained_again(here),
+        *other_code(shown),
+        *not_shown(trials),
     ]
     for name in attacks:
         notes += not_learned(name, _of(here, name))
@@ -68,20 +75,6 @@ def _table(number: int, here: Sequence[Result], marks: Marks) -> Table:
 
 def _of(results: Sequence[Result], attack: str) -> list[Result]:
     return [each for each in results if each.attack == attack]
-
-
-def _attacks_of(results: Sequence[Result], label: str) -> set[str]:
-    return {each.attack for each in results if each.label == label}
-
-
-def _cell(group: Sequence[Result], when: str) -> str:
-    """CA and ASR, or CA alone if there is no attack."""
-    pairs = pairs_of(group, when)
-    if not pairs:
-        return "error" if group else MISSING
-    ca, asr = mean_pair(pairs)
-    told = f"{ca:.1f}" if asr is None else f"{ca:.1f} / {asr:.1f}"
-    return told + (f" ({len(pairs)})" if len(pairs) > 1 else "")
 
 
 def _row(
@@ -102,5 +95,5 @@ def _row(
     high = f"{sum(rate > _HIGH for rate in rates)} of {len(rates)}" if rates else MISSING
     passes = [each.content["passes"] for each in group if each.is_done]
     cost = f"{statistics.median(passes):,.0f}" if passes else MISSING
-    line = [head(label), *(_cell(_of(group, name), "after") for name in columns)]
+    line = [head(label), *(cell_of(_of(group, name), digits=1) for name in columns)]
     return (bool(short), statistics.mean(rates) if rates else math.inf), [*line, *means, high, cost]

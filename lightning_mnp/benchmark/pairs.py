@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lightning_mnp.benchmark.results import MISSING, Result
 
-__all__ = ["Pair", "mean_drop", "mean_pair", "pairs_of", "shown"]
+__all__ = ["Pair", "cell_of", "mean_drop", "mean_pair", "pairs_of", "shown"]
 
 Pair = tuple[float, float | None]
 
@@ -55,18 +55,39 @@ def mean_drop(results: Sequence[Result]) -> float | None:
     return statistics.mean(statistics.mean(falls) for falls in drops.values())
 
 
-def shown(pair: Pair | None, count: int = 1) -> str:
+def shown(pair: Pair | None, count: int = 1, digits: int = 2) -> str:
     """Write CA and ASR, with the number of results behind them if these are several.
 
     Args:
-        pair: CA and ASR in percent; None if there are none.
+        pair: CA and ASR in percent, CA alone if there is no ASR; None if there are none.
         count: Number of results.
+        digits: Digits behind the point.
 
     Example:
-        >>> shown((92.11, 0.47)), shown((91.0, 2.5), 3), shown(None)
-        ('92.11 / 0.47', '91.00 / 2.50 (3)', 'missing')
+        >>> shown((92.11, 0.47)), shown((91.0, 2.5), 3, digits=1), shown((90.0, None)), shown(None)
+        ('92.11 / 0.47', '91.0 / 2.5 (3)', '90.00', 'missing')
     """
     if pair is None:
         return MISSING
-    rate = "-" if pair[1] is None else f"{pair[1]:.2f}"
-    return f"{pair[0]:.2f} / {rate}" + (f" ({count})" if count > 1 else "")
+    rate = "" if pair[1] is None else f" / {pair[1]:.{digits}f}"
+    return f"{pair[0]:.{digits}f}{rate}" + (f" ({count})" if count > 1 else "")
+
+
+def cell_of(group: Sequence[Result], when: str = "after", digits: int = 2) -> str:
+    """Write the mean CA and ASR of results, and how many failed.
+
+    Args:
+        group: The results.
+        when: ``"before"`` or ``"after"`` the defense.
+        digits: Digits behind the point.
+
+    Returns:
+        The mean, with the number of results behind it; ``"error"`` if all have failed,
+        ``"missing"`` if there are none.
+    """
+    pairs = pairs_of(group, when)
+    if group and not pairs:
+        return "error"
+    failed = sum(not each.is_done for each in group) if when == "after" else 0
+    without = f", {failed} failed" if failed else ""
+    return shown(mean_pair(pairs) if pairs else None, len(pairs), digits) + without

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from lightning_mnp.benchmark import side_tables, tables
+from lightning_mnp.benchmark import side_tables, sweeps, tables
 from lightning_mnp.benchmark.overview import overview
 from lightning_mnp.benchmark.plots import draw_plots
 from lightning_mnp.benchmark.results import Marks, Result, paper_figures, read_results
@@ -16,7 +16,11 @@ from lightning_mnp.checkpoints.atomic_write import write_atomically
 
 __all__ = ["write_report"]
 
-_OURS = re.compile(r"(overview|table\d)-\d+.*\.csv$")
+# Whatever a report may have written, with other results.
+_OURS = re.compile(
+    r"((overview|table\d|defenses)-\d.*|harm|cost|spread|sizes|options|errors|cells)\.csv"
+    r"|(defenses|figure\d)-\d+\.png"
+)
 
 
 def write_report(results: Path, out: Path, plots: bool = True) -> list[Path]:
@@ -45,10 +49,11 @@ def write_report(results: Path, out: Path, plots: bool = True) -> list[Path]:
     for table in [*made, side_tables.every_cell(found)]:
         files.append(out / f"{table.name}.csv")
         _write(files[-1], table.csv())
-    for old in out.glob("*.csv"):  # tables of settings that are gone
-        if old not in files and _OURS.match(old.name):
+    files += drawn
+    for old in set(out.iterdir()) - set(files):
+        if _OURS.fullmatch(old.name):
             old.unlink()
-    return [*files, *drawn]
+    return files
 
 
 def _write(path: Path, text: str) -> None:
@@ -64,7 +69,14 @@ def _tables(found: Sequence[Result], marks: Marks) -> list[Table]:
         *tables.by_rate(found, marks),
         *tables.detection(found, marks),
     ]
-    for make in (side_tables.harm, side_tables.cost, side_tables.spread, side_tables.failures):
+    for make in (
+        sweeps.by_options,
+        sweeps.by_size,
+        side_tables.harm,
+        side_tables.cost,
+        side_tables.spread,
+        side_tables.failures,
+    ):
         table = make(found, marks)
         made += [] if table is None else [table]
     return made

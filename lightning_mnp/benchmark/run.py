@@ -67,7 +67,8 @@ def cell_version(cell: Cell) -> str:
     """Return the version of the code that a cell's result depends on.
 
     It covers the training of the network, the method and the metrics, with all that they import;
-    not the documentation, other methods or the benchmark itself.
+    not the documentation, other methods or the benchmark itself, although that draws the clean
+    images (whoever changes ``benchmark.images`` so that it draws others has to measure anew).
 
     Args:
         cell: The cell.

@@ -86,6 +86,8 @@ def cost(results: Sequence[Result], marks: Marks) -> Table | None:
         "Medians; the peak is the highest. A pass is one image, forward and backward; forward "
         "alone is a third. On a CPU, the peak is that of the whole process."
     ]
+    if any(each.label.partition(" (")[0] == "i-bau" for each in results):
+        notes.append("I-BAU's products with second derivatives, six for each batch, do not count.")
     return Table("cost", "Cost", heads, lines, notes) if lines else None
 
 
@@ -105,14 +107,14 @@ def spread(results: Sequence[Result], marks: Marks) -> Table | None:
                 continue
             pairs = [each.percent("after") for each in part]
             rates = [rate for _, rate in pairs if rate is not None]
-            seeds = {each.network["seed"] for each in part}
+            networks = {each.network_key for each in part}
             lines.append(
                 [
                     kind,
                     head(label),
                     _range([ca for ca, _ in pairs]),
                     _range(rates) if rates else "-",
-                    f"{len(part)} cells, {len(seeds)} networks",
+                    f"{len(part)} cells, {len(networks)} networks",
                     marks.setting(setting),
                     marks.mark(part),
                 ]

@@ -6,9 +6,17 @@ import statistics
 from collections.abc import Sequence
 
 from lightning_mnp.benchmark.names import file_words
-from lightning_mnp.benchmark.notes import POINTS, fine_tuned, losses, not_learned
-from lightning_mnp.benchmark.pairs import Pair, mean_pair, pairs_of, shown
+from lightning_mnp.benchmark.notes import (
+    POINTS,
+    fine_tuned,
+    losses,
+    not_learned,
+    not_shown,
+    other_code,
+)
+from lightning_mnp.benchmark.pairs import Pair, cell_of, mean_pair, pairs_of, shown
 from lightning_mnp.benchmark.results import MISSING, Marks, Result, paper_figures, settings_of
+from lightning_mnp.benchmark.sweeps import without_other_sizes, without_trials
 from lightning_mnp.benchmark.table import Table, head
 
 __all__ = ["by_rate", "detection", "mitigation"]
@@ -23,56 +31,48 @@ def _columns(results: Sequence[Result], published: Sequence[str]) -> list[str]:
     return [*published, *sorted(others, key=lambda label: (label != "default", label))]
 
 
-def _cell(group: Sequence[Result]) -> str:
-    """Write the results of a method on an attack."""
-    pairs = pairs_of(group, "after")
-    if group and not pairs:
-        return "error"
-    return shown(mean_pair(pairs) if pairs else None, len(pairs))
-
-
 def mitigation(results: Sequence[Result], marks: Marks) -> list[Table]:
     """Make Tables 1 and 2: CA and ASR after each defense, a table for each setting.
+
+    Other numbers of clean images, on fewer attacks, and trials of options have tables of their own.
 
     Args:
         results: All results.
         marks: Names what rows were measured on.
     """
     wanted = [r for r in results if r.task == "defense" and r.network["usual"] and not r.is_clean]
-    tables = []
-    for number, setting in enumerate(settings_of(wanted), 1):
-        here = [each for each in wanted if each.setting == setting]
-        published = {} if setting.paper_table is None else paper_figures()[setting.paper_table]
-        rows, labels = published.get("rows", {}), _columns(here, _PAPER_DEFENSES)
-        attacks = [each for each in rows if each != "Average"]
-        attacks += sorted({each.attack for each in here} - set(attacks))
-        lines, notes = [], []
-        for attack in attacks:
-            if attack in rows:
-                pairs = [rows[attack].get(label) for label in ("none", *labels)]
-                told = ["" if pair is None else shown(tuple(pair)) for pair in pairs]
-                lines.append([attack, "paper", *told, "as printed"])
-            group = [each for each in here if each.attack == attack]
-            before = pairs_of(group, "before")
-            none = mean_pair(before) if before else None
-            own = [_cell([each for each in group if each.label == label]) for label in labels]
-            lines.append(
-                [attack, "ours", shown(none, len(before)), *own, marks.mark(group) or MISSING]
-            )
-            notes += [*not_learned(attack, group), *losses(attack, group)]
-        lines += _averages(here, attacks, labels, rows)
-        what = f"Table {setting.paper_table}" if setting.paper_table else "Defenses"
-        title = f"{what}: CA / ASR in percent, setting {marks.setting(setting)}"
-        heads = ["attack", "by", *map(head, ("none", *labels)), "measured on"]
-        name = f"table{setting.paper_table}" if setting.paper_table else "defenses"
-        notes.insert(0, "In brackets: how many networks or defense seeds a mean is over.")
-        if len(notes) > 1:
-            notes.insert(
-                1, f"To lose: no better in CA and ASR, and worse by over {POINTS} points in one."
-            )
-        notes += fine_tuned(here)
-        tables.append(Table(f"{name}-{number}", title, heads, lines, notes))
-    return tables
+    groups = without_other_sizes(wanted)
+    return [_mitigation(number, here, marks) for number, here in enumerate(groups, 1)]
+
+
+def _mitigation(number: int, here: Sequence[Result], marks: Marks) -> Table:
+    here, trials = without_trials(here)
+    setting = here[0].setting
+    published = {} if setting.paper_table is None else paper_figures()[setting.paper_table]
+    rows, labels = published.get("rows", {}), _columns(here, _PAPER_DEFENSES)
+    attacks = [each for each in rows if each != "Average"]
+    attacks += sorted({each.attack for each in here} - set(attacks))
+    lines, losing = [], []
+    for attack in attacks:
+        if attack in rows:
+            pairs = [rows[attack].get(label) for label in ("none", *labels)]
+            told = ["" if pair is None else shown(tuple(pair)) for pair in pairs]
+            lines.append([attack, "paper", *told, "as printed"])
+        group = [each for each in here if each.attack == attack]
+        own = [cell_of([each for each in group if each.label == label]) for label in labels]
+        before = cell_of(group, "before")
+        lines.append([attack, "ours", before, *own, marks.mark(group) or MISSING])
+        losing += [*not_learned(attack, group), *losses(attack, group)]
+    lines += _averages(here, attacks, labels, rows)
+    notes = ["In brackets: how many networks or defense seeds a mean is over."]
+    if losing:
+        notes += [f"To lose: no better in CA and ASR, and worse by over {POINTS} points in one."]
+    notes += [*losing, *fine_tuned(here), *other_code(here), *not_shown(trials)]
+    what = f"Table {setting.paper_table}" if setting.paper_table else "Defenses"
+    name = f"table{setting.paper_table}" if setting.paper_table else "defenses"
+    title = f"{what}: CA / ASR in percent, setting {marks.setting(setting)}"
+    heads = ["attack", "by", *map(head, ("none", *labels)), "measured on"]
+    return Table(f"{name}-{number}", title, heads, lines, notes)
 
 
 def _averages(
@@ -111,7 +111,7 @@ def by_rate(results: Sequence[Result], marks: Marks) -> list[Table]:
 
     Args:
         results: All results. Those without a rate, as earlier versions left them if it was not
-            configured, are left out.
+            configured, are left out, and so are defenses that were run at the usual rate only.
         marks: Names what rows were measured on.
     """
     wanted = [
@@ -120,49 +120,52 @@ def by_rate(results: Sequence[Result], marks: Marks) -> list[Table]:
         if each.task == "defense" and each.attack == "BadNets" and "+" not in each.network["attack"]
         if each.network["rate"] is not None
     ]
-    published = paper_figures()["3"]
     tables = []
     for number, setting in enumerate(settings_of(wanted), 1):
         here = [each for each in wanted if each.setting == setting]
-        mark = marks.setting(setting)
-        rates = sorted({float(each.network["rate"]) for each in here})
-        if len(rates) == 1 and {each.network["mode"] for each in here} == {"all-to-one"}:
-            continue  # Table 1 has it
-        on_cifar10 = setting.paper_table == "1"
-        if on_cifar10:
-            rates = sorted({*rates, *map(float, published["rows"]["all-to-one"])})
         for label in sorted({each.label for each in here}):
-            lines = []
-            for mode, short in (("all-to-one", "A2O"), ("all-to-all", "A2A")):
-                if label == "mnp" and on_cifar10:
-                    paper = published["rows"][mode]
-                    groups = [paper.get(f"{rate:g}") for rate in rates]
-                    for place, name in enumerate(("CA", "ASR")):
-                        told = [
-                            "" if each is None else f"{each[which][place]:.2f}"
-                            for each in groups
-                            for which in ("none", "mnp")
-                        ]
-                        lines.append([f"BadNets-{short}", name, "paper", *told, "as printed"])
-                lines += _rate_rows(
-                    [r for r in here if r.label == label and r.network["mode"] == mode],
-                    (rates, short),
-                    marks,
-                )
-            heads = [f"{rate:.2%} {each}" for rate in rates for each in ("no defense", head(label))]
-            tables.append(
-                Table(
-                    f"table3-{number}-{file_words(label)}",
-                    f"Table 3: BadNets by poison rate, {head(label)}, setting {mark}",
-                    ["attack", "in percent", "by", *heads, "measured on"],
-                    lines,
-                    [
-                        *([published["note"]] if label == "mnp" and on_cifar10 else []),
-                        *fine_tuned([each for each in here if each.label == label]),
-                    ],
-                )
-            )
+            group = [each for each in here if each.label == label]
+            if any(not each.network["usual"] for each in group):
+                tables.append(_by_rate(f"table3-{number}-{file_words(label)}", group, marks))
     return tables
+
+
+def _by_rate(name: str, group: Sequence[Result], marks: Marks) -> Table:
+    published, label, setting = paper_figures()["3"], group[0].label, group[0].setting
+    on_cifar10 = setting.paper_table == "1"
+    rates = {float(each.network["rate"]) for each in group}
+    if on_cifar10:
+        rates |= {float(each) for each in published["rows"]["all-to-one"]}
+    ordered, lines = sorted(rates), []
+    for mode, short in (("all-to-one", "A2O"), ("all-to-all", "A2A")):
+        if label == "mnp" and on_cifar10:
+            lines += _paper_rate_rows(published["rows"][mode], ordered, short)
+        here = [each for each in group if each.network["mode"] == mode]
+        lines += _rate_rows(here, (ordered, short), marks)
+    heads = [f"{rate:.2%} {each}" for rate in ordered for each in ("no defense", head(label))]
+    notes = [published["note"]] if label == "mnp" and on_cifar10 else []
+    return Table(
+        name,
+        f"Table 3: BadNets by poison rate, {head(label)}, setting {marks.setting(setting)}",
+        ["attack", "in percent", "by", *heads, "measured on"],
+        lines,
+        [*notes, *fine_tuned(group)],
+    )
+
+
+def _paper_rate_rows(
+    published: dict[str, dict[str, list[float]]], rates: Sequence[float], short: str
+) -> list[list[str]]:
+    groups = [published.get(f"{rate:g}") for rate in rates]
+    lines = []
+    for place, name in enumerate(("CA", "ASR")):
+        told = [
+            "" if each is None else f"{each[which][place]:.2f}"
+            for each in groups
+            for which in ("none", "mnp")
+        ]
+        lines.append([f"BadNets-{short}", name, "paper", *told, "as printed"])
+    return lines
 
 
 def _rate_rows(
@@ -192,40 +195,48 @@ def detection(results: Sequence[Result], marks: Marks) -> list[Table]:
         marks: Names what rows were measured on.
     """
     wanted = [r for r in results if r.task == "detector" and (r.network["usual"] or r.is_clean)]
-    published = paper_figures()["4"]["rows"]
-    tables = []
-    for number, setting in enumerate(settings_of(wanted), 1):
-        here = [each for each in wanted if each.setting == setting]
-        attacks = [name for name in published["mnp"] if name != "Avg"]
-        attacks += sorted({each.attack for each in here if not each.is_clean} - set(attacks))
-        lines = []
-        for label in _columns(here, _PAPER_DETECTORS):
-            if label in published and setting.paper_table == "1":
-                rates = published[label]
-                told = [f"{rates[each]:.2f}" if each in rates else "" for each in attacks]
-                average = f"{rates['Avg']:.2f}"
-                lines.append([head(label), "paper", *told, average, "not given", "as printed"])
-            group = [each for each in here if each.label == label]
-            shares = [_flagged([each for each in group if each.attack == a]) for a in attacks]
-            known = [share for share, _ in shares if share is not None]
-            average = f"{statistics.mean(known):.2f}" if known else MISSING
-            average += f", {len(known)} of {len(attacks)}" if 0 < len(known) < len(attacks) else ""
-            told = [text for _, text in shares]
-            alarms = _flagged([each for each in group if each.is_clean])[1]
-            mark = marks.mark(group) or MISSING
-            lines.append([head(label), "ours", *told, average, alarms, mark])
-        heads = ["detector", "by", *attacks, "average", "clean networks flagged", "measured on"]
-        note = (
-            "In percent: networks that are called backdoored; undecided is not. AC, SC and STRIP "
-            "see images with the trigger, see the documentation; the others see clean images only."
+    return [
+        _detection(number, [each for each in wanted if each.setting == setting], marks)
+        for number, setting in enumerate(settings_of(wanted), 1)
+    ]
+
+
+def _detection(number: int, here: Sequence[Result], marks: Marks) -> Table:
+    setting = here[0].setting
+    published = paper_figures()["4"]["rows"] if setting.paper_table == "1" else {}
+    attacks = [name for name in published.get("mnp", ()) if name != "Avg"]
+    attacks += sorted({each.attack for each in here if not each.is_clean} - set(attacks))
+    lines = []
+    for label in _columns(here, _PAPER_DETECTORS):
+        if label in published:
+            rates = published[label]
+            told = [f"{rates[each]:.2f}" if each in rates else "" for each in attacks]
+            average = f"{rates['Avg']:.2f}"
+            lines.append([head(label), "paper", *told, average, "not given", "as printed"])
+        group = [each for each in here if each.label == label]
+        lines.append(
+            [head(label), "ours", *_detected(group, attacks), marks.mark(group) or MISSING]
         )
-        notes = [note]
-        for attack in attacks:
-            notes += not_learned(attack, [each for each in here if each.attack == attack])
-        notes += fine_tuned(here)
-        title = f"Table 4: detection, setting {marks.setting(setting)}"
-        tables.append(Table(f"table4-{number}", title, heads, lines, notes))
-    return tables
+    notes = [
+        "In percent: networks that are called backdoored; undecided is not. AC, SC and STRIP "
+        "see images with the trigger, see the documentation; the others see clean images only."
+    ]
+    for attack in attacks:
+        notes += not_learned(attack, [each for each in here if each.attack == attack])
+    notes += [*fine_tuned(here), *other_code(here)]
+    heads = ["detector", "by", *attacks, "average", "clean networks flagged", "measured on"]
+    title = f"Table 4: detection, setting {marks.setting(setting)}"
+    return Table(f"table4-{number}", title, heads, lines, notes)
+
+
+def _detected(group: Sequence[Result], attacks: Sequence[str]) -> list[str]:
+    """Return a cell for each attack, the average, and the share of clean networks flagged."""
+    shares = [_flagged([each for each in group if each.attack == attack]) for attack in attacks]
+    known = [share for share, _ in shares if share is not None]
+    average = f"{statistics.mean(known):.2f}" if known else MISSING
+    average += f", {len(known)} of {len(attacks)}" if 0 < len(known) < len(attacks) else ""
+    alarms = _flagged([each for each in group if each.is_clean])[1]
+    return [*(text for _, text in shares), average, alarms]
 
 
 def _flagged(group: Sequence[Result]) -> tuple[float | None, str]:
@@ -234,4 +245,6 @@ def _flagged(group: Sequence[Result]) -> tuple[float | None, str]:
     if not done:
         return None, "error" if group else MISSING
     count = sum(each.content["verdict"] == "backdoored" for each in done)
-    return 100 * count / len(done), f"{100 * count / len(done):.2f} ({count} of {len(done)})"
+    told = f"{100 * count / len(done):.2f} ({count} of {len(done)})"
+    failed = len(group) - len(done)
+    return 100 * count / len(done), told + (f", {failed} failed" if failed else "")

@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mnp.attacks import TriggerCheckpoint
 from lightning_mnp.checkpoints.printable import printable
@@ -44,7 +45,7 @@ _TRAINED_BEFORE = (
     "but it holds a `config.yaml`. Name another folder, or go on with that training by "
     "`--ckpt_path`."
 )
-_INTERRUPTED = 130  # as shells have it for Ctrl-C
+_INTERRUPTED, _TERMINATED = 130, 143  # as shells have it for Ctrl-C and for SIGTERM
 
 
 class MNPCLI(LightningCLI):
@@ -167,8 +168,8 @@ def main(args: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; for ``audit`` and ``defend``, 3 for a backdoored network and 4 for an
-        undecided one; for ``benchmark``, 1 if a cell failed; 130 after Ctrl-C, 2 for wrong use.
-        ``defend`` goes by the network that it has written.
+        undecided one; for ``benchmark``, 1 if a cell failed; 130 after Ctrl-C, 143 after SIGTERM in
+        a training, 2 for wrong use. ``defend`` goes by the network that it has written.
     """
     words = sys.argv[1:] if args is None else args
     try:
@@ -195,9 +196,16 @@ def main(args: list[str] | None = None) -> int:
         else:
             raise
         return _WRONG_USE
+    except SIGTERMException:  # by which Lightning ends a training; its own code would be 0
+        if os.environ.get("LIGHTNING_MNP_DEBUG"):
+            raise
+        print("terminated", file=sys.stderr)
+        return _TERMINATED
     except SystemExit as stop:
         # Lightning ends the process by itself after Ctrl-C in a training, with code 1.
-        if not isinstance(stop.__context__, KeyboardInterrupt):
+        if not isinstance(stop.__context__, KeyboardInterrupt) or os.environ.get(
+            "LIGHTNING_MNP_DEBUG"
+        ):
             raise
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED

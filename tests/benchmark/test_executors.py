@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -105,6 +106,38 @@ def test_a_process_ends_with_the_one_that_started_it(monkeypatch: pytest.MonkeyP
     assert codes == [1]
 
 
+class Set:
+    """An event that is set."""
+
+    def wait(self) -> None:
+        pass
+
+
+def test_a_process_ends_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(executors.os, "_exit", codes.append)
+    executors._obey(Set())  # type: ignore[arg-type]
+    assert codes == [1]
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_work_that_has_begun_is_not_waited_for_after_an_interrupt(
+    interrupted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(executors, "ENVIRONMENT", {})
+    called: list[str] = []
+    monkeypatch.setattr(Processes, "stop", lambda self: called.append("stop"))
+    monkeypatch.setattr(Processes, "close", lambda self: called.append("close"))
+    try:
+        with open_executor(jobs=2):
+            if interrupted:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert called == (["stop", "close"] if interrupted else ["close"])
+
+
 @pytest.mark.slow  # a process has to import torch
 def test_another_process_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors.os, "environ", dict(os.environ))
@@ -112,5 +145,10 @@ def test_another_process_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         assert executor.submit(os.getpid).result() != os.getpid()
         assert executor.submit(torch.get_num_threads).result() == 1
+        endless = executor.submit(time.sleep, 3600)
+        while not endless.running():
+            time.sleep(0.01)
+        executor.stop()
+        assert isinstance(endless.exception(timeout=60), BrokenProcessPool)
     finally:
         executor.close()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,6 +74,24 @@ def test_the_first_of_its_kind_is_expected_to_take_as_long_as_its_wider_kind(
 ) -> None:
     jobs = [of_kind(clock, f"x/{letter}", 30.0, 0) for letter in "abc"]
     assert names(jobs, budget=70.0) == ["x/a 0", "x/b 0"]
+
+
+def test_a_job_without_an_estimate_says_nothing_about_the_estimates(clock: list[float]) -> None:
+    [unknown] = make(clock, [2.0], estimate=0.0)
+    [known] = make(clock, [0.1], estimate=0.1)
+    jobs = [replace(unknown, name="unknown"), replace(known, name="known")]
+    jobs += make(clock, [0.5], estimate=0.5)
+    assert names(jobs, budget=8.0) == ["unknown", "known", "job 0"]
+
+
+def test_what_did_not_seem_to_fit_is_begun_if_others_were_quicker(clock: list[float]) -> None:
+    estimates, seconds = {"slow": 1.0, "long": 10.0, "usual": 8.0}, [5.0, 10.0, 8.0]
+    jobs = [
+        replace(job, name=name, seconds=estimates[name])
+        for name, job in zip(estimates, make(clock, seconds), strict=True)
+    ]
+    # After "slow", five times as long as estimated, "long" is thought to take 50 s of 45.
+    assert names(jobs, budget=50.0) == ["slow", "usual", "long"]
 
 
 def test_a_job_waits_for_what_it_needs(clock: list[float]) -> None:

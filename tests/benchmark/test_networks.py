@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +100,24 @@ def test_a_training_that_is_interrupted(base: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         folder_of(base).train(lambda arguments: 130, None, None)
     assert (logging.getLogger("lightning.pytorch").level, sys.argv) == (level, words)
+
+
+def test_a_training_that_is_terminated_is_not_finished(base: Path) -> None:
+    folder = folder_of(base)
+    with pytest.raises(SystemExit) as stop:
+        folder.train(lambda arguments: 143, None, None)
+    assert stop.value.code == 143
+    assert folder.figures() is None
+
+
+def test_of_networks_of_other_code_the_latest_is_taken(base: Path) -> None:
+    folder = folder_of(base, any_code=True)
+    for version, seconds in (("a", 30), ("b", 50), ("c", 40)):
+        figures = folder.root / f"{folder.recipe.name}-{version}" / "network.json"
+        figures.parent.mkdir(parents=True)
+        figures.touch()
+        os.utime(figures, (seconds, seconds))
+    assert folder.path.name.endswith("-b")
 
 
 @pytest.mark.usefixtures("small")

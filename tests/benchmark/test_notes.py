@@ -1,8 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cell_results import result
 
-from lightning_mnp.benchmark.notes import fine_tuned, losses, not_learned, trained_again
+from lightning_mnp.benchmark.notes import (
+    fine_tuned,
+    losses,
+    not_learned,
+    not_shown,
+    other_code,
+    trained_again,
+)
 
 
 def test_it_is_said_in_words_where_ours_loses() -> None:
@@ -42,3 +51,21 @@ def test_networks_that_were_trained_whole_are_not_named() -> None:
     tuned = result(fine_tuning={"trainer.max_epochs": 3}, epochs=3)
     [told] = fine_tuned([tuned, result("clp")])
     assert told.endswith("BadNets (3 epochs; 1 whole).")
+
+
+def test_several_versions_of_a_methods_code_are_told() -> None:
+    results = [result("anp"), result("anp", attack="SIG"), result("clp")]
+    assert other_code(results) == []
+    newer = result("anp", seed=1)
+    results.append(replace(newer, content={**newer.content, "code": "xyz-ghi"}))
+    retrained = result("clp", seed=1)  # another version of the training alone
+    results.append(replace(retrained, content={**retrained.content, "code": "xyz-def"}))
+    assert other_code(results) == ["By several versions of the method's code: ANP (2)."]
+
+
+def test_what_is_not_shown_is_counted() -> None:
+    assert not_shown([]) == []
+    assert not_shown(["mnp (suppression.mu=0.1)"]) == [
+        "Not in this table: 1 method with other options was run on one attack only."
+    ]
+    assert "2 methods with other options were run" in not_shown(["a", "b"])[0]

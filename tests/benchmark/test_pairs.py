@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from cell_results import result
 
-from lightning_mnp.benchmark.pairs import mean_drop, mean_pair, pairs_of, shown
+from lightning_mnp.benchmark.pairs import cell_of, mean_drop, mean_pair, pairs_of, shown
 
 
 def test_pairs_before_are_those_of_networks_and_pairs_after_those_of_results() -> None:
@@ -42,4 +42,13 @@ def test_a_drop_is_that_of_each_network() -> None:
 def test_means_without_an_attack() -> None:
     assert mean_pair([(90.0, None), (80.0, None)]) == (85.0, None)
     assert mean_pair([(90.0, None), (80.0, 4.0)]) == (85.0, 4.0)
-    assert shown((90.0, None)) == "90.00 / -"
+    assert shown((90.0, None)) == "90.00"
+
+
+def test_a_cell_tells_what_failed_and_what_is_missing() -> None:
+    done, broken = result("anp", (0.9, 0.02)), result("anp", error="broken", seed=1)
+    assert cell_of([done]) == "90.00 / 2.00"
+    assert cell_of([done, broken]) == "90.00 / 2.00, 1 failed"
+    assert cell_of([done, broken], "before", digits=1) == "95.0 / 100.0"
+    assert cell_of([broken]) == "error"
+    assert cell_of([]) == "missing"

@@ -25,7 +25,8 @@ def test_a_report_of_all_that_is_there(tmp_path: Path, monkeypatch: pytest.Monke
     assert names[0] == "report.md"
     assert names[-1] == "some.png"
     assert names[1] == "overview-1.csv"
-    assert {"table1-1.csv", "table3-1-anp.csv", "table3-1-mnp.csv", "table4-1.csv"} <= set(names)
+    assert {"table1-1.csv", "table3-1-mnp.csv", "table4-1.csv"} <= set(names)
+    assert "table3-1-anp.csv" not in names  # at the usual rate only
     assert {"harm.csv", "cost.csv", "spread.csv", "errors.csv", "cells.csv"} <= set(names)
     page = files[0].read_text()
     assert page.index("## Defenses side by side") < page.index("## Table 1")
@@ -36,13 +37,21 @@ def test_a_report_of_all_that_is_there(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_tables_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
-    wide = write([result(), result(width=8)], tmp_path / "both")
-    write_report(wide, tmp_path / "report", plots=False)
-    (tmp_path / "report" / "of-mine.csv").touch()
-    assert (tmp_path / "report" / "table1-2.csv").exists()
+    many = [result(), result(width=8), result(data="DigitsDataModule"), result(error="broken")]
+    many += [result(attack="clean"), result(size=50), result(seed=1)]
+    trial = {"name": "mnp", "options": {"suppression.mu": 0.1}}
+    many += [result("mnp (suppression.mu=0.1)", method=trial), result(attack="SIG")]
+    write_report(write(many, tmp_path / "many"), tmp_path / "report", plots=False)
+    for mine in ("of-mine.csv", "of-mine.png"):
+        (tmp_path / "report" / mine).touch()
+    for plot in ("defenses-1.png", "figure3-1.png"):  # drawn by a report with plots
+        (tmp_path / "report" / plot).touch()
+    earlier = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"errors.csv", "spread.csv", "sizes.csv", "options.csv", "harm.csv"} <= earlier
+    assert {"defenses-3.csv", "overview-2.csv"} <= earlier
     files = write_report(write([result()], tmp_path / "one"), tmp_path / "report", plots=False)
     left = {path.name for path in (tmp_path / "report").iterdir()}
-    assert left == {path.name for path in files} | {"of-mine.csv"}
+    assert left == {path.name for path in files} | {"of-mine.csv", "of-mine.png"}
 
 
 def test_options_that_are_paths_make_names_of_files(tmp_path: Path) -> None:

@@ -177,3 +177,41 @@ def test_results_of_before_there_was_fine_tuning_are_read() -> None:
     content = {**earlier.content, "cell": {**earlier.content["cell"], "network": network}}
     [table] = mitigation([Result("earlier", content)], Marks())
     assert not any("Trained on" in note for note in table.notes)
+
+
+def test_table_1_leaves_out_other_numbers_of_clean_images() -> None:
+    small = result(size=50)
+    [table] = mitigation([result(), result(attack="SIG"), small], Marks())
+    assert column(table, ("SIG", "ours"), "ANP") == "90.00 / 1.00"
+
+
+def test_trials_of_options_are_named_below_table_1() -> None:
+    trial = {"name": "mnp", "options": {"masks.penalty": 0.0}}
+    results = [
+        result("anp"),
+        result("anp", attack="SIG"),
+        result("mnp (masks.penalty=0.0)", method=trial),
+    ]
+    [table] = mitigation(results, Marks())
+    assert not any("penalty" in head for head in table.header)
+    told = "Not in this table: 1 method with other options was run on one attack only."
+    assert table.notes[-1] == told
+
+
+def test_a_cell_that_failed_is_told_beside_the_others() -> None:
+    results = [result("anp", (0.9, 0.02)), result("anp", seed=1, error="broken")]
+    [table] = mitigation(results, Marks())
+    assert column(table, ("BadNets", "ours"), "ANP") == "90.00 / 2.00, 1 failed"
+    judged = [
+        result("nc", None, task="detector", verdict="backdoored"),
+        result("nc", None, task="detector", seed=1, error="broken"),
+    ]
+    [table] = detection(judged, Marks())
+    assert column(table, ("NC", "ours"), "BadNets") == "100.00 (1 of 1), 1 failed"
+
+
+def test_other_data_has_no_attacks_of_the_papers_in_table_4() -> None:
+    judged = result("nc", None, task="detector", verdict="clean", data="DigitsDataModule")
+    [table] = detection([judged], Marks())
+    assert table.header[:4] == ["detector", "by", "BadNets", "average"]
+    assert {row[1] for row in table.rows} == {"ours"}
