@@ -62,9 +62,15 @@ class Grid:
         for name, values in vars(self).items():
             told = [each.label if isinstance(each, Method) else each for each in values]
             if not values and name not in ("defenses", "detectors", "fine_tuning"):
-                raise ValueError(f"Expected `{name}` of a grid not to be empty.")
+                raise ValueError(
+                    f"Expected `{name}` of a grid not to be empty. Name something in it, or leave "
+                    "it out."
+                )
             if len(set(told)) < len(told):
-                raise ValueError(f"Expected `{name}` of a grid to name each once, but got {told}.")
+                raise ValueError(
+                    f"Expected `{name}` of a grid to name each once, but got {told}. Remove what "
+                    "is there twice."
+                )
         for name, low, high in (
             ("seeds", 0, None),
             ("defense_seeds", 0, None),

@@ -56,7 +56,13 @@ def find_class(path: str) -> type[Any]:
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"Expected a `class_path` of a known class, but got {path!r}.") from error
+        raise ValueError(
+            f"Expected a `class_path` of a known class, but got {path!r}. Write it with its "
+            "module, such as lightning_mnp.attacks.BadNets, and install the package that has it."
+        ) from error
     if not isinstance(found, type):
-        raise ValueError(f"Expected a `class_path` of a class, but {path!r} is none.")
+        raise ValueError(
+            f"Expected a `class_path` of a class, but {path!r} is a {type(found).__name__}. Name "
+            "the class itself."
+        )
     return found

@@ -34,13 +34,6 @@ def draw_plots(results: Sequence[Result], folder: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
-
-    def save(figure: Any, name: str) -> Path:
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=150, bbox_inches="tight")
-        return path
-
     wanted = [
         r
         for r in results
@@ -48,34 +41,54 @@ def draw_plots(results: Sequence[Result], folder: Path) -> list[Path]:
     ]
     files = []
     for number, setting in enumerate(settings_of(wanted), 1):
-        figure = Figure(figsize=(7, 5))
-        axes = figure.subplots()
         here = [each for each in wanted if each.setting == setting]
-        for place, label in enumerate(sorted({each.label for each in here})):
-            pairs = [each.percent("after") for each in here if each.label == label]
-            both = [asr or 0.0 for _, asr in pairs], [ca for ca, _ in pairs]
-            marker = _MARKERS[place // 10 % len(_MARKERS)]  # colors repeat after ten
-            axes.scatter(*both, label=head(label), marker=marker)
-        axes.set(xlabel="ASR (%)", ylabel="CA (%)", title=str(setting))
-        axes.title.set_fontsize(7)
-        axes.legend(fontsize=7)
-        files.append(save(figure, f"defenses-{number}"))
+        files.append(_save(_scatter(here), folder / f"defenses-{number}.png"))
     for name, lines in (("figure3", _over_options(wanted)), ("figure4", _over_sizes(wanted))):
-        for number, (title, xlabel, points) in enumerate(lines, 1):
-            figure = Figure(figsize=(5, 4))
-            axes = figure.subplots()
-            values = [value for value, _, _ in points]
-            axes.plot(values, [ca for _, ca, _ in points], marker="o", label="CA")
-            axes.plot(values, [asr for _, _, asr in points], marker="s", label="ASR")
-            axes.set_xscale("symlog", linthresh=min((v for v in values if v > 0), default=1.0))
-            axes.set(xlabel=xlabel, ylabel="%", title=title)
-            axes.title.set_fontsize(7)
-            axes.legend()
-            files.append(save(figure, f"{name}-{number}"))
+        for number, line in enumerate(lines, 1):
+            files.append(_save(_curves(line), folder / f"{name}-{number}.png"))
     return files
 
 
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    return path
+
+
+def _scatter(here: Sequence[Result]) -> Any:
+    """CA against ASR: a point for each attack, a color and a marker for each defense."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5))
+    axes = figure.subplots()
+    for place, label in enumerate(sorted({each.label for each in here})):
+        pairs = [each.percent("after") for each in here if each.label == label]
+        both = [asr or 0.0 for _, asr in pairs], [ca for ca, _ in pairs]
+        marker = _MARKERS[place // 10 % len(_MARKERS)]  # colors repeat after ten
+        axes.scatter(*both, label=head(label), marker=marker)
+    axes.set(xlabel="ASR (%)", ylabel="CA (%)", title=str(here[0].setting))
+    axes.title.set_fontsize(7)
+    axes.legend(fontsize=7)
+    return figure
+
+
 Line = tuple[str, str, list[tuple[float, float, float]]]
+
+
+def _curves(line: Line) -> Any:
+    """CA and ASR over what a figure of the paper varies."""
+    from matplotlib.figure import Figure
+
+    title, xlabel, points = line
+    figure = Figure(figsize=(5, 4))
+    axes = figure.subplots()
+    values = [value for value, _, _ in points]
+    axes.plot(values, [ca for _, ca, _ in points], marker="o", label="CA")
+    axes.plot(values, [asr for _, _, asr in points], marker="s", label="ASR")
+    axes.set_xscale("symlog", linthresh=min((v for v in values if v > 0), default=1.0))
+    axes.set(xlabel=xlabel, ylabel="%", title=title)
+    axes.title.set_fontsize(7)
+    axes.legend()
+    return figure
 
 
 def _over_options(results: Sequence[Result]) -> list[Line]:

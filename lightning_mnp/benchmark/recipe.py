@@ -104,6 +104,24 @@ class NetworkRecipe:
     @cached_property
     def content(self) -> dict[str, Any]:
         """The merged configuration, without places of files."""
+        content = self._with_overlays(self._with_options())
+        _set(content, "seed_everything", self.seed)
+        _set(content, "data.seed", self.seed)
+        _set(content, "trainer.accelerator", "gpu" if self.device == "cuda" else "cpu")
+        _set(content, "trainer.devices", 1)
+        for name in ("architecture", "width"):
+            if getattr(self, name) is not None:
+                _set(content, f"model.{name}", getattr(self, name))
+        self._change_attack(content)
+        _save_last(content)
+        return content
+
+    @property
+    def _is_fine_tuned(self) -> bool:
+        return bool(self.fine_tuning) and self.attack != CLEAN
+
+    def _with_options(self) -> dict[str, Any]:
+        """Return the base with the options of the benchmark in place of its own."""
         content = _read(self.base)
         for part, names in (("options", self.options), ("fine_tuning", self.fine_tuning)):
             for name in names:
@@ -115,30 +133,16 @@ class NetworkRecipe:
             options = {**options, **self.fine_tuning, "model.checkpoint": None}
         for name, value in options.items():
             _set(content, name, value)
-        parts = [] if self.attack == CLEAN else self.attack.split("+")
-        for place, part in enumerate(parts):
+        return content
+
+    def _with_overlays(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Return a configuration under those of the attack, of which the first has to name one."""
+        for place, part in enumerate([] if self.attack == CLEAN else self.attack.split("+")):
             overlay = _read(_overlay(self.base, part))
             if place == 0 and _attack_of(overlay) is None:
                 raise ValueError(_unknown(self.base, part))
             content = _merged(content, overlay)
-        _set(content, "seed_everything", self.seed)
-        _set(content, "data.seed", self.seed)
-        _set(content, "trainer.accelerator", "gpu" if self.device == "cuda" else "cpu")
-        _set(content, "trainer.devices", 1)
-        for name in ("architecture", "width"):
-            if getattr(self, name) is not None:
-                _set(content, f"model.{name}", getattr(self, name))
-        self._change_attack(content)
-        callbacks = content["trainer"].get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]  # one alone
-        if not any("ModelCheckpoint" in _class_path(each) for each in callbacks):
-            callbacks.append(copy.deepcopy(_SAVE_LAST))
-        content["trainer"]["callbacks"] = callbacks
         return content
-
-    @property
-    def _is_fine_tuned(self) -> bool:
-        return bool(self.fine_tuning) and self.attack != CLEAN
 
     def _change_attack(self, content: dict[str, Any]) -> None:
         """Set seed, rate and mode of the attack; and its clean network's shape."""
@@ -270,8 +274,20 @@ class NetworkRecipe:
 def _read(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"Expected {path} to hold options of `fit`, but got {content!r}.")
+        raise ValueError(
+            f"Expected {printable(str(path))} to hold options of `fit`, a line for each as in "
+            f"`trainer:`, but got {printable(repr(content), 100)}. Correct the file."
+        )
     return content
+
+
+def _save_last(content: dict[str, Any]) -> None:
+    """Let the training keep its last checkpoint, unless it has a rule of its own."""
+    callbacks = content["trainer"].get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]  # one alone
+    if not any("ModelCheckpoint" in _class_path(each) for each in callbacks):
+        callbacks.append(copy.deepcopy(_SAVE_LAST))
+    content["trainer"]["callbacks"] = callbacks
 
 
 def _overlay(base: Path, name: str) -> Path:

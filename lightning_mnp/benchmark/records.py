@@ -60,7 +60,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"Expected {path} to be JSON, but: {error}. Remove the file.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"Expected {path} to hold a JSON object. Remove the file.")
+        raise ValueError(
+            f"Expected {path} to hold a JSON object, but got a {type(content).__name__}. Remove "
+            "the file."
+        )
     return content
 
 

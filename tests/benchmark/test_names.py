@@ -12,7 +12,7 @@ def test_unknown_classes(path: str) -> None:
 
 
 def test_what_is_no_class() -> None:
-    with pytest.raises(ValueError, match=r"of a class, but 'json\.dumps' is none"):
+    with pytest.raises(ValueError, match=r"of a class, but 'json\.dumps' is a function"):
         find_class("json.dumps")
 
 
