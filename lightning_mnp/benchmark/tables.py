@@ -144,6 +144,10 @@ def _by_rate(name: str, group: Sequence[Result], marks: Marks) -> Table:
         lines += _rate_rows(here, (ordered, short), marks)
     heads = [f"{rate:.2%} {each}" for rate in ordered for each in ("no defense", head(label))]
     notes = [published["note"]] if label == "mnp" and on_cifar10 else []
+    for mode in dict.fromkeys(each.network["mode"] for each in group):
+        for rate in ordered:
+            at = [r for r in group if (r.network["mode"], r.network["rate"]) == (mode, rate)]
+            notes += not_learned(f"{mode}, {rate:.2%}", at)
     return Table(
         name,
         f"Table 3: BadNets by poison rate, {head(label)}, setting {marks.setting(setting)}",

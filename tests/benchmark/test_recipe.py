@@ -246,5 +246,5 @@ def test_a_file_that_is_no_yaml(tmp_path: Path, text: bytes, message: str) -> No
 
 def test_a_file_without_options(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("3")
-    with pytest.raises(ValueError, match="to hold options of `fit`, .* but got 3"):
+    with pytest.raises(ValueError, match=r"to hold options of `fit`, .* but got 3"):
         _ = NetworkRecipe(tmp_path / "base.yaml").content

@@ -215,3 +215,15 @@ def test_other_data_has_no_attacks_of_the_papers_in_table_4() -> None:
     [table] = detection([judged], Marks())
     assert table.header[:4] == ["detector", "by", "BadNets", "average"]
     assert {row[1] for row in table.rows} == {"ours"}
+
+
+def test_a_rate_that_was_not_learned_is_told() -> None:
+    results = [result("mnp"), result("mnp", rate=0.005, usual=False, before=(0.9, 0.02))]
+    [table] = by_rate(results, Marks())
+    [told] = [note for note in table.notes if note.startswith("all-to-one")]
+    assert told.startswith("all-to-one, 0.50%: 1 of 1 networks have an ASR below 50%")
+
+
+def test_table_3_is_for_defenses_that_were_run_at_another_rate() -> None:
+    results = [result("anp"), result("mnp"), result("mnp", rate=0.005, usual=False)]
+    assert [table.name for table in by_rate(results, Marks())] == ["table3-1-mnp"]
