@@ -102,6 +102,7 @@ def by_size(results: Sequence[Result], marks: Marks) -> Table | None:
     sizes = sorted({size for group in groups.values() for size in _sizes(group)})
     lines = []
     for (_, attack, label), group in groups.items():
+        first = min(each.setting for each in group)
         parts = [[each for each in group if each.setting.size == size] for size in sizes]
         lines.append(
             [
@@ -109,10 +110,10 @@ def by_size(results: Sequence[Result], marks: Marks) -> Table | None:
                 head(label),
                 cell_of(group, "before", 1),
                 *(cell_of(part, digits=1) for part in parts),
-                *([marks.setting(group[0].setting), marks.mark(group)]),
+                *([marks.setting(first), marks.mark(group)]),
             ]
         )
-    heads = ["attack", "method", "before", *map(str, sizes), "setting of the first", "measured on"]
+    heads = ["attack", "method", "before", *map(str, sizes), "setting of the fewest", "measured on"]
     title = "By the number of clean images: CA / ASR in percent"
     return Table("sizes", title, heads, lines) if lines else None
 

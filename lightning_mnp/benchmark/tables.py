@@ -120,13 +120,12 @@ def by_rate(results: Sequence[Result], marks: Marks) -> list[Table]:
         if each.task == "defense" and each.attack == "BadNets" and "+" not in each.network["attack"]
         if each.network["rate"] is not None
     ]
+    others = [each for each in wanted if not each.network["usual"]]
     tables = []
-    for number, setting in enumerate(settings_of(wanted), 1):
-        here = [each for each in wanted if each.setting == setting]
-        for label in sorted({each.label for each in here}):
-            group = [each for each in here if each.label == label]
-            if any(not each.network["usual"] for each in group):
-                tables.append(_by_rate(f"table3-{number}-{file_words(label)}", group, marks))
+    for number, setting in enumerate(settings_of(others), 1):
+        for label in sorted({each.label for each in others if each.setting == setting}):
+            group = [r for r in wanted if r.setting == setting and r.label == label]
+            tables.append(_by_rate(f"table3-{number}-{file_words(label)}", group, marks))
     return tables
 
 
