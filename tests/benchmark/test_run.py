@@ -256,6 +256,46 @@ def test_times_of_earlier_cells_count(base: Path, places: Places) -> None:
     assert run(cells, places, budget=400.0) == Summary(kept=1, left=1)
 
 
+@pytest.mark.parametrize(
+    ("change", "alike"),
+    [
+        ({}, True),
+        ({"width": 64}, False),
+        ({"architecture": "cifar_resnet34"}, False),
+        ({"device": "cuda"}, False),
+        ({"data": "ImageNetSubsetDataModule"}, False),
+        ({"label": "anp"}, False),
+        ({"status": "failed"}, False),
+    ],
+)
+def test_only_times_of_the_same_method_on_networks_of_the_same_shape_count(
+    change: dict[str, Any], alike: bool, base: Path, places: Places
+) -> None:
+    cells = cells_of([grid("nothing", defense_seeds=[0, 1, 2])], base)
+    run(cells[:2], places)
+    for path, seconds in zip(sorted(places.results.iterdir()), (500.0, 1.0), strict=True):
+        content = json.loads(path.read_text())
+        content["seconds"] = seconds  # of several, the longest counts
+        for name, value in change.items():
+            where = {"label": content["cell"], "status": content}
+            where.get(name, content["cell"]["network"])[name] = value
+        path.write_text(json.dumps(content))
+    # Failed cells are tried again.
+    done = 3 if "status" in change else 1
+    expected = Summary(kept=2, left=1) if alike else Summary(kept=3 - done, done=done)
+    assert run(cells, places, budget=400.0) == expected
+
+
+def test_it_is_kept_how_many_cells_were_measured_at_a_time(base: Path, places: Places) -> None:
+    class Two(HereExecutor):
+        slots = 2
+
+    [cell] = cells_of([grid("nothing")], base)
+    run_benchmark([cell], places, Two(), quick_fit)
+    [content] = read_cells(places.results).values()
+    assert content["at_a_time"] == 2
+
+
 def test_a_clean_training_takes_as_long_as_clean_trainings_did(base: Path, places: Places) -> None:
     def tuned(*attacks: str, seed: int) -> list[Cell]:
         tuning = {"trainer.max_epochs": 3}

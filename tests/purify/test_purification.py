@@ -450,3 +450,14 @@ def test_filters_that_are_spared_are_told() -> None:
     [warning] = purification.warnings
     assert "one filter stays in each of these layers" in warning
     assert "although it was to be pruned: 'conv1', 'layer2.conv2'; a layer" in warning
+
+
+@pytest.mark.parametrize(
+    ("amount", "filters", "most"), [(0.29, 100, 29), (0.295, 100, 29), (0.001, 100, 1)]
+)
+def test_the_most_filters_are_a_share_of_all(
+    amount: float, filters: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purification = new_purification(amount=amount)
+    monkeypatch.setattr(type(purification.masked.layers), "total", filters)
+    assert purification.most_filters == most

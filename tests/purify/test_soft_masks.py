@@ -13,7 +13,7 @@ from lightning_mnp.defense_data.augment import Augmentation
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.purify.soft_masks import SoftMaskConstants, SoftMasks
 from lightning_mnp.signals.pile_up import SuppressedTrace
-from lightning_mnp.signals.trace import Trace, strength
+from lightning_mnp.signals.trace import Trace, TraceConstants, strength
 from lightning_mnp.surgery.layers import find_filter_layers
 from lightning_mnp.surgery.masked_network import MaskedNetwork
 
@@ -201,3 +201,31 @@ def test_network_is_left_as_it_was() -> None:
     before = snapshot(soft.masked.network)
     finish(soft)
     assert same(before, snapshot(soft.masked.network))
+
+
+def test_steps_are_by_momentum_over_a_running_root_mean_square() -> None:
+    """The steps written out."""
+    slopes = torch.linspace(1.0, 3.0, kernels()) * 1e9  # next to these, the clean loss has none
+    options = SoftMaskConstants(step=0.003, momentum=0.8, average=0.6, follow=100)
+    trace = Fixed(slopes)
+    soft = new_soft_masks(steps=4, traces=[trace], constants=Constants(options))
+    soft._now = [2.0]
+    values = masks = torch.ones(kernels())
+    velocity, square = torch.zeros(kernels()), 0.0
+    for taken in range(1, 5):
+        trace.slopes = slopes * taken  # steeper from step to step
+        soft.step()
+        gradient = options.weight / 2.0 * trace.slopes
+        square = 0.8 * square + 0.2 * float(gradient.square().mean())
+        size = (square / (1 - 0.8**taken)) ** 0.5
+        velocity = 0.8 * velocity + 0.2 * gradient / size
+        values = (values - 0.003 * velocity).clamp(0, 1)
+        masks = 0.6 * masks + 0.4 * values
+        torch.testing.assert_close(soft._values, values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(soft.masks, masks, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trace_that_is_gone_does_not_outweigh_the_clean_loss() -> None:
+    soft = new_soft_masks(steps=1, traces=[Fixed(torch.zeros(kernels()))])
+    soft.step()
+    assert soft._now == [TraceConstants().least_strength]

@@ -328,3 +328,18 @@ def test_files_that_are_no_reports_are_refused(tmp_path: Path) -> None:
         file.truncate(2**28 + 1)  # a hole, which takes no space
     with pytest.raises(ReportError, match="268,435,457 bytes"):
         DefenseReport.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "options"),
+    [
+        (False, {}),
+        (True, {"pruned": [("conv1", 0)]}),
+        (True, {"pruning": PruningReport(masks={"conv1": [1.0, 0.5]})}),
+        (True, {"pruning": PruningReport(tuned=0.01)}),
+    ],
+)
+def test_a_network_is_changed_by_pruning_masks_or_tuning(
+    changed: bool, options: dict[str, Any]
+) -> None:
+    assert DefenseReport("backdoored", **options).changes is changed

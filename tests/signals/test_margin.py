@@ -10,6 +10,7 @@ from helpers import finish, new_scene, same, snapshot
 from lightning_mnp.config import Constants
 from lightning_mnp.report import RunResult
 from lightning_mnp.signals.margin import (
+    MarginAscent,
     MarginConstants,
     MarginSearch,
     MarginTrace,
@@ -165,3 +166,44 @@ def test_trace_counts_from_what_is_normal() -> None:
     assert trace.margins(ones).mean() > before
     shifted.load_state_dict(trace.state_dict())
     assert torch.equal(shifted.ascent.images, trace.ascent.images)
+
+
+def test_the_ascent_is_by_momentum_over_gradients_of_length_one() -> None:
+    """The steps written out, image by image."""
+    scene = new_scene(tried=(0, 1))
+    images, classes = scene.data.images[:3], torch.tensor([0, 1, 0])
+    channels = (1, images.shape[1], *[1] * (images.ndim - 2))
+    low, high = torch.full(channels, -9.0), torch.full(channels, 9.0)
+    constants = MarginConstants(momentum=0.5, length=0.02)
+    ascent = MarginAscent(scene.masked, images, classes, low, high, 2, constants)
+    length = 0.02 * 18.0 * images[0].numel() ** 0.5
+    moved, velocity = images.clone(), torch.zeros_like(images)
+    for _ in range(3):
+        ascent.step()
+        for place, wanted in enumerate(classes):
+            image = moved[place : place + 1].clone().requires_grad_()
+            logits = scene.masked(image, statistics="running")[0]
+            others = [logit for index, logit in enumerate(logits) if index != int(wanted)]
+            (slope,) = torch.autograd.grad(logits[wanted] - torch.stack(others).max(), image)
+            velocity[place] = 0.5 * velocity[place] + slope[0] / slope.norm()
+        moved = (moved + length * velocity).clamp(-9.0, 9.0)
+        torch.testing.assert_close(ascent.images, moved, rtol=1e-4, atol=1e-4)
+    # By momentum, the second step is longer than the first.
+    assert float(velocity.flatten(1).norm(dim=1).min()) > 1.0
+
+
+def test_a_trace_takes_more_steps_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    search, taken = new_search(), [0]
+    ones = torch.ones(search.scene.masked.layers.total)
+
+    def step(ascent: MarginAscent, masks: torch.Tensor | None = None) -> torch.Tensor:
+        taken[0] += 1
+        return torch.zeros(len(ascent.images))
+
+    monkeypatch.setattr(MarginAscent, "step", step)
+    trace, counts = MarginTrace(search.ascent(1, 3), 0.0), []
+    for at in (0, 8):
+        taken[0] = 0
+        trace.adapt(ones, at)
+        counts.append(taken[0])
+    assert counts == [MarginConstants().first_steps, MarginConstants().next_steps]

@@ -11,6 +11,7 @@ from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.report import RunResult
 from lightning_mnp.signals.logits import push_loss
 from lightning_mnp.signals.margin import MarginSearch
+from lightning_mnp.signals.perturbation import UniversalPerturbation
 from lightning_mnp.signals.pile_up import PileUp
 from lightning_mnp.signals.reach import (
     PerturbationTrace,
@@ -215,3 +216,59 @@ def test_trace_adapts_within_its_length_and_goes_on_from_its_state() -> None:
     for each in (trace, again):
         each.adapt(ones, 1)
     assert torch.equal(trace.pushed.perturbation, again.pushed.perturbation)
+
+
+def test_steps_grow_and_the_last_one_is_taken_in_any_case(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Lengths and limits that the search asks for, class by class."""
+    constants = ReachConstants(step=0.02, growth=1.5, most_steps=3, level=0.6)
+    search = ReachSearch(new_scene(tried=(0, 1), constants=Constants(constants)))
+    asked: list[tuple[float, float]] = []
+
+    def ascend(
+        pushed: UniversalPerturbation,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        length: float,
+        masks: torch.Tensor | None = None,
+        until: float = math.inf,
+    ) -> float:
+        asked.append((length / search.scale, until))
+        return 0.0
+
+    monkeypatch.setattr(UniversalPerturbation, "ascend", ascend)
+    finish(search)
+    most = constants.most_steps
+    lengths = [0.02 * 1.5**step for step in range(most + 1)]
+    assert [length for length, _ in asked] == pytest.approx(lengths * 2)
+    assert [until for _, until in asked] == [*[0.6] * most, 0.0] * 2
+    assert search.reaches == {0: math.inf, 1: math.inf}
+
+
+def test_a_trace_follows_by_steps_of_a_share_of_its_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scene, asked = new_scene(), list[float]()
+    ones = torch.ones(scene.masked.layers.total)
+    pushed = UniversalPerturbation(
+        scene.masked, 1, torch.zeros_like(scene.data.images[:1]), limit=3.0
+    )
+    constants = ReachConstants(share=0.25, first_steps=4, next_steps=2, images=5)
+    images = scene.data.images[:8]
+    trace = PerturbationTrace(
+        pushed, images, torch.zeros(8, dtype=torch.long), 0, Constants(constants)
+    )
+
+    def ascend(
+        images: torch.Tensor, labels: torch.Tensor, length: float, masks: torch.Tensor
+    ) -> float:
+        assert len(images) == len(labels) == 5
+        asked.append(length)
+        return 0.0
+
+    monkeypatch.setattr(pushed, "ascend", ascend)
+    trace.adapt(ones, 0)
+    assert asked == [0.75] * 4
+    trace.adapt(ones, 8)
+    assert asked == [0.75] * 6

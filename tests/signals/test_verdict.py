@@ -518,3 +518,23 @@ def test_the_class_that_most_signals_point_to_is_suspected() -> None:
     assert signals([piled(3.0, 3)], weak)[0].target_class == 5
     weak = replace(shown, patch_margins={**LEVELS, 3: 1.3})
     assert signals([piled(3.0, 3)], weak)[0].target_class == 5
+
+
+@pytest.mark.parametrize(
+    ("score", "found"),
+    [
+        (1.2, "backdoored"),  # the threshold itself
+        (1.1999, "undecided"),
+        (1.08, "undecided"),
+        (1.0799, "clean"),
+        (math.nan, "undecided"),
+    ],
+)
+def test_the_verdict_by_the_score(score: float, found: str) -> None:
+    assert verdict._by_score(score, 1.2, 0.9) == found
+
+
+def test_a_low_threshold_gives_no_voice_to_signals_that_do_not_count_fully() -> None:
+    weak = [of("margin", 0.6, 1.0), of("warp", 0.6, 1.0)]  # two, but neither counts
+    strong = Signal("patch", 1.2, 5, 1.4, 1.0, "a test says so")
+    assert rank_signals([*weak, strong], threshold=0.5)[0].target_class == 5
