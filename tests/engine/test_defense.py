@@ -80,6 +80,36 @@ def test_a_state_of_other_options_names_those_that_differ() -> None:
 
 
 @short
+@pytest.mark.parametrize(
+    "name", ["defense set", "constants", "occasion", "layers", "weights", "version"]
+)
+def test_a_state_of_another_case_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def case(network: nn.Module, data: DefenseSet, when: Any, constants: Constants) -> MNPDefense:
+        return MNPDefense(network, data, quick_config(), when=when, constants=constants)
+
+    images, labels = images_and_labels()
+    moved = trained_network()
+    next(moved.parameters()).data.add_(0.01)
+    wider = nn.Sequential(nn.Conv2d(1, 9, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    wider(images[:2])
+    usual = trained_network(), DefenseSet(images, labels), "always", JUDGED
+    others: dict[str, tuple[Any, ...]] = {
+        "defense set": (usual[0], DefenseSet(*images_and_labels(seed=1)), *usual[2:]),
+        "constants": (*usual[:3], TURNING),
+        "occasion": (*usual[:2], "flagged", JUDGED),
+        "layers": (wider, *usual[1:]),
+        "weights": (moved, *usual[1:]),
+        "version": usual,
+    }
+    state = case(*usual).state_dict()
+    case(*usual).load_state_dict(state)  # its own is taken
+    if name == "version":
+        monkeypatch.setattr("lightning_mnp.engine.state.version", lambda package: "0.0.9")
+    with pytest.raises(ValueError, match=f"the state to belong to the same {name}, but "):
+        case(*others[name]).load_state_dict(state)
+
+
+@short
 def test_a_first_step_that_is_taken_again_keeps_the_weights_of_the_run_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
