@@ -1,15 +1,19 @@
 """Training, audit, defense, resume and precision on a GPU; skipped without one.
 
-The same tests run on the CPU with LIGHTNING_MNP_CUDA_TESTS=cpu, to check the tests themselves.
+The same tests run on the CPU with LIGHTNING_MNP_CUDA_TESTS=cpu, to check the tests themselves, and
+on a device that pretends to be one with LIGHTNING_MNP_CUDA_TESTS=pretended (`tests/pretended.py`).
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pretended
 import pytest
 import torch
 from helpers import (
@@ -28,15 +32,39 @@ from torch import nn
 
 import lightning_mnp
 from lightning_mnp import DefenseSet, MNPConfig, MNPDefense, MNPModule
-from lightning_mnp.attacks import BadNets, WaNet, WaNetModule
+from lightning_mnp.attacks import (
+    CL,
+    DFST,
+    LIRA,
+    SIG,
+    AdaptiveTraining,
+    Attack,
+    BadNets,
+    Blend,
+    DFSTModule,
+    FeatureCollision,
+    InputAware,
+    InputAwareModule,
+    LIRAModule,
+    ReferenceNetwork,
+    Trojan,
+    WaNet,
+    WaNetModule,
+)
+from lightning_mnp.baselines import Suspects
+from lightning_mnp.benchmark.loss_changes import loss_changes
+from lightning_mnp.benchmark.methods import Method, method_names
 from lightning_mnp.cli.command_line import main
 from lightning_mnp.config import Constants
-from lightning_mnp.data import DigitsDataModule
+from lightning_mnp.data import DigitsDataModule, datamodule
 from lightning_mnp.models import Classifier
 from lightning_mnp.purify.cuts import CutConstants
 from lightning_mnp.purify.greedy import GreedyConstants
 
 KIND = os.environ.get("LIGHTNING_MNP_CUDA_TESTS", "cuda")
+PLACE: dict[str, Any] = {"accelerator": "gpu" if KIND == "cuda" else KIND}
+if KIND == pretended.NAME:
+    PLACE = pretended.trainer_options()
 
 pytestmark = [
     pytest.mark.cuda,
@@ -64,6 +92,13 @@ CONFIG = {
 }
 
 
+@pytest.fixture(autouse=True)
+def kept_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have images kept on the pretended device, as on a GPU; they would lie on the CPU instead."""
+    if KIND == pretended.NAME:
+        monkeypatch.setattr(datamodule, "_CPU", torch.device(KIND, 0))
+
+
 def config(**changes: Any) -> MNPConfig:
     return MNPConfig().changed({**CONFIG, **changes})
 
@@ -73,7 +108,7 @@ def network() -> nn.Module:
 
 
 def trainer(**options: Any) -> Any:
-    return quiet_trainer(accelerator="gpu" if KIND == "cuda" else KIND, devices=1, **options)
+    return quiet_trainer(**PLACE, devices=1, **options)
 
 
 def classifier(**options: Any) -> Classifier:
@@ -111,12 +146,10 @@ def test_training_takes_its_batches_from_the_device() -> None:
 
 def test_batches_equal_those_of_the_cpu() -> None:
     batches = []
-    for accelerator in ("cpu", "gpu" if KIND == "cuda" else KIND):
+    for place in ({"accelerator": "cpu"}, PLACE):
         module = Recorder()
         datamodule = TinyDataModule(BadNets(margin=0), augment=True, on_device=True, seed=1)
-        quiet_trainer(accelerator=accelerator, devices=1, limit_val_batches=0).fit(
-            module, datamodule
-        )
+        quiet_trainer(**place, devices=1, limit_val_batches=0).fit(module, datamodule)
         batches.append(module.seen)
     assert len(batches[0]) == len(batches[1]) == 3
     for one, other in zip(*batches, strict=True):
@@ -136,19 +169,64 @@ def test_both_ways_give_the_same_figures() -> None:
         assert one == pytest.approx(other, abs=0.05)
 
 
-def test_an_attack_that_steers_the_training(tmp_path: Path) -> None:
-    module = WaNetModule(WaNet(), width=4, num_classes=4, schedule="none")
-    run = trainer(max_epochs=1)
+STEERING: dict[str, Callable[..., Classifier]] = {
+    "wanet": partial(WaNetModule, WaNet()),
+    "iab": partial(InputAwareModule, InputAware(width=4, depth=1), mask_epochs=1),
+    "lira": partial(LIRAModule, LIRA(0.1, "normalized", width=4, depth=1), generator_epochs=1),
+    "dfst": partial(
+        DFSTModule, DFST(width=4), style_epochs=1, detox_epoch=1, round_epochs=1, injector_steps=1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEERING)
+def test_attacks_that_steer_the_training(tmp_path: Path, name: str) -> None:
+    module = STEERING[name](width=4, num_classes=4, schedule="none")
+    run = trainer(max_epochs=2)
     run.fit(module, TinyDataModule(on_device=True))
     assert torch.isfinite(run.callback_metrics["train/loss"])
-    run.save_checkpoint(tmp_path / "wanet.ckpt")
-    stored = torch.load(tmp_path / "wanet.ckpt", weights_only=True, map_location="cpu")
+    assert "val/ASR" in run.callback_metrics
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True, map_location="cpu")
     assert all(name.startswith("network.") for name in stored["state_dict"])
+
+
+@pytest.mark.parametrize("attack", [BadNets(mode="all-to-all"), Blend(), SIG(frequency=2.0)])
+def test_attacks_on_images_of_the_device(attack: Attack) -> None:
+    module = classifier()
+    run = trainer(max_epochs=1)
+    run.fit(module, TinyDataModule(attack, on_device=True))
+    assert torch.isfinite(run.callback_metrics["train/loss"])
+    assert "val/ASR" in run.callback_metrics
+
+
+CRAFTED: dict[str, Callable[[ReferenceNetwork], Attack]] = {
+    "cl": partial(CL, steps=2),
+    "fc": partial(FeatureCollision, targets=1, poisons_per_target=2, steps=2, target_class=1),
+    "trojan": partial(Trojan, patch_size=3, steps=2),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_attacks_that_are_made_with_a_network(tmp_path: Path, name: str) -> None:
+    torch.save(Classifier(width=4, num_classes=4).state_dict(), tmp_path / "clean.pt")
+    clean = ReferenceNetwork(tmp_path / "clean.pt", num_classes=4, width=4)
+    run = trainer(max_epochs=1)
+    run.fit(classifier(), TinyDataModule(CRAFTED[name](clean), on_device=True))
+    assert torch.isfinite(run.callback_metrics["train/loss"])
+    assert "val/ASR" in run.callback_metrics
+
+
+def test_an_attacker_who_knows_the_signals() -> None:
+    known = AdaptiveTraining(norms=1.0, pile_up=1.0, margin=1.0, patch=1.0, accuracy=0.1)
+    run = trainer(max_epochs=2, callbacks=[known])
+    run.fit(classifier(), TinyDataModule(BadNets(margin=0), on_device=True))
+    assert torch.isfinite(run.callback_metrics["train/loss"])
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_training_in_every_precision(precision: str) -> None:
-    if KIND == "cpu" and precision == "16-mixed":
+    if KIND != "cuda" and precision == "16-mixed":
         pytest.skip("16-mixed is for GPUs")
     module = classifier()
     run = trainer(max_epochs=1, precision=precision)
@@ -258,6 +336,84 @@ def test_pruning_along_traces_goes_on_from_its_state(tmp_path: Path, phase: str)
     assert on_gpu(second.purified())
 
 
+@pytest.mark.parametrize("preset", [MNPConfig.paper, MNPConfig.averaged_masks])
+def test_the_paper_s_settings(preset: Callable[..., MNPConfig]) -> None:
+    options = {name: CONFIG[name] for name in ("batch_size", "suppression.epochs", "masks.epochs")}
+    report = lightning_mnp.defend(
+        network(), loader(), when="always", config=preset().changed(options)
+    )
+    assert report.pruned
+    assert report.model is not None
+    assert on_gpu(report.model)
+
+
+# Few steps for each; a name without options has none that makes it shorter.
+QUICK_DEFENSES: dict[str, dict[str, Any]] = {
+    "anp": {"iterations": 4},
+    "clp": {},
+    "fp": {},
+    "ft": {"epochs": 2},
+    "ft-sam": {"epochs": 2},
+    "i-bau": {"rounds": 2},
+    "nad": {"epochs": 2, "teacher_epochs": 1},
+    "nc": {"search.epochs": 2, "epochs": 1},
+    "nft": {"steps": 2},
+    "rnp": {"unlearning_epochs": 2, "recovering_epochs": 2},
+}
+QUICK_DETECTORS: dict[str, dict[str, Any]] = {
+    "ac": {"starts": 2, "steps": 4},
+    "default": {**CONFIG, "suppression.epochs": 2},
+    "mm-bd": {"starts": 3, "steps": 4},
+    "nc": {"epochs": 2},
+    "sc": {},
+    "strip": {"overlays": 4},
+}
+
+
+def test_no_baseline_is_left_out() -> None:
+    own = {"default", "mnp", "mnp-averaged"}
+    assert set(method_names("defense")) - own == set(QUICK_DEFENSES)
+    assert set(method_names("detector")) - own == set(QUICK_DETECTORS) - own
+
+
+@pytest.mark.parametrize("name", QUICK_DEFENSES)
+def test_every_defense_to_compare_with(name: str) -> None:
+    model = network()
+    before = snapshot(model)
+    data = DefenseSet.from_loader(loader())
+    outcome = Method(name, QUICK_DEFENSES[name]).defend(model, data, seed=0)
+    assert outcome.model is not None
+    assert on_gpu(outcome.model)
+    assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("name", QUICK_DETECTORS)
+def test_every_detector_to_compare_with(name: str) -> None:
+    method, suspects = Method(name, QUICK_DETECTORS[name]), None
+    if method.suspects is not None:
+        suspects = Suspects.from_loader(loader(count=64))
+    outcome = method.detect(network(), DefenseSet.from_loader(loader()), 0, suspects)
+    assert outcome.verdict in ("clean", "backdoored", "undecided")
+
+
+def test_loss_changes_of_every_filter() -> None:
+    images, labels = images_and_labels()
+    found = loss_changes(network(), [(images, labels)], [(images, 0 * labels)])
+    assert len(found.names) == 88
+    assert torch.isfinite(found.clc).all()
+    assert torch.isfinite(found.blc).all()
+
+
+def test_the_callback_audits_what_was_trained(tmp_path: Path) -> None:
+    callback = lightning_mnp.MNPCallback(
+        defense_loader=loader(), config=config(), output_dir=tmp_path
+    )
+    module = Classifier(width=2, in_channels=1, num_classes=4, lr=0.05, schedule="none")
+    trainer(max_epochs=1, callbacks=[callback]).fit(module, loader())
+    assert callback.report is not None
+    assert len(callback.report.runs) == 1
+
+
 def equal_states(one: Any, other: Any) -> bool:
     """Whether nested states hold the same, to the last bit."""
     if isinstance(one, torch.Tensor):
@@ -286,7 +442,7 @@ def test_the_trainer_runs_the_defense(precision: str) -> None:
 
 
 def test_half_precision_is_refused_for_the_defense() -> None:
-    if KIND == "cpu":
+    if KIND != "cuda":
         pytest.skip("16-mixed is for GPUs")
     with pytest.raises(MisconfigurationException, match="but got 16-mixed"):
         trainer(max_epochs=-1, precision="16-mixed").fit(
@@ -294,6 +450,7 @@ def test_half_precision_is_refused_for_the_defense() -> None:
         )
 
 
+@pytest.mark.skipif(KIND == pretended.NAME, reason="the command line cannot name this device")
 def test_the_command_line_audits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
