@@ -129,15 +129,53 @@ def test_harm_of_kernel_masks_is_measured_against_the_network_as_it_was() -> Non
     """Also where no harm was measured before: after a resume, or if nothing could be pruned."""
     purification = new_purification(TURNING)
     purification.begin(traces_of(purification))
-    purification._begun.curve, purification._begun.counts = [(0.0, 1.0)], [0]
+    purification._begun.curve, purification._begun.counts = [(0.25, 1.0)], [0]
     kernel_masks = torch.full((purification.masked.kernels.total,), 0.9)
     found = purification._harm_beyond_pruning(kernel_masks)
     measure = CleanHarm(purification.masked, purification._clean.sets, 16)
     filters = purification.changes.filter_masks()
     assert measure.of(filters) == 0
     with purification.masked.masking_kernels(kernel_masks):
-        assert found == pytest.approx(measure.of(filters), rel=1e-4)
-    assert found > 0.01
+        assert found == pytest.approx(measure.of(filters) - 0.25, rel=1e-4)
+    assert found > -0.24
+
+
+@pytest.mark.parametrize(
+    ("harm", "share"), [(200.0, 1.0), (316.0, 0.625), (1e9, 0.0), (math.nan, 0)]
+)
+def test_kernels_that_do_too_much_harm_are_turned_back(
+    harm: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purification = new_purification(TURNING)
+    purification.begin(traces_of(purification))
+    while not purification._begun.stopped:
+        purification.greedy_step()
+    purification.soft_mask_step()
+    soft = purification.soft
+    assert soft is not None
+    soft.masks = torch.linspace(0.2, 0.8, len(soft.masks))
+
+    def beyond_pruning(masks: torch.Tensor) -> float:  # in proportion to the change
+        return harm * float((1 - masks).norm() / (1 - soft.masks).norm())
+
+    monkeypatch.setattr(purification, "_harm_beyond_pruning", beyond_pruning)
+    monkeypatch.setattr(type(soft), "finished", True)
+    purification.soft_mask_step()
+
+    masks = purification.changes.kernel_masks
+    if share == 1.0:
+        assert purification.warnings == []
+    else:
+        done = "were turned down by 62% of what was found" if share else "were not turned down"
+        assert purification.warnings == [
+            f"kernels {done}: all of it did {harm:.3g} nats more harm than pruning, and 200, 4 "
+            "times `pruning.harm`, is allowed"
+        ]
+    if share:
+        assert masks is not None
+        torch.testing.assert_close(masks, 1 - share * (1 - soft.masks))
+    else:
+        assert masks is None
 
 
 def as_purified(purification: Purification, images: torch.Tensor) -> torch.Tensor:
@@ -386,7 +424,8 @@ def test_tuning_that_does_too_much_harm_is_turned_back(
         torch.testing.assert_close(measure._before[: len(images)], logits.log_softmax(1))
         whole, before = tuning.changes()["fc.weight"], tuning.softened.weights()["fc.weight"]
         found = measure.masked.weights()["fc.weight"]
-        return harm * float((found - before).norm() / (whole - before).norm())
+        share = float((found - before).norm() / (whole - before).norm())
+        return 7.0 + harm * share  # pruning and masks have done 7
 
     monkeypatch.setattr(CleanHarm, "of", of)
     while not purification.ended:
