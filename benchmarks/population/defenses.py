@@ -172,14 +172,16 @@ def defenses_table(recipes: Sequence[Recipe], outcomes: Iterable[dict[str, Any]]
         some = [row for part in own.values() for row in part]
         if some:
             before = pair(some[0]["CA"], some[0]["ASR"])
-            each.append([f"`{network}`", before, *(_figures(own[name]) for name in names)])
-    columns = ("networks", "flagged", "CA drop", "ASR", "above 10%", "worst", "clean: CA drop")
+            attack = known[network].kind
+            each.append([f"`{network}`", attack, before, *(_figures(own[name]) for name in names)])
+    columns = ("networks", "flagged", "CA drop", "ASR", "median", "above 10%", "worst")
+    more = ("clean: CA drop", "passes", "seconds")
     versions = Counter(row["version"].split()[0] for row in rows)
     told = ", ".join(f"{version}: {count}" for version, count in versions.most_common())
     return "\n\n".join(
         [
-            markdown_table(["defense", *columns, "passes", "seconds"], summary),
-            markdown_table(["network", "before", *names], each),
+            markdown_table(["defense", *columns, *more], summary),
+            markdown_table(["network", "attack", "before", *names], each),
             f"Versions of the code: {told or 'none'}.",
         ]
     )
@@ -201,6 +203,7 @@ def _summary(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         f"{sum(flagged)} of {len(flagged)}" if flagged else "-",
         _mean_drop(attacked),
         f"{statistics.mean(rates):.1f}" if rates else "-",
+        f"{statistics.median(rates):.1f}" if rates else "-",
         f"{sum(rate > 10 for rate in rates)} of {len(rates)}",
         f"`{worst['network']}`" if worst else "-",
         _mean_drop([row for row in rows if row["ASR"] is None]),

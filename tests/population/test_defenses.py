@@ -124,13 +124,15 @@ def test_the_table_compares_defenses_over_what_all_have_seen() -> None:
     ]
     lines = defenses_table(RECIPES, rows, sets=2).splitlines()
     worst = f"`{first.name}`"
-    assert lines[2] == f"| default | 1 | 1 of 1 | 2.0 | 2.0 | 0 of 1 | {worst} | 0.0 | 100 | 7 |"
-    assert lines[3] == f"| rnp | 1 | - | 10.0 | 10.0 | 0 of 1 | {worst} | 3.0 | - | 7 |"
-    assert lines[5] == "| network | before | default | rnp |"
+    assert (
+        lines[2] == f"| default | 1 | 1 of 1 | 2.0 | 2.0 | 2.0 | 0 of 1 | {worst} | 0.0 | 100 | 7 |"
+    )
+    assert lines[3] == f"| rnp | 1 | - | 10.0 | 10.0 | 10.0 | 0 of 1 | {worst} | 3.0 | - | 7 |"
+    assert lines[5] == "| network | attack | before | default | rnp |"
     assert lines[7:10] == [
-        f"| `{third.name}` | 60.0 | 60.0 (3) | 57.0 (3) |",
-        f"| `{first.name}` | 60.0/100.0 | 57.0/17.0 (4) | 50.0/10.0 (3) |",
-        f"| `{second.name}` | 60.0/100.0 | 10.0/90.0 (3) | ? |",
+        f"| `{third.name}` | clean | 60.0 | 60.0 (3) | 57.0 (3) |",
+        f"| `{first.name}` | {first.kind} | 60.0/100.0 | 57.0/17.0 (4) | 50.0/10.0 (3) |",
+        f"| `{second.name}` | {second.kind} | 60.0/100.0 | 10.0/90.0 (3) | ? |",
     ]
     assert lines[-1] == "Versions of the code: ab12: 6."
     assert "58.0/2.0 (3) | 50.0" in defenses_table(RECIPES, rows, sets=1)
