@@ -179,6 +179,6 @@ def test_the_command_defends_what_is_missing_or_of_another_version(
         capsys.readouterr().err
     )
     assert main(["table", "--defended", *places]) == 0
-    assert "| `cnn-blend-216` | 60.0/100.0 | 50.0/10.0 (3) |" in capsys.readouterr().out
+    assert "| `cnn-blend-216` | blend | 60.0/100.0 | 50.0/10.0 (3) |" in capsys.readouterr().out
     assert main(["table", "--defended", "--defenses", "rnp", *places]) == 0
     assert "cnn-blend-216" not in capsys.readouterr().out
