@@ -62,7 +62,7 @@ class MNPCallback(Callback):
     """Audit the network when training ends, and write a purified one beside it.
 
     At the end of ``Trainer.fit`` the verdict is logged to every logger under ``mnp/``, and the
-    report is written as JSON. If filters are pruned, a checkpoint of the purified network is
+    report is written as a page and as JSON. If there is a purified network, its checkpoint is
     written beside the report. The network in memory, and what a ``ModelCheckpoint`` saves, stay
     as they were trained, bit for bit, unless ``in_place=True``. A verdict other than ``"clean"``
     is told by a ``UserWarning``. Training itself, its random state included, is not affected.

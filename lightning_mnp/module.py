@@ -274,8 +274,8 @@ class MNPModule(MNPSteps, LightningModule):
             ``"always"`` prunes in any case.
         forward: A function (network, images) that calls it and returns the logits.
         unpack: A function (batch) that gives images and labels.
-        output_dir: Folder for the report and, where filters are pruned, a checkpoint of the
-            purified network: ``mnp-report.html``, ``mnp-report.json`` and ``mnp.ckpt``, as
+        output_dir: Folder for the report and, where the network is changed, a checkpoint of the
+            purified one: ``mnp-report.html``, ``mnp-report.json`` and ``mnp.ckpt``, as
             :class:`~lightning_mnp.callback.MNPCallback` writes them. If None, nothing is
             written.
         triggered_loader: Triggered test images, to measure attack success before and after, as for

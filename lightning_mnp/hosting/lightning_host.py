@@ -172,7 +172,7 @@ def saved_checkpoints(trainer: Trainer) -> list[str]:
 def write_outcome(
     trainer: Trainer, report: DefenseReport, folder: Path
 ) -> tuple[Path, Path | None]:
-    """Write the report and, if filters were pruned, a checkpoint of what the Trainer trained.
+    """Write the report and, if the network was changed, a checkpoint of what the Trainer trained.
 
     The files are ``mnp-report.html``, ``mnp-report.json`` and ``mnp.ckpt``, or, if one of the names
     is taken, ``mnp-v1-report.html`` and so on. A run of MLflow or W&B is part of the names, if it
@@ -185,7 +185,7 @@ def write_outcome(
         folder: Where to write.
 
     Returns:
-        The page of the report, and the file of the checkpoint, or None if no filter was pruned.
+        The page of the report, and the file of the checkpoint, or None if nothing was changed.
 
     Raises:
         OutputError: If a file cannot be written; there is no partial one then.
