@@ -58,6 +58,19 @@ def fine_tuned(results: Sequence[Result]) -> list[str]:
     return [f"Trained on from the clean network of their seed: {', '.join(told)}."] if told else []
 
 
+def of_seed(here: Sequence[Result], all_results: Sequence[Result]) -> str:
+    """Return what a title says of the seed of networks; nothing if the setting has no other.
+
+    Args:
+        here: The results of a table.
+        all_results: Those of all tables.
+    """
+    seeds = {each.network["seed"] for each in here}
+    others = {r.network["seed"] for r in all_results if r.setting == here[0].setting}
+    told = ", ".join(str(seed) for seed in sorted(seeds))
+    return "" if seeds == others else f", networks of seed {told}"
+
+
 def trained_again(results: Sequence[Result]) -> list[str]:
     """Return a sentence that says which recipes gave several networks, if any did.
 

@@ -10,12 +10,13 @@ from lightning_mnp.benchmark.notes import (
     fine_tuned,
     not_learned,
     not_shown,
+    of_seed,
     other_code,
     trained_again,
 )
 from lightning_mnp.benchmark.pairs import cell_of, mean_drop, mean_pair, pairs_of
 from lightning_mnp.benchmark.results import MISSING, Marks, Result
-from lightning_mnp.benchmark.sweeps import without_other_sizes, without_trials
+from lightning_mnp.benchmark.sweeps import comparable, without_trials
 from lightning_mnp.benchmark.table import Table, head
 
 __all__ = ["overview"]
@@ -31,19 +32,25 @@ def overview(results: Sequence[Result], marks: Marks) -> list[Table]:
         marks: Names what was measured on which machine.
 
     Returns:
-        The tables, that with the most attacks first. Defenses that were run on all attacks come
-        first, by their mean ASR. One that was run on a single attack out of several, with options
-        of its own, is a trial of these options and has no row; nor have other numbers of clean
-        images, on fewer attacks.
+        The tables, that with the most attacks first, then that with the most defenses. Defenses
+        that were run on all attacks come first, by their mean ASR. One that was run on a single
+        attack out of several, with options of its own, is a trial of these options and has no row;
+        nor have other numbers of clean images, on fewer attacks.
     """
     wanted = [r for r in results if r.task == "defense" and (r.network["usual"] or r.is_clean)]
-    groups = without_other_sizes(wanted)
-    groups = [group for group in groups if any(not each.is_clean for each in group)]
-    groups.sort(key=lambda group: -len({each.attack for each in group}))
-    return [_table(number, group, marks) for number, group in enumerate(groups, 1)]
+    groups = [group for group in comparable(wanted) if any(not each.is_clean for each in group)]
+    groups.sort(key=lambda group: (-_count(group, "attack"), -_count(group, "label")))
+    return [
+        _table(number, group, marks, of_seed(group, wanted))
+        for number, group in enumerate(groups, 1)
+    ]
 
 
-def _table(number: int, here: Sequence[Result], marks: Marks) -> Table:
+def _count(group: Sequence[Result], what: str) -> int:
+    return len({getattr(each, what) for each in group})
+
+
+def _table(number: int, here: Sequence[Result], marks: Marks, of: str) -> Table:
     attacks = sorted({each.attack for each in here if not each.is_clean})
     columns = [*attacks, *(["clean"] if any(each.is_clean for each in here) else [])]
     shown, trials = without_trials(here)
@@ -69,7 +76,7 @@ def _table(number: int, here: Sequence[Result], marks: Marks) -> Table:
     for name in attacks:
         notes += not_learned(name, _of(here, name))
     mark = marks.setting(here[0].setting)
-    title = f"Defenses side by side: CA / ASR in percent, setting {mark}"
+    title = f"Defenses side by side: CA / ASR in percent, setting {mark}{of}"
     return Table(f"overview-{number}", title, heads, [none, *(row for _, row in rows)], notes)
 
 

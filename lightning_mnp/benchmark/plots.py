@@ -123,9 +123,9 @@ def _over_sizes(results: Sequence[Result]) -> list[Line]:
     return lines
 
 
-def _without_size(result: Result) -> tuple[str, str]:
+def _without_size(result: Result) -> tuple[str, str, int]:
     told = str(result.setting).replace(f", {result.setting.size} clean images", "")
-    return result.attack, told
+    return result.attack, told, result.network["seed"]
 
 
 def _line(groups: dict[float, list[Result]], title: str, xlabel: str) -> list[Line]:

@@ -9,7 +9,7 @@ from lightning_mnp.benchmark.pairs import cell_of
 from lightning_mnp.benchmark.results import Marks, Result, Setting, settings_of
 from lightning_mnp.benchmark.table import Table, head
 
-__all__ = ["by_options", "by_size", "without_other_sizes", "without_trials"]
+__all__ = ["by_options", "by_size", "comparable", "without_trials"]
 
 
 def without_trials(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
@@ -31,15 +31,32 @@ def without_trials(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
     return [each for each in results if each.label not in trials], trials
 
 
-def without_other_sizes(results: Sequence[Result]) -> list[list[Result]]:
-    """Part results by setting, without numbers of clean images that had fewer attacks than others.
+def comparable(results: Sequence[Result]) -> list[list[Result]]:
+    """Part results into groups that can be compared.
+
+    A group is of one setting. Numbers of clean images that had fewer attacks than others are left
+    out. If not all methods were run on the networks of all seeds, each seed is a group of its own:
+    means over different networks do not compare.
 
     Args:
         results: The results.
 
     Returns:
-        The results of each setting, in the order of the settings.
+        The groups, in the order of settings and seeds.
     """
+    return [part for group in _without_other_sizes(results) for part in _by_seed(group)]
+
+
+def _by_seed(group: list[Result]) -> list[list[Result]]:
+    seeds = sorted({each.network["seed"] for each in group})
+    shown = without_trials(group)[0]
+    methods = [{r.label for r in shown if r.network["seed"] == seed} for seed in seeds]
+    if all(each == methods[0] for each in methods):
+        return [group]
+    return [[each for each in group if each.network["seed"] == seed] for seed in seeds]
+
+
+def _without_other_sizes(results: Sequence[Result]) -> list[list[Result]]:
     groups = [[r for r in results if r.setting == setting] for setting in settings_of(results)]
     most: dict[Setting, int] = {}
     for group in groups:
@@ -69,6 +86,7 @@ def by_options(results: Sequence[Result], marks: Marks) -> Table | None:
                 each
                 for each in here
                 if each.attack == group[0].attack and each.label == label.partition(" (")[0]
+                if each.network["seed"] in {other.network["seed"] for other in group}
             ]
             lines.append(
                 [
@@ -93,15 +111,15 @@ def by_size(results: Sequence[Result], marks: Marks) -> Table | None:
         results: All results.
         marks: Names what rows were measured on.
     """
-    groups: dict[tuple[Setting, str, str], list[Result]] = {}
+    groups: dict[tuple[Setting, str, str, int], list[Result]] = {}
     for each in results:
         if each.task == "defense" and (each.network["usual"] or each.is_clean):
-            key = replace(each.setting, size=0), each.attack, each.label
+            key = replace(each.setting, size=0), each.attack, each.label, each.network["seed"]
             groups.setdefault(key, []).append(each)
     groups = {key: group for key, group in groups.items() if len(_sizes(group)) > 1}
     sizes = sorted({size for group in groups.values() for size in _sizes(group)})
     lines = []
-    for (_, attack, label), group in groups.items():
+    for (_, attack, label, _), group in groups.items():
         first = min(each.setting for each in group)
         parts = [[each for each in group if each.setting.size == size] for size in sizes]
         lines.append(

@@ -12,11 +12,12 @@ from lightning_mnp.benchmark.notes import (
     losses,
     not_learned,
     not_shown,
+    of_seed,
     other_code,
 )
 from lightning_mnp.benchmark.pairs import Pair, cell_of, mean_pair, pairs_of, shown
 from lightning_mnp.benchmark.results import MISSING, Marks, Result, paper_figures, settings_of
-from lightning_mnp.benchmark.sweeps import without_other_sizes, without_trials
+from lightning_mnp.benchmark.sweeps import comparable, without_trials
 from lightning_mnp.benchmark.table import Table, head
 
 __all__ = ["by_rate", "detection", "mitigation"]
@@ -34,6 +35,8 @@ def _columns(results: Sequence[Result], published: Sequence[str]) -> list[str]:
 def mitigation(results: Sequence[Result], marks: Marks) -> list[Table]:
     """Make Tables 1 and 2: CA and ASR after each defense, a table for each setting.
 
+    Seeds have a table each if not all defenses were run on all of them.
+
     Other numbers of clean images, on fewer attacks, and trials of options have tables of their own.
 
     Args:
@@ -41,11 +44,13 @@ def mitigation(results: Sequence[Result], marks: Marks) -> list[Table]:
         marks: Names what rows were measured on.
     """
     wanted = [r for r in results if r.task == "defense" and r.network["usual"] and not r.is_clean]
-    groups = without_other_sizes(wanted)
-    return [_mitigation(number, here, marks) for number, here in enumerate(groups, 1)]
+    return [
+        _mitigation(number, here, marks, of_seed(here, wanted))
+        for number, here in enumerate(comparable(wanted), 1)
+    ]
 
 
-def _mitigation(number: int, here: Sequence[Result], marks: Marks) -> Table:
+def _mitigation(number: int, here: Sequence[Result], marks: Marks, of: str) -> Table:
     here, trials = without_trials(here)
     setting = here[0].setting
     published = {} if setting.paper_table is None else paper_figures()[setting.paper_table]
@@ -70,7 +75,7 @@ def _mitigation(number: int, here: Sequence[Result], marks: Marks) -> Table:
     notes += [*losing, *fine_tuned(here), *other_code(here), *not_shown(trials)]
     what = f"Table {setting.paper_table}" if setting.paper_table else "Defenses"
     name = f"table{setting.paper_table}" if setting.paper_table else "defenses"
-    title = f"{what}: CA / ASR in percent, setting {marks.setting(setting)}"
+    title = f"{what}: CA / ASR in percent, setting {marks.setting(setting)}{of}"
     heads = ["attack", "by", *map(head, ("none", *labels)), "measured on"]
     return Table(f"{name}-{number}", title, heads, lines, notes)
 
@@ -121,6 +126,8 @@ def by_rate(results: Sequence[Result], marks: Marks) -> list[Table]:
         if each.network["rate"] is not None
     ]
     others = [each for each in wanted if not each.network["usual"]]
+    seeds = {each.network["seed"] for each in others}
+    wanted = [each for each in wanted if each.network["seed"] in seeds]
     tables = []
     for number, setting in enumerate(settings_of(others), 1):
         for label in sorted({each.label for each in others if each.setting == setting}):

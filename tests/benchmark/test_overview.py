@@ -50,9 +50,20 @@ def test_networks_of_an_attack_count_as_one() -> None:
 
 
 def test_a_network_counts_once_however_many_defenses_it_had() -> None:
-    results = [result(name, before=(0.8, 1.0)) for name in ("anp", "clp", "ft")]
-    [table] = overview([*results, result("anp", before=(0.6, 0.8), seed=1)], Marks())
+    results = [result(name, before=(0.8, 1.0)) for name in ("anp", "clp")]
+    results += [result(name, before=(0.6, 0.8), seed=1) for name in ("anp", "clp")]
+    [table] = overview(results, Marks())
     assert table.rows[0][:2] == ["no defense", "70.0 / 90.0 (2)"]
+    assert table.title == "Defenses side by side: CA / ASR in percent, setting s1"
+
+
+def test_a_seed_that_not_all_defenses_had_is_a_table_of_its_own() -> None:
+    results = [result("anp"), result("clp"), result("clp", (0.8, 0.5), seed=1)]
+    first, second = overview(results, Marks())
+    title = "Defenses side by side: CA / ASR in percent, setting s1, networks of seed"
+    assert (first.title, second.title) == (f"{title} 0", f"{title} 1")
+    assert [row[:2] for row in first.rows[1:]] == [["ANP", "90.0 / 1.0"], ["CLP", "90.0 / 1.0"]]
+    assert [row[:2] for row in second.rows[1:]] == [["CLP", "80.0 / 50.0"]]
 
 
 def test_errors_are_no_gaps() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from cell_results import result
 
 from lightning_mnp.benchmark.results import Marks, Result
-from lightning_mnp.benchmark.sweeps import by_options, by_size, without_other_sizes, without_trials
+from lightning_mnp.benchmark.sweeps import by_options, by_size, comparable, without_trials
 
 
 def trial(value: float, after: tuple[float, float] = (0.9, 0.01), **options: Any) -> Result:
@@ -29,9 +29,18 @@ def test_a_method_with_options_is_a_trial_if_it_ran_on_one_attack_out_of_several
 def test_other_numbers_of_clean_images_are_left_out_if_they_had_fewer_attacks() -> None:
     usual, other, small = result(), result(attack="SIG"), result(size=50)
     wide, clean = result(width=64), result(attack="clean", size=50)
-    assert without_other_sizes([usual, small]) == [[small], [usual]]  # as many
-    assert without_other_sizes([usual, other, small, clean]) == [[usual, other]]
-    assert without_other_sizes([usual, other, wide]) == [[usual, other], [wide]]
+    assert comparable([usual, small]) == [[small], [usual]]  # as many
+    assert comparable([usual, other, small, clean]) == [[usual, other]]
+    assert comparable([usual, other, wide]) == [[usual, other], [wide]]
+
+
+def test_seeds_are_apart_unless_all_methods_had_them() -> None:
+    first, second = [result("anp"), result("clp")], [result("anp", seed=1), result("clp", seed=1)]
+    assert comparable([*first, *second]) == [[*first, *second]]
+    assert comparable([*first, second[0]]) == [first, [second[0]]]
+    trial = result("rnp", seed=1, method={"name": "rnp", "options": {"rule": "share"}})
+    others = [result("anp", attack="SIG"), result("clp", attack="SIG")]
+    assert comparable([*first, *others, *second, trial]) == [[*first, *others, *second, trial]]
 
 
 def test_trials_stand_beside_the_method_without_options() -> None:
@@ -41,6 +50,7 @@ def test_trials_stand_beside_the_method_without_options() -> None:
         trial(0.1, (0.85, 0.25)),
         trial(0.2, (0.75, 0.0), attack="SIG"),
         result("anp", (0.1, 0.1)),
+        result("mnp", (0.1, 0.1), seed=1),  # no trial was made on its network
     ]
     table = by_options(results, Marks())
     assert table is not None
@@ -67,6 +77,7 @@ def test_numbers_of_clean_images_are_columns() -> None:
         result("anp", (0.9, 0.1), size=50),
         result("anp", (0.9, 0.3), size=2500),
         result("mnp", (0.6, 0.5), attack="SIG"),
+        result("mnp", (0.1, 0.1), seed=1),  # with no other number of images
         result("nc", None, task="detector", size=50),
     ]
     table = by_size(results, Marks())

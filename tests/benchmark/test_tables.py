@@ -58,7 +58,7 @@ def test_the_papers_average_comes_as_printed_and_computed() -> None:
 
 
 def test_an_attack_that_was_not_learned_is_told() -> None:
-    results = [result("anp", before=(0.9, 0.4)), result("anp", seed=1), result("rnp", seed=1)]
+    results = [result("anp", before=(0.9, 0.4)), result("anp", seed=1)]
     [table] = mitigation(results, Marks())
     told = "BadNets: 1 of 2 networks have an ASR below 50% before any defense, so the attack was"
     assert [note for note in table.notes if note.startswith(told)]
@@ -92,6 +92,7 @@ def test_table_3() -> None:
         result("mnp", (0.84, 0.30), mode="all-to-all", usual=False),
         result("mnp", error="broken", rate=0.2, usual=False),
         result("default", (0.93, 0.02), rate=0.005, usual=False),
+        result("mnp", (0.1, 0.1), seed=1),  # at the usual rate only
     ]
     default, mnp = by_rate(results, Marks())
     assert mnp.title == "Table 3: BadNets by poison rate, MNP, setting s1"
