@@ -23,8 +23,7 @@ def test_the_committed_report_is_made_of_the_committed_cells(tmp_path: Path) -> 
 
 def test_the_documentation_shows_the_tables_of_the_cells() -> None:
     text = (REPOSITORY / "docs" / "explanation" / "comparison.md").read_text("utf-8")
-    shown = text.partition("<!-- overview -->")[2].partition("<!-- end of overview -->")[0]
-    tables = overview(read_results(CELLS), Marks())
-    assert shown.split("\n\n")[1:-1] == [
-        part for table in tables for part in table.markdown().split("\n\n")[1:]
-    ]
+    for number, table in enumerate(overview(read_results(CELLS), Marks()), 1):
+        shown = text.partition(f"<!-- overview {number} -->")[2]
+        shown = shown.partition(f"<!-- end of overview {number} -->")[0]
+        assert shown.split("\n\n")[1:-1] == table.markdown().split("\n\n")[1:]
