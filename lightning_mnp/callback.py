@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -11,6 +11,7 @@ from typing import Any, get_args
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn.utils.prune import is_pruned
 from torch.utils.data import Dataset
@@ -65,7 +66,8 @@ class MNPCallback(Callback):
     report is written as a page and as JSON. If there is a purified network, its checkpoint is
     written beside the report. The network in memory, and what a ``ModelCheckpoint`` saves, stay
     as they were trained, bit for bit, unless ``in_place=True``. A verdict other than ``"clean"``
-    is told by a ``UserWarning``. Training itself, its random state included, is not affected.
+    is told by a ``UserWarning``. Training itself, its random state included, is not affected. A
+    Trainer takes one such callback; audit other submodules with :func:`~lightning_mnp.audit`.
 
     Args:
         when: ``"never"`` audits only, ``"flagged"`` makes a purified network if the verdict is
@@ -191,7 +193,13 @@ class MNPCallback(Callback):
         with isolate_rng():
             defense = self._defense(trainer, pl_module)
             bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
-            run_defense(defense, progress=bar and not _is_trial(trainer))
+
+            def heed_sigterm(*step: Any) -> None:
+                # Lightning only notes the signal, and looks at it between two batches.
+                if trainer.received_sigterm:
+                    raise SIGTERMException
+
+            run_defense(defense, progress=bar and not _is_trial(trainer), observe=heed_sigterm)
             self.report = report = follow_first(defense)
             self._measure(trainer, pl_module, "before")
         rank_zero_info(f"MNP audit\n{report}")
@@ -204,12 +212,12 @@ class MNPCallback(Callback):
                 "nothing."
             )
         try:
-            with self._purified(defense, pl_module, report.changes):
+            with self._purified(defense, pl_module, report.changes) as changed:
                 if report.changes:
                     self._measure(trainer, pl_module, "after")
                 # The files first: a logger that fails must not cost them.
                 if self._folder is not None:
-                    files, unwritten = write_outcome(trainer, report, self._folder), ""
+                    files, unwritten = write_outcome(trainer, report, self._folder, changed), ""
                 if trainer.is_global_zero:
                     log_outcome(trainer.loggers, report, trainer.global_step, self.rates)
         finally:
@@ -227,15 +235,19 @@ class MNPCallback(Callback):
     @contextmanager
     def _purified(
         self, defense: MNPDefense, module: LightningModule, changes: bool
-    ) -> Iterator[None]:
-        """Hold the purified network in the module, so that it can be saved; for good if wanted."""
+    ) -> Iterator[Collection[str]]:
+        """Hold the purified network in the module, so that it can be saved; for good if wanted.
+
+        Yields:
+            Names of the weights that are changed.
+        """
         if not changes:
-            yield
+            yield ()
             return
         pruning = defense.prune_()
         self._is_pruned = True
         try:
-            yield
+            yield pruning.saved.keys()
         finally:
             if not self.in_place:
                 pruning.undo(module)

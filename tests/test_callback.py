@@ -27,9 +27,17 @@ from helpers import (
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import TensorDataset
 
-from lightning_mnp import DefenseReport, MNPCallback, MNPModule, load_into, read_state_dict
+from lightning_mnp import (
+    DefenseReport,
+    MNPCallback,
+    MNPDefense,
+    MNPModule,
+    load_into,
+    read_state_dict,
+)
 from lightning_mnp.checkpoints.atomic_write import OutputError
 from lightning_mnp.signals.verdict import Judgement
 
@@ -459,6 +467,81 @@ def test_a_failed_audit_loses_no_checkpoint(
         trainer.fit(module, loader())
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert callback.report is None
+
+
+class WithAverage(UserModule):
+    """Keeps an average of its weights by hand, and saves that."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value + 1 for name, value in weights.items()}
+
+
+class WithWrapper(UserModule):
+    """Saves an average under other names."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {f"module.{name}": value for name, value in weights.items()}
+
+
+class WithHeadOnly(UserModule):
+    """Saves the last layer, since its user has the rest from elsewhere."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint["state_dict"]
+        *_, head = (name for name, value in weights.items() if value.dim() == 2)
+        checkpoint["state_dict"] = {head: weights[head]}
+
+
+@pytest.mark.parametrize("kind", [WithAverage, WithWrapper, WithHeadOnly])
+def test_the_purified_checkpoint_has_the_weights_that_were_audited(
+    kind: type[UserModule], tmp_path: Path
+) -> None:
+    callback = MNPCallback("always", loader(), CONFIG, output_dir=tmp_path, in_place=True)
+    module = kind(small_network().train())
+    with pytest.warns(UserWarning, match="Purified network"):
+        quiet_trainer(callbacks=[callback]).fit(module, loader())
+    assert callback.report is not None
+    found, own = weights(tmp_path / "mnp.ckpt"), module.state_dict()
+    assert is_pruned(found, callback.report)
+    assert found.keys() <= own.keys()
+    assert all(value.equal(own[name]) for name, value in found.items())
+    assert (found.keys() == own.keys()) == (kind is not WithHeadOnly)
+    assert {f"{layer}.weight" for layer, _ in callback.report.pruned} <= found.keys()
+
+
+def test_folders_of_the_user_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning itself writes to the home folder for `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    callback = MNPCallback("always", loader(), CONFIG, output_dir="~/out")
+    with pytest.warns(UserWarning, match="Purified network"):
+        quiet_trainer(callbacks=[callback]).fit(UserModule(small_network().train()), loader())
+    found = sorted(path.name for path in (tmp_path / "home" / "out").iterdir())
+    assert found == ["mnp-report.html", "mnp-report.json", "mnp.ckpt"]
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_signal_to_end_ends_the_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster kills what has not ended soon after SIGTERM."""
+
+    def step(self: MNPDefense, *updates: Any) -> dict[str, float]:
+        steps.append(self.phase)
+        trainer._signal_connector.received_sigterm = len(steps) == 3
+        return take_step(self, *updates)
+
+    steps: list[str] = []
+    take_step = MNPDefense.step
+    monkeypatch.setattr(MNPDefense, "step", step)
+    callback = MNPCallback("always", loader(), CONFIG, output_dir=tmp_path)
+    trainer = quiet_trainer(callbacks=[callback])
+    with pytest.raises(SIGTERMException):
+        trainer.fit(UserModule(small_network().train()), loader())
+    assert len(steps) == 3
+    assert callback.report is None
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("in_place", "done"), [(True, "pruned"), (False, "audited")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -154,8 +154,10 @@ def output_folder(trainer: Trainer, given: Path | str | None) -> Path:
             f"Expected argument `output_dir` to be a local folder, but the loggers or the Trainer "
             f"write to {folder!r}. Give a local one."
         )
-    do_in_first(lambda: check_writable(Path(folder, "mnp.ckpt"), "output_dir"))
-    return Path(folder)
+    # Lightning's own files go to the home folder, too.
+    path = Path(folder).expanduser()
+    do_in_first(lambda: check_writable(path / "mnp.ckpt", "output_dir"))
+    return path
 
 
 def saved_checkpoints(trainer: Trainer) -> list[str]:
@@ -169,8 +171,35 @@ def saved_checkpoints(trainer: Trainer) -> list[str]:
     return list(dict.fromkeys(path for path in found if path))
 
 
+class _WholeWeights(TorchCheckpointIO):
+    """Saves the weights that the Trainer's module has, whatever its own hooks put in their place.
+
+    A hook of the module comes last when Lightning makes a checkpoint. It may put an average in
+    place that still has the backdoor, or keep the last layer only.
+
+    Args:
+        trainer: The Trainer.
+        changed: Names of weights that have to be in the file.
+    """
+
+    def __init__(self, trainer: Trainer, changed: set[str]) -> None:
+        super().__init__()
+        self.trainer = trainer
+        self.changed = changed
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        weights = self.trainer.strategy.lightning_module_state_dict()
+        hooked = checkpoint["state_dict"]
+        # A hook that leaves some out, such as an attack's generator, may do so.
+        left_out = set() if hooked.keys() - weights else weights.keys() - hooked - self.changed
+        kept = {name: value for name, value in weights.items() if name not in left_out}
+        super().save_checkpoint({**checkpoint, "state_dict": kept}, path, storage_options)
+
+
 def write_outcome(
-    trainer: Trainer, report: DefenseReport, folder: Path
+    trainer: Trainer, report: DefenseReport, folder: Path, changed: Collection[str] = ()
 ) -> tuple[Path, Path | None]:
     """Write the report and, if the network was changed, a checkpoint of what the Trainer trained.
 
@@ -183,6 +212,7 @@ def write_outcome(
         trainer: The Trainer, whose LightningModule holds the purified network meanwhile.
         report: The report.
         folder: Where to write.
+        changed: Names of the weights of the module that were changed.
 
     Returns:
         The page of the report, and the file of the checkpoint, or None if nothing was changed.
@@ -204,7 +234,7 @@ def write_outcome(
     unfinished = folder / f".{name}.ckpt.unfinished"
     # The user's own way of saving may be to another place, or later.
     users = trainer.strategy.checkpoint_io
-    trainer.strategy.checkpoint_io = TorchCheckpointIO()
+    trainer.strategy.checkpoint_io = _WholeWeights(trainer, set(changed))
     try:
         trainer.save_checkpoint(unfinished, weights_only=False)
         do_in_first(lambda: _publish(unfinished, purified))

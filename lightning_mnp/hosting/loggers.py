@@ -58,18 +58,27 @@ def log_outcome(
         report: The outcome.
         step: The Trainer's global step.
         rates: Further numbers, such as CA and ASR.
+
+    Raises:
+        Exception: What the first logger that failed has raised, after all others.
     """
     numbers = {
         name: value
         for name, value in {**report.metrics(), **(rates or {})}.items()
         if math.isfinite(value)
     }
+    failures: list[Exception] = []
     for logger in loggers:
-        for kind, log in _OWN_WAYS.items():
-            if is_a(logger, kind):
-                log(logger, report, step)
-        logger.log_metrics(numbers, step=step)
-        logger.save()  # outside of a fit, nobody else does
+        try:
+            for kind, log in _OWN_WAYS.items():
+                if is_a(logger, kind):
+                    log(logger, report, step)
+            logger.log_metrics(numbers, step=step)
+            logger.save()  # outside of a fit, nobody else does
+        except Exception as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
 
 
 def _log_to_tensorboard(logger: Any, report: DefenseReport, step: int) -> None:

@@ -147,6 +147,18 @@ def test_every_logger_gets_the_numbers() -> None:
     log_outcome([], full_report(), 12)
 
 
+def test_a_logger_that_fails_takes_nothing_from_the_others() -> None:
+    class Gone(FakeLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            raise OSError(f"server {id(self)} is gone")
+
+    first, good, second = Gone(), FakeLogger(), Gone()
+    with pytest.raises(OSError, match=f"server {id(first)} is gone"):
+        log_outcome([first, good, second], full_report(), 12)
+    assert good.metrics.keys() >= full_report().metrics().keys()
+    assert good.is_saved
+
+
 @pytest.mark.usefixtures("wandb", "mlflow")
 @pytest.mark.parametrize("kind", [FakeLogger, TensorBoardLogger, WandbLogger, MLFlowLogger])
 def test_no_logger_gets_numbers_that_are_not_finite(kind: type[FakeLogger]) -> None:
