@@ -384,6 +384,7 @@ def _check(images: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"Expected the defense set's labels to be integers, but got {labels.dtype}."
         )
+    labels = labels.long()  # of some unsigned types, torch finds no least
     if int(labels.min()) < 0:
         raise ValueError(
             f"Expected the defense set's labels to be at least 0, but got {int(labels.min())}."

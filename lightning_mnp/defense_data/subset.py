@@ -47,7 +47,7 @@ def balanced_indices(
         )
     if len(labels) == 0:
         raise ValueError("Expected argument `labels` to hold at least one label, but got none.")
-    labels = labels.detach().cpu()
+    labels = labels.detach().cpu().long()  # of some unsigned types, torch finds no greatest
     count = int(labels.max()) + 1 if num_classes is None else num_classes
     if labels.min() < 0 or labels.max() >= count:
         raise ValueError(

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_mnp.defense_data.augment import random_crop_flip
 from lightning_mnp.defense_data.defense_set import DefenseSet, seeded_generator
+from lightning_mnp.defense_data.subset import balanced_indices
 
 CPU = torch.device("cpu")
 IMAGES = torch.rand(11, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -74,6 +75,13 @@ def test_the_memory_layout_and_gradients_do_not_matter() -> None:
     assert same(found, REFERENCE)
     assert found.labels.dtype == torch.int64
     assert not found.images.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_labels_of_unsigned_types(dtype: torch.dtype) -> None:
+    assert same(DefenseSet(IMAGES, LABELS.to(dtype)), REFERENCE)
+    expected = balanced_indices(LABELS, 9, seed=1)
+    assert balanced_indices(LABELS.to(dtype), 9, seed=1).equal(expected)
 
 
 def test_other_content_has_another_fingerprint() -> None:
