@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 from checkpoint_files import RunsFunction, leave_a_mark
 from helpers import CLASSES, images_and_labels, quick_config, trained_resnet18
+from streams import broken, in_ascii
 from torch import nn
 from torchvision.transforms.v2 import functional as V
 
@@ -153,6 +156,30 @@ def test_exit_codes_and_formats(
     assert json.loads(shown["sarif"])["version"] == "2.1.0"
     names = sorted(path.name for path in Path("reports").iterdir())
     assert names == ["report.html", "report.json"]
+
+
+@pytest.mark.parametrize("stdout", [in_ascii, lambda: broken(errno.EPIPE)])
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["\xe9.ckpt"], "text"),
+        (["\xe9.ckpt"], "json"),
+        (["\xe9.ckpt"], "sarif"),
+        (["\xe9.ckpt", "\xe8.ckpt"], "text"),
+    ],
+)
+def test_what_cannot_be_printed_changes_no_exit_code(
+    names: list[str], kind: str, stdout: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = reporting("backdoored", reasons=["\xe9"])
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", found)
+    monkeypatch.setattr(sys, "stdout", stdout())
+    for name in names:
+        Path(name).write_bytes(Path("model.ckpt").read_bytes())
+    assert main(["scan", *names, *WORDS[2:], "--format", kind, "--out=reports"]) == 3
+    folders = ["."] if len(names) == 1 else names
+    for name in folders:
+        assert DefenseReport.load(Path("reports", name, "report.json")).verdict == "backdoored"
 
 
 class Counting(nn.Module):
