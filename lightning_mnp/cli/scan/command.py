@@ -26,7 +26,8 @@ from lightning_mnp.cli.scan.preparation import Preparation, find_preparation
 from lightning_mnp.cli.scan.source import find_weights
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.report import EXIT_CODES, DefenseReport, ReportError, WeightsFile
+from lightning_mnp.report import EXIT_CODES, DefenseReport, WeightsFile
+from lightning_mnp.report.report import is_report
 from lightning_mnp.report.text import text, wants_color
 from lightning_mnp.reporting import sarif
 from lightning_mnp.reporting.files import save_report
@@ -169,15 +170,12 @@ def _check_places(options: ScanOptions) -> None:
     for path in paths:
         check_writable(path, "--out")
     there = [printable(str(path)) for path in paths if path.exists()]
-    if there:
-        try:
-            DefenseReport.load(options.out / "report.json")
-        except ReportError as error:
-            raise OutputError(
-                f"Expected `--out` to be a folder without reports of other programs, but it holds "
-                f"{' and '.join(there)}. Nothing of theirs is overwritten: name another folder, or "
-                "move the files away."
-            ) from error
+    if there and not is_report(options.out / "report.json"):
+        raise OutputError(
+            f"Expected `--out` to be a folder without reports of other programs, but it holds "
+            f"{' and '.join(there)}. Nothing of theirs is overwritten: name another folder, or "
+            "move the files away."
+        )
     if options.purify is not None:
         check_output(options.purify, {}, "--purify")
 

@@ -298,6 +298,19 @@ def test_wrong_use_is_told_before_the_work(
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize("schema", [0, 2])
+def test_reports_of_another_version_are_replaced(
+    schema: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", reporting("clean"))
+    earlier = {**DefenseReport("backdoored").to_dict(), "schema": schema, "new": 1}
+    Path("report.json").write_text(json.dumps(earlier))
+    Path("report.html").write_text("an earlier page")
+    assert main(WORDS) == 0
+    assert DefenseReport.load("report.json").verdict == "clean"
+    assert Path("report.html").read_text().startswith("<!DOCTYPE html>")
+
+
 def test_images_of_a_size_that_the_network_cannot_take_end_the_scan_of_that_file_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
