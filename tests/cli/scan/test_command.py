@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as V
 
 from lightning_mnp import DefenseReport, load_into, read_state_dict
 from lightning_mnp.cli.entry import main
-from lightning_mnp.cli.scan.command import scan
+from lightning_mnp.cli.scan.command import _one_by_one, scan
 from lightning_mnp.cli.scan.options import ScanOptions
 from lightning_mnp.models import build_network, cifar_resnet18
 from lightning_mnp.report import SecondAudit
@@ -338,6 +338,33 @@ def test_several_files_in_the_folder_of_the_reports(
     assert main(["scan", "again.ckpt", *WORDS[1:]]) == 0
     for name in ("again.ckpt", "model.ckpt"):
         assert DefenseReport.load(f"{name}-report/report.json").verdict == "clean"
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["a/b", "a-b"], ["a-b", "a-b-1"]),
+        (["a/b", "a-b", "a-b-1"], ["a-b", "a-b-2", "a-b-1"]),
+        (["a-b-1", "a/b", "a-b", "a//b"], ["a-b-1", "a-b", "a-b-2", "a-b-3"]),
+        (["a/b-1", "a-b-1", "a/b", "a-b"], ["a-b-1", "a-b-1-1", "a-b", "a-b-2"]),
+        (
+            ["taken", "taken-report", "./taken"],
+            ["taken-report", "taken-report-1", "taken-report-2"],
+        ),
+        (["free", "./free", ".//free"], ["free", "free-2", "free-3"]),
+        (["both", "both-report"], ["both-report-report", "both-report-report-1"]),
+    ],
+)
+def test_every_file_has_a_folder_of_its_own(
+    files: list[str], named: list[str], tmp_path: Path
+) -> None:
+    for name in ("taken", "free-1", "both", "both-report"):
+        (tmp_path / name).write_bytes(b"weights")
+    first, *others = files
+    asked = ScanOptions(first, Path("images"), out=tmp_path, others=tuple(others))
+    found = _one_by_one(asked)
+    assert [each.weights for each in found] == files
+    assert [each.out.name for each in found] == named
 
 
 def test_an_interrupt_ends_with_130(
