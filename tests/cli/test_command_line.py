@@ -363,6 +363,63 @@ def test_a_file_that_cannot_be_written_costs_no_verdict(
     assert "written" not in told.out
 
 
+def test_paths_may_begin_with_a_tilde(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    home = tmp_path / "home"
+    home.mkdir()
+    checkpoint.rename(home / "suspicious.pt")
+    before = set(tmp_path.iterdir())
+    Path("home", "files.yaml").write_text("report: ~/report.json\nckpt_path: ~/suspicious.pt\n")
+    args = ["defend", "--config=home/files.yaml", *COMMON, *QUICK, RATIO, "--when=never"]
+    seen = []
+    monkeypatch.setattr(
+        "lightning_mnp.cli.trainer.forget_state", lambda state_file: seen.append(state_file)
+    )
+    assert main([*args, "--output", "~/out.pt", "--state_file=~/state"]) in (0, 3, 4)
+    assert (home / "out.pt").exists()
+    assert seen == [home / "state"]
+    report = DefenseReport.load(home / "report.json")
+    assert report.weights_file is not None
+    assert report.weights_file.name == str(home / "suspicious.pt")
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "found"),
+    [
+        (
+            ["calibrate", "--output=~/c", "--ckpt_paths", "~/a", "b"],
+            "ckpt_paths",
+            [Path("/home/me/a"), Path("b")],
+        ),
+        (["calibrate", "--output=~/c", "--ckpt_paths", "a"], "output", Path("/home/me/c")),
+        (["demo", "--output_dir=~/demo"], "output_dir", Path("/home/me/demo")),
+        (["test", "--ckpt_path=~/a.ckpt"], "ckpt_path", "/home/me/a.ckpt"),
+        (["fit", "--ckpt_path=last"], "ckpt_path", "last"),
+        (["fit"], "ckpt_path", None),
+    ],
+)
+def test_paths_of_each_command_are_expanded(
+    words: list[str], name: str, found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    seen: list[Any] = []
+
+    def stop(cli: MNPCLI) -> None:
+        seen.append(cli.config[words[0]][name])
+        raise ValueError("as seen")
+
+    monkeypatch.setattr(MNPCLI, "before_instantiate_classes", stop)
+    command, *rest = words
+    common = [] if command == "demo" else COMMON
+    assert main([command, *common, *rest]) == 2
+    assert seen == [found]
+
+
 @pytest.mark.parametrize(
     "command", ["fit", "validate", "test", "audit", "defend", "calibrate", "demo"]
 )
