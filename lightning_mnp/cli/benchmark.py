@@ -24,6 +24,7 @@ from lightning_mnp.benchmark.recipe import read_yaml
 from lightning_mnp.benchmark.report import write_report
 from lightning_mnp.benchmark.run import Places, Summary, run_benchmark
 from lightning_mnp.cli.parser import end_with_error
+from lightning_mnp.cli.paths import expanded
 
 __all__ = ["main", "parse_seconds"]
 
@@ -130,6 +131,9 @@ def main(args: Sequence[str], fit: Fit) -> int:
     chosen = parser.instantiate_classes(parser.parse_args(list(args)))
     values = dict(vars(getattr(chosen, chosen.subcommand)))
     values.pop("config", None)
+    for name, value in values.items():
+        if isinstance(value, Path):
+            values[name] = Path(expanded(str(value)))
     if chosen.subcommand == "report":
         return _report(**values)
     return _run(fit, **values)
@@ -225,8 +229,8 @@ def _run(
             raise ValueError(f"Expected argument `{name}` to be at least 1, but got {value}.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = None if data is None else data.expanduser().absolute()
-    places = Places(out, networks.expanduser().absolute(), data)
+    data = None if data is None else data.absolute()
+    places = Places(out, networks.absolute(), data)
     cells = cells_of(
         grids,
         Path(os.fspath(base)).absolute(),

@@ -20,6 +20,7 @@ from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.cli.benchmark import main as benchmark
 from lightning_mnp.cli.configurations import with_found_configurations
 from lightning_mnp.cli.parser import MNPParser
+from lightning_mnp.cli.paths import expanded
 from lightning_mnp.cli.quiet import without_tips
 from lightning_mnp.cli.trainer import MNPTrainer
 from lightning_mnp.config import grouped_message
@@ -29,6 +30,7 @@ __all__ = ["MNPCLI", "main"]
 
 CONFIGURED = ("fit", "validate", "test", "audit", "defend", "calibrate", "demo")
 _FILES = "--ckpt_paths"
+_PATHS = {"ckpt_path", "ckpt_paths", "output", "output_dir", "report", "state_file"}
 _DEMO = Path(__file__).with_name("demo.yaml")
 _WRONG_USE = 2
 _WRONG_INPUT = (
@@ -94,6 +96,17 @@ class MNPCLI(LightningCLI):
             super().parse_arguments(parser, _join_files(with_found_configurations(args)))
         else:
             super().parse_arguments(parser, args)
+        self._expand_paths()
+
+    def _expand_paths(self) -> None:
+        """Put the home folder in place of ``~`` in the paths of the command's own options."""
+        options = self.config[self.config["subcommand"]]
+        for name in _PATHS & set(options.keys()):
+            value = options[name]
+            if isinstance(value, list):
+                options[name] = [type(path)(expanded(str(path))) for path in value]
+            elif value is not None:
+                options[name] = type(value)(expanded(str(value)))
 
     def before_instantiate_classes(self) -> None:
         """Write the configuration beside the logs of `fit` only, anew where a training goes on."""

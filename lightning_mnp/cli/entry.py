@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 
+from lightning_mnp.cli.streams import lasting_streams
 from lightning_mnp.cli.words import COMMANDS, HELP, similar
 
 __all__ = ["main"]
@@ -14,6 +15,8 @@ _WRONG_USE = 2
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line.
+
+    What cannot be printed costs neither files nor the exit code.
 
     Args:
         args: The arguments; those of the process if None.
@@ -28,6 +31,11 @@ def main(args: list[str] | None = None) -> int:
         lightning-mnp 0.1.0
         0
     """
+    with lasting_streams():
+        return _run(args)
+
+
+def _run(args: list[str] | None) -> int:
     words = sys.argv[1:] if args is None else args
     first = words[0] if words else "--help"
     if first == "--version":

@@ -101,7 +101,10 @@ class MNPTrainer(Trainer):
         data = self._defense_set(model, datamodule)
         defense = new_defense(self, model, data, mnp, network)
         outcome = self._carry_out(defense, state_file, file, notes)
-        self._save_report(outcome, report)
+        try:
+            self._save_report(outcome, report)
+        finally:  # a verdict is told even if its file cannot be written
+            self._tell(outcome)
         forget_state(state_file)
         self._log(outcome)
         return outcome
@@ -161,10 +164,13 @@ class MNPTrainer(Trainer):
             for name, tensor in model.state_dict().items()
         }
         metadata = {"verdict": outcome.verdict, "pruned_filters": str(len(outcome.pruned))}
-        do_in_first(lambda: write_state_dict(output, weights, metadata, argument="output"))
+        try:
+            do_in_first(lambda: write_state_dict(output, weights, metadata, argument="output"))
+            self._save_report(outcome, report)
+        finally:  # a verdict is told even if its file cannot be written
+            self._tell(outcome)
         if self.is_global_zero:
             _say(f"Weights written to {output}")
-        self._save_report(outcome, report)
         forget_state(state_file)
         self._log(outcome)
         return outcome
@@ -235,9 +241,11 @@ class MNPTrainer(Trainer):
                 digests, kept, lambda left: audit_files(audit, left, self, where), _say
             )
         calibration = calibrate_threshold([each.score for each in scores], rate)
-        Console().print(score_table(scores, calibration))
-        _say(str(calibration))
-        kept.finish(calibration, files)
+        try:
+            kept.finish(calibration, files)
+        finally:  # a threshold is told even if its file cannot be written
+            Console().print(score_table(scores, calibration))
+            _say(str(calibration))
         _say(f"Scores and threshold are in {output}")
         _say(f"To compare with these networks: --mnp.verdict.reference {output}")
         return calibration
@@ -292,8 +300,9 @@ class MNPTrainer(Trainer):
                 mnp=mnp,
                 report=folder / "report.json",
             )
-            Console().print(scores_table(before, self._scores(model, datamodule), outcome))
+            after = self._scores(model, datamodule)
         save_report(outcome, page, argument="output_dir")
+        Console().print(scores_table(before, after, outcome))
         _say(f"Networks and report are in {folder}; open report.html in a browser")
         return outcome
 
@@ -357,9 +366,12 @@ class MNPTrainer(Trainer):
         self.report = outcome = follow_first(defense)
         outcome.weights_file = file
         outcome.warnings[:0] = notes
+        return outcome
+
+    def _tell(self, outcome: DefenseReport) -> None:
+        """Print the outcome, once its files are written."""
         if self.is_global_zero:
             print(text(outcome, color=wants_color(sys.stdout)), flush=True)
-        return outcome
 
     def _log(self, outcome: DefenseReport) -> None:
         """Log the outcome, last of all: a logger that fails costs no file."""

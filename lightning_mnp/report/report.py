@@ -27,11 +27,13 @@ from lightning_mnp.report.parts import (
 from lightning_mnp.report.primitives import primitive, read_fields
 from lightning_mnp.report.text import text
 
-__all__ = ["EXIT_CODES", "DefenseReport", "ReportError"]
+__all__ = ["EXIT_CODES", "DefenseReport", "ReportError", "is_report"]
 
 SCHEMA = 1
 # Of the command line, by the verdict.
 EXIT_CODES: dict[str, int] = {"clean": 0, "backdoored": 3, "undecided": 4}
+# What tells a report from another program's; a later version may add names, but keeps these.
+_IN_EVERY_VERSION = {"schema", "verdict", "detection_ratio", "reasons", "runs", "pruned"}
 _MOST_BYTES = 2**28  # a report of a network of 100,000 filters has a few million
 
 
@@ -264,28 +266,11 @@ class DefenseReport:
             3
         """
         path = Path(path)
-        shown = printable(str(path))
-        if not path.is_file():
-            raise ReportError(
-                f"Expected argument `{argument}` to be an existing file, but got {shown}. Check "
-                "the name and the folder."
-            )
-        if path.stat().st_size > _MOST_BYTES:
-            raise ReportError(
-                f"Expected argument `{argument}` to be a report, but {shown} has "
-                f"{path.stat().st_size:,} bytes. Check the name."
-            )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ReportError(
-                f"Expected argument `{argument}` to be a report as JSON, but {shown} is none: "
-                f"{printable(str(error))}. Make the report anew."
-            ) from error
+        content = _read_json(path, argument)
         try:
             return cls.from_dict(content)
         except ReportError as error:
-            raise ReportError(f"{shown}: {error}") from error
+            raise ReportError(f"{printable(str(path))}: {error}") from error
 
     def metrics(self) -> dict[str, float]:
         """Return the finite numbers that loggers take, under the prefix ``mnp/``.
@@ -318,3 +303,52 @@ class DefenseReport:
 
     def __str__(self) -> str:
         return text(self)
+
+
+def is_report(path: Path) -> bool:
+    """Return whether a file holds a report, also one of a version that is not read here.
+
+    It is told by names that every report has.
+
+    Args:
+        path: The file.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "report.json")
+        >>> DefenseReport("clean").save(path)
+        >>> is_report(path)
+        True
+    """
+    try:
+        content = _read_json(path, "path")
+    except ReportError:
+        return False
+    return (
+        isinstance(content, dict)
+        and content.keys() >= _IN_EVERY_VERSION
+        and type(content["schema"]) is int
+        and content["verdict"] in list(EXIT_CODES)  # of a list, as it may be nothing to hash
+    )
+
+
+def _read_json(path: Path, argument: str) -> Any:
+    """Read a file that should hold a report, or raise ReportError."""
+    shown = printable(str(path))
+    if not path.is_file():
+        raise ReportError(
+            f"Expected argument `{argument}` to be an existing file, but got {shown}. Check "
+            "the name and the folder."
+        )
+    if path.stat().st_size > _MOST_BYTES:
+        raise ReportError(
+            f"Expected argument `{argument}` to be a report, but {shown} has "
+            f"{path.stat().st_size:,} bytes. Check the name."
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ReportError(
+            f"Expected argument `{argument}` to be a report as JSON, but {shown} is none: "
+            f"{printable(str(error))}. Make the report anew."
+        ) from error

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmark_site import make_site, quick_fit, tiny_network
@@ -165,6 +166,22 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     assert "files written: page/report.md and others beside it" in capsys.readouterr().out
     assert "| BadNets | ours | 95.00 / 100.00 |" in (tmp_path / "page" / "report.md").read_text()
+
+
+def test_paths_may_begin_with_a_tilde(
+    config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(module, "_run", lambda fit, **values: found.update(values) or 0)
+    monkeypatch.setattr(module, "_report", lambda **values: found.update(values) or 0)
+    path = config(f"{CONFIG}networks: ~/networks\n")
+    assert run("--config", str(path), "--out=~/cells", "--data=~/data") == 0
+    assert module.main(["report", "--results=~/cells", "--out=~/tables"], quick_fit) == 0
+    home = tmp_path / "home"
+    assert [found[name] for name in ("networks", "data")] == [home / "networks", home / "data"]
+    assert [found[name] for name in ("results", "out")] == [home / "cells", home / "tables"]
 
 
 def test_a_report_without_matplotlib_says_so(

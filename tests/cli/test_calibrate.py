@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from digits_network import fitted_network
+from streams import broken, in_ascii
 
 from lightning_mnp import DefenseReport, __version__, calibrate_threshold
 from lightning_mnp.calibration.file import CalibrationFile
 from lightning_mnp.cli.command_line import main
+from lightning_mnp.cli.entry import main as whole_command
 from lightning_mnp.cli.trainer import MNPTrainer
 from lightning_mnp.models import Classifier
 
@@ -270,6 +274,44 @@ def test_ray_that_is_not_installed_is_told_before_any_work(
     assert main([*COMMAND, "--rate=0.5", "--executor=ray", "--ckpt_paths", *files]) == 2
     assert "The executor 'ray' needs Ray, which is not installed." in capsys.readouterr().err
     assert audited == []
+
+
+@pytest.mark.parametrize("stdout", [in_ascii, lambda: broken(errno.EPIPE)])
+def test_what_cannot_be_printed_ends_no_calibration(
+    stdout: Any, audited: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_networks(0.25, 0.5)
+    os.rename(files[1], "\xe9t\xe9.pt")
+    monkeypatch.setattr(sys, "stdout", stdout())
+    words = [*COMMAND, "--rate=0.5", "--ckpt_paths", files[0], "\xe9t\xe9.pt"]
+    assert whole_command(words) == 0
+    assert audited == [0.25, 0.5]
+    assert content()["calibration"]["scores"] == [0.25, 0.5]
+
+
+def test_a_threshold_is_written_before_it_is_printed(
+    audited: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_mnp.cli.trainer.score_table", interrupted)
+    assert main([*COMMAND, "--rate=0.5", "--ckpt_paths", *write_networks(0.25)]) == 130
+    assert content()["calibration"]["scores"] == [0.25]
+
+
+def test_a_threshold_is_printed_if_it_cannot_be_written(
+    audited: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(CalibrationFile, "finish", full)
+    assert main([*COMMAND, "--rate=0.5", "--ckpt_paths", *write_networks(0.25)]) == 2
+    told = capsys.readouterr()
+    assert "error: the disk is full" in told.err
+    assert "--mnp.verdict.threshold 0.25" in told.out
+    assert "are in" not in told.out
 
 
 def test_a_network_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,9 +16,11 @@ import torch
 from checkpoint_files import RunsFunction
 from commands import COMMON, DATA, MODEL, QUICK, TRAINER
 from helpers import same, snapshot
+from streams import broken, in_ascii
 
 from lightning_mnp.benchmark.networks import using_threads
 from lightning_mnp.cli.command_line import MNPCLI, _exit_code, _named_command, main
+from lightning_mnp.cli.entry import main as whole_command
 from lightning_mnp.cli.words import COMMANDS
 from lightning_mnp.models import Classifier
 from lightning_mnp.report import DefenseReport, SecondAudit
@@ -302,6 +306,118 @@ def test_a_logger_that_fails_costs_no_file(
     assert "Score" in told.out or "ratio" in told.out
     assert DefenseReport.load("report.json").filters > 0
     assert Path("out.pt").exists() == (command == "defend")
+
+
+class Interrupted(io.StringIO):
+    """Someone presses Ctrl-C while a pager does not take what is printed."""
+
+    def write(self, text: str) -> int:
+        raise KeyboardInterrupt
+
+
+def full_disk() -> io.TextIOWrapper:
+    return broken(errno.ENOSPC, buffered=True)
+
+
+def closed_pipe() -> io.TextIOWrapper:
+    return broken(errno.EPIPE)
+
+
+@pytest.mark.parametrize("command", ["audit", "defend"])
+@pytest.mark.parametrize(
+    ("stdout", "code"),
+    [(closed_pipe, 3), (full_disk, 3), (in_ascii, 3), (Interrupted, 130)],
+)
+def test_what_cannot_be_printed_costs_no_file(
+    command: str, stdout: Any, code: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judgement = Judgement("backdoored", 0.5, 0.7, 0, ("an \xe9t\xe9 says so",))
+    monkeypatch.setattr("lightning_mnp.engine.case.judge", lambda *args, **kwargs: judgement)
+    monkeypatch.setattr(sys, "stdout", stdout())
+    args = [command, *COMMON, *QUICK, RATIO, f"--ckpt_path={checkpoint}", "--report=report.json"]
+    if command == "defend":
+        args += ["--output=out.pt", "--when=never"]
+    assert whole_command(args) == code
+    assert DefenseReport.load("report.json").verdict == "backdoored"
+    assert Path("out.pt").exists() == (command == "defend")
+
+
+@pytest.mark.parametrize("command", ["audit", "defend"])
+def test_a_file_that_cannot_be_written_costs_no_verdict(
+    command: str,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*args: Any, **others: Any) -> None:
+        raise OSError("the disk is full")
+
+    name = "write_state_dict" if command == "defend" else "save_report"
+    monkeypatch.setattr(f"lightning_mnp.cli.trainer.{name}", full)
+    args = [command, *COMMON, *QUICK, RATIO, f"--ckpt_path={checkpoint}", "--report=report.json"]
+    args += ["--output=out.pt", "--when=never"] if command == "defend" else []
+    assert main(args) == 2
+    told = capsys.readouterr()
+    assert "error: the disk is full" in told.err
+    assert "ratio" in told.out
+    assert "written" not in told.out
+
+
+def test_paths_may_begin_with_a_tilde(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    home = tmp_path / "home"
+    home.mkdir()
+    checkpoint.rename(home / "suspicious.pt")
+    before = set(tmp_path.iterdir())
+    Path("home", "files.yaml").write_text("report: ~/report.json\nckpt_path: ~/suspicious.pt\n")
+    args = ["defend", "--config=home/files.yaml", *COMMON, *QUICK, RATIO, "--when=never"]
+    seen = []
+    monkeypatch.setattr(
+        "lightning_mnp.cli.trainer.forget_state", lambda state_file: seen.append(state_file)
+    )
+    assert main([*args, "--output", "~/out.pt", "--state_file=~/state"]) in (0, 3, 4)
+    assert (home / "out.pt").exists()
+    assert seen == [home / "state"]
+    report = DefenseReport.load(home / "report.json")
+    assert report.weights_file is not None
+    assert report.weights_file.name == str(home / "suspicious.pt")
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "found"),
+    [
+        (
+            ["calibrate", "--output=~/c", "--ckpt_paths", "~/a", "b"],
+            "ckpt_paths",
+            [Path("/home/me/a"), Path("b")],
+        ),
+        (["calibrate", "--output=~/c", "--ckpt_paths", "a"], "output", Path("/home/me/c")),
+        (["demo", "--output_dir=~/demo"], "output_dir", Path("/home/me/demo")),
+        (["test", "--ckpt_path=~/a.ckpt"], "ckpt_path", "/home/me/a.ckpt"),
+        (["fit", "--ckpt_path=last"], "ckpt_path", "last"),
+        (["fit"], "ckpt_path", None),
+    ],
+)
+def test_paths_of_each_command_are_expanded(
+    words: list[str], name: str, found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    seen: list[Any] = []
+
+    def stop(cli: MNPCLI) -> None:
+        seen.append(cli.config[words[0]][name])
+        raise ValueError("as seen")
+
+    monkeypatch.setattr(MNPCLI, "before_instantiate_classes", stop)
+    command, *rest = words
+    common = [] if command == "demo" else COMMON
+    assert main([command, *common, *rest]) == 2
+    assert seen == [found]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from lightning_mnp.report import (
     TriggerExample,
     WeightsFile,
 )
+from lightning_mnp.report.report import is_report
 
 SIGNAL = Signal("patch", 1.5, 1, 1.275, 0.85, "a patch", {0: -0.5, 1: 1.0})
 RUN = RunResult(0.25, 0.1, (2, 5, 1), 12, 0.2, stopped="the accuracy fell", curve=(0.75, 0.2))
@@ -312,6 +313,38 @@ def test_a_report_in_which_something_is_wrong_is_refused(change: dict[str, Any])
     del content[next(iter(change))]
     with pytest.raises(ReportError, match=r"is missing or of another type: .*Make the report anew"):
         DefenseReport.from_dict(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [
+        ({}, True),
+        ({"schema": 2, "new": [], "signals": "of another form"}, True),
+        ({"schema": 0}, True),
+        ({"schema": "1"}, False),
+        ({"schema": True}, False),
+        ({"verdict": "passed"}, False),
+        ({"verdict": []}, False),
+    ],
+)
+def test_a_report_of_any_version_is_known(
+    change: dict[str, Any], known: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.json"
+    content = {**make().to_dict(), **change}
+    path.write_text(json.dumps(content))
+    assert is_report(path) == known
+
+
+@pytest.mark.parametrize("name", ["schema", "verdict", "detection_ratio", "reasons", "pruned"])
+def test_a_file_of_another_program_is_no_report(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    assert not is_report(path)
+    content = make().to_dict()
+    del content[name]
+    for other in (json.dumps(content), "[]", "{}", "{no JSON", '{"schema": 1, "verdict": "clean"}'):
+        path.write_text(other)
+        assert not is_report(path)
 
 
 def test_files_that_are_no_reports_are_refused(tmp_path: Path) -> None:

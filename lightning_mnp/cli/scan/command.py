@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +28,8 @@ from lightning_mnp.cli.scan.preparation import Preparation, find_preparation
 from lightning_mnp.cli.scan.source import find_weights
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
-from lightning_mnp.report import EXIT_CODES, DefenseReport, ReportError, WeightsFile
+from lightning_mnp.report import EXIT_CODES, DefenseReport, WeightsFile
+from lightning_mnp.report.report import is_report
 from lightning_mnp.report.text import text, wants_color
 from lightning_mnp.reporting import sarif
 from lightning_mnp.reporting.files import save_report
@@ -70,19 +73,31 @@ def _one_by_one(options: ScanOptions) -> list[ScanOptions]:
     if not options.others:
         return [options]
     files = (options.weights, *options.others)
-    folders = [re.sub(r"[^\w.-]+", "-", file).strip("-.") for file in files]
-    # A weights file in the folder of the reports has the name itself.
-    folders = [f"{name}-report" if (options.out / name).is_file() else name for name in folders]
+    folders = _folders(files, options.out)
     return [
-        replace(
-            options,
-            weights=file,
-            others=(),
-            # Two files can come to one name.
-            out=options.out / (f"{folder}-{index}" if folder in folders[:index] else folder),
-        )
-        for index, (file, folder) in enumerate(zip(files, folders, strict=True))
+        replace(options, weights=file, others=(), out=options.out / folder)
+        for file, folder in zip(files, folders, strict=True)
     ]
+
+
+def _folders(files: Sequence[str], out: Path) -> list[str]:
+    """Return a name for the reports of each file: its own, or one like it that nobody else has."""
+    wanted = [_folder(file, out) for file in files]
+    given: list[str] = []
+    for name in wanted:
+        if name in given:  # two files can come to one name, and a number to that of a third
+            numbered = (f"{name}-{number}" for number in itertools.count(1))
+            taken = {*wanted, *given}
+            name = next(n for n in numbered if n not in taken and not (out / n).is_file())
+        given.append(name)
+    return given
+
+
+def _folder(file: str, out: Path) -> str:
+    name = re.sub(r"[^\w.-]+", "-", file).strip("-.")
+    while (out / name).is_file():  # a weights file in the folder of the reports is named so itself
+        name = f"{name}-report"
+    return name
 
 
 def _scanned(options: ScanOptions) -> int:
@@ -169,15 +184,12 @@ def _check_places(options: ScanOptions) -> None:
     for path in paths:
         check_writable(path, "--out")
     there = [printable(str(path)) for path in paths if path.exists()]
-    if there:
-        try:
-            DefenseReport.load(options.out / "report.json")
-        except ReportError as error:
-            raise OutputError(
-                f"Expected `--out` to be a folder without reports of other programs, but it holds "
-                f"{' and '.join(there)}. Nothing of theirs is overwritten: name another folder, or "
-                "move the files away."
-            ) from error
+    if there and not is_report(options.out / "report.json"):
+        raise OutputError(
+            f"Expected `--out` to be a folder without reports of other programs, but it holds "
+            f"{' and '.join(there)}. Nothing of theirs is overwritten: name another folder, or "
+            "move the files away."
+        )
     if options.purify is not None:
         check_output(options.purify, {}, "--purify")
 

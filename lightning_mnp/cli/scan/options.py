@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from lightning_mnp.cli.paths import expanded
 from lightning_mnp.cli.words import WordsParser
 
 __all__ = ["Format", "ScanOptions", "parse_options"]
@@ -84,12 +85,13 @@ def parse_options(words: Sequence[str]) -> ScanOptions:
         "weights",
         metavar="WEIGHTS",
         nargs="+",
+        type=expanded,
         help=".pt, .pth, .ckpt or .safetensors; a folder with config.json; or hf://owner/name; "
         "several are judged one after another",
     )
     add(
         "--images",
-        type=Path,
+        type=_path,
         metavar="FOLDER",
         help="clean images: in one folder for each class, or together, with or without --labels",
     )
@@ -99,7 +101,9 @@ def parse_options(words: Sequence[str]) -> ScanOptions:
         help="torchvision/NAME, timm/NAME, hf/FOLDER or module:function; found from the file if "
         "not given",
     )
-    add("--labels", type=Path, metavar="FILE", help="lines `image,class`; else classes are guessed")
+    add(
+        "--labels", type=_path, metavar="FILE", help="lines `image,class`; else classes are guessed"
+    )
     add("--size", type=_positive, metavar="N", help="side of the images in pixels")
     add("--mean", type=_numbers, metavar="A,B,C", help="mean of each channel, from 0 to 1")
     add("--std", type=_numbers, metavar="A,B,C", help="standard deviation of each channel")
@@ -108,10 +112,10 @@ def parse_options(words: Sequence[str]) -> ScanOptions:
     add("--count", type=_positive, default=500, metavar="N", help="most images to use (500)")
     add("--seed", type=int, default=0, metavar="N", help="seed of all that is drawn (0)")
     add("--device", default="cpu", help="cpu or cuda (cpu)")
-    add("--purify", type=Path, metavar="FILE", help="write purified weights here, if flagged")
+    add("--purify", type=_path, metavar="FILE", help="write purified weights here, if flagged")
     add(
         "--out",
-        type=Path,
+        type=_path,
         default=Path(),
         metavar="FOLDER",
         help="folder for report.html and report.json (this one)",
@@ -131,6 +135,10 @@ def parse_options(words: Sequence[str]) -> ScanOptions:
             f"{len(others) + 1}; call the command for each of them"
         )
     return ScanOptions(**found, others=tuple(others))
+
+
+def _path(word: str) -> Path:
+    return Path(expanded(word))
 
 
 def _positive(word: str) -> int:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,13 @@ import pytest
 import torch
 from checkpoint_files import RunsFunction, leave_a_mark
 from helpers import CLASSES, images_and_labels, quick_config, trained_resnet18
+from streams import broken, in_ascii
 from torch import nn
 from torchvision.transforms.v2 import functional as V
 
 from lightning_mnp import DefenseReport, load_into, read_state_dict
 from lightning_mnp.cli.entry import main
-from lightning_mnp.cli.scan.command import scan
+from lightning_mnp.cli.scan.command import _one_by_one, scan
 from lightning_mnp.cli.scan.options import ScanOptions
 from lightning_mnp.models import build_network, cifar_resnet18
 from lightning_mnp.report import SecondAudit
@@ -155,6 +158,30 @@ def test_exit_codes_and_formats(
     assert names == ["report.html", "report.json"]
 
 
+@pytest.mark.parametrize("stdout", [in_ascii, lambda: broken(errno.EPIPE)])
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["\xe9.ckpt"], "text"),
+        (["\xe9.ckpt"], "json"),
+        (["\xe9.ckpt"], "sarif"),
+        (["\xe9.ckpt", "\xe8.ckpt"], "text"),
+    ],
+)
+def test_what_cannot_be_printed_changes_no_exit_code(
+    names: list[str], kind: str, stdout: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = reporting("backdoored", reasons=["\xe9"])
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", found)
+    monkeypatch.setattr(sys, "stdout", stdout())
+    for name in names:
+        Path(name).write_bytes(Path("model.ckpt").read_bytes())
+    assert main(["scan", *names, *WORDS[2:], "--format", kind, "--out=reports"]) == 3
+    folders = ["."] if len(names) == 1 else names
+    for name in folders:
+        assert DefenseReport.load(Path("reports", name, "report.json")).verdict == "backdoored"
+
+
 class Counting(nn.Module):
     """A network with a state beside its weights."""
 
@@ -271,6 +298,19 @@ def test_wrong_use_is_told_before_the_work(
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize("schema", [0, 2])
+def test_reports_of_another_version_are_replaced(
+    schema: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", reporting("clean"))
+    earlier = {**DefenseReport("backdoored").to_dict(), "schema": schema, "new": 1}
+    Path("report.json").write_text(json.dumps(earlier))
+    Path("report.html").write_text("an earlier page")
+    assert main(WORDS) == 0
+    assert DefenseReport.load("report.json").verdict == "clean"
+    assert Path("report.html").read_text().startswith("<!DOCTYPE html>")
+
+
 def test_images_of_a_size_that_the_network_cannot_take_end_the_scan_of_that_file_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,6 +338,33 @@ def test_several_files_in_the_folder_of_the_reports(
     assert main(["scan", "again.ckpt", *WORDS[1:]]) == 0
     for name in ("again.ckpt", "model.ckpt"):
         assert DefenseReport.load(f"{name}-report/report.json").verdict == "clean"
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["a/b", "a-b"], ["a-b", "a-b-1"]),
+        (["a/b", "a-b", "a-b-1"], ["a-b", "a-b-2", "a-b-1"]),
+        (["a-b-1", "a/b", "a-b", "a//b"], ["a-b-1", "a-b", "a-b-2", "a-b-3"]),
+        (["a/b-1", "a-b-1", "a/b", "a-b"], ["a-b-1", "a-b-1-1", "a-b", "a-b-2"]),
+        (
+            ["taken", "taken-report", "./taken"],
+            ["taken-report", "taken-report-1", "taken-report-2"],
+        ),
+        (["free", "./free", ".//free"], ["free", "free-2", "free-3"]),
+        (["both", "both-report"], ["both-report-report", "both-report-report-1"]),
+    ],
+)
+def test_every_file_has_a_folder_of_its_own(
+    files: list[str], named: list[str], tmp_path: Path
+) -> None:
+    for name in ("taken", "free-1", "both", "both-report"):
+        (tmp_path / name).write_bytes(b"weights")
+    first, *others = files
+    asked = ScanOptions(first, Path("images"), out=tmp_path, others=tuple(others))
+    found = _one_by_one(asked)
+    assert [each.weights for each in found] == files
+    assert [each.out.name for each in found] == named
 
 
 def test_an_interrupt_ends_with_130(

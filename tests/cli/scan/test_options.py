@@ -41,6 +41,22 @@ def test_several_files_are_named_once() -> None:
     assert found == ScanOptions("a.pt", Path("clean"), others=("b.pt",))
 
 
+def test_paths_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    home = tmp_path / "home"
+    words = ["--images=~/clean", "--labels=~/labels.csv", "--out=~/reports"]
+    assert parse_options(["~/a.pt", *words, "--purify=~/out.pt"]) == ScanOptions(
+        weights=str(home / "a.pt"),
+        images=home / "clean",
+        labels=home / "labels.csv",
+        purify=home / "out.pt",
+        out=home / "reports",
+    )
+    again = parse_options(["~/a.pt", str(home / "a.pt"), "~/b.pt", *words])
+    assert again.others == (str(home / "b.pt"),)
+
+
 def test_help_is_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
