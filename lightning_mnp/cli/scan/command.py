@@ -250,6 +250,12 @@ def _notes(architecture: Architecture, preparation: Preparation, size: int) -> l
             f"{_row(preparation.mean)}, std {_row(preparation.std)}. If training had another, give "
             "--mean and --std"
         )
+    if preparation.divided:
+        notes.append(
+            f"the normalization of the images, from {origins['normalization']}, is on the scale 0 "
+            f"to 255 and was divided by 255: mean {_row(preparation.mean)}, std "
+            f"{_row(preparation.std)}. If training had another, give --mean and --std"
+        )
     if preparation.size is None:
         notes.append(f"the images have {size} x {size} pixels. If training had others, give --size")
     return notes

@@ -226,6 +226,15 @@ def test_images_without_labels_get_the_predicted_ones(
     assert any("the images have no labels" in warning for warning in report.warnings)
 
 
+def test_a_normalization_up_to_255_is_noted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", reporting("clean"))
+    report = scan(options(mean=(85.0,), std=(51.0,)))
+    assert report.warnings[1] == (
+        "the normalization of the images, from the options, is on the scale 0 to 255 and was "
+        "divided by 255: mean 0.333333, std 0.2. If training had another, give --mean and --std"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
