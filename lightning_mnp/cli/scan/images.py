@@ -45,7 +45,8 @@ def list_images(folder: Path) -> list[Path]:
         folder: The folder.
 
     Returns:
-        The files that end like images, in alphabetical order, without hidden ones.
+        The files that end like images, in alphabetical order, without hidden ones and those in
+        hidden folders, such as the copies that editors and notebooks keep.
 
     Raises:
         ValueError: If there is no such folder, or no image in it.
@@ -65,7 +66,9 @@ def list_images(folder: Path) -> list[Path]:
     paths = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and path.name[0] != "."
+        if path.suffix.lower() in IMG_EXTENSIONS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not paths:
         raise ValueError(
