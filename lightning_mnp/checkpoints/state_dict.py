@@ -17,6 +17,7 @@ __all__ = [
     "PrefixMatch",
     "all_tensors",
     "check_finite",
+    "check_fit",
     "find_state_dict",
     "first_names",
     "fits",
@@ -273,7 +274,7 @@ def load_into(
             )
         match = PrefixMatch(file=prefix)
     incoming = _renamed(state_dict, match)
-    _check_fit(own, incoming)
+    _check_named(own, incoming)
     before = {name: value.clone() for name, value in own.items()}
     try:
         complete = module.state_dict()  # it also holds the versions of the module's classes
@@ -302,13 +303,34 @@ def fits(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
         >>> fits(nn.Linear(2, 1), {"net.weight": torch.ones(1, 2), "net.bias": torch.zeros(1)})
         True
     """
-    own = _own_tensors(module)
-    match = _match_prefixes(_essential(own), _essential(state_dict))
     try:
-        _check_fit(own, _renamed(state_dict, match))
+        check_fit(module, state_dict)
     except CheckpointError:
         return False
     return True
+
+
+def check_fit(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Check that weights could be loaded into a module, by their names and shapes.
+
+    Args:
+        module: The module, which may be without values (on the device ``meta``).
+        state_dict: Tensors by name.
+
+    Raises:
+        CheckpointError: As :func:`load_into` would raise it.
+
+    Example:
+        >>> check_fit(nn.Linear(2, 1, bias=False, device="meta"), {"weight": torch.ones(2, 2)})
+        Traceback (most recent call last):
+        ...
+        lightning_mnp.checkpoints.inspection.CheckpointError: Expected argument `state_dict` to fit
+        the module of 1 tensors, but got 1 of another shape: weight (2, 2) for (1, 2). Check the
+        architecture, its options and the prefix.
+    """
+    own = _own_tensors(module)
+    match = _match_prefixes(_essential(own), _essential(state_dict))
+    _check_named(own, _renamed(state_dict, match))
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -341,7 +363,7 @@ def _match_prefixes(own: list[str], given: list[str]) -> PrefixMatch:
     return PrefixMatch()
 
 
-def _check_fit(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+def _check_named(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
     """Check that names, shapes and kinds of numbers agree."""
     missing = [name for name in _essential(own) if name not in given]
     unexpected = [name for name in given if name not in own]

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.checkpoints.read import Weights
-from lightning_mnp.checkpoints.state_dict import fits
+from lightning_mnp.checkpoints.state_dict import check_fit, fits
 from lightning_mnp.cli.scan.source import Source, read_json
 from lightning_mnp.models.build import build_network
 
@@ -84,6 +85,7 @@ def find_architecture(
 
     Raises:
         ValueError: If there is no such network, or it cannot be found.
+        CheckpointError: If the weights do not fit it; a network of yours is not checked here.
         ImportError: If its library is not installed.
 
     Example:
@@ -94,10 +96,10 @@ def find_architecture(
     """
     classes = classes or _outputs(weights.tensors)
     if arch is not None:
-        return _build(arch, weights.tensors, classes)
+        return _build_fitting(arch, weights.tensors, classes)
     told = _told_by(source, weights)
     if told and told[0][0].startswith("hf/"):
-        return _build(told[0][0], weights.tensors, classes, told[0][1])
+        return _build_fitting(told[0][0], weights.tensors, classes, told[0][1])
     ordinary = [(name, "the fit of all names and shapes") for name in _ordinary(weights.tensors)]
     missing: ImportError | None = None
     for name, how in (*told, *ordinary):
@@ -148,19 +150,65 @@ def _ordinary(tensors: Mapping[str, Tensor]) -> Iterator[str]:
 def _would_fit(name: str, tensors: Mapping[str, Tensor], classes: int) -> bool:
     """Return whether all names and shapes of a network are those of the weights."""
     try:
-        with torch.device("meta"):  # without numbers: a file may name the largest network there is
-            network = _build(name, tensors, classes).network
-    except RuntimeError:  # some networks compute with numbers when built
-        network = _build(name, tensors, classes).network
-    return fits(network, tensors)
+        return fits(_without_numbers(name, tensors, classes), tensors)
+    except RuntimeError:
+        return False
+
+
+def _build_fitting(
+    arch: str, tensors: Mapping[str, Tensor], classes: int, how: str = ""
+) -> Architecture:
+    """Build a network if the weights fit it.
+
+    The file tells how wide it is. That is checked before memory is taken, since a few bytes can
+    tell of any width.
+    """
+    if not _is_function(arch):  # which is run once only: nobody knows what it does beside that
+        try:
+            network = _without_numbers(arch, tensors, classes)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Expected argument `--arch` to name a network that can be built without its "
+                f"numbers first, to check its size, but {printable(arch)} failed: "
+                f"{printable(str(error), 300)}. Give a function of yours as `--arch` "
+                "module:function."
+            ) from error
+        check_fit(network, tensors)
+    return _build(arch, tensors, classes, how)
+
+
+class _NoParameters(TorchFunctionMode):
+    """Puts on `meta` what layers are made of, but not what a network computes with when built."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones) and options.get("device") is None:
+            options["device"] = "meta"
+        return func(*args, **options)
+
+
+def _without_numbers(arch: str, tensors: Mapping[str, Tensor], classes: int) -> nn.Module:
+    """Build a network that takes no memory."""
+    try:
+        with torch.device("meta"):
+            return _build(arch, tensors, classes).network
+    except (RuntimeError, ValueError):  # some networks compute with numbers when built
+        with _NoParameters():
+            return _build(arch, tensors, classes).network
+
+
+def _is_function(arch: str) -> bool:
+    return ":" in arch and "/" not in arch
 
 
 def _build(arch: str, tensors: Mapping[str, Tensor], classes: int, how: str = "") -> Architecture:
     if arch.startswith("hf/"):
         return _from_folder(Path(arch.removeprefix("hf/")), how)
-    if ":" in arch and "/" not in arch:
+    if _is_function(arch):
         return Architecture(_from_function(arch, classes), arch, how)
-    first = next((tensor for tensor in tensors.values() if tensor.ndim == 4), None)
+    first = next((tensor for tensor in _filled(tensors) if tensor.ndim == 4), None)
     channels = 3 if first is None else first.shape[1]
     if arch.startswith("timm/"):
         name = arch.partition(".")[0]  # without the tag of pretrained weights
@@ -243,7 +291,12 @@ def _from_folder(folder: Path, how: str) -> Architecture:
 
 def _outputs(tensors: Mapping[str, Tensor]) -> int:
     """Return the number of outputs of the last layer."""
-    wide = [tensor for tensor in tensors.values() if tensor.ndim >= 2]
+    wide = [tensor for tensor in _filled(tensors) if tensor.ndim >= 2]
     if not wide:
         raise CheckpointError("Expected weights of layers, but the file holds only short rows.")
     return len(wide[-1])
+
+
+def _filled(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the tensors that hold numbers: others can have any length at no cost."""
+    return [tensor for tensor in tensors.values() if tensor.numel()]

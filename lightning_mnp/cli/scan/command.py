@@ -22,7 +22,13 @@ from lightning_mnp.checkpoints.read import read_weights
 from lightning_mnp.checkpoints.state_dict import PrefixMatch, check_finite, load_into
 from lightning_mnp.checkpoints.write import check_output, write_state_dict
 from lightning_mnp.cli.scan.architecture import Architecture, find_architecture
-from lightning_mnp.cli.scan.images import common_side, draw, find_images, read_images
+from lightning_mnp.cli.scan.images import (
+    common_side,
+    draw,
+    find_images,
+    list_images,
+    read_images,
+)
 from lightning_mnp.cli.scan.options import ScanOptions
 from lightning_mnp.cli.scan.preparation import Preparation, find_preparation
 from lightning_mnp.cli.scan.source import find_weights
@@ -145,7 +151,7 @@ def scan(options: ScanOptions, config: MNPConfig | None = None) -> DefenseReport
 
     channels = _channels(network)
     preparation = find_preparation(options, weights.facts, source, architecture, channels)
-    classes = _classes(network)
+    classes = options.classes or _classes(network, options, preparation, channels)
     found = find_images(options.images, options.labels, classes, architecture.class_names)
     chosen = draw(found, options.count, options.seed)
     size = preparation.size or common_side(chosen.paths) or preparation.usual_size
@@ -222,26 +228,37 @@ def _channels(network: nn.Module) -> int:
     return first.in_channels
 
 
-def _classes(network: nn.Module) -> int:
-    """Return the number of outputs of the last layer."""
-    layers = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    return len(layers[-1].weight)
+def _classes(
+    network: nn.Module, options: ScanOptions, preparation: Preparation, channels: int
+) -> int:
+    """Return the number of logits that a network returns.
+
+    No layer tells it: the last one that is registered need not be the last one that is run.
+    """
+    paths = list_images(options.images)[: options.count]
+    side = preparation.size or common_side(paths) or preparation.usual_size
+    return _checked(network, torch.zeros(2, channels, side, side))
 
 
-def _predicted(network: nn.Module, images: Tensor) -> list[int]:
-    """Return the classes that a network predicts for images.
+def _checked(network: nn.Module, images: Tensor) -> int:
+    """Check that a network can take images, and return its number of classes.
 
-    The audit checks the network, but only after this: a network that cannot take the images is
-    told here in the same words.
+    The audit checks it, too, but later: it is told here in the same words.
     """
     device, side = next(network.parameters()).device, images.shape[-1]
-    few = images[:2].to(device)
+    labels = torch.zeros(len(images), dtype=torch.long)
     try:
-        check_network(network, few, torch.zeros(len(few), dtype=torch.long), call_network)
+        return check_network(network, images.to(device), labels, call_network)
     except ValueError as error:
         raise ValueError(
             f"`--images`, read as {side} x {side} pixels (`--size` sets another side): {error}"
         ) from error
+
+
+def _predicted(network: nn.Module, images: Tensor) -> list[int]:
+    """Return the classes that a network predicts for images."""
+    _checked(network, images[:2])
+    device = next(network.parameters()).device
     with torch.no_grad(), evaluating(network):
         return [
             int(label)
@@ -261,6 +278,12 @@ def _notes(architecture: Architecture, preparation: Preparation, size: int) -> l
             f"the normalization of the images is {origins['normalization']}: mean "
             f"{_row(preparation.mean)}, std {_row(preparation.std)}. If training had another, give "
             "--mean and --std"
+        )
+    if preparation.divided:
+        notes.append(
+            f"the normalization of the images, from {origins['normalization']}, is on the scale 0 "
+            f"to 255 and was divided by 255: mean {_row(preparation.mean)}, std "
+            f"{_row(preparation.std)}. If training had another, give --mean and --std"
         )
     if preparation.size is None:
         notes.append(f"the images have {size} x {size} pixels. If training had others, give --size")

@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.defense_data.resizing import resize_and_crop
 
-__all__ = ["FoundImages", "common_side", "draw", "find_images", "read_images"]
+__all__ = ["FoundImages", "common_side", "draw", "find_images", "list_images", "read_images"]
 
 # What Pillow raises for files that are damaged, no images, or much too large.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -38,6 +38,46 @@ class FoundImages:
     notes: list[str] = field(default_factory=list)
 
 
+def list_images(folder: Path) -> list[Path]:
+    """List the images of a folder and of the folders in it.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The files that end like images, in alphabetical order, without hidden ones and those in
+        hidden folders, such as the copies that editors and notebooks keep.
+
+    Raises:
+        ValueError: If there is no such folder, or no image in it.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("L", (8, 8)).save(folder / "a.png")
+        >>> [path.name for path in list_images(folder)]
+        ['a.png']
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"Expected argument `--images` to be a folder, but got {printable(str(folder))}. Check "
+            f"the name; this is {printable(str(Path.cwd()))}."
+        )
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMG_EXTENSIONS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not paths:
+        raise ValueError(
+            f"Expected argument `--images` to be a folder with images, but "
+            f"{printable(str(folder))} holds none that ends in one of {', '.join(IMG_EXTENSIONS)}."
+        )
+    return paths
+
+
 def find_images(
     folder: Path, labels: Path | None, classes: int, class_names: Sequence[str] = ()
 ) -> FoundImages:
@@ -57,21 +97,7 @@ def find_images(
     Raises:
         ValueError: If there are no images, or the classes do not fit the network.
     """
-    if not folder.is_dir():
-        raise ValueError(
-            f"Expected argument `--images` to be a folder, but got {printable(str(folder))}. Check "
-            f"the name; this is {printable(str(Path.cwd()))}."
-        )
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and path.name[0] != "."
-    )
-    if not paths:
-        raise ValueError(
-            f"Expected argument `--images` to be a folder with images, but "
-            f"{printable(str(folder))} holds none that ends in one of {', '.join(IMG_EXTENSIONS)}."
-        )
+    paths = list_images(folder)
     if labels is not None:
         return _labeled_by_file(folder, paths, labels, classes, class_names)
     tops = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -148,9 +149,13 @@ def _positive(word: str) -> int:
 
 
 def _numbers(word: str) -> tuple[float, ...]:
+    wrong = argparse.ArgumentTypeError(
+        f"expected finite numbers with commas between them, such as 0.5,0.5,0.5, but got {word!r}"
+    )
     try:
-        return tuple(float(part) for part in word.split(","))
+        numbers = tuple(float(part) for part in word.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"expected numbers with commas between them, such as 0.5,0.5,0.5, but got {word!r}"
-        ) from error
+        raise wrong from error
+    if not all(map(math.isfinite, numbers)):
+        raise wrong
+    return numbers

@@ -18,6 +18,7 @@ __all__ = ["Preparation", "find_preparation"]
 _IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _USUAL_SIZE = 224
 _MOST = 1e6  # what a mean or a standard deviation of pixels can be, and no overflow
+_MOST_OF_UNIT = 2  # what a mean or a standard deviation can be on the scale [0, 1], with room
 _MOST_SIDE = 1024  # that a file may ask for: larger ones could take all memory
 _SIZES = ("img_size", "image_size", "input_size", "val_crop_size")  # names in training scripts
 
@@ -33,6 +34,7 @@ class Preparation:
         std: Standard deviation of each channel, on the scale [0, 1].
         origins: Where size and normalization come from, in words.
         assumed: Whether the normalization is only the usual one.
+        divided: Whether it was given on the scale [0, 255].
     """
 
     size: int | None
@@ -41,6 +43,7 @@ class Preparation:
     std: tuple[float, ...]
     origins: Mapping[str, str]
     assumed: bool = False
+    divided: bool = False
 
     def normalize(self, images: Tensor) -> Tensor:
         """Scale images to [0, 1] and normalize them.
@@ -70,7 +73,7 @@ def find_preparation(
     """Find out how images have to be prepared.
 
     Options come first, then what the file says, then what stands beside it, then what the library
-    of the architecture takes for usual.
+    of the architecture takes for usual. A normalization on the scale [0, 255] is divided by 255.
 
     Args:
         options: What was asked for.
@@ -80,7 +83,8 @@ def find_preparation(
         channels: Number of channels that it takes.
 
     Raises:
-        ValueError: If a number of channels does not fit, or the normalization is not known.
+        ValueError: If a number of channels does not fit, or the normalization is not known or not
+            finite.
     """
     beside = _of_timm(source.config) | _of_transformers(source.preparation)
     told = [
@@ -99,16 +103,19 @@ def find_preparation(
         )
     place, values = normal or ("what is usual for ImageNet", usual)
     mean, std = tuple(map(float, values["mean"])), tuple(map(float, values["std"]))
-    if not len(mean) == len(std) == channels or min(std) <= 0:
+    fits = len(mean) == len(std) == channels and _are_numbers((*mean, *std))
+    if not fits or min(std) <= 0:
         raise ValueError(
-            f"Expected mean and std to hold one number for each of {channels} channels, the std "
-            f"above 0, but {place} said {mean} and {std}. Give --mean and --std as in training."
+            f"Expected mean and std to hold one finite number for each of {channels} channels, the "
+            f"std above 0, but {place} said {mean} and {std}. Give --mean and --std as in training."
         )
+    divided = max(map(abs, (*mean, *std))) > _MOST_OF_UNIT
+    if divided:
+        mean, std = (tuple(each / 255 for each in part) for part in (mean, std))
     origins = {"normalization": place, "size": size[0] if size else "the images"}
     usual_size = int(usual.get("size", _USUAL_SIZE))
-    return Preparation(
-        size[1] if size else None, usual_size, mean, std, origins, assumed=normal is None
-    )
+    side = size[1] if size else None
+    return Preparation(side, usual_size, mean, std, origins, normal is None, divided)
 
 
 def _of_facts(facts: Mapping[str, Any]) -> dict[str, Any]:

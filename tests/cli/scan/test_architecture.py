@@ -103,6 +103,60 @@ def test_what_cannot_be_found_is_told() -> None:
         find_architecture(None, Weights({"bias": torch.zeros(3)}), NOWHERE)
 
 
+@pytest.mark.parametrize(
+    ("arch", "name", "shape"),
+    [
+        ("resnet18", "fc.weight", (5_000, 0)),
+        ("resnet18", "fc.weight", (5_000_000_000, 1)),
+        ("resnet18", "fc.weight", (2**60, 0)),
+        ("regnet_y_400mf", "fc.weight", (5_000_000_000, 1)),
+        ("cifar_resnet18", "conv1.weight", (200, 3, 3, 0)),
+        ("cifar_resnet18", "conv1.weight", (5_000_000, 1, 1, 1)),
+        ("timm/test_resnet", "conv1.0.weight", (1, 5_000_000, 1, 1)),
+    ],
+)
+def test_a_file_cannot_ask_for_memory_that_it_does_not_fill(
+    arch: str, name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = build_network(arch, 7).state_dict()
+    tensors[name] = torch.zeros(()).expand(shape)
+    built = []
+
+    def build(*arguments: Any, **options: Any) -> nn.Module:
+        built.append(build_network(*arguments, **options))
+        return built[-1]
+
+    monkeypatch.setattr("lightning_mnp.cli.scan.architecture.build_network", build)
+    with pytest.raises(CheckpointError, match=r"of another shape: .*Check the architecture"):
+        find_architecture(arch, Weights(tensors), NOWHERE)
+    with pytest.raises(ValueError, match="which is none that fits"):
+        find_architecture(None, Weights(tensors, facts={"arch": Path(arch).name}), NOWHERE)
+    devices = {each.device.type for network in built for each in network.parameters()}
+    assert devices == {"meta"}
+
+
+def test_networks_that_compute_when_built() -> None:
+    weights = weights_of(build_network("regnet_y_400mf", 3), arch="regnet_y_400mf")
+    for asked in ("regnet_y_400mf", None):
+        found = find_architecture(asked, weights, NOWHERE)
+        load_into(found.network, weights.tensors)
+        assert found.name == "torchvision/regnet_y_400mf"
+
+
+def test_a_size_that_cannot_be_checked_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*arguments: Any, **options: Any) -> nn.Module:
+        raise RuntimeError("no data in meta tensors")
+
+    weights = weights_of(own_network(3), arch="resnet18")
+    monkeypatch.setattr("lightning_mnp.cli.scan.architecture.build_network", build)
+    with pytest.raises(
+        ValueError, match=r"without its numbers first.*resnet18 failed: no data.*module:function"
+    ):
+        find_architecture("resnet18", weights, NOWHERE)
+    with pytest.raises(ValueError, match="which is none that fits"):
+        find_architecture(None, weights, NOWHERE)
+
+
 @pytest.mark.parametrize("name", ["evil:run", "../evil:run", "hf/evil", "a" * 999, "\x1b[2J", 7])
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_file_cannot_name_code(
@@ -153,6 +207,11 @@ def test_a_network_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         load_into(found.network, weights.tensors)
         assert found.class_names == ["cat", "dog", "owl"]
+    network.config.embedding_size = 10**9
+    network.config.save_pretrained(tmp_path)
+    for asked, source in ((f"hf/{tmp_path}", NOWHERE), (None, beside)):
+        with pytest.raises(CheckpointError, match="of another shape"):
+            find_architecture(asked, weights, source)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-mnp\[hf\]'"):
         find_architecture(f"hf/{tmp_path}", weights, NOWHERE)

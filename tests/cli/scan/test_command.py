@@ -253,6 +253,45 @@ def test_images_without_labels_get_the_predicted_ones(
     assert any("the images have no labels" in warning for warning in report.warnings)
 
 
+class RegisteredBackward(nn.Module):
+    """A network whose last layer is registered first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(7, 2)
+        self.conv = nn.Conv2d(1, 7, 3)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.fc(self.conv(images).mean((2, 3)))
+
+
+@pytest.mark.parametrize("asked", [["--classes=2"], []])
+def test_the_number_of_classes_is_that_of_the_logits(
+    asked: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", reporting("clean"))
+    torch.save(RegisteredBackward().state_dict(), "backward.pt")
+    Path("two").mkdir()
+    for name in NAMES[:2]:
+        Path("images", name).rename(Path("two", name))
+    words = ["--images=two", "--mean=0.33", "--std=0.33", f"--arch={__name__}:RegisteredBackward"]
+    assert main(["scan", "backward.pt", *words, *asked]) == 0
+    assert " pixels, 2 classes\n" in capsys.readouterr().err
+    assert DefenseReport.load("report.json").class_names == NAMES[:2]
+
+
+def test_a_normalization_up_to_255_is_noted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_mnp.cli.scan.command.audit", reporting("clean"))
+    report = scan(options(mean=(85.0,), std=(51.0,)))
+    assert report.warnings[1] == (
+        "the normalization of the images, from the options, is on the scale 0 to 255 and was "
+        "divided by 255: mean 0.333333, std 0.2. If training had another, give --mean and --std"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -25,6 +25,17 @@ def test_folders_tell_the_classes_in_alphabetical_order(tmp_path: Path) -> None:
     assert (found.labels, found.class_names, found.notes) == ([0, 1, 1], ["cat", "dog"], [])
 
 
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    root = tmp_path / ".cache" / "clean"  # what is above the folder does not matter
+    for name in ("cat/0.png", "dog/1.png"):
+        write(root, name)
+    for name in (".ipynb_checkpoints/0-checkpoint.png", "cat/.thumbs/deep/0.png", "dog/._1.png"):
+        write(root, name)
+    found = find_images(root, None, classes=2)
+    assert [path.name for path in found.paths] == ["0.png", "1.png"]
+    assert (found.labels, found.class_names) == ([0, 1], ["cat", "dog"])
+
+
 def test_names_and_numbers_of_classes(tmp_path: Path) -> None:
     for name in ("dog/1.png", "cat/2.png"):
         write(tmp_path / "names", name)

@@ -80,6 +80,8 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
         ("--images clean", "required: WEIGHTS"),
         ("model.pt --images a --size 0", "a whole number of at least 1, but got '0'"),
         ("model.pt --images a --mean 1;2", "such as 0.5,0.5,0.5, but got '1;2'"),
+        ("model.pt --images a --mean nan,0.5,1 --std 1,1,1", "finite numbers with commas between"),
+        ("model.pt --images a --mean 0,0,0 --std 1,inf,1", "0.5,0.5,0.5, but got '1,inf,1'"),
         ("model.pt --images a --mean 0.5", "--mean and --std together"),
         ("model.pt --images a --format xml", "invalid choice: 'xml'"),
         ("a.pt b.pt c.pt --images a --format json", "expected one file with --purify, --format"),

@@ -84,6 +84,28 @@ def test_what_nobody_says_is_taken_from_imagenet() -> None:
     assert (found.usual_size, found.mean, found.assumed) == (160, (0.5,) * 3, True)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"facts": {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}},
+        {"options": {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}},
+    ],
+)
+def test_a_normalization_up_to_255_is_divided(told: Any) -> None:
+    found = find(**told)
+    assert found.mean == pytest.approx((0.485, 0.456, 0.406))
+    assert found.std == pytest.approx((0.229, 0.224, 0.225))
+    assert (found.divided, found.assumed) == (True, False)
+
+
+def test_a_mean_up_to_255_alone_is_enough_to_tell_the_scale() -> None:
+    found = find(facts={"mean": [104, 117, 123], "std": [1, 1, 1]})
+    images = torch.full((1, 3, 2, 2), 128, dtype=torch.uint8)
+    expected = torch.tensor([24.0, 11.0, 5.0])
+    torch.testing.assert_close(found.normalize(images)[0, :, 0, 0], expected, rtol=0, atol=1e-3)
+    assert not find(facts={"mean": [0, 0, 0], "std": [1, 1, 1]}).divided
+
+
 def test_images_in_the_unit_range() -> None:
     found = find(preparation={"do_normalize": False, "image_mean": THIRDS, "image_std": THIRDS})
     assert (found.mean, found.std) == ((0.0,) * 3, (1.0,) * 3)
@@ -107,7 +129,18 @@ def test_what_is_no_normalization_is_not_taken(told: Any) -> None:
     ("told", "message"),
     [
         ({"channels": 1}, "no usual one for 1 channels. Give it as in training"),
-        ({"facts": {"mean": [0.5], "std": [0.5]}}, r"one number for each of 3 channels.*the file"),
+        (
+            {"options": {"mean": (float("nan"), 0.5, 1.0), "std": (1.0,) * 3}},
+            r"one finite number .* the options said \(nan, 0.5, 1.0\)",
+        ),
+        (
+            {"options": {"mean": (0.5,) * 3, "std": (1.0, float("nan"), 1.0)}},
+            r"one finite number .* \(1.0, nan, 1.0\)",
+        ),
+        (
+            {"facts": {"mean": [0.5], "std": [0.5]}},
+            r"one finite number for each of 3 channels.*the file",
+        ),
         ({"options": {"mean": (0.5,) * 3, "std": (0.0,) * 3}}, "the std above 0"),
     ],
 )
