@@ -32,6 +32,7 @@ __all__ = ["EXIT_CODES", "DefenseReport", "ReportError"]
 SCHEMA = 1
 # Of the command line, by the verdict.
 EXIT_CODES: dict[str, int] = {"clean": 0, "backdoored": 3, "undecided": 4}
+_MOST_LETTERS = 500  # of what is wrong in a file
 _MOST_BYTES = 2**28  # a report of a network of 100,000 filters has a few million
 
 
@@ -193,7 +194,8 @@ class DefenseReport:
             content: The primitives.
 
         Raises:
-            ReportError: If they are of another schema, or something is missing.
+            ReportError: If they are of another schema, or something is missing, of another type or
+                out of range.
 
         Example:
             >>> report = DefenseReport("clean", score=0.5)
@@ -211,10 +213,15 @@ class DefenseReport:
             return cls(
                 **read_fields(content, [each.name for each in fields(cls) if each.name != "model"])
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except KeyError as error:
             raise ReportError(
-                f"Expected a whole report of schema {SCHEMA}, but something in it is missing or "
-                f"of another type: {printable(str(error))}. Make the report anew."
+                f"Expected a whole report of schema {SCHEMA}, but it has no {error}. Make the "
+                "report anew."
+            ) from error
+        except TypeError as error:
+            raise ReportError(
+                f"Expected a whole report of schema {SCHEMA}, but in this one something is "
+                f"missing or wrong: {printable(str(error), _MOST_LETTERS)}. Make the report anew."
             ) from error
 
     def to_json(self) -> str:
