@@ -149,7 +149,7 @@ class CalibrationFile:
                 f"Expected argument `output` not to exist or to be a file that can be read, but "
                 f"got {shown}: {error.strerror}. Choose another name, or change its permissions."
             ) from error
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
             known = False
         if not known:
             raise ValueError(

@@ -60,7 +60,12 @@ def check_writable(path: Path, argument: str, size: int = 4096) -> None:
             f"Expected argument `{argument}` to be a file, but {shown} is a folder. Name a file "
             "in it."
         )
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    folder = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    if folder is None:  # on Windows, a drive or a share that is not there
+        raise OutputError(
+            f"Expected argument `{argument}` to be where files can be written, but got {shown}: no "
+            "folder of it exists, not even its drive. Choose another folder."
+        )
     try:
         with tempfile.TemporaryFile(dir=folder) as trial:
             trial.write(bytes(4096))

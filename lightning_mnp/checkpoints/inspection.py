@@ -17,6 +17,10 @@ PICKLE_MAGIC = b"\x80"
 # What a file from before PyTorch 1.6 consists of: magic number, protocol, system, object, keys.
 LEGACY_PICKLES = 5
 MAX_PICKLE_BYTES = 64 * 2**20  # for the structure of a checkpoint, without its weights
+# `torch.save` needs some 40 instructions for a tensor and 90 more for its state in Adam, and has
+# about 2,000 objects on the stack at once, since it adds items to a dict by the thousand.
+MAX_INSTRUCTIONS = 10**7
+MAX_STACK = 10**5
 MAX_DEPTH = 1000  # tuples inside each other
 MAX_SHARED_ITEMS = 10**7  # items of containers that are used more than once, at each use
 
@@ -125,8 +129,9 @@ def inspect_checkpoint(path: Path, max_bytes: int, *, foreign: bool = False) -> 
             )
         file.seek(0)
         head = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+        left = MAX_INSTRUCTIONS
         for _ in range(LEGACY_PICKLES):
-            _check_pickle(head, path, foreign)
+            left -= _check_pickle(head, path, foreign, left)
     return False
 
 
@@ -178,13 +183,26 @@ def _check_zip(path: Path, max_bytes: int, foreign: bool) -> None:
         ) from error
 
 
-def _check_pickle(stream: io.BytesIO, path: Path, foreign: bool) -> None:
-    """Check the instructions of one pickle, without running any of them."""
+def _check_pickle(stream: io.BytesIO, path: Path, foreign: bool, most: int | None = None) -> int:
+    """Check the instructions of one pickle, without running any of them; return their number."""
     shown = printable(str(path))
     containers = _Containers()
+    most = MAX_INSTRUCTIONS if most is None else most
+    count = 0
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream), 1):
             containers.follow(opcode, argument)
+            if count > most or containers.waiting > MAX_STACK:
+                limit = (
+                    f"has more than {MAX_INSTRUCTIONS:,} instructions"
+                    if count > most
+                    else f"puts more than {MAX_STACK:,} objects aside"
+                )
+                raise CheckpointError(
+                    f"{shown} is refused: its pickle {limit}, which would take long to read and "
+                    "which checkpoints do not need. Ask for a file with the state dict alone, or "
+                    ".safetensors."
+                )
             if containers.deepest > MAX_DEPTH:
                 raise CheckpointError(
                     f"{shown} is refused: its pickle puts tuples into tuples more than "
@@ -215,6 +233,7 @@ def _check_pickle(stream: io.BytesIO, path: Path, foreign: bool) -> None:
             f"{shown} is damaged or no checkpoint: its pickle cannot be read "
             f"({printable(str(error))}). Get the file again."
         ) from error
+    return count
 
 
 def _check_name(pickled: str, foreign: bool, shown: str) -> None:
@@ -275,6 +294,11 @@ class _Containers:
         self.deepest = 0
         self._stack: list[_Size | None] = []  # None for a mark
         self._memo: dict[object, _Size] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Number of objects and marks on the stack."""
+        return len(self._stack)
 
     def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
         """Follow one instruction; raise IndexError or KeyError if an operand is missing."""

@@ -34,6 +34,7 @@ SCHEMA = 1
 EXIT_CODES: dict[str, int] = {"clean": 0, "backdoored": 3, "undecided": 4}
 # What tells a report from another program's; a later version may add names, but keeps these.
 _IN_EVERY_VERSION = {"schema", "verdict", "detection_ratio", "reasons", "runs", "pruned"}
+_MOST_LETTERS = 500  # of what is wrong in a file
 _MOST_BYTES = 2**28  # a report of a network of 100,000 filters has a few million
 
 
@@ -195,7 +196,8 @@ class DefenseReport:
             content: The primitives.
 
         Raises:
-            ReportError: If they are of another schema, or something is missing.
+            ReportError: If they are of another schema, or something is missing, of another type or
+                out of range.
 
         Example:
             >>> report = DefenseReport("clean", score=0.5)
@@ -213,10 +215,15 @@ class DefenseReport:
             return cls(
                 **read_fields(content, [each.name for each in fields(cls) if each.name != "model"])
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except KeyError as error:
             raise ReportError(
-                f"Expected a whole report of schema {SCHEMA}, but something in it is missing or "
-                f"of another type: {printable(str(error))}. Make the report anew."
+                f"Expected a whole report of schema {SCHEMA}, but it has no {error}. Make the "
+                "report anew."
+            ) from error
+        except TypeError as error:
+            raise ReportError(
+                f"Expected a whole report of schema {SCHEMA}, but in this one something is "
+                f"missing or wrong: {printable(str(error), _MOST_LETTERS)}. Make the report anew."
             ) from error
 
     def to_json(self) -> str:

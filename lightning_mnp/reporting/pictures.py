@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ __all__ = ["mask_values", "pictures"]
 
 _SIDE, _GAP = 96, 8  # of the pictures of a trigger, in pixels
 _ROW, _NAME, _BAR = 22, 210, 300  # of a signal's line
+_MOST_PIXELS = 4096  # of a side; a report's pictures have those of the images of a defense set
+_FAR = 1e100  # no mask is, but in a report that was tampered with
 _BINS, _BIN, _TALL = 20, 20, 120  # of a histogram: their number, and the size of one in pixels
 
 
@@ -65,7 +68,7 @@ def mask_values(report: DefenseReport) -> list[float]:
 
 
 def _histogram(values: Sequence[float], title: str) -> Image.Image:
-    counts, edges = np.histogram(values, _BINS)
+    counts, edges = np.histogram(np.clip(values, -_FAR, _FAR), _BINS, _range(values))
     size = _BINS * _BIN + 2 * _GAP, _TALL + 2 * _ROW + 2 * _GAP
     picture = Image.new("RGB", size, LIGHT["page"])
     draw = ImageDraw.Draw(picture)
@@ -78,6 +81,13 @@ def _histogram(values: Sequence[float], title: str) -> Image.Image:
             draw.rectangle(box, fill=LIGHT["first"])
     draw.text((_GAP, foot + 4), f"from {edges[0]:.3g} to {edges[-1]:.3g}", fill=LIGHT["text"])
     return picture
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of a histogram, far enough from each other to have bins between them."""
+    low, high = max(min(values), -_FAR), min(max(values), _FAR)
+    least = 1e-6 * max(1.0, abs(low), abs(high))
+    return (low, high) if high - low >= least else (low - least, high + least)
 
 
 def _signals(words: Words) -> Image.Image:
@@ -101,12 +111,17 @@ def _signals(words: Words) -> Image.Image:
 
 
 def _read(data: str) -> Image.Image | None:
-    """Read a picture of a report; None if it is none."""
+    """Read a picture of a report; None if it is none, or larger than any of a report."""
     try:
         content = base64.b64decode(data, validate=True)
-        picture: Image.Image = Image.open(io.BytesIO(content), formats=["PNG"])
+        with warnings.catch_warnings():  # of sizes, which are checked below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture: Image.Image = Image.open(io.BytesIO(content), formats=["PNG"])
+        if max(picture.size) > _MOST_PIXELS:
+            return None
         return picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
-    except (binascii.Error, OSError, ValueError):
+    # Pillow raises SyntaxError for a PNG whose parts are broken.
+    except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -157,7 +158,8 @@ def _address(artifact: str) -> str:
     """Return a path or an address as an address, in which all other letters are escaped."""
     if "://" not in artifact and Path(artifact).is_absolute():
         return Path(artifact).as_uri()
+    # Names of files are bytes, which need not be UTF-8.
     if "://" not in artifact:
         artifact = str(PurePosixPath(Path(artifact).as_posix()))
-        return quote(artifact, safe="/")
-    return quote(artifact, safe="/:?#@%")
+        return quote(os.fsencode(artifact), safe="/")
+    return quote(os.fsencode(artifact), safe="/:?#@%")

@@ -101,6 +101,7 @@ ENTRY = {"file": "a", "weights": "b", "score": 1, "verdict": "clean", "seconds":
         {**GOOD, "networks": [{**ENTRY, "score": None}]},
         {**GOOD, "networks": [{**ENTRY, "score": -1.0}]},
         {**GOOD, "networks": [{**ENTRY, "score": float("nan")}]},
+        {**GOOD, "networks": [{**ENTRY, "score": 10**400}]},
         {**GOOD, "networks": [{**ENTRY, "verdict": 3}]},
     ],
 )

@@ -44,6 +44,14 @@ def test_place_below_a_file(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "report.json", "report")
 
 
+def test_place_on_a_drive_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    with pytest.raises(OutputError, match=r"`report` to be where .*: no folder of it exists, not"):
+        check_writable(tmp_path / "report.json", "report")
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write to")
 def test_unwritable_folder() -> None:
     with pytest.raises(OutputError, match="`state_file` to be where files can be written"):

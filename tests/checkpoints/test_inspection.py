@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import os
 import pickle
 import struct
@@ -11,7 +12,12 @@ import pytest
 import torch
 from checkpoint_files import RunsCommand, assert_same, network, rewrite_member
 
-from lightning_mnp.checkpoints.inspection import CheckpointError, inspect_checkpoint
+from lightning_mnp.checkpoints.inspection import (
+    MAX_INSTRUCTIONS,
+    CheckpointError,
+    _check_pickle,
+    inspect_checkpoint,
+)
 from lightning_mnp.checkpoints.read import read_state_dict
 
 MOST = 2**30  # bytes
@@ -157,6 +163,49 @@ def test_huge_structure_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("lightning_mnp.checkpoints.inspection.MAX_PICKLE_BYTES", 100)
     torch.save(network().state_dict(), tmp_path / "structure.pt")
     assert_refused(tmp_path / "structure.pt", r"data\.pkl is larger than 100 bytes")
+
+
+def test_endless_work_is_refused(tmp_path: Path) -> None:
+    """A stack that grows with the file, and instructions that come to nothing."""
+    path = tmp_path / "hostile.pt"
+    torch.save({"weight": torch.ones(1)}, path)
+
+    def hide(pickled: bytes) -> None:
+        rewrite_member(path, "data.pkl", lambda _: b"\x80\x02" + pickled + b"}.")
+
+    hide(b"}" * 100_001 + b"0" * 100_001)
+    assert_refused(path, "its pickle puts more than 100,000 objects aside, which would take long")
+    hide(b"(" * 100_001)
+    assert_refused(path, "its pickle puts more than 100,000 objects aside")
+    hide(b"}" * 99_000 + b"0" * 99_000)
+    assert inspect_checkpoint(path, MOST)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_too_many_instructions_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_zip: bool
+) -> None:
+    path = tmp_path / "hostile.pt"
+    torch.save(network().state_dict(), path, _use_new_zipfile_serialization=is_zip)
+    name = "lightning_mnp.checkpoints.inspection.MAX_INSTRUCTIONS"
+    monkeypatch.setattr(name, 1_000)
+    assert inspect_checkpoint(path, MOST) is is_zip
+    monkeypatch.setattr(name, 100)
+    with pytest.raises(CheckpointError, match="pickle has more than 100 instructions, which would"):
+        inspect_checkpoint(path, MOST)
+
+
+def test_what_training_keeps_is_far_from_the_limits(tmp_path: Path) -> None:
+    path = tmp_path / "large.pt"
+    weights = {f"layers.{index}.weight": torch.ones(1) for index in range(1_000)}
+    optimizer = torch.optim.Adam(weights.values())
+    for weight in weights.values():
+        weight.grad = torch.ones(1)
+    optimizer.step()
+    torch.save({"state_dict": weights, "optimizer": optimizer.state_dict()}, path)
+    with zipfile.ZipFile(path) as archive:
+        stream = io.BytesIO(archive.read("large/data.pkl"))
+    assert 60 * _check_pickle(stream, path, foreign=False) < MAX_INSTRUCTIONS
 
 
 def test_other_zip_archives_are_refused(tmp_path: Path) -> None:

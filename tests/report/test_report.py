@@ -4,17 +4,20 @@ import copy
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from reports import full_report
 from torch import nn
 
 from lightning_mnp.report import (
     DefenseReport,
     DefenseSetSummary,
     PruningReport,
+    ReferenceRate,
     ReportError,
     RunResult,
     SecondAudit,
@@ -24,6 +27,7 @@ from lightning_mnp.report import (
     WeightsFile,
 )
 from lightning_mnp.report.report import is_report
+from lightning_mnp.reporting import html
 
 SIGNAL = Signal("patch", 1.5, 1, 1.275, 0.85, "a patch", {0: -0.5, 1: 1.0})
 RUN = RunResult(0.25, 0.1, (2, 5, 1), 12, 0.2, stopped="the accuracy fell", curve=(0.75, 0.2))
@@ -307,11 +311,14 @@ def test_another_schema_is_refused(content: Any, found: str, tmp_path: Path) -> 
     ],
 )
 def test_a_report_in_which_something_is_wrong_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(ReportError, match=r"something in it is missing or of another type: "):
+    with pytest.raises(
+        ReportError, match=r"something is missing or wrong: .*\. Make the report anew"
+    ):
         DefenseReport.from_dict({**make().to_dict(), **change})
     content = make().to_dict()
-    del content[next(iter(change))]
-    with pytest.raises(ReportError, match=r"is missing or of another type: .*Make the report anew"):
+    name = next(iter(change))
+    del content[name]
+    with pytest.raises(ReportError, match=rf"it has no '{name}'\. Make the report anew"):
         DefenseReport.from_dict(content)
 
 
@@ -345,6 +352,113 @@ def test_a_file_of_another_program_is_no_report(name: str, tmp_path: Path) -> No
     for other in (json.dumps(content), "[]", "{}", "{no JSON", '{"schema": 1, "verdict": "clean"}'):
         path.write_text(other)
         assert not is_report(path)
+
+
+RUN_READ, PRUNING_READ = asdict(RUN), asdict(PruningReport())
+WHOLE = r"a whole number from 0 to 2\*\*63 - 1"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"score": 10**400}, "`score` to be a finite number or null, but got 1000"),
+        ({"score": math.inf}, "`score` to be a finite number or null, but got inf"),
+        ({"pruned": [["a", math.inf]]}, rf"`pruned\[0\]\[1\]` to be {WHOLE}, but got inf"),
+        ({"pruned": [["a", 0, 0]]}, r"`pruned\[0\]` to be a list of two, but got a list"),
+        (
+            {"pruning": {**PRUNING_READ, "counts": [math.inf]}},
+            rf"`pruning\.counts\[0\]` to be {WHOLE}, but got inf",
+        ),
+        (
+            {"pruning": {**PRUNING_READ, "curve": [[], []]}},
+            r"`pruning\.curve\[0\]` to be a list of 1 or more",
+        ),
+        (
+            {"reference": {**asdict(ReferenceRate(1, 0, 0.0, 0.5, "networks")), "networks": 0}},
+            r"`reference\.networks` to be a whole number from 1 .*, but got 0",
+        ),
+        (
+            {"runs": [{**RUN_READ, "predictions": []}]},
+            r"`runs\[0\]\.predictions` to be a list of numbers that are not all 0, but got a list "
+            "with nothing in it",
+        ),
+        ({"runs": [{**RUN_READ, "predictions": [0, 0]}]}, "numbers that are not all 0, but got"),
+        ({"config": []}, "`config` to be an object, but got a list"),
+        ({"config": {"verdict": 1}}, r"`config\.verdict` to be an object, but got 1"),
+        (
+            {"config": {"verdict": {"threshold": "high"}}},
+            r"`config\.verdict\.threshold` to be a finite number, but got 'high'",
+        ),
+        (
+            {"config": {"verdict": {"threshold": 0}}},
+            r"`config\.verdict\.threshold` to be a number above 0, but got 0",
+        ),
+        ({"config": {"verdict": {"delta": None}}}, r"`config\.verdict\.delta` to be .*got null"),
+        ({"layers": [3]}, r"`layers\[0\]` to be an object, but got 3"),
+        ({"versions": [1]}, "`versions` to be an object, but got a list"),
+        ({"date": 5}, "`date` to be text, but got 5"),
+        ({"seconds": {"a": "b"}}, r"`seconds\.a` to be a finite number or null, but got 'b'"),
+        ({"warnings": [1]}, r"`warnings\[0\]` to be text, but got 1"),
+        ({"target_class": "abc"}, f"`target_class` to be {WHOLE}, but got 'abc'"),
+        ({"judged": "no"}, "`judged` to be true or false, but got 'no'"),
+        ({"verdict": "maybe"}, "`verdict` to be one of clean, backdoored, undecided, but got 'may"),
+        (
+            {"signals": [{**asdict(SIGNAL), "target_class": None, "classes": {"0": None}}]},
+            r"`signals\[0\]\.classes` to be classes, each taken to another one, but got null",
+        ),
+        (
+            {"signals": [{**asdict(SIGNAL), "classes": {"0": 2**64}}]},
+            r"`signals\[0\]\.classes\.0` to be a whole number from -9223372036854775808",
+        ),
+    ],
+)
+def test_a_report_that_was_tampered_with_is_refused(
+    change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**make().to_dict(), **change}))
+    with pytest.raises(ReportError, match=told):
+        DefenseReport.load(path)
+
+
+def places(content: Any) -> Iterator[tuple[Any, Any]]:
+    """Every part of a report: what holds it, and its name or number there."""
+    if isinstance(content, (dict, list)):
+        for name in list(content if isinstance(content, dict) else range(len(content))):
+            yield content, name
+            yield from places(content[name])
+
+
+def test_what_is_not_refused_can_be_shown() -> None:
+    content = json.loads(full_report(all_to_all=True).to_json())
+    shown = 0
+    for holder, name in places(content):
+        whole = holder[name]
+        for odd in (None, 0, 1e308, [], {}):
+            holder[name] = odd
+            try:
+                report = DefenseReport.from_dict(content)
+            except ReportError:
+                continue
+            finally:
+                holder[name] = whole
+            assert all((str(report), html(report), report.to_json(), report.metrics()))
+            shown += 1
+    assert shown > 100
+
+
+def test_numbers_that_are_not_known_are_read_as_such() -> None:
+    content = make(seconds={"masks": math.nan}, passes={"masks": math.inf}).to_dict()
+    report = DefenseReport.from_dict(content)
+    assert math.isnan(report.seconds["masks"])
+    assert report.to_dict() == content
+
+
+def test_reports_of_earlier_versions_know_nothing_of_tuning() -> None:
+    content = make().to_dict()
+    del content["pruning"]["tuned"], content["pruning"]["cut"]
+    pruning = DefenseReport.from_dict(content).pruning
+    assert (pruning.tuned, pruning.cut) == (0.0, 0)
 
 
 def test_files_that_are_no_reports_are_refused(tmp_path: Path) -> None:

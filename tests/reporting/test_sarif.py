@@ -72,6 +72,9 @@ def test_the_file_is_named_with_its_digest() -> None:
         ("/tmp/a b.pt", "file:///tmp/a%20b.pt"),
         ("hf://owner/name", "hf://owner/name"),
         ("a\n<b>.pt", "a%0A%3Cb%3E.pt"),
+        ("ä\udcff.pt", "%C3%A4%FF.pt"),  # a name that is not UTF-8
+        ("/tmp/\udcff.pt", "file:///tmp/%FF.pt"),
+        ("hf://owner/\udcff", "hf://owner/%FF"),
     ],
 )
 def test_paths_become_addresses(artifact: str, address: str) -> None:
