@@ -118,7 +118,9 @@ def find_state_dict(
     for _ in NESTING_KEYS:
         if not isinstance(content, dict):
             break
-        nested = [name for name in NESTING_KEYS if isinstance(content.get(name), dict)]
+        nested = _nested(content, Tensor, StoredTensor)
+        if not nested and not _named_tensors(content):
+            nested = _nested(content, Foreign)  # to tell what the weights hang on
         if len(nested) > 1:
             raise CheckpointError(
                 f"{shown} holds several state dicts. Choose one with the option `key`: "
@@ -142,6 +144,27 @@ def find_state_dict(
         f"{shown} holds no weights by name. Expected a state dict, also under one of "
         f"{NESTING_KEYS}; save `model.state_dict()`."
     )
+
+
+def _nested(content: dict[object, object], *kinds: type) -> list[str]:
+    """Return the usual keys that lead to values of some kinds by name, also by further such keys.
+
+    Under such a key there may be something else: the options of a model, say.
+    """
+    return [name for name in NESTING_KEYS if _leads_to(content.get(name), kinds)]
+
+
+def _leads_to(content: object, kinds: tuple[type, ...]) -> bool:
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict) and id(found) not in seen:
+            seen.add(id(found))
+            if any(isinstance(k, str) and isinstance(v, kinds) for k, v in found.items()):
+                return True
+            waiting.extend(found.get(name) for name in NESTING_KEYS)
+    return False
 
 
 def _refuse_foreign(parts: Mapping[str, object], shown: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from checkpoint_files import assert_same, network
 from torch import Tensor, nn
 
+from lightning_mnp.checkpoints.inert import Foreign
 from lightning_mnp.checkpoints.inspection import CheckpointError
 from lightning_mnp.checkpoints.state_dict import (
     PrefixMatch,
@@ -190,6 +191,29 @@ def test_usual_keys_inside_each_other_are_found() -> None:
     assert_same(find_state_dict(content, None, "a.pt"), {"weight": torch.ones(1)})
 
 
+OPTIONS = {"name": "resnet18", "layers": [2, 2], "net": {"width": 64}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": OPTIONS, "state_dict": {"w": torch.ones(1)}},
+        {"model": OPTIONS, "w": torch.ones(1)},
+        {"model": {}, "sd": {}, "net": {"model": OPTIONS, "state_dict": {"w": torch.ones(1)}}},
+        {"model": {**OPTIONS, "args": Foreign("argparse.Namespace", {})}, "w": torch.ones(1)},
+    ],
+)
+def test_options_under_a_usual_key_are_no_state_dict(content: dict[str, Any]) -> None:
+    assert_same(find_state_dict(content, None, "a.pt"), {"w": torch.ones(1)})
+
+
+def test_what_holds_itself_is_searched_once() -> None:
+    content: dict[str, Any] = {"epoch": 3}
+    content["model"] = content["net"] = content
+    with pytest.raises(CheckpointError, match="holds no weights by name"):
+        find_state_dict(content, None, "a.pt")
+
+
 def test_a_key_chooses_among_usual_keys() -> None:
     content = {"model": {"a": torch.ones(1)}, "net": {"a": torch.zeros(1)}}
     assert_same(find_state_dict(content, "net", "a.pt"), {"a": torch.zeros(1)})
@@ -202,6 +226,13 @@ def test_a_key_chooses_among_usual_keys() -> None:
         ({"g": {"a": torch.ones(1)}, "d": {"a": torch.ones(1)}}, None, "usual key.*`key`: g, d"),
         ({"g": {"a": torch.ones(1)}}, "x", r"`key` to lead to a state dict.*There is: g\."),
         ({"g": 3}, "g.x", r"`key` to lead to a state dict in a\.pt, but 'g\.x' does not"),
+        ({"model": OPTIONS, "net": OPTIONS}, None, "a.pt holds no weights by name"),
+        ({"model": OPTIONS, "g": {"a": torch.ones(1)}}, None, "usual key.*`key`: g"),
+        (
+            {"model": {"state_dict": {"fc": Foreign("a.B", {})}}},
+            None,
+            r"fc in it is an object of a\.B",
+        ),
         ({"epoch": 3}, None, "a.pt holds no weights by name"),
         ({"state_dict": {}}, None, "holds no weights by name"),
         ([torch.ones(1)], None, "holds no weights by name"),
