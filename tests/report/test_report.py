@@ -429,12 +429,15 @@ def places(content: Any) -> Iterator[tuple[Any, Any]]:
             yield from places(content[name])
 
 
-def test_what_is_not_refused_can_be_shown() -> None:
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_what_is_not_refused_can_be_shown(every: int) -> None:
     content = json.loads(full_report(all_to_all=True).to_json())
     shown = 0
-    for holder, name in places(content):
+    for number, (holder, name) in enumerate(places(content)):
         whole = holder[name]
-        for odd in (None, 0, 1e308, [], {}):
+        for place, odd in enumerate((None, 0, 1e308, [], {})):
+            if (number + place) % every:
+                continue
             holder[name] = odd
             try:
                 report = DefenseReport.from_dict(content)
@@ -444,7 +447,7 @@ def test_what_is_not_refused_can_be_shown() -> None:
                 holder[name] = whole
             assert all((str(report), html(report), report.to_json(), report.metrics()))
             shown += 1
-    assert shown > 100
+    assert shown > 100 / every
 
 
 def test_numbers_that_are_not_known_are_read_as_such() -> None:
