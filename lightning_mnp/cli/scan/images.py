@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -85,8 +86,9 @@ def find_images(
 
     Args:
         folder: Holds one folder for each class, or images.
-        labels: File with lines ``image,class``, the image's path as seen from the folder, the class
-            by number or name; None if the folders tell the classes, or nothing does.
+        labels: File with lines ``image,class``, as spreadsheets write it, too, the image's path as
+            seen from the folder, the class by number or name; None if the folders tell the classes,
+            or nothing does.
         classes: Number of classes of the network.
         class_names: Names of its classes in their order, if they are known.
 
@@ -140,21 +142,19 @@ def _labeled_by_file(
     """Return images with the classes that a file has for them, without those that it lacks."""
     shown = printable(str(labels))
     try:
-        lines = [line.strip() for line in labels.read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in labels.read_text("utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Expected argument `--labels` to be a text file with lines `image,class`, but {shown} "
             f"could not be read: {printable(str(error))}."
         ) from error
+    there = {path.relative_to(folder).as_posix() for path in paths}
     told: dict[str, str] = {}
     for line in filter(None, lines):
-        image, comma, name = line.rpartition(",") if "," in line else line.rpartition("\t")
-        if not comma:
-            raise ValueError(
-                f"Expected every line of `--labels` to be `image,class`, but {shown} has "
-                f"{printable(line)!r}."
-            )
-        told[Path(image.strip()).as_posix()] = name.strip()
+        image, name = _cells(line, shown)
+        if image not in there:  # it may be a path as Windows writes it
+            image = Path(image.replace("\\", "/")).as_posix()
+        told[image] = name
     kept = [path for path in paths if path.relative_to(folder).as_posix() in told]
     if not kept:
         raise ValueError(
@@ -170,6 +170,22 @@ def _labeled_by_file(
     left = len(paths) - len(kept)
     notes = [f"{left} of {len(paths)} images have no label and were left out"] if left else []
     return FoundImages(kept, [numbers[name] for name in by_path], names, notes)
+
+
+def _cells(line: str, shown: str) -> tuple[str, str]:
+    """Return the path of the image and the class in a line of a label file."""
+    mark = "," if "," in line else "\t"
+    try:
+        *parts, name = next(csv.reader([line], delimiter=mark))
+    except csv.Error:
+        parts = []
+    if not parts:
+        raise ValueError(
+            f"Expected every line of `--labels` to be `image,class`, but {shown} has "
+            f"{printable(line)!r}."
+        )
+    # A comma in a name need not be quoted.
+    return Path(mark.join(parts).strip()).as_posix(), name.strip()
 
 
 def draw(found: FoundImages, count: int, seed: int) -> FoundImages:

@@ -73,6 +73,11 @@ def test_classes_that_do_not_fit_are_told(tmp_path: Path) -> None:
         ("a.png,2\nb.png,0\n", [2, 0], []),
         ("b.png,owl\na.png,cat\nmissing.png,dog\n", [0, 1], ["cat", "owl"]),
         ("./a.png\t1\n\nb.png\t1\n", [1, 1], []),
+        ("\ufeffa.png,2\r\nb.png,0\r\n", [2, 0], []),
+        ('"a.png","2"\n"b.png","0"\n', [2, 0], []),
+        ('"a.png"\t"owl"\nb.png\tcat\n', [1, 0], ["cat", "owl"]),
+        ('"a.png","owl, ""snow"""\nb.png,cat\n', [1, 0], ["cat", 'owl, "snow"']),
+        (".\\a.png,2\n.\\b.png,0\n", [2, 0], []),
     ],
 )
 def test_a_label_file_tells_the_classes(
@@ -90,6 +95,8 @@ def test_a_label_file_tells_the_classes(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('"a.png,2', "every line of `--labels` to be `image,class`"),
+        (f"a.png,{'2' * 200_000}", "every line of `--labels` to be `image,class`"),
         ("a.png 2", "every line of `--labels` to be `image,class`"),
         ("b.png,2", "none of the 1 names in .* is there, such as 'b.png'"),
         (None, "could not be read"),
@@ -101,6 +108,19 @@ def test_a_wrong_label_file_is_told(tmp_path: Path, text: str | None, message: s
         (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         find_images(tmp_path, tmp_path / "labels.csv", classes=3)
+
+
+def test_names_in_a_label_file_are_found_as_they_are_first(tmp_path: Path) -> None:
+    for name in ("cat/0.png", "a, b.png", "odd\\1.png"):
+        write(tmp_path, name)
+    (tmp_path / "labels.csv").write_text('"cat\\0.png","2"\na, b.png,1\nodd\\1.png,0\n')
+    found = find_images(tmp_path, tmp_path / "labels.csv", classes=3)
+    names = [path.relative_to(tmp_path).as_posix() for path in found.paths]
+    assert dict(zip(names, found.labels or [], strict=True)) == {
+        "cat/0.png": 2,
+        "a, b.png": 1,
+        "odd\\1.png": 0,
+    }
 
 
 def test_images_without_labels(tmp_path: Path) -> None:
