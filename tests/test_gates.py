@@ -411,7 +411,7 @@ def test_files_of_libraries_are_scanned(folder: Path, judge: Any, monkeypatch: A
     for number in range(10):
         path = Path("clean", f"class{number}", "0.png")
         path.parent.mkdir(parents=True)
-        V.to_pil_image(torch.full((3, 8, 8), 25 * number, dtype=torch.uint8)).save(path)
+        V.to_pil_image(torch.full((3, 32, 32), 25 * number, dtype=torch.uint8)).save(path)
     networks = judge("clean")
     scans = [words for words in COMMANDS if "--out" not in words]
     assert [words[1] for words in scans] == [
