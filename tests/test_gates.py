@@ -44,7 +44,7 @@ SMALL = {
 SMALL_WORDS = {
     "timm/resnet18": "timm/test_resnet",
     "torchvision/resnet18": "torchvision/squeezenet1_1",
-    "64": "8",
+    "64": "32",
 }
 
 
