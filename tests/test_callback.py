@@ -511,15 +511,20 @@ def test_the_purified_checkpoint_has_the_weights_that_were_audited(
     assert {f"{layer}.weight" for layer, _ in callback.report.pruned} <= found.keys()
 
 
-def test_folders_of_the_user_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning itself writes to the home folder for `~`."""
+@pytest.mark.parametrize(
+    ("given", "place"), [("~/out", Path("home", "out")), ("~no-user", Path("~no-user"))]
+)
+def test_folders_of_the_user_are_found(
+    given: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning itself writes to the home folder for `~`, and to a folder `~name` of no user."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    callback = MNPCallback("always", loader(), CONFIG, output_dir="~/out")
+    callback = MNPCallback("always", loader(), CONFIG, output_dir=given)
     with pytest.warns(UserWarning, match="Purified network"):
         quiet_trainer(callbacks=[callback]).fit(UserModule(small_network().train()), loader())
-    found = sorted(path.name for path in (tmp_path / "home" / "out").iterdir())
+    found = sorted(path.name for path in (tmp_path / place).iterdir())
     assert found == ["mnp-report.html", "mnp-report.json", "mnp.ckpt"]
     assert not (tmp_path / "~").exists()
 

@@ -39,15 +39,16 @@ def overview(results: Sequence[Result], marks: Marks) -> list[Table]:
     """
     wanted = [r for r in results if r.task == "defense" and (r.network["usual"] or r.is_clean)]
     groups = [group for group in comparable(wanted) if any(not each.is_clean for each in group)]
-    groups.sort(key=lambda group: (-_count(group, "attack"), -_count(group, "label")))
+    groups.sort(key=_breadth, reverse=True)
     return [
         _table(number, group, marks, of_seed(group, wanted))
         for number, group in enumerate(groups, 1)
     ]
 
 
-def _count(group: Sequence[Result], what: str) -> int:
-    return len({getattr(each, what) for each in group})
+def _breadth(group: Sequence[Result]) -> tuple[int, int]:
+    """Return the number of attacks and of defenses."""
+    return len({each.attack for each in group}), len({each.label for each in group})
 
 
 def _table(number: int, here: Sequence[Result], marks: Marks, of: str) -> Table:

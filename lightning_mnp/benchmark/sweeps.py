@@ -82,11 +82,12 @@ def by_options(results: Sequence[Result], marks: Marks) -> Table | None:
         here = [each for each in wanted if each.setting == setting]
         for label in without_trials(here)[1]:
             group = [each for each in here if each.label == label]
+            seeds = {each.network["seed"] for each in group}
             plain = [
                 each
                 for each in here
                 if each.attack == group[0].attack and each.label == label.partition(" (")[0]
-                if each.network["seed"] in {other.network["seed"] for other in group}
+                if each.network["seed"] in seeds
             ]
             lines.append(
                 [

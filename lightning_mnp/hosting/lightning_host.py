@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -154,8 +155,8 @@ def output_folder(trainer: Trainer, given: Path | str | None) -> Path:
             f"Expected argument `output_dir` to be a local folder, but the loggers or the Trainer "
             f"write to {folder!r}. Give a local one."
         )
-    # Lightning's own files go to the home folder, too.
-    path = Path(folder).expanduser()
+    # As Lightning does for its own files; `Path.expanduser` would raise for a folder `~name`.
+    path = Path(os.path.expanduser(folder))
     do_in_first(lambda: check_writable(path / "mnp.ckpt", "output_dir"))
     return path
 
