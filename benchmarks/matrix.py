@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.architectures import MATRIX, Entry
+from lightning_mnp.checkpoints.load import load_into
 from lightning_mnp.checkpoints.read import read_state_dict
-from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.checkpoints.write import write_state_dict
 from lightning_mnp.config import (
     MaskOptions,

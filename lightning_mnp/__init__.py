@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from lightning_mnp.calibration.threshold import Calibration, calibrate_threshold
     from lightning_mnp.callback import MNPCallback
     from lightning_mnp.checkpoints.inspection import CheckpointError
+    from lightning_mnp.checkpoints.load import load_into
     from lightning_mnp.checkpoints.read import read_state_dict
-    from lightning_mnp.checkpoints.state_dict import load_into
     from lightning_mnp.checkpoints.write import write_state_dict
     from lightning_mnp.config import (
         Constants,
@@ -76,7 +76,7 @@ _HOMES = {
     "calibrate_threshold": "calibration.threshold",
     "defend": "api",
     "find_filter_layers": "surgery.layers",
-    "load_into": "checkpoints.state_dict",
+    "load_into": "checkpoints.load",
     "prune": "surgery.prune",
     "read_state_dict": "checkpoints.read",
     "write_state_dict": "checkpoints.write",

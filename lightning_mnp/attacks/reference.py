@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lightning_mnp.checkpoints.load import load_into
 from lightning_mnp.checkpoints.read import read_state_dict
-from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.models.build import build_network
 
 __all__ = ["ReferenceNetwork"]

@@ -23,8 +23,8 @@ from lightning_mnp.benchmark.machine import describe_machine
 from lightning_mnp.benchmark.names import find_class
 from lightning_mnp.benchmark.recipe import NetworkRecipe
 from lightning_mnp.benchmark.records import read_json, write_json
+from lightning_mnp.checkpoints.load import load_into
 from lightning_mnp.checkpoints.read import read_state_dict
-from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.models import CifarResNet, build_network
 from lightning_mnp.models.memory_format import fastest_format
 from lightning_mnp.surgery.network import weights_digest

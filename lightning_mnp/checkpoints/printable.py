@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["printable"]
+from collections.abc import Iterable
+
+__all__ = ["first_names", "printable"]
+
+SHOWN_NAMES = 5
 
 
 def printable(name: object, limit: int = 120) -> str:
@@ -27,3 +31,18 @@ def printable(name: object, limit: int = 120) -> str:
         letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: limit + 1]
     )
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
+
+
+def first_names(names: Iterable[object]) -> str:
+    """Return the first few names of an untrusted file as text that is safe to print.
+
+    Args:
+        names: The names.
+
+    Example:
+        >>> first_names("abcdefg")
+        'a, b, c, d, e, …'
+    """
+    shown = list(names)
+    listed = ", ".join(printable(name) for name in shown[:SHOWN_NAMES])
+    return listed + (", …" if len(shown) > SHOWN_NAMES else "")

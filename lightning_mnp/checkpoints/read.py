@@ -19,13 +19,8 @@ from lightning_mnp.checkpoints.inspection import (
     belongs_to_weights,
     inspect_checkpoint,
 )
-from lightning_mnp.checkpoints.printable import printable
-from lightning_mnp.checkpoints.state_dict import (
-    all_tensors,
-    find_state_dict,
-    first_names,
-    strip_wrappers,
-)
+from lightning_mnp.checkpoints.printable import first_names, printable
+from lightning_mnp.checkpoints.state_dict import all_tensors, find_state_dict, strip_wrappers
 from lightning_mnp.checkpoints.stored import StoredFile
 
 __all__ = ["Weights", "read_checkpoint", "read_state_dict", "read_weights"]

@@ -14,8 +14,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_mnp.benchmark.executors import Executor, HereExecutor
 from lightning_mnp.benchmark.jobs import Job, run_jobs
 from lightning_mnp.calibration.run import TimedReport
+from lightning_mnp.checkpoints.load import PrefixMatch, load_into
 from lightning_mnp.checkpoints.read import read_weights
-from lightning_mnp.checkpoints.state_dict import PrefixMatch, check_finite, load_into
+from lightning_mnp.checkpoints.state_dict import check_finite
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.engine.defense import MNPDefense, When

@@ -11,9 +11,9 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 
 from lightning_mnp.checkpoints.inspection import CheckpointError
-from lightning_mnp.checkpoints.printable import printable
+from lightning_mnp.checkpoints.printable import first_names, printable
 from lightning_mnp.checkpoints.read import read_checkpoint
-from lightning_mnp.checkpoints.state_dict import check_finite, first_names
+from lightning_mnp.checkpoints.state_dict import check_finite
 
 __all__ = ["CheckedCheckpointIO", "use_checked_io"]
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from torch.utils.data import DistributedSampler
 
+from lightning_mnp.checkpoints.load import load_into
 from lightning_mnp.checkpoints.read import read_state_dict
-from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.metrics import AttackSuccessRate, CleanAccuracy
 from lightning_mnp.models.build import build_network
 from lightning_mnp.models.head import classifier_head

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -100,7 +101,8 @@ def read_population(path: str = "") -> Population:
         return Population(_highest(content), content["described"])
     shown = printable(path)
     try:
-        content = json.loads(Path(path).read_text("utf-8"))
+        # `Path.expanduser` would raise for a file `~name`.
+        content = json.loads(Path(os.path.expanduser(path)).read_text("utf-8"))
         if content["format"] != SCORES_FORMAT:
             raise ValueError
         scores = _highest(content)

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_mnp.attacks import BadNets, WaNet, WaNetModule
 from lightning_mnp.attacks.training import AttackModule, quantized
+from lightning_mnp.checkpoints.load import load_into
 from lightning_mnp.checkpoints.read import read_state_dict
-from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.models import Classifier, cifar_resnet18
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from lightning_mnp.checkpoints.printable import printable
+from lightning_mnp.checkpoints.printable import first_names, printable
 
 
 def test_printable() -> None:
@@ -12,3 +12,8 @@ def test_printable() -> None:
     assert printable("x" * 500, 10) == "xxxxxxxxx…"
     assert printable("\x1b" * 500).isprintable()
     assert len(printable("\x1b" * 500)) == 120
+
+
+def test_first_names() -> None:
+    assert first_names(["a", "b"]) == "a, b"
+    assert first_names("abcdef") == "a, b, c, d, e, …"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_mnp.checkpoints import write as write_module
 from lightning_mnp.checkpoints.inspection import CheckpointError
+from lightning_mnp.checkpoints.load import load_into
 from lightning_mnp.checkpoints.read import read_checkpoint, read_state_dict
-from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.checkpoints.write import check_output, write_state_dict
 
 

@@ -44,7 +44,7 @@ def test_the_package_brings_a_population() -> None:
     assert population.described.startswith("clean networks")
 
 
-def test_a_calibration_is_a_population(tmp_path: Path) -> None:
+def test_a_calibration_is_a_population(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "calibration.json"
     file = CalibrationFile(path, {"seed": 0})
     for name, weights, score in [("a", "1", 0.25), ("b", "2", 0.5), ("copy", "1", 0.75)]:
@@ -52,6 +52,8 @@ def test_a_calibration_is_a_population(tmp_path: Path) -> None:
     population = read_population(str(path))
     assert population.scores == {"1": 0.75, "2": 0.5}  # the higher of two audits
     assert str(path) in population.described
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_population("~/calibration.json").scores == population.scores
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_mnp.checkpoints.inspection import CheckpointError
+from lightning_mnp.checkpoints.load import check_fit, fits
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.checkpoints.read import Weights
-from lightning_mnp.checkpoints.state_dict import check_fit, fits
+from lightning_mnp.cli.paths import expanded
 from lightning_mnp.cli.scan.source import Source, read_json
 from lightning_mnp.models.build import build_network
 
@@ -205,7 +206,7 @@ def _is_function(arch: str) -> bool:
 
 def _build(arch: str, tensors: Mapping[str, Tensor], classes: int, how: str = "") -> Architecture:
     if arch.startswith("hf/"):
-        return _from_folder(Path(arch.removeprefix("hf/")), how)
+        return _from_folder(Path(expanded(arch.removeprefix("hf/"))), how)
     if _is_function(arch):
         return Architecture(_from_function(arch, classes), arch, how)
     first = next((tensor for tensor in _filled(tensors) if tensor.ndim == 4), None)

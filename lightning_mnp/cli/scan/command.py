@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from lightning_mnp.api import audit, defend
 from lightning_mnp.checkpoints.atomic_write import OutputError, check_writable
+from lightning_mnp.checkpoints.load import PrefixMatch, load_into
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.checkpoints.read import read_weights
-from lightning_mnp.checkpoints.state_dict import PrefixMatch, check_finite, load_into
+from lightning_mnp.checkpoints.state_dict import check_finite
 from lightning_mnp.checkpoints.write import check_output, write_state_dict
 from lightning_mnp.cli.scan.architecture import Architecture, find_architecture
 from lightning_mnp.cli.scan.images import (
     common_side,
     draw,
-    find_images,
+    find_classes,
     list_images,
     read_images,
 )
@@ -151,8 +152,9 @@ def scan(options: ScanOptions, config: MNPConfig | None = None) -> DefenseReport
 
     channels = _channels(network)
     preparation = find_preparation(options, weights.facts, source, architecture, channels)
-    classes = options.classes or _classes(network, options, preparation, channels)
-    found = find_images(options.images, options.labels, classes, architecture.class_names)
+    paths = list_images(options.images)
+    classes = options.classes or _classes(network, paths[: options.count], preparation, channels)
+    found = find_classes(paths, options.images, options.labels, classes, architecture.class_names)
     chosen = draw(found, options.count, options.seed)
     size = preparation.size or common_side(chosen.paths) or preparation.usual_size
     images = preparation.normalize(read_images(chosen.paths, size, channels))
@@ -229,13 +231,12 @@ def _channels(network: nn.Module) -> int:
 
 
 def _classes(
-    network: nn.Module, options: ScanOptions, preparation: Preparation, channels: int
+    network: nn.Module, paths: Sequence[Path], preparation: Preparation, channels: int
 ) -> int:
     """Return the number of logits that a network returns.
 
     No layer tells it: the last one that is registered need not be the last one that is run.
     """
-    paths = list_images(options.images)[: options.count]
     side = preparation.size or common_side(paths) or preparation.usual_size
     return _checked(network, torch.zeros(2, channels, side, side))
 

@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from lightning_mnp.checkpoints.printable import printable
 from lightning_mnp.defense_data.resizing import resize_and_crop
 
-__all__ = ["FoundImages", "common_side", "draw", "find_images", "list_images", "read_images"]
+__all__ = ["FoundImages", "common_side", "draw", "find_classes", "list_images", "read_images"]
 
 # What Pillow raises for files that are damaged, no images, or much too large.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -79,12 +79,17 @@ def list_images(folder: Path) -> list[Path]:
     return paths
 
 
-def find_images(
-    folder: Path, labels: Path | None, classes: int, class_names: Sequence[str] = ()
+def find_classes(
+    paths: Sequence[Path],
+    folder: Path,
+    labels: Path | None,
+    classes: int,
+    class_names: Sequence[str] = (),
 ) -> FoundImages:
-    """List the images of a folder, with their classes if these are known.
+    """Find the classes of the images of a folder, if they are known.
 
     Args:
+        paths: The images, as :func:`list_images` lists them.
         folder: Holds one folder for each class, or images.
         labels: File with lines ``image,class``, as spreadsheets write it, too, the image's path as
             seen from the folder, the class by number or name; None if the folders tell the classes,
@@ -97,21 +102,20 @@ def find_images(
         it, unless their names are those of ``class_names``, or numbers of classes.
 
     Raises:
-        ValueError: If there are no images, or the classes do not fit the network.
+        ValueError: If the classes do not fit the network.
     """
-    paths = list_images(folder)
     if labels is not None:
         return _labeled_by_file(folder, paths, labels, classes, class_names)
     tops = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
     if len(tops) > 1 and all(path.parent != folder for path in paths):
         numbers, names = _numbers_of(tops, classes, class_names, f"folders in {folder}")
         by_folder = [numbers[path.relative_to(folder).parts[0]] for path in paths]
-        return FoundImages(paths, by_folder, names)
+        return FoundImages(list(paths), by_folder, names)
     note = (
         "the images have no labels: the classes that the network predicts stand in for them. "
         "Whether it is right on them is not known"
     )
-    return FoundImages(paths, None, list(class_names), [note])
+    return FoundImages(list(paths), None, list(class_names), [note])
 
 
 def _numbers_of(
@@ -174,7 +178,8 @@ def _labeled_by_file(
 
 def _cells(line: str, shown: str) -> tuple[str, str]:
     """Return the path of the image and the class in a line of a label file."""
-    mark = "," if "," in line else "\t"
+    # Where decimals have a comma, spreadsheets part cells by a semicolon.
+    mark = next((mark for mark in (",", "\t", ";") if mark in line), ",")
     try:
         *parts, name = next(csv.reader([line], delimiter=mark))
     except csv.Error:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_mnp.checkpoints.inspection import CheckpointError
+from lightning_mnp.checkpoints.load import load_into
 from lightning_mnp.checkpoints.read import Weights
-from lightning_mnp.checkpoints.state_dict import load_into
 from lightning_mnp.cli.scan.architecture import find_architecture
 from lightning_mnp.cli.scan.source import Source
 from lightning_mnp.models import build_network
@@ -201,8 +201,10 @@ def test_a_network_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     network.config.save_pretrained(tmp_path)
     weights = weights_of(network)
     beside = Source(tmp_path / "model.safetensors", {"architectures": ["ResNet"]})
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     for found in (
         find_architecture(f"hf/{tmp_path}", weights, NOWHERE),
+        find_architecture(f"hf/~/{tmp_path.name}", weights, NOWHERE),
         find_architecture(None, weights, beside),
     ):
         load_into(found.network, weights.tensors)

@@ -1,12 +1,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from lightning_mnp.cli.scan.images import FoundImages, common_side, draw, find_images, read_images
+from lightning_mnp.cli.scan.images import (
+    FoundImages,
+    common_side,
+    draw,
+    find_classes,
+    list_images,
+    read_images,
+)
+
+
+def found_in(
+    folder: Path, labels: Path | None, classes: int, class_names: Sequence[str] = ()
+) -> FoundImages:
+    return find_classes(list_images(folder), folder, labels, classes, class_names)
 
 
 def write(folder: Path, name: str, size: tuple[int, int] = (8, 8), color: int = 0) -> Path:
@@ -20,7 +34,7 @@ def test_folders_tell_the_classes_in_alphabetical_order(tmp_path: Path) -> None:
     for name in ("dog/1.png", "dog/deep/2.PNG", "cat/3.jpg", "cat/.hidden.png"):
         write(tmp_path, name)
     (tmp_path / "cat" / "notes.txt").write_text("no image")
-    found = find_images(tmp_path, None, classes=2)
+    found = found_in(tmp_path, None, classes=2)
     assert [path.name for path in found.paths] == ["3.jpg", "1.png", "2.PNG"]
     assert (found.labels, found.class_names, found.notes) == ([0, 1, 1], ["cat", "dog"], [])
 
@@ -31,7 +45,7 @@ def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
         write(root, name)
     for name in (".ipynb_checkpoints/0-checkpoint.png", "cat/.thumbs/deep/0.png", "dog/._1.png"):
         write(root, name)
-    found = find_images(root, None, classes=2)
+    found = found_in(root, None, classes=2)
     assert [path.name for path in found.paths] == ["0.png", "1.png"]
     assert (found.labels, found.class_names) == ([0, 1], ["cat", "dog"])
 
@@ -39,18 +53,18 @@ def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
 def test_names_and_numbers_of_classes(tmp_path: Path) -> None:
     for name in ("dog/1.png", "cat/2.png"):
         write(tmp_path / "names", name)
-    found = find_images(tmp_path / "names", None, 3, ["dog", "owl", "cat"])
+    found = found_in(tmp_path / "names", None, 3, ["dog", "owl", "cat"])
     assert found.labels == [2, 0]
     for name in ("4/1.png", "11/2.png"):
         write(tmp_path / "numbers", name)
-    assert find_images(tmp_path / "numbers", None, classes=12).labels == [11, 4]
+    assert found_in(tmp_path / "numbers", None, classes=12).labels == [11, 4]
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_all_numbers_of_classes_are_in_their_order(tmp_path: Path, first: int) -> None:
     for number in range(first, first + 11):
         write(tmp_path, f"{number}/{number}.png")
-    found = find_images(tmp_path, None, classes=11)
+    found = found_in(tmp_path, None, classes=11)
     pairs = zip(found.paths, found.labels or [], strict=True)
     assert {int(path.stem): label for path, label in pairs} == {
         number: number - first for number in range(first, first + 11)
@@ -64,7 +78,7 @@ def test_classes_that_do_not_fit_are_told(tmp_path: Path) -> None:
         write(tmp_path, name)
     message = r"Expected 10 classes.* there are 2 folders in .*: train, val, .*--labels"
     with pytest.raises(ValueError, match=message):
-        find_images(tmp_path, None, classes=10)
+        found_in(tmp_path, None, classes=10)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +91,7 @@ def test_classes_that_do_not_fit_are_told(tmp_path: Path) -> None:
         ('"a.png","2"\n"b.png","0"\n', [2, 0], []),
         ('"a.png"\t"owl"\nb.png\tcat\n', [1, 0], ["cat", "owl"]),
         ('"a.png","owl, ""snow"""\nb.png,cat\n', [1, 0], ["cat", 'owl, "snow"']),
+        ('"a.png";"owl"\nb.png;cat\n', [1, 0], ["cat", "owl"]),
         (".\\a.png,2\n.\\b.png,0\n", [2, 0], []),
     ],
 )
@@ -86,7 +101,7 @@ def test_a_label_file_tells_the_classes(
     for name in ("a.png", "b.png", "unlabeled.png"):
         write(tmp_path, name)
     (tmp_path / "labels.csv").write_text(text)
-    found = find_images(tmp_path, tmp_path / "labels.csv", classes=2 if names else 3)
+    found = found_in(tmp_path, tmp_path / "labels.csv", classes=2 if names else 3)
     assert [path.name for path in found.paths] == ["a.png", "b.png"]
     assert (found.labels, found.class_names) == (labels, names)
     assert found.notes == ["1 of 3 images have no label and were left out"]
@@ -107,14 +122,14 @@ def test_a_wrong_label_file_is_told(tmp_path: Path, text: str | None, message: s
     if text is not None:
         (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
-        find_images(tmp_path, tmp_path / "labels.csv", classes=3)
+        found_in(tmp_path, tmp_path / "labels.csv", classes=3)
 
 
 def test_names_in_a_label_file_are_found_as_they_are_first(tmp_path: Path) -> None:
     for name in ("cat/0.png", "a, b.png", "odd\\1.png"):
         write(tmp_path, name)
     (tmp_path / "labels.csv").write_text('"cat\\0.png","2"\na, b.png,1\nodd\\1.png,0\n')
-    found = find_images(tmp_path, tmp_path / "labels.csv", classes=3)
+    found = found_in(tmp_path, tmp_path / "labels.csv", classes=3)
     names = [path.relative_to(tmp_path).as_posix() for path in found.paths]
     assert dict(zip(names, found.labels or [], strict=True)) == {
         "cat/0.png": 2,
@@ -125,16 +140,16 @@ def test_names_in_a_label_file_are_found_as_they_are_first(tmp_path: Path) -> No
 
 def test_images_without_labels(tmp_path: Path) -> None:
     write(tmp_path, "a.png")
-    found = find_images(tmp_path, None, classes=3)
+    found = found_in(tmp_path, None, classes=3)
     assert found.labels is None
     assert "the classes that the network predicts stand in" in found.notes[0]
 
 
 def test_folders_without_images_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`--images` to be a folder with images"):
-        find_images(tmp_path, None, 2)
+        list_images(tmp_path)
     with pytest.raises(ValueError, match="`--images` to be a folder, but got"):
-        find_images(tmp_path / "missing", None, 2)
+        list_images(tmp_path / "missing")
 
 
 def test_a_draw_takes_as_many_of_each_class_as_there_are() -> None:
