@@ -71,8 +71,8 @@ def test_the_tables_have_the_attacks_and_methods_of_the_paper() -> None:
     rows = {number: set(paper_figures()[number]["rows"]) - {"Average"} for number in ("1", "2")}
     assert attacks("table1") == rows["1"] | {"clean"}
     assert attacks("gpu") == attacks("table1")
-    assert attacks("table2") | attacks("table2-rest") == rows["2"]
-    assert len(attacks("table2")) == 3
+    assert attacks("table2") | attacks("table2-rest") == rows["2"] | {"clean"}
+    assert len(attacks("table2") - {"clean"}) == 3
     methods = set(paper_figures()["1"]["rows"]["BadNets"]) - {"none"}
     for name in ("table1", "table2", "table2-rest"):
         assert methods <= {cell.method.name for cell in cells(name)}
