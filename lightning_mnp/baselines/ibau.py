@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, get_args
 
 import torch
@@ -30,8 +31,8 @@ __all__ = ["IBAUConfig", "default_ibau", "ibau"]
 class IBAUConfig:
     """The options of I-BAU.
 
-    Rounds, `terms` and `lr` are the published ones. Batch size, `share` and the options of the
-    trigger are those of the published program; the paper leaves them open, except for `share`.
+    The defaults are those of the published program. It works on images of values from 0 to 1, so
+    the trigger counts in such units, whatever the normalization: see :func:`ibau`.
 
     Args:
         seed: Seed of batch order, augmentation and of the images that carry the trigger.
@@ -39,13 +40,14 @@ class IBAUConfig:
         augment: How images are changed: ``"none"``, ``"crop"`` (shifted) or ``"crop-flip"``
             (shifted and mirrored).
         rounds: How often a trigger is made and unlearned.
+        epochs: Passes over the defense set in which the weights learn, in each round.
         lr: Learning rate of Adam on the weights.
         share: Share of the images of a batch that carry the trigger while the weights learn, above
             0 to 1; at least one image does. The paper's equation has 1, its program 0.01.
         terms: Terms of the fixed-point iteration, which the paper calls K.
         trigger_lr: Step of the gradient ascent that makes the trigger.
         trigger_epochs: Passes over the defense set for one trigger.
-        trigger_norm: Greatest length (l2) of the trigger, in the units of the network's input.
+        trigger_norm: Greatest length (l2) of the trigger; 1 is the range of a channel's values.
         penalty: Factor of the trigger's squared length in the loss that it is made by.
         response_lr: Step of the map whose fixed point the trigger is taken for, in the
             hypergradient.
@@ -62,7 +64,8 @@ class IBAUConfig:
     batch_size: int = option(100, at_least=1)
     augment: Augmentation = option("none", choices=get_args(Augmentation))
     rounds: int = option(5, at_least=1)
-    lr: float = option(1e-4, above=0)
+    epochs: int = option(1, at_least=1)
+    lr: float = option(1e-3, above=0)
     share: float = option(0.01, above=0, at_most=1)
     terms: int = option(5, at_least=1)
     trigger_lr: float = option(10.0, above=0)
@@ -93,11 +96,16 @@ def ibau(
     account: it is the hypergradient of the minimax problem, by the implicit function theorem, see
     :func:`hypergradient`.
 
-    The paper does not say how networks normalize meanwhile. Here the copy is in evaluation mode
-    throughout: the trigger is then one for the network as it is used, not for one batch, and no
-    stored statistics change. All weights are trained, those that are frozen as well. In the
-    paper's Eq. (2), all images carry the trigger. In its program, one in a hundred does. The
-    default is that of the program, since the published figures come from it.
+    Lengths and steps of the trigger are published for images of values from 0 to 1. Here images
+    are as the network takes them, and often normalized. So the trigger is multiplied by the range
+    of the values of each channel, over all images, where it is added; that range is 1 for images
+    of values from 0 to 1.
+
+    As in the published program, the copy is in evaluation mode throughout: the trigger is then one
+    for the network as it is used, not for one batch, and no stored statistics change. All weights
+    are trained, those that are frozen as well. In the paper's Eq. (2), all images carry the
+    trigger. In its program, one in a hundred does. The default is that of the program, since the
+    published figures come from it.
 
     Args:
         model: The network, or a module around it, on the device to work on.
@@ -129,12 +137,13 @@ def ibau(
     config = config or IBAUConfig()
     bench = Workbench.of(config, model, loader, forward, network, unpack)
     before = bench.accuracy(bench.model)
+    unit = _ranges(bench.data.images).to(bench.sample)
     details: dict[str, float] = {}
     with bench.tuning() as parameters, running_alone(bench.copy), evaluating(bench.copy):
         optimizer = torch.optim.Adam(parameters, config.lr)
         for number in range(config.rounds):
-            trigger = _find_trigger(bench, config, number)
-            details = _unlearn(bench, config, number, trigger, optimizer, parameters)
+            trigger = _find_trigger(bench, config, number, unit)
+            details = _unlearn(bench, config, number, trigger, unit, optimizer, parameters)
     after = bench.accuracy(bench.copy)
     return BaselineResult(bench.copy, [], [], before, after, details)
 
@@ -207,21 +216,28 @@ def hypergradient(
     return [first + second for first, second in zip(direct[1:], through, strict=True)]
 
 
+def _ranges(images: Tensor) -> Tensor:
+    """Return the range of the values of each channel, shape (1, C, 1, ...)."""
+    by_channel = images.transpose(0, 1).flatten(1)
+    ranges = by_channel.amax(1) - by_channel.amin(1)
+    return ranges.view(1, -1, *[1] * (images.ndim - 2))
+
+
 def _trigger_loss(
-    bench: Workbench, images: Tensor, labels: Tensor, trigger: Tensor, penalty: float
+    bench: Workbench, images: Tensor, labels: Tensor, trigger: Tensor, unit: Tensor, penalty: float
 ) -> Tensor:
     """Compute what a trigger is made to lower: minus the loss, plus a penalty of its length."""
-    loss = F.cross_entropy(bench.logits(bench.copy, images + trigger), labels)
+    loss = F.cross_entropy(bench.logits(bench.copy, images + unit * trigger), labels)
     return penalty * trigger.square().sum() - loss
 
 
-def _find_trigger(bench: Workbench, config: IBAUConfig, number: int) -> Tensor:
+def _find_trigger(bench: Workbench, config: IBAUConfig, number: int, unit: Tensor) -> Tensor:
     """Make the trigger of a round, shape (1, C, ...), of at most the allowed length."""
     trigger = torch.zeros_like(bench.sample[:1])
     for epoch in range(config.trigger_epochs):
         for images, labels in bench.batches(f"i-bau trigger {number}", epoch):
             trigger.requires_grad_()
-            loss = _trigger_loss(bench, images, labels, trigger, config.penalty)
+            loss = _trigger_loss(bench, images, labels, trigger, unit, config.penalty)
             (gradient,) = torch.autograd.grad(loss, trigger)
             trigger = (trigger - config.trigger_lr * gradient).detach()
             _check(trigger, "the trigger", number)
@@ -234,22 +250,26 @@ def _unlearn(
     config: IBAUConfig,
     number: int,
     trigger: Tensor,
+    unit: Tensor,
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
 ) -> dict[str, float]:
     """Take one step of the weights for each batch, and return numbers about the round."""
     losses = []
     trigger = trigger.requires_grad_()
-    for index, (images, labels) in enumerate(bench.batches("i-bau unlearning", number)):
+    epochs = range(number * config.epochs, (number + 1) * config.epochs)
+    batches = chain.from_iterable(bench.batches("i-bau unlearning", epoch) for epoch in epochs)
+    for index, (images, labels) in enumerate(batches):
         carriers = _draw_carriers(len(images), config, number, index).to(images)
         carriers = carriers.view(-1, *[1] * (images.ndim - 1))
 
         def step(trigger: Tensor, images: Tensor = images, labels: Tensor = labels) -> Tensor:
-            loss = _trigger_loss(bench, images, labels, trigger, config.penalty)
+            loss = _trigger_loss(bench, images, labels, trigger, unit, config.penalty)
             (gradient,) = torch.autograd.grad(loss, trigger, create_graph=True)
             return trigger - config.response_lr * gradient
 
-        loss = F.cross_entropy(bench.logits(bench.copy, images + carriers * trigger), labels)
+        marked = images + carriers * (unit * trigger)
+        loss = F.cross_entropy(bench.logits(bench.copy, marked), labels)
         gradients = hypergradient(loss, step, trigger, parameters, config.terms)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             _check(gradient, "every gradient", number)

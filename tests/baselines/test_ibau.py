@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_mnp import DefenseSet
 from lightning_mnp.baselines import IBAUConfig, ibau
-from lightning_mnp.baselines.ibau import _draw_carriers, hypergradient
+from lightning_mnp.baselines.ibau import _draw_carriers, _ranges, hypergradient
 
 IMAGES, LABELS = images_and_labels(40)
 DATA = DefenseSet(IMAGES, LABELS)
@@ -69,23 +69,25 @@ def logits_of(images: Tensor, weights: dict[str, Tensor]) -> Tensor:
     return x @ weights["4.weight"].T + weights["4.bias"]
 
 
-@pytest.mark.parametrize("share", [1.0, 0.3])
-def test_a_round_by_hand(share: float) -> None:
+@pytest.mark.parametrize(("share", "scale"), [(1.0, 0.25), (0.3, 0.25), (0.3, 0.5)])
+def test_a_round_by_hand(share: float, scale: float) -> None:
     torch.manual_seed(3)
+    given = DefenseSet(IMAGES * scale - 0.5, LABELS)  # as normalized images
+    unit = float(IMAGES.max() - IMAGES.min()) * scale
     network = nn.Sequential(
         *(nn.Conv2d(1, 2, 4, stride=4), nn.BatchNorm2d(2), nn.Tanh()),
         *(nn.Flatten(), nn.Linear(8, 4)),
     ).eval()
     config = quick(
         **{"rounds": 1, "lr": 0.01, "share": share, "response_lr": 0.5},
-        **{"trigger_lr": 20.0, "trigger_epochs": 3, "trigger_norm": 3.0},
+        **{"trigger_lr": 9.0, "trigger_epochs": 3, "trigger_norm": 1.0},
     )
-    images, labels = DATA.batch(0, 100, torch.device("cpu"), "none", (0, "i-bau unlearning", 0))
+    images, labels = given.batch(0, 100, torch.device("cpu"), "none", (0, "i-bau unlearning", 0))
     carriers = _draw_carriers(40, config, 0, 0)
     assert carriers.sum() == share * 40
 
     def marked(trigger: Tensor) -> Tensor:
-        return images + carriers.view(-1, 1, 1, 1) * trigger.view(1, 1, 8, 8)
+        return images + carriers.view(-1, 1, 1, 1) * unit * trigger.view(1, 1, 8, 8)
 
     names, tensors = zip(*network.named_parameters(), strict=True)
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
@@ -95,14 +97,14 @@ def test_a_round_by_hand(share: float) -> None:
         return {n: p.view_as(t) for n, p, t in zip(names, parts, tensors, strict=True)}
 
     def inner(trigger: Tensor, flat: Tensor) -> Tensor:
-        logits = logits_of(IMAGES + trigger.view(1, 1, 8, 8), unflat(flat))
-        return 0.001 * trigger.square().sum() - F.cross_entropy(logits, LABELS)
+        logits = logits_of(given.images + unit * trigger.view(1, 1, 8, 8), unflat(flat))
+        return 0.001 * trigger.square().sum() - F.cross_entropy(logits, given.labels)
 
     trigger = torch.zeros(64)
     for _ in range(3):
-        trigger = trigger - 20.0 * jacobian(lambda each: inner(each, flat), trigger)
-    assert trigger.norm() > 3.0
-    trigger = 3.0 * trigger / trigger.norm()
+        trigger = trigger - 9.0 * jacobian(lambda each: inner(each, flat), trigger)
+    assert trigger.norm() > 1.0
+    trigger = trigger / trigger.norm()
     (by_trigger, by_both), _ = hessian(inner, (trigger, flat))
     outer, direct = jacobian(
         lambda d, w: F.cross_entropy(logits_of(marked(d), unflat(w)), labels),
@@ -114,12 +116,12 @@ def test_a_round_by_hand(share: float) -> None:
         vector = moved.T @ vector + outer
     gradient = direct - 0.5 * by_both.T @ vector
     expected = flat - 0.01 * gradient / (gradient.abs() + 1e-8)  # the first step of Adam
-    result = ibau(network, DATA, config=config)
+    result = ibau(network, given, config=config)
     found = torch.cat([p.detach().flatten() for p in result.model.parameters()])
     clear = gradient.abs() > 1e-4 * gradient.abs().max()  # rounding may turn a sign elsewhere
     assert clear.float().mean() > 0.9
     torch.testing.assert_close(found[clear], expected[clear], rtol=1e-4, atol=1e-4)
-    assert result.details["trigger_norm"] == pytest.approx(3.0, rel=1e-4)
+    assert result.details["trigger_norm"] == pytest.approx(1.0, rel=1e-4)
     loss = F.cross_entropy(logits_of(marked(trigger), unflat(flat)), labels)
     assert result.details["loss"] == pytest.approx(float(loss), rel=1e-3)
 
@@ -146,6 +148,22 @@ def test_each_batch_of_each_round_has_its_own_carriers(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "_draw_carriers", draw)
     ibau(small_network(), DATA, config=quick(batch_size=20))
     assert places == [(20, 0, 0), (20, 0, 1), (20, 1, 0), (20, 1, 1)]
+
+
+def test_several_passes_of_a_round_follow_each_other() -> None:
+    steps = [ibau(small_network(), DATA, config=quick(rounds=1, epochs=n)) for n in (1, 2)]
+    assert not same(snapshot(steps[0].model), snapshot(steps[1].model))
+    orders = [
+        DATA.batch(0, 20, torch.device("cpu"), "none", (0, "i-bau unlearning", n))[0]
+        for n in (0, 1)
+    ]
+    assert not torch.equal(*orders)
+
+
+def test_the_range_of_each_channel() -> None:
+    images = torch.stack([torch.rand(5, 4, 4), 3 * torch.rand(5, 4, 4) - 1], dim=1)
+    images[0, :, 0, :2] = torch.tensor([[0.0, 1.0], [-1.0, 2.0]])
+    assert _ranges(images).equal(torch.tensor([1.0, 3.0]).view(1, 2, 1, 1))
 
 
 def test_a_short_trigger_keeps_its_length() -> None:
@@ -221,6 +239,7 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
         ("augment", "mixup", "one of ('none', 'crop', 'crop-flip')"),
         ("batch_size", 0, "a whole number of at least 1"),
         ("rounds", 0, "a whole number of at least 1"),
+        ("epochs", 0, "a whole number of at least 1"),
         ("lr", 0.0, "a number above 0"),
         ("share", 0.0, "a number above 0 to 1"),
         ("share", 1.5, "a number above 0 to 1"),
