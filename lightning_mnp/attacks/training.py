@@ -240,7 +240,7 @@ class AttackModule(Classifier):
         generator = torch.Generator()
         key = (self.attack.seed, self.current_epoch, batch_idx, self.global_rank)
         seed = 0
-        for part in key:  # a mixed radix number: distinct for all that occur
+        for part in key:  # the generator of the CPU takes its lowest 32 bits
             seed = seed * 1_000_003 + part
         return generator.manual_seed(seed % 2**63)
 
