@@ -66,6 +66,7 @@ def tune(
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     after_step: Callable[[], None] | None = None,
     remedy: str = "Lower `lr`.",
+    falling: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
     """Train the copy on a workbench by SGD on clean images.
@@ -82,6 +83,7 @@ def tune(
             logits if None.
         after_step: Called after each step of SGD, to restore what must not change.
         remedy: What a user can do if a number is no longer finite, a sentence.
+        falling: Whether the learning rate falls to 0 along half a cosine, or stays.
         progress: Called after each pass with the number of finished passes and of all.
 
     Returns:
@@ -120,7 +122,8 @@ def tune(
                 if after_step is not None:
                     after_step()
                 total += found * len(labels)
-            schedule.step()
+            if falling:
+                schedule.step()
             mean = total / len(bench.data)
             if progress is not None:
                 progress(epoch + 1, options.epochs)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
@@ -108,7 +107,7 @@ def test_training_by_hand() -> None:
     assert result.pruned == result.scores == []
 
 
-def test_the_learning_rate_falls_along_half_a_cosine() -> None:
+def test_the_learning_rate_stays() -> None:
     options = {"momentum": 0.0, "weight_decay": 0.0, "middle_weight": 0.0, "last_weight": 0.0}
     network = make_network()
     for weight in network.parameters():
@@ -120,8 +119,7 @@ def test_the_learning_rate_falls_along_half_a_cosine() -> None:
         return float(result.model.get_parameter("5.bias").detach()[0])
 
     for epochs in (2, 3, 4):
-        rates = [(1 + math.cos(math.pi * epoch / epochs)) / 2 for epoch in range(epochs)]
-        assert moved(epochs) == pytest.approx(sum(rates) * moved(1), rel=1e-2)
+        assert moved(epochs) == pytest.approx(epochs * moved(1), rel=1e-2)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -281,3 +281,36 @@ def test_a_network_that_keeps_results_is_taken(task: str, name: str) -> None:
 def test_what_is_no_network_is_told(task: str, name: str) -> None:
     with pytest.raises(TypeError, match=r"`model` to be a torch.nn.Module, .* path 'model\.pt'"):
         run(task, name, "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        # The authors' script (defense.py); length and step of the trigger: their notebook.
+        (
+            IBAUConfig(),
+            {"batch_size": 100, "rounds": 5, "lr": 1e-3, "share": 0.01, "terms": 5}
+            | {"trigger_lr": 10.0, "trigger_norm": 10.0, "penalty": 1e-3, "response_lr": 0.1},
+        ),
+        # The paper, Section 5.1, and the authors' program.
+        (
+            ANPConfig(),
+            {"batch_size": 128, "iterations": 2000, "lr": 0.2, "momentum": 0.9}
+            | {"eps": 0.4, "alpha": 0.2, "noise_steps": 1},
+        ),
+        # What BackdoorBench's program runs with; as many steps as ten passes over 2,500 images.
+        (
+            NADConfig(),
+            {"batch_size": 256, "teacher_epochs": 50, "epochs": 50, "lr": 0.01}
+            | {"momentum": 0.9, "weight_decay": 5e-4, "weights": (500.0, 1000.0, 1000.0)},
+        ),
+        # The paper and BackdoorBench's port of its program.
+        (
+            RNPConfig(),
+            {"batch_size": 128, "unlearning_lr": 0.01, "unlearning_epochs": 20}
+            | {"stop_accuracy": 0.2, "recovering_lr": 0.2, "recovering_epochs": 20, "alpha": 0.2},
+        ),
+    ],
+)
+def test_the_defaults_are_the_published_ones(config: Any, published: dict[str, Any]) -> None:
+    assert {name: getattr(config, name) for name in published} == published
