@@ -21,7 +21,7 @@ from benchmarks.population.data import (
     transform_of,
 )
 from benchmarks.population.recipes import Recipe
-from benchmarks.population.table import is_found, is_named, markdown_table, share
+from benchmarks.population.table import is_found, is_named, markdown_table, share, share_above
 from benchmarks.population.training import attack_of, load_network, read_row
 from lightning_mnp.attacks import Attack
 from lightning_mnp.baselines import Suspects
@@ -171,7 +171,8 @@ def detections_table(
 
     Returns:
         Markdown: one line for each detector, over the networks and defense sets that it has seen,
-        whose numbers stand there.
+        whose numbers stand there. *Score higher* is how often a backdoored network has a higher
+        score than a clean one, over all pairs, whatever the threshold.
     """
     known = {recipe.name: recipe for recipe in recipes}
     ours = ({**row, "defense": "default"} for row in audits)
@@ -188,7 +189,7 @@ def detections_table(
         for name in names
     ]
     heads = ["detector", *kinds, "all", "class right, of the found", "clean audits flagged"]
-    return markdown_table([*heads, "passes"], lines)
+    return markdown_table([*heads, "score higher", "passes"], lines)
 
 
 def _column(recipe: Recipe) -> str:
@@ -211,11 +212,16 @@ def _line(
     flagged = [row for row in attacked if is_found(row)]
     clean = [row for row in groups["clean"] if is_found(row)]
     passes = [row["passes"] for row in rows if row["passes"] is not None]
+    high, low = (
+        [row["score"] for row in part if row["score"] is not None]
+        for part in (attacked, groups["clean"])
+    )
     return [
         name,
         *(hits(groups[kind]) for kind in kinds),
         share(len(flagged), len(attacked)),
         f"{sum(map(is_named, flagged))} of {len(flagged)}",
         share(len(clean), len(groups["clean"])),
+        f"{share_above(high, low):.0%}" if high and low else "-",
         f"{statistics.median(passes):,.0f}" if passes else "-",
     ]

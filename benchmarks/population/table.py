@@ -13,7 +13,15 @@ from benchmarks.population.recipes import Recipe
 from lightning_mnp import MNPConfig
 from lightning_mnp.signals.population import rate_interval
 
-__all__ = ["is_found", "is_named", "markdown_table", "pair", "share", "write_table"]
+__all__ = [
+    "is_found",
+    "is_named",
+    "markdown_table",
+    "pair",
+    "share",
+    "share_above",
+    "write_table",
+]
 
 Audit = dict[str, Any]
 
@@ -206,6 +214,22 @@ def _attacked_table(rows: Sequence[Audit], key: Callable[[Audit], str], what: st
     return markdown_table(columns, [line("all", rows), *(line(*group) for group in groups.items())])
 
 
+def share_above(high: Sequence[float], low: Sequence[float]) -> float:
+    """Return how often a number of one group is above one of another; ties count a half.
+
+    For scores, it is the area under the ROC curve, whatever the threshold.
+
+    Args:
+        high: Numbers that are expected to be the higher ones; at least one, like `low`.
+        low: The others.
+
+    Example:
+        >>> share_above([2.0, 3.0], [1.0, 2.0])
+        0.875
+    """
+    return float(mannwhitneyu(high, low).statistic) / (len(high) * len(low))
+
+
 def _ratios(clean: Sequence[Audit], learned: Sequence[Audit]) -> str:
     """How well the paper's detection ratio alone, low for a backdoor, tells networks apart."""
     usual, low = (
@@ -214,7 +238,7 @@ def _ratios(clean: Sequence[Audit], learned: Sequence[Audit]) -> str:
     )
     if not usual or not low:
         return "No ratios of clean and of backdoored networks."
-    lower = float(mannwhitneyu(usual, low).statistic) / (len(usual) * len(low))
+    lower = share_above(usual, low)
     below = [share(sum(ratio <= PAPER_DELTA for ratio in part), len(part)) for part in (usual, low)]
     return (
         f"Median of clean networks {statistics.median(usual):.2f}, of those whose attack was "

@@ -146,6 +146,7 @@ def verdict(place: int, detector: str, flagged: bool, **more: Any) -> dict[str, 
     fields = {"network": recipe.name, "defense": detector, "set": 0, "kind": recipe.kind}
     fields |= {"target": recipe.target, "target_class": recipe.target, "all_to_all": False}
     fields |= {"learned": None if recipe.is_clean else True, "passes": 30.0}
+    fields["score"] = 2.0 if flagged else 0.5
     return {**fields, "verdict": "backdoored" if flagged else "clean", **more}
 
 
@@ -168,7 +169,9 @@ def test_the_table_counts_by_attack_and_clean_networks() -> None:
     assert lines[2].startswith("| default | 1 of 1 | 0 of 0 | 0 of 0 | 100.0% (1 of 1;")
     assert lines[3].startswith("| nc | 1 of 1 | 1 of 1 | 0 of 1 | 66.7% (2 of 3;")
     assert "| 1 of 2 | 50.0% (1 of 2;" in lines[3]
-    assert lines[3].endswith("| 30 |")
+    # The scores are 2, 2 and 0.5 of backdoored networks, 2 and 0.5 of clean ones.
+    assert lines[3].endswith("| 58% | 30 |")
+    assert lines[2].endswith("| 100% | 30 |")
     assert len(lines) == 4
 
 
