@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,8 @@ from pathlib import Path
 from lightning_mnp.checkpoints.printable import printable
 
 __all__ = ["OutputError", "check_new", "check_writable", "write_atomically"]
+
+_STALE_SECONDS = 3600.0  # nobody writes to a temporary file for so long without a pause
 
 
 class OutputError(OSError):
@@ -106,12 +110,9 @@ def write_atomically(
         'whole'
     """
     shown = printable(str(path))
-    # A random name keeps two writers apart. A file that is replaced has one writer, which finds
-    # the temporary file of an earlier one that was killed.
-    unique = "partial" if replace else f"{secrets.token_hex(4)}.tmp"
-    partial = path.with_name(f".{path.name}.{unique}")
-    with suppress(OSError):  # left by a killed writer, or a link that somebody put there
-        partial.unlink()
+    # A random name keeps two writers apart.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    _remove_stale(path)
     try:
         write(partial)
         with partial.open("rb") as file:
@@ -133,6 +134,15 @@ def write_atomically(
     finally:
         with suppress(OSError):  # there is no such file, or not even its folder
             partial.unlink()
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove temporary files of a file whose writers were killed; those at work write to theirs."""
+    digits = "[0-9a-f]" * 8
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{digits}.tmp"):
+        with suppress(OSError):  # another writer was faster
+            if time.time() - left.lstat().st_mtime > _STALE_SECONDS:
+                left.unlink()
 
 
 def _publish(partial: Path, path: Path) -> None:

@@ -110,14 +110,40 @@ def test_full_disk_under_torch(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_in_the_place_of_the_partial_file_is_not_followed(tmp_path: Path) -> None:
-    """The name can be guessed by who else writes to the folder."""
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_link_in_the_place_of_a_partial_file_is_not_followed(
+    tmp_path: Path, replace: bool
+) -> None:
+    """Who else writes to the folder cannot guess the name."""
     (tmp_path / "precious").write_text("old")
-    (tmp_path / ".file.partial").symlink_to(tmp_path / "precious")
-    write_atomically(tmp_path / "file", write_text, argument="path", replace=True)
+    for name in ("partial", "tmp", "00000000.tmp"):
+        (tmp_path / f".file.{name}").symlink_to(tmp_path / "precious")
+    write_atomically(tmp_path / "file", write_text, argument="path", replace=replace)
     assert (tmp_path / "precious").read_text() == "old"
     assert not (tmp_path / "file").is_symlink()
     assert (tmp_path / "file").read_text() == "new" * 1000
+
+
+def test_two_writers_of_a_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def write(partial: Path) -> None:
+        partial.write_text("slow")
+        write_atomically(path, write_text, argument="path", replace=True)  # meanwhile
+
+    write_atomically(path, write, argument="path", replace=True)
+    assert path.read_text() == "slow"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_removed_after_a_while(tmp_path: Path) -> None:
+    stale, fresh, other = ".a[1].0123abcd.tmp", ".a[1].ffffffff.tmp", ".a[1].of-mine.tmp"
+    for name in (stale, fresh, other):
+        (tmp_path / name).touch()
+    for name in (stale, other):
+        os.utime(tmp_path / name, (0, 0))
+    write_atomically(tmp_path / "a[1]", write_text, argument="path", replace=True)
+    assert {each.name for each in tmp_path.iterdir()} == {"a[1]", fresh, other}
 
 
 def test_missing_folder(tmp_path: Path) -> None:
