@@ -86,7 +86,8 @@ def read_population(path: str = "") -> Population:
             was measured on if empty.
 
     Returns:
-        The networks. Those with the same weights count as one.
+        The networks. Those with the same weights count as one. If the file has a threshold, only
+        those count that it rests on.
 
     Raises:
         ValueError: If the file is missing or holds something else.
@@ -122,7 +123,10 @@ def read_population(path: str = "") -> Population:
 
 def _highest(content: Mapping[str, Any]) -> dict[str, float]:
     scores: dict[str, float] = {}
+    calibration = content.get("calibration")  # None until the last network is audited
     for network in content["networks"]:
+        if calibration is not None and network["file"] not in calibration["files"]:
+            continue  # kept from an earlier call, which the user has left out since
         weights, score = str(network["weights"]), float(network["score"])
         scores[weights] = max(score, scores.get(weights, score))
     return scores

@@ -44,14 +44,32 @@ def test_tables_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
     write_report(write(many, tmp_path / "many"), tmp_path / "report", plots=False)
     for mine in ("of-mine.csv", "of-mine.png"):
         (tmp_path / "report" / mine).touch()
+    page = tmp_path / "report" / "report.md"
     for plot in ("defenses-1.png", "figure3-1.png"):  # drawn by a report with plots
         (tmp_path / "report" / plot).touch()
+        page.write_text(f"{page.read_text()}![{plot[:-4]}]({plot})\n")
     earlier = {path.name for path in (tmp_path / "report").iterdir()}
     assert {"errors.csv", "spread.csv", "sizes.csv", "options.csv", "harm.csv"} <= earlier
     assert {"defenses-3.csv", "overview-2.csv"} <= earlier
     files = write_report(write([result()], tmp_path / "one"), tmp_path / "report", plots=False)
     left = {path.name for path in (tmp_path / "report").iterdir()}
     assert left == {path.name for path in files} | {"of-mine.csv", "of-mine.png"}
+
+
+def test_files_that_a_report_has_not_written_stay(tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    write_report(write([result()], tmp_path / "cells"), out, plots=False)
+    mine = {
+        "options.csv": "a,b\n1,2\n",
+        "harm.csv": "",
+        "table1-2020-mine.csv": "x",
+        "spread.csv": "s",
+    }
+    mine |= {"defenses-7.png": "a picture", "overview-8.csv": "my own\n"}
+    for name, text in mine.items():
+        (out / name).write_text(text)
+    write_report(tmp_path / "cells", out, plots=False)
+    assert {name: (out / name).read_text() for name in mine} == mine
 
 
 def test_options_that_are_paths_make_names_of_files(tmp_path: Path) -> None:
