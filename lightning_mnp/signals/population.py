@@ -123,10 +123,11 @@ def read_population(path: str = "") -> Population:
 
 def _highest(content: Mapping[str, Any]) -> dict[str, float]:
     scores: dict[str, float] = {}
-    calibration = content.get("calibration")  # None until the last network is audited
-    for network in content["networks"]:
-        if calibration is not None and network["file"] not in calibration["files"]:
-            continue  # kept from an earlier call, which the user has left out since
+    networks, calibration = content["networks"], content.get("calibration")
+    if calibration is not None:  # others are kept from earlier calls, and were left out since
+        named = {each["weights"] for each in networks if each["file"] in calibration["files"]}
+        networks = [each for each in networks if each["weights"] in named]
+    for network in networks:
         weights, score = str(network["weights"]), float(network["score"])
         scores[weights] = max(score, scores.get(weights, score))
     return scores

@@ -59,12 +59,7 @@ def test_tables_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
 def test_files_that_a_report_has_not_written_stay(tmp_path: Path) -> None:
     out = tmp_path / "report"
     write_report(write([result()], tmp_path / "cells"), out, plots=False)
-    mine = {
-        "options.csv": "a,b\n1,2\n",
-        "harm.csv": "",
-        "table1-2020-mine.csv": "x",
-        "spread.csv": "s",
-    }
+    mine = {"options.csv": "a,b\n1,2\n", "harm.csv": "", "table1-2020-mine.csv": "x"}
     mine |= {"defenses-7.png": "a picture", "overview-8.csv": "my own\n"}
     for name, text in mine.items():
         (out / name).write_text(text)
@@ -92,3 +87,15 @@ def test_no_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`results` to be a folder with results of cells"):
         write_report(tmp_path / "cells", tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def test_every_table_says_that_it_mixes_recipes(tmp_path: Path) -> None:
+    results = [result(epochs=epochs) for epochs in (10, 40)]
+    results += [result(epochs=each, rate=0.01, usual=False) for each in (10, 40)]
+    results += [
+        result("nc", None, task="detector", verdict="clean", epochs=each) for each in (10, 40)
+    ]
+    page = write_report(write(results, tmp_path / "cells"), tmp_path / "report", plots=False)[0]
+    parts = page.read_text().split("\n## ")
+    mixed = [part.partition(":")[0] for part in parts if "Networks of several recipes" in part]
+    assert mixed == ["Defenses side by side", "Table 1", "Table 3", "Table 4", "Spread over seeds"]

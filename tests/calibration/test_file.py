@@ -156,3 +156,11 @@ def test_a_full_disk_does_not_end_the_work(tmp_path: Path, monkeypatch: pytest.M
 
 def _full(descriptor: int) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_network_is_known_under_another_spelling_of_its_name(tmp_path: Path) -> None:
+    file = CalibrationFile(tmp_path / "calibration.json", SETTINGS)
+    file.add(FIRST)
+    assert file.find("./a.ckpt", "12ef") == FIRST
+    file.add(NetworkScore("b.ckpt", "34", 0.25, "clean", 4.5))
+    assert file.find("b.ckpt", "12ef") == FIRST  # the files were renamed
