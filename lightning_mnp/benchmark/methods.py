@@ -143,7 +143,7 @@ class Method:
         """Return the SHA-256 of each file that an option names, by the name of the option.
 
         Example:
-            >>> Method("default", {"pruning.amount": 3}).files()
+            >>> Method("default", {"pruning.amount": 0.05}).files()
             {}
         """
         path = self._own_config(0)[0].verdict.reference if self.name in _OURS else ""

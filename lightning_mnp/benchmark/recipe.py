@@ -20,6 +20,7 @@ import yaml
 from lightning_mnp.benchmark.names import find_class, nearest
 from lightning_mnp.benchmark.training_options import SHAPE, check_fine_tuning, check_option
 from lightning_mnp.checkpoints.printable import printable
+from lightning_mnp.data import CIFAR10DataModule, DigitsDataModule, ImageNetSubsetDataModule
 
 __all__ = ["CLEAN", "NetworkRecipe", "read_yaml"]
 
@@ -38,7 +39,7 @@ _NOT_PART = {
     "data": ("download", "defense_size", "defense_seed", "defense_batch_size"),
 }
 # The classes whose images are the same wherever they lie. For others, the folder is the data set.
-_KNOWN_DATA = ("CIFAR10DataModule", "DigitsDataModule", "ImageNetSubsetDataModule")
+_KNOWN_DATA = (CIFAR10DataModule, DigitsDataModule, ImageNetSubsetDataModule)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # it ships no types
@@ -225,8 +226,7 @@ class NetworkRecipe:
     def root(self) -> str | None:
         """The folder that stands for the images; None if the class of the datamodule does."""
         data = self.content["data"]
-        kind = find_class(data["class_path"])
-        if kind.__module__.startswith("lightning_mnp.data.") and kind.__name__ in _KNOWN_DATA:
+        if find_class(data["class_path"]) in _KNOWN_DATA:
             return None
         root = (data.get("init_args") or {}).get("root") if self.data is None else self.data
         return None if root is None else os.path.abspath(os.path.expanduser(root))

@@ -125,7 +125,8 @@ def _highest(content: Mapping[str, Any]) -> dict[str, float]:
     scores: dict[str, float] = {}
     networks, calibration = content["networks"], content.get("calibration")
     if calibration is not None:  # others are kept from earlier calls, and were left out since
-        named = {each["weights"] for each in networks if each["file"] in calibration["files"]}
+        files = set(calibration["files"])
+        named = {each["weights"] for each in networks if each["file"] in files}
         networks = [each for each in networks if each["weights"] in named]
     for network in networks:
         weights, score = str(network["weights"]), float(network["score"])

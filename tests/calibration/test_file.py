@@ -29,7 +29,7 @@ def test_scores_are_there_again(tmp_path: Path) -> None:
     again = CalibrationFile(path, SETTINGS)
     assert again.networks == [FIRST, second]
     assert again.find("a.ckpt", "12ef") == FIRST
-    assert again.find("c.ckpt", "12ef") is None
+    assert again.find("c.ckpt", "56") is None
     assert [each.name for each in path.parent.iterdir()] == ["calibration.json"]
 
 
