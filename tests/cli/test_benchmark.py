@@ -68,6 +68,17 @@ def test_cells_are_measured_and_kept(
     assert "0 cells measured, 2 kept" in capsys.readouterr().out
 
 
+def test_another_folder_of_images_makes_other_cells(config: Write) -> None:
+    path = config(CONFIG)
+    for folder in ("cats", "dogs"):
+        assert run("--config", str(path), "--data", folder) == 0
+    roots = {
+        each["cell"]["network"]["root"]
+        for each in read_cells(Path("benchmarks/results/cells")).values()
+    }
+    assert roots == {str(Path("cats").absolute()), str(Path("dogs").absolute())}
+
+
 def test_the_exit_code_tells_of_a_failed_cell(
     config: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
