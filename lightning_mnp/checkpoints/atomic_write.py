@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
+import platform
+import re
 import secrets
 import shutil
 import tempfile
@@ -16,7 +19,9 @@ from lightning_mnp.checkpoints.printable import printable
 
 __all__ = ["OutputError", "check_new", "check_writable", "write_atomically"]
 
-_STALE_SECONDS = 3600.0  # nobody writes to a temporary file for so long without a pause
+# Nobody pauses for so long while writing. It is for writers on other machines, and for Windows.
+_STALE_SECONDS = 3600.0
+_TEMPORARY = re.compile(r"(?P<machine>[0-9a-f]{6})-(?P<process>\d+)-[0-9a-f]{8}\.tmp")
 
 
 class OutputError(OSError):
@@ -110,8 +115,9 @@ def write_atomically(
         'whole'
     """
     shown = printable(str(path))
-    # A random name keeps two writers apart.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # Random digits keep two writers apart; the others tell which are left by killed ones.
+    unique = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    partial = path.with_name(f".{path.name}.{unique}.tmp")
     _remove_stale(path)
     try:
         write(partial)
@@ -137,12 +143,33 @@ def write_atomically(
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove temporary files of a file whose writers were killed; those at work write to theirs."""
-    digits = "[0-9a-f]" * 8
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{digits}.tmp"):
+    """Remove temporary files of a file whose writers were killed, and none of those at work."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        made = _TEMPORARY.fullmatch(left.name.removeprefix(f".{path.name}."))
+        if made is None:  # a file of the user
+            continue
+        is_over = made["machine"] == _machine() and not _is_running(int(made["process"]))
         with suppress(OSError):  # another writer was faster
-            if time.time() - left.lstat().st_mtime > _STALE_SECONDS:
+            if is_over or time.time() - left.lstat().st_mtime > _STALE_SECONDS:
                 left.unlink()
+
+
+def _machine() -> str:
+    """Return digits of the machine's name: numbers of processes are its own."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+
+def _is_running(process: int) -> bool:
+    """Return whether a process of this machine may be running."""
+    if os.name == "nt":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's, or no number of a process
+        return True
+    return True
 
 
 def _publish(partial: Path, path: Path) -> None:

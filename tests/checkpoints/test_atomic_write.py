@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from checkpoint_files import no_more_than
 
+from lightning_mnp.checkpoints import atomic_write as module
 from lightning_mnp.checkpoints.atomic_write import (
     OutputError,
     check_new,
@@ -136,14 +139,39 @@ def test_two_writers_of_a_file_do_not_disturb_each_other(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_writer_left_is_removed_after_a_while(tmp_path: Path) -> None:
-    stale, fresh, other = ".a[1].0123abcd.tmp", ".a[1].ffffffff.tmp", ".a[1].of-mine.tmp"
-    for name in (stale, fresh, other):
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    here, ended = module._machine(), subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    digits = "0123abcd.tmp"
+    killed, working = f".a[1].{here}-{ended.pid}-{digits}", f".a[1].{here}-{os.getpid()}-{digits}"
+    elsewhere, stale = f".a[1].ffffff-{ended.pid}-{digits}", f".a[1].eeeeee-1-{digits}"
+    others = (".a[1].of-mine.tmp", f".a1.{here}-{ended.pid}-{digits}")
+    for name in (killed, working, elsewhere, stale, *others):
         (tmp_path / name).touch()
-    for name in (stale, other):
+    for name in (stale, *others):
         os.utime(tmp_path / name, (0, 0))
     write_atomically(tmp_path / "a[1]", write_text, argument="path", replace=True)
-    assert {each.name for each in tmp_path.iterdir()} == {"a[1]", fresh, other}
+    left = {each.name for each in tmp_path.iterdir()}
+    assert left == {"a[1]", working, elsewhere, *others}
+
+
+@pytest.mark.parametrize(
+    ("error", "running"),
+    [(None, True), (ProcessLookupError(), False), (PermissionError(), True)],
+)
+def test_a_process_of_somebody_else_is_running(
+    error: OSError | None, running: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(process: int, signal: int) -> None:
+        assert signal == 0
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert module._is_running(1) is running
+    monkeypatch.setattr(os, "kill", None)  # would fail
+    monkeypatch.setattr(os, "name", "nt")
+    assert module._is_running(1)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
