@@ -17,7 +17,6 @@ import fnmatch
 import importlib
 import json
 import multiprocessing
-import platform
 import re
 import resource
 import sys
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.architectures import MATRIX, Entry
+from lightning_mnp.benchmark.machine import processor_name
 from lightning_mnp.checkpoints.load import load_into
 from lightning_mnp.checkpoints.read import read_state_dict
 from lightning_mnp.checkpoints.write import write_state_dict
@@ -126,13 +126,8 @@ def settled(network: nn.Module, images: Tensor) -> nn.Module:
 
 def machine(package: str) -> str:
     """Name the processor, the number of threads and the versions that matter."""
-    information = Path("/proc/cpuinfo")
-    found = re.search(
-        r"model name\s*:\s*(.+)", information.read_text() if information.exists() else ""
-    )
-    processor = found[1] if found else platform.processor() or platform.machine()
     packages = [f"{name} {version(name)}" for name in ("torch", package)]
-    return f"{processor}, threads: {torch.get_num_threads()}, {', '.join(packages)}"
+    return f"{processor_name()}, threads: {torch.get_num_threads()}, {', '.join(packages)}"
 
 
 def peak_mib() -> float:

@@ -199,7 +199,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="networks trained whole, trained on with an attack, or by an attacker who knows the "
         "defense; without it, all",
     )
-    parser.add_argument("--only", nargs="*", help="names of networks; without it, all")
+    parser.add_argument("--only", nargs="+", help="names of networks; without it, all")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--executor", choices=("processes", "ray"), default="processes")
     parser.add_argument("--address", help="of a Ray cluster; without it, one is started here")
@@ -243,6 +243,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("rescored", "defended", "detected", "retuned"):
         if getattr(options, name) and options.command != "table":
             parser.error(f"--{name}: only `table` takes it, but got {options.command!r}")
+    if options.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, but got {options.jobs}")
+    if options.command == "reference":
+        if options.split is None:
+            parser.error("--split: `reference` takes the networks of one split; name it")
+        for name in ("only", "group"):  # the file in the package would be that of a part
+            if getattr(options, name) is not None:
+                parser.error(f"--{name}: `reference` takes all clean networks; leave it out")
     unknown = sorted(set(options.only or ()) - {recipe.name for recipe in RECIPES})
     if unknown:
         parser.error(f"--only: expected names as `list` has them, but got {unknown}")

@@ -24,7 +24,7 @@ def reference_of(
     """Return the scores of the clean networks among audits, as the package reads them.
 
     Args:
-        recipes: Networks of one split.
+        recipes: Networks of one split, all of them.
         audits: Audits of any networks; those of others, of backdoored networks, by other versions
             of the code, and without a score that means something are left out.
         version: Digest of the code whose scores are wanted.
@@ -33,8 +33,10 @@ def reference_of(
         Primitives.
 
     Raises:
-        ValueError: If nothing is left.
+        ValueError: If nothing is left, or a clean network has no audit by this version, so that the
+            scores would be those of a part.
     """
+    audits = list(audits)
     known = {recipe.name: recipe for recipe in recipes if recipe.is_clean}
     clean = [row for row in audits if row["network"] in known and row["judged"]]
     rows = [row for row in clean if row["version"] == version]
@@ -43,6 +45,13 @@ def reference_of(
         raise ValueError(
             f"Expected audits of clean networks by version {version} of the code, but found "
             f"{found or 'none'}. Audit them with `--renew`."
+        )
+    missing = sorted(known.keys() - {row["network"] for row in audits if row["version"] == version})
+    if missing:
+        raise ValueError(
+            f"Expected an audit of each clean network of the split by version {version} of the "
+            f"code, but found none of {', '.join(missing)}. Train them, and audit them with "
+            "`--renew`."
         )
     seen = [known[name] for name in dict.fromkeys(row["network"] for row in rows)]
     accuracies = [row["CA"] for row in rows]

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,10 +138,12 @@ class Cell:
             "suspects": self.suspects if self.suspect_kind else None,
         }
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Twelve hexadecimal digits that stand for :meth:`described`."""
+        """Twelve hexadecimal digits: of :meth:`described`, and of files that options name."""
         content = {**self.described(), "network": self.network.digest}
+        if files := self.method.files():
+            content["files"] = files
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -158,6 +161,7 @@ def cells_of(
     device: str = "cpu",
     test_images: int | None = None,
     suspects: int = 2000,
+    data: Path | None = None,
 ) -> list[Cell]:
     """Return the cells of grids, each once, network by network.
 
@@ -168,6 +172,8 @@ def cells_of(
         device: ``"cpu"`` or ``"cuda"``.
         test_images: Most test images; None for all.
         suspects: Number of images for detectors that look for poisoned ones.
+        data: Folder of the images, as in :class:`~lightning_mnp.benchmark.run.Places`; as
+            configured if None.
 
     Raises:
         ValueError: If an attack, a method or an option is unknown.
@@ -190,6 +196,7 @@ def cells_of(
                 *(base, attack, seed, architecture, width, rate, mode, device),
                 dict(options or {}),
                 grid.fine_tuning,
+                data,
             )
             rest = itertools.product(grid.defense_sizes, grid.defense_seeds, chosen)
             for size, defense_seed, (task, method) in rest:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ class Job:
         kind: Jobs of the same kind take about the same time. The part before a slash is a wider
             kind, for the first job of its kind. "" for none.
         needs: Names of jobs that have to be done before, if they are among the jobs.
+        failed: Tells whether a result is that of a failure, if a failure need not be an error. How
+            long a failure took says nothing about other jobs.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Job:
     arguments: tuple[Any, ...]
     kind: str = ""
     needs: tuple[str, ...] = ()
+    failed: Callable[[Any], bool] = lambda result: False
 
 
 class _Clock:
@@ -65,7 +69,8 @@ def run_jobs(
     """Do jobs in their order; yield each with its result, or with the error that ended it.
 
     A job that needs another one waits for it. If that one fails, its error is that of the job,
-    too, without being begun.
+    too, without being begun. If a process is killed, all jobs that have begun are lost: each of
+    them is done again, with nothing beside it.
 
     Args:
         jobs: The work.
@@ -83,14 +88,15 @@ def run_jobs(
     begun: dict[Future[Any], tuple[Job, float]] = {}
     waiting, unfinished = list(jobs), {job.name for job in jobs}
     errors: dict[str, BaseException] = {}
+    lost: set[str] = set()  # begun when a process was killed; one of them may be what killed it
     while waiting or begun:
-        while len(begun) < executor.slots:
+        while len(begun) < executor.slots and not lost & {job.name for job, _ in begun.values()}:
             now = time.monotonic()
             left = math.inf if budget is None else budget - (now - started)
             # What is thought to take too long may turn out to be quicker, so it is asked each time.
             fitting = (each for each in waiting if clock.expected(each) <= left)
             job = next((each for each in fitting if not unfinished & set(each.needs)), None)
-            if job is None:
+            if job is None or (job.name in lost and begun):
                 break
             waiting.remove(job)
             broken = next((errors[name] for name in job.needs if name in errors), None)
@@ -105,8 +111,28 @@ def run_jobs(
         for future in wait(begun, return_when=FIRST_COMPLETED).done:
             job, then = begun.pop(future)
             error = future.exception()
+            if isinstance(error, BrokenProcessPool):
+                if job.name not in lost:
+                    lost.add(job.name)
+                    waiting.insert(0, job)
+                    continue
+                error = _killed(job, error)
             unfinished.discard(job.name)
-            clock.note(job, time.monotonic() - then)
             if error is not None:
                 errors[job.name] = error
-            yield job, future.result() if error is None else error
+                yield job, error
+                continue
+            result = future.result()
+            if not job.failed(result):
+                clock.note(job, time.monotonic() - then)
+            yield job, result
+
+
+def _killed(job: Job, error: BrokenProcessPool) -> BrokenProcessPool:
+    told = BrokenProcessPool(
+        f"The process of {job.name} was killed twice, the second time with nothing beside it. The "
+        "usual reason is a want of memory: free some, or lower `--jobs`, since processes that wait "
+        "hold memory, too."
+    )
+    told.__cause__ = error
+    return told

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Meter", "describe_machine"]
+__all__ = ["Meter", "describe_machine", "processor_name"]
 
 _PROCESS = Path("/proc/self")
 _PACKAGES = ("lightning-mnp", "torch", "torchvision", "lightning")
@@ -31,7 +31,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     """
     return {
         "device": device,
-        "name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "name": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
         "versions": {
@@ -41,7 +41,13 @@ def describe_machine(device: str) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Return the name of the processor, as the system tells it.
+
+    Example:
+        >>> processor_name() == processor_name().strip()
+        True
+    """
     information = Path("/proc/cpuinfo")
     text = information.read_text() if information.exists() else ""
     found = re.search(r"model name\s*:\s*(.+)", text)

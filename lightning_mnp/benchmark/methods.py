@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -16,6 +19,7 @@ from lightning_mnp.benchmark.names import nearest
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.report import DefenseReport
+from lightning_mnp.signals.population import read_population
 
 __all__ = ["Method", "Outcome", "Task", "method_names"]
 
@@ -135,6 +139,19 @@ class Method:
             return None
         return "inputs" if wants == "both" else "training"
 
+    def files(self) -> dict[str, str]:
+        """Return the SHA-256 of each file that an option names, by the name of the option.
+
+        Example:
+            >>> Method("default", {"pruning.amount": 0.05}).files()
+            {}
+        """
+        path = self._own_config(0)[0].verdict.reference if self.name in _OURS else ""
+        if not path:
+            return {}
+        content = Path(os.path.expanduser(path)).read_bytes()
+        return {"verdict.reference": hashlib.sha256(content).hexdigest()}
+
     def modules(self, task: Task) -> list[str]:
         """Return the names of the modules that carry out the method.
 
@@ -156,7 +173,8 @@ class Method:
             task: What the method is used as.
 
         Raises:
-            ValueError: If the name or an option is unknown, or a value is out of range.
+            ValueError: If the name or an option is unknown, a value is out of range, or a file that
+                an option names cannot serve.
 
         Example:
             >>> Method("anp", {"amounts": 3}).check("defense")
@@ -171,7 +189,9 @@ class Method:
                 f"{nearest(self.name, known)}"
             )
         if self.name in _OURS:
-            self._own_config(0)
+            config, _ = self._own_config(0)
+            if config.verdict.reference:
+                read_population(config.verdict.reference)
             return
         known_options = _DEFENSES if task == "defense" else _DETECTORS
         if self.name in known_options:

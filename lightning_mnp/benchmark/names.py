@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
 __all__ = ["file_words", "find_class", "nearest"]
+
+_LONGEST = 150  # a file's name may have 255 bytes, with the parts around the words
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -29,6 +32,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def file_words(text: str) -> str:
     """Return a text as a part of a file's name: lower case, with dashes for what is no word.
 
+    A long text is cut, and a digest of the whole stands in place of the rest.
+
     Args:
         text: Such as the label of a method.
 
@@ -36,7 +41,11 @@ def file_words(text: str) -> str:
         >>> file_words("default (verdict.reference=/tmp/c.json)")
         'default-verdict.reference-tmp-c.json'
     """
-    return re.sub(r"[^a-z0-9.+-]+", "-", text.lower()).strip("-")
+    words = re.sub(r"[^a-z0-9.+-]+", "-", text.lower()).strip("-")
+    if len(words) <= _LONGEST:
+        return words
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{words[: _LONGEST - 9]}-{digest}"
 
 
 def find_class(path: str) -> type[Any]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from lightning_mnp.benchmark.code_version import code_version
 from lightning_mnp.benchmark.images import CellImages
+from lightning_mnp.benchmark.lock import exclusive
 from lightning_mnp.benchmark.machine import describe_machine
 from lightning_mnp.benchmark.names import find_class
 from lightning_mnp.benchmark.recipe import NetworkRecipe
@@ -36,6 +37,7 @@ Fit = Callable[[list[str]], int]
 
 _INTERRUPTED, _TERMINATED = 130, 143
 _LAST_LINES = 6
+_FIGURES, _WEIGHTS = "network.json", Path("checkpoints", "last.ckpt")
 
 
 def training_version(recipe: NetworkRecipe) -> str:
@@ -83,16 +85,15 @@ class NetworkFolder:
     def path(self) -> Path:
         """The folder."""
         current = self.root / f"{self.recipe.name}-{training_version(self.recipe)}"
-        if self.any_code and not (current / "network.json").exists():
-            trained = list(self.root.glob(f"{self.recipe.name}-*/network.json"))
-            if trained:
-                return max(trained, key=lambda figures: figures.stat().st_mtime).parent
+        if self.any_code and not _is_trained(current):
+            trained = filter(_is_trained, self.root.glob(f"{self.recipe.name}-*"))
+            return max(trained, key=lambda path: (path / _FIGURES).stat().st_mtime, default=current)
         return current
 
     @property
     def checkpoint(self) -> Path:
         """The weights, and all that a training needs to go on."""
-        return self.path / "checkpoints" / "last.ckpt"
+        return self.path / _WEIGHTS
 
     @property
     def trigger(self) -> Path | None:
@@ -110,9 +111,9 @@ class NetworkFolder:
         return None if recipe is None else NetworkFolder(self.root, recipe, self.any_code)
 
     def figures(self) -> dict[str, Any] | None:
-        """Return what was measured; None if the network is not trained yet."""
-        path = self.path / "network.json"
-        return read_json(path) if path.exists() else None
+        """Return what was measured; None if the network is not trained yet, or not there."""
+        path = self.path
+        return read_json(path / _FIGURES) if _is_trained(path) else None
 
     def images(self, data: Path | None) -> CellImages:
         """Return the images that belong to the network.
@@ -128,7 +129,8 @@ class NetworkFolder:
     def train(self, fit: Fit, data: Path | None, test_images: int | None) -> dict[str, Any]:
         """Train the network and measure it, or return what was measured before.
 
-        A training that was stopped goes on from its last checkpoint.
+        A training that was stopped goes on from its last checkpoint. If another run trains the
+        network, its end is waited for.
 
         Args:
             fit: Trains.
@@ -141,11 +143,16 @@ class NetworkFolder:
         Raises:
             RuntimeError: If the training fails.
         """
-        known = self.figures()
-        if known is not None:
-            return known
-        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path
+        path.mkdir(parents=True, exist_ok=True)
+        with exclusive(path / "lock", f"the training of {self.recipe.name}"):
+            return self.figures() or self._trained(fit, data, test_images)
+
+    def _trained(self, fit: Fit, data: Path | None, test_images: int | None) -> dict[str, Any]:
         going_on = self.checkpoint.exists()
+        if not going_on:  # what is left of weights that are gone
+            for left in filter(None, (self.path / _FIGURES, self.trigger)):
+                left.unlink(missing_ok=True)
         started = time.perf_counter()
         self._fit(fit, data, going_on)
         seconds = time.perf_counter() - started
@@ -160,7 +167,7 @@ class NetworkFolder:
             "code": training_version(self.recipe),
             "machine": describe_machine(self.recipe.device),
         }
-        write_json(self.path / "network.json", content)
+        write_json(self.path / _FIGURES, content)
         return content
 
     def check(self, fit: Fit, data: Path | None) -> None:
@@ -208,15 +215,40 @@ class NetworkFolder:
             raise SystemExit(code)
         if code:
             said = _last_lines(log.read_text("utf-8"))
-            raise RuntimeError(f"Training {self.recipe.name} failed: {said} The log is {log}.")
+            anew = f" Remove {self.path} to train it anew." if going_on else ""
+            raise RuntimeError(
+                f"Training {self.recipe.name} failed: {said} The log is {log}.{anew}"
+            )
 
     def load(self) -> nn.Module:
-        """Return the trained network, in evaluation mode, on the recipe's device."""
+        """Return the trained network, in evaluation mode, on the recipe's device.
+
+        Raises:
+            ValueError: If the checkpoint cannot be read, or holds other weights than were measured.
+        """
         network = build_network(**{"architecture": "cifar_resnet18", **self.recipe.network})
-        load_into(network, read_state_dict(self.checkpoint))
+        remedy = f"Remove {self.path} to train the network anew."
+        try:
+            load_into(network, read_state_dict(self.checkpoint))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"Expected {self.checkpoint} to hold the weights of {self.recipe.name}, but: "
+                f"{error} {remedy}"
+            ) from error
+        known, found = self.figures() or {}, weights_digest(network)
+        if found != known.get("weights_sha256", found):
+            raise ValueError(
+                f"Expected {self.checkpoint} to hold the weights that {_FIGURES} beside it was "
+                f"measured on ({known['weights_sha256'][:12]}), but got others ({found[:12]}). "
+                f"{remedy}"
+            )
         if isinstance(network, CifarResNet):
             network = network.to(memory_format=fastest_format(network))
         return network.eval().to(self.recipe.device)
+
+
+def _is_trained(folder: Path) -> bool:
+    return all((folder / name).exists() for name in (_FIGURES, _WEIGHTS))
 
 
 def _run_quietly(fit: Fit, arguments: list[str], log: IO[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning_mnp.benchmark.pairs import Pair, mean_pair, pairs_of, shown
 from lightning_mnp.benchmark.results import Result
@@ -15,6 +16,7 @@ __all__ = [
     "not_learned",
     "not_shown",
     "other_code",
+    "other_recipes",
     "trained_again",
 ]
 
@@ -89,6 +91,34 @@ def trained_again(results: Sequence[Result]) -> list[str]:
         f"Trained more than once by the same recipe, so that rows are of different networks: "
         f"{', '.join(sorted(told))}. *No defense* is their mean; CA drops are against the network "
         "that the defense had."
+    ]
+
+
+def other_recipes(results: Sequence[Result]) -> list[str]:
+    """Return a sentence that says which networks of one name are of several recipes, if any are.
+
+    Seed, rate and mode are in what a table shows, and options in its setting. Epochs and options of
+    attacks in the configurations are not.
+
+    Args:
+        results: The results of one setting.
+    """
+    recipes: dict[tuple[Any, ...], set[str]] = {}
+    for each in results:
+        network = each.network
+        place = each.attack, *(network[name] for name in ("attack", "seed", "rate", "mode"))
+        recipes.setdefault(place, set()).add(str(network["digest"]))
+    told = [
+        f"{place[0]}, seed {place[2]} ({len(digests)})"
+        for place, digests in recipes.items()
+        if len(digests) > 1
+    ]
+    if not told:
+        return []
+    return [
+        "Networks of several recipes, which differ in epochs or in options of the attack and not "
+        f"by chance: {'; '.join(sorted(told))}. Means here mix them: make a report of the cells of "
+        "each recipe alone."
     ]
 
 

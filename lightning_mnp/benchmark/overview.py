@@ -12,6 +12,7 @@ from lightning_mnp.benchmark.notes import (
     not_shown,
     of_seed,
     other_code,
+    other_recipes,
     trained_again,
 )
 from lightning_mnp.benchmark.pairs import cell_of, mean_drop, mean_pair, pairs_of
@@ -70,6 +71,7 @@ def _table(number: int, here: Sequence[Result], marks: Marks, of: str) -> Table:
         "all attacks come last.",
         f"Measured on {marks.mark(here)}.",
         *fine_tuned(here),
+        *other_recipes(here),
         *trained_again(here),
         *other_code(shown),
         *not_shown(trials),

@@ -7,6 +7,8 @@ import copy
 import hashlib
 import inspect
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +20,7 @@ import yaml
 from lightning_mnp.benchmark.names import find_class, nearest
 from lightning_mnp.benchmark.training_options import SHAPE, check_fine_tuning, check_option
 from lightning_mnp.checkpoints.printable import printable
+from lightning_mnp.data import CIFAR10DataModule, DigitsDataModule, ImageNetSubsetDataModule
 
 __all__ = ["CLEAN", "NetworkRecipe", "read_yaml"]
 
@@ -33,8 +36,21 @@ _SAVE_LAST = {
 # What says where things are and how loud the training is, not what comes out of it.
 _NOT_PART = {
     "trainer": ("default_root_dir", "logger", "enable_progress_bar", "enable_model_summary"),
-    "data": ("root", "download", "defense_size", "defense_seed", "defense_batch_size"),
+    "data": ("download", "defense_size", "defense_seed", "defense_batch_size"),
 }
+# The classes whose images are the same wherever they lie. For others, the folder is the data set.
+_KNOWN_DATA = (CIFAR10DataModule, DigitsDataModule, ImageNetSubsetDataModule)
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # it ships no types
+    """Reads numbers as `fit` does: `5e-2` is one, which YAML 1.1 takes for a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 def read_yaml(path: Path) -> Any:
@@ -55,7 +71,7 @@ def read_yaml(path: Path) -> Any:
         {'trainer': {'max_epochs': 1}}
     """
     try:
-        return yaml.safe_load(path.read_text("utf-8"))
+        return yaml.load(path.read_text("utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" in line {mark.line + 1}"
@@ -85,6 +101,8 @@ class NetworkRecipe:
         fine_tuning: If it is not empty, a network with an attack starts from the clean network, and
             these options of `fit` replace those of `options`, by dotted name. Here, too, the
             attack's configuration has the last word.
+        data: Folder of the images; as configured if None. It stands for the images unless these
+            are known by the class of the datamodule, as those of CIFAR-10 are.
 
     Raises:
         ValueError: From its properties, if an attack is unknown or does not take an option.
@@ -100,6 +118,7 @@ class NetworkRecipe:
     device: str = "cpu"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     fine_tuning: dict[str, Any] = field(default_factory=dict, hash=False)
+    data: Path | None = None
 
     @cached_property
     def content(self) -> dict[str, Any]:
@@ -113,7 +132,8 @@ class NetworkRecipe:
             if getattr(self, name) is not None:
                 _set(content, f"model.{name}", getattr(self, name))
         self._change_attack(content)
-        _save_last(content)
+        _check_network(content, self.base)
+        _save_last(content, self.base)
         return content
 
     @property
@@ -123,6 +143,7 @@ class NetworkRecipe:
     def _with_options(self) -> dict[str, Any]:
         """Return the base with the options of the benchmark in place of its own."""
         content = _read(self.base)
+        _check_base(content, self.base)
         for part, names in (("options", self.options), ("fine_tuning", self.fine_tuning)):
             for name in names:
                 check_option(content, name, part)
@@ -137,7 +158,14 @@ class NetworkRecipe:
 
     def _with_overlays(self, content: dict[str, Any]) -> dict[str, Any]:
         """Return a configuration under those of the attack, of which the first has to name one."""
-        for place, part in enumerate([] if self.attack == CLEAN else self.attack.split("+")):
+        parts = [] if self.attack == CLEAN else self.attack.split("+")
+        if CLEAN in parts:
+            raise ValueError(
+                f"Expected attacks that are joined by `+` to be files beside the base, but got "
+                f"{CLEAN!r} in {self.attack!r}, which has none. Leave {CLEAN!r} out, or name it "
+                "alone."
+            )
+        for place, part in enumerate(parts):
             overlay = _read(_overlay(self.base, part))
             if place == 0 and _attack_of(overlay) is None:
                 raise ValueError(_unknown(self.base, part))
@@ -194,14 +222,25 @@ class NetworkRecipe:
     def _starts_from_clean(self) -> bool:
         return "checkpoint" in (self.content["model"].get("init_args") or {})
 
+    @property
+    def root(self) -> str | None:
+        """The folder that stands for the images; None if the class of the datamodule does."""
+        data = self.content["data"]
+        if find_class(data["class_path"]) in _KNOWN_DATA:
+            return None
+        root = (data.get("init_args") or {}).get("root") if self.data is None else self.data
+        return None if root is None else os.path.abspath(os.path.expanduser(root))
+
     @cached_property
     def digest(self) -> str:
         """Twelve hexadecimal digits that stand for all that decides on the weights."""
         content = copy.deepcopy(self.content)
         for part, names in _NOT_PART.items():
-            arguments = content[part].get("init_args", content[part])
             for name in names:
-                arguments.pop(name, None)
+                _arguments(content[part]).pop(name, None)
+        _arguments(content["data"]).pop("root", None)
+        if self.root is not None:
+            _set(content, "data.root", self.root)
         if (clean := self.clean) is not None:
             content["clean"] = clean.digest
             for name in ("data.attack.reference.checkpoint", "model.checkpoint"):
@@ -268,26 +307,90 @@ class NetworkRecipe:
             "options": self.options,
             "fine_tuning": self.fine_tuning if self._is_fine_tuned else {},
             "device": self.device,
+            **({} if self.root is None else {"root": self.root}),
         }
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Read a configuration, with `class_path:` put before classes that are named alone."""
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(
             f"Expected {printable(str(path))} to hold options of `fit`, a line for each as in "
             f"`trainer:`, but got {printable(repr(content), 100)}. Correct the file."
         )
+    for part in ("trainer", "model", "data"):
+        if part not in content:
+            continue
+        if part != "trainer":
+            content[part] = _with_class_path(content[part])
+        _require_options(content[part], part, path)
+        arguments = content[part].get("init_args")
+        if arguments is not None:  # `init_args:` with nothing behind it
+            _require_options(arguments, f"{part}.init_args", path)
+            if "attack" in arguments:
+                arguments["attack"] = _with_class_path(arguments["attack"])
     return content
 
 
-def _save_last(content: dict[str, Any]) -> None:
-    """Let the training keep its last checkpoint, unless it has a rule of its own."""
+def _require_options(given: Any, name: str, path: Path) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"Expected `{name}` in {printable(str(path))} to hold options, a line for each, but "
+            f"got {printable(repr(given), 100)}. Correct the file."
+        )
+
+
+def _with_class_path(given: Any) -> Any:
+    """Return a class that is named alone as a mapping, in which options can be set."""
+    return {"class_path": given} if isinstance(given, str) else given
+
+
+def _check_base(content: dict[str, Any], base: Path) -> None:
+    """Check that a base names what is trained, and on what; a trainer may be left out."""
+    content.setdefault("trainer", {})
+    for part in ("model", "data"):
+        class_path = content.get(part, {}).get("class_path")
+        if not isinstance(class_path, str):
+            raise ValueError(
+                f"Expected the base {printable(str(base))} to name a class as `{part}.class_path`, "
+                f"but got {printable(repr(class_path), 100)}. Name one there."
+            )
+
+
+def _check_network(content: Mapping[str, Any], base: Path) -> None:
+    """Check that the trained network can be built again, which is done by its name."""
+    network = (content["model"].get("init_args") or {}).get("network")
+    if network is not None:
+        raise ValueError(
+            f"Expected the model of the base {printable(str(base))} to name its network by "
+            f"`architecture`, but got `network`: {printable(repr(network), 100)}. A benchmark "
+            "builds networks by name: set `architecture` in its place."
+        )
+
+
+def _save_last(content: dict[str, Any], base: Path) -> None:
+    """Let the training keep its last checkpoint, and check a rule of its own for that."""
     callbacks = content["trainer"].get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]  # one alone
-    if not any("ModelCheckpoint" in _class_path(each) for each in callbacks):
+    rules = [each for each in callbacks if "ModelCheckpoint" in _class_path(each)]
+    if not rules:
         callbacks.append(copy.deepcopy(_SAVE_LAST))
+    elif not any(_keeps_last(rule) for rule in rules):
+        raise ValueError(
+            f"Expected a ModelCheckpoint of {printable(str(base))} or of the attack to write "
+            "`checkpoints/last.ckpt`, from where a benchmark takes the network, but got "
+            f"{printable(repr(rules), 200)}. Leave it out, since a benchmark adds one by itself, "
+            "or give it `filename: last` and no `dirpath`."
+        )
     content["trainer"]["callbacks"] = callbacks
+
+
+def _keeps_last(rule: Any) -> bool:
+    """Return whether a ModelCheckpoint writes `last.ckpt` to the folder that it has by default."""
+    arguments = (rule.get("init_args") if isinstance(rule, dict) else None) or {}
+    is_last = arguments.get("filename") == "last" or arguments.get("save_last") is True
+    return is_last and arguments.get("dirpath") is None
 
 
 def _overlay(base: Path, name: str) -> Path:
@@ -335,7 +438,9 @@ def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(below)
     for name, value in above.items():
         old = merged.get(name)
-        merged[name] = _merged(old, value) if isinstance(old, dict) and value else value
+        if isinstance(old, dict) and isinstance(value, Mapping) and value:
+            value = _merged(old, value)
+        merged[name] = value
     return copy.deepcopy(merged)
 
 

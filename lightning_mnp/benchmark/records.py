@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mnp.checkpoints.atomic_write import write_atomically
+from lightning_mnp.checkpoints.printable import printable
 
 __all__ = ["SCHEMA", "cell_file", "read_cells", "read_json", "write_json"]
 
@@ -53,10 +54,15 @@ def read_json(path: Path) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If it is damaged or cannot be read.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
+    except OSError as error:  # a folder of this name, say
+        raise ValueError(
+            f"Expected {path} to be a file of JSON, but: {error.strerror}. Move it out of the "
+            "folder."
+        ) from error
     except ValueError as error:
         raise ValueError(f"Expected {path} to be JSON, but: {error}. Remove the file.") from error
     if not isinstance(content, dict):
@@ -94,8 +100,25 @@ def read_cells(folder: Path) -> dict[str, dict[str, Any]]:
                 f"Expected {path} to be a cell of schema {SCHEMA}, but got "
                 f"{content.get('schema')!r}. Move it out of the folder."
             )
+        _check_cell(path, content)
         cells[path.stem] = content
     return cells
+
+
+def _check_cell(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise if a file lacks what a run asks of every cell."""
+    cell = content.get("cell")
+    wanted = {
+        "status": content.get("status") in ("done", "failed"),
+        "cell": isinstance(cell, Mapping) and isinstance(cell.get("network"), Mapping),
+        "code": isinstance(content.get("code"), str),
+    }
+    for name, is_sound in wanted.items():
+        if not is_sound:
+            raise ValueError(
+                f"Expected `{name}` in {path} to be that of a cell, but got "
+                f"{printable(repr(content.get(name)), 100)}. Remove the file."
+            )
 
 
 def _strict(value: Any) -> Any:

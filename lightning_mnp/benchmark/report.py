@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -11,14 +12,14 @@ from lightning_mnp.benchmark import side_tables, sweeps, tables
 from lightning_mnp.benchmark.overview import overview
 from lightning_mnp.benchmark.plots import draw_plots
 from lightning_mnp.benchmark.results import Marks, Result, paper_figures, read_results
-from lightning_mnp.benchmark.table import Table
+from lightning_mnp.benchmark.table import Table, markdown_line
 from lightning_mnp.checkpoints.atomic_write import write_atomically
 
 __all__ = ["write_report"]
 
 # Whatever a report may have written, with other results.
 _OURS = re.compile(
-    r"((overview|table\d|defenses)-\d.*|harm|cost|spread|sizes|options|errors|cells)\.csv"
+    r"((overview|table[124]|defenses)-\d+|table3-\d+-.*|harm|cost|spread|sizes|options|errors)\.csv"
     r"|(defenses|figure\d)-\d+\.png"
 )
 
@@ -44,6 +45,7 @@ def write_report(results: Path, out: Path, plots: bool = True) -> list[Path]:
     if plots and find_spec("matplotlib") is not None:
         drawn = draw_plots(found, out)
     page = out / "report.md"
+    earlier = page.read_text("utf-8") if page.is_file() else ""
     _write(page, _page(found, made, marks, drawn))
     files = [page]
     for table in [*made, side_tables.every_cell(found)]:
@@ -51,9 +53,18 @@ def write_report(results: Path, out: Path, plots: bool = True) -> list[Path]:
         _write(files[-1], table.csv())
     files += drawn
     for old in set(out.iterdir()) - set(files):
-        if _OURS.fullmatch(old.name):
+        if _OURS.fullmatch(old.name) and _is_of(earlier, old):
             old.unlink()
     return files
+
+
+def _is_of(page: str, file: Path) -> bool:
+    """Return whether the page of a report shows a file; one of the same name may be the user's."""
+    if file.suffix == ".png":
+        return f"]({file.name})" in page
+    with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+        header = next(csv.reader(lines), None)
+    return header is not None and markdown_line(header) in page.splitlines()
 
 
 def _write(path: Path, text: str) -> None:

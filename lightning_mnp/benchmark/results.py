@@ -45,6 +45,7 @@ class Setting:
         size: Number of clean images.
         device: ``"cpu"`` or ``"cuda"``.
         test_images: Most test images; 0 for all.
+        root: Folder of the images; "" if the class of the datamodule stands for them.
     """
 
     data: str
@@ -55,6 +56,7 @@ class Setting:
     size: int
     device: str
     test_images: int
+    root: str = ""
 
     def __str__(self) -> str:
         options = ", ".join(
@@ -62,8 +64,9 @@ class Setting:
         )
         changed = f" with {options}" if options else ""
         thinned = f", at most {self.test_images} test images" if self.test_images else ""
+        data = self.data.removesuffix("DataModule") + (f" of {self.root}" if self.root else "")
         return (
-            f"{self.data.removesuffix('DataModule')}, {self.architecture} of width {self.width}, "
+            f"{data}, {self.architecture} of width {self.width}, "
             f"trained by `{self.base}`{changed}, {self.size} clean images, {self.device}{thinned}"
         )
 
@@ -141,6 +144,7 @@ class Result:
             cell["defense_size"],
             network["device"],
             cell["test_images"] or 0,
+            network.get("root", ""),
         )
 
     def percent(self, when: str) -> tuple[float, float | None]:

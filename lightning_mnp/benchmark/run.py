@@ -210,7 +210,7 @@ def run_benchmark(
             if isinstance(result, BaseException):  # of the training, or of the process
                 result = {**_head(cell), **_failure(result)}
             result["at_a_time"] = executor.slots  # cells beside each other slow each other down
-            failed = result["status"] == "failed"
+            failed = _has_failed(result)
             before = known.get(cell.name)
             if not (failed and before is not None and before["status"] == "done"):
                 write_json(cell_file(places.results, cell.name), result)
@@ -261,10 +261,15 @@ def _jobs(
         seconds = _usual(
             each["seconds"]
             for each in known
-            if _is_alike(each, cell.network) and each["cell"]["label"] == cell.method.label
+            if _is_alike(each, cell.network)
+            and (each["cell"]["task"], each["cell"]["label"]) == (cell.task, cell.method.label)
         )
-        jobs[cell.name] = Job(cell.name, seconds, run_cell, arguments, kind, needs)
+        jobs[cell.name] = Job(cell.name, seconds, run_cell, arguments, kind, needs, _has_failed)
     return list(jobs.values())
+
+
+def _has_failed(content: dict[str, Any]) -> bool:
+    return bool(content["status"] == "failed")
 
 
 def _is_alike(content: dict[str, Any], recipe: NetworkRecipe, *further: str) -> bool:

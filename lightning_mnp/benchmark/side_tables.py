@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 
+from lightning_mnp.benchmark.notes import other_recipes
 from lightning_mnp.benchmark.results import Marks, Result, Setting, settings_of
 from lightning_mnp.benchmark.table import Table, head
 
@@ -98,8 +99,9 @@ def spread(results: Sequence[Result], marks: Marks) -> Table | None:
         results: All results.
         marks: Names what rows were measured on.
     """
-    lines = []
+    lines, notes = [], dict[str, None]()
     for setting, label, group in _groups([each for each in results if each.task == "defense"]):
+        notes |= dict.fromkeys(other_recipes(group))
         kinds = sorted({_kind(each) for each in group})
         for kind in kinds:
             part = [each for each in group if _kind(each) == kind]
@@ -121,7 +123,7 @@ def spread(results: Sequence[Result], marks: Marks) -> Table | None:
             )
     heads = ["attack", "defense", "CA", "ASR", "over", "setting", "measured on"]
     title = "Spread over seeds: mean (lowest to highest), in percent"
-    return Table("spread", title, heads, lines) if lines else None
+    return Table("spread", title, heads, lines, [*notes]) if lines else None
 
 
 def _kind(result: Result) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Table", "head"]
+__all__ = ["Table", "head", "markdown_line"]
 
 _HEADS = {
     "none": "Backdoored",
@@ -48,8 +48,8 @@ class Table:
             | --- | --- |
             | 1 | 2 |
         """
-        lines = [f"## {self.title}", "", _line(self.header), _line(["---"] * len(self.header))]
-        lines += map(_line, self.rows)
+        rows = [self.header, ["---"] * len(self.header), *self.rows]
+        lines = [f"## {self.title}", "", *map(markdown_line, rows)]
         if self.notes:
             lines += ["", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines)
@@ -61,7 +61,16 @@ class Table:
         return file.getvalue()
 
 
-def _line(cells: Sequence[str]) -> str:
+def markdown_line(cells: Sequence[str]) -> str:
+    """Return a row of a table as Markdown.
+
+    Args:
+        cells: The texts of its cells.
+
+    Example:
+        >>> markdown_line(["CA", "90.1"])
+        '| CA | 90.1 |'
+    """
     return f"| {' | '.join(each.replace('|', chr(92) + '|') for each in cells)} |"
 
 

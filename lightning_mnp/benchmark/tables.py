@@ -14,6 +14,7 @@ from lightning_mnp.benchmark.notes import (
     not_shown,
     of_seed,
     other_code,
+    other_recipes,
 )
 from lightning_mnp.benchmark.pairs import Pair, cell_of, mean_pair, pairs_of, shown
 from lightning_mnp.benchmark.results import MISSING, Marks, Result, paper_figures, settings_of
@@ -72,7 +73,8 @@ def _mitigation(number: int, here: Sequence[Result], marks: Marks, of: str) -> T
     notes = ["In brackets: how many networks or defense seeds a mean is over."]
     if losing:
         notes += [f"To lose: no better in CA and ASR, and worse by over {POINTS} points in one."]
-    notes += [*losing, *fine_tuned(here), *other_code(here), *not_shown(trials)]
+    notes += [*losing, *fine_tuned(here), *other_recipes(here), *other_code(here)]
+    notes += not_shown(trials)
     what = f"Table {setting.paper_table}" if setting.paper_table else "Defenses"
     name = f"table{setting.paper_table}" if setting.paper_table else "defenses"
     title = f"{what}: CA / ASR in percent, setting {marks.setting(setting)}{of}"
@@ -159,7 +161,7 @@ def _by_rate(name: str, group: Sequence[Result], marks: Marks) -> Table:
         f"Table 3: BadNets by poison rate, {head(label)}, setting {marks.setting(setting)}",
         ["attack", "in percent", "by", *heads, "measured on"],
         lines,
-        [*notes, *fine_tuned(group)],
+        [*notes, *fine_tuned(group), *other_recipes(group)],
     )
 
 
@@ -233,7 +235,7 @@ def _detection(number: int, here: Sequence[Result], marks: Marks) -> Table:
     ]
     for attack in attacks:
         notes += not_learned(attack, [each for each in here if each.attack == attack])
-    notes += [*fine_tuned(here), *other_code(here)]
+    notes += [*fine_tuned(here), *other_recipes(here), *other_code(here)]
     heads = ["detector", "by", *attacks, "average", "clean networks flagged", "measured on"]
     title = f"Table 4: detection, setting {marks.setting(setting)}"
     return Table(f"table4-{number}", title, heads, lines, notes)

@@ -74,7 +74,7 @@ class CalibrationFile:
             self._read()
 
     def find(self, file: str, weights: str) -> NetworkScore | None:
-        """Return the score of a network, or None if it is not known yet.
+        """Return the score of a network, under whatever name, or None if it is not known yet.
 
         Args:
             file: Name of the checkpoint, as the user wrote it.
@@ -83,9 +83,10 @@ class CalibrationFile:
         Raises:
             ValueError: If the score of a file with this name belongs to other weights.
         """
-        for network in self.networks:
-            if network.file == file and network.weights == weights:
+        for network in self.networks:  # `a.ckpt` may be `./a.ckpt` today
+            if network.weights == weights:
                 return network
+        for network in self.networks:
             if network.file == file:
                 raise ValueError(
                     f"Expected {printable(file)} to hold the weights whose score is in "
@@ -114,7 +115,7 @@ class CalibrationFile:
 
         Args:
             calibration: The threshold and what it was computed from.
-            files: Names of the checkpoints, in the order of the scores.
+            files: Names of the checkpoints as in :attr:`networks`, in the order of the scores.
 
         Raises:
             OutputError: If it cannot be written; the file is then as it was.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import os
+import platform
+import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +18,10 @@ from pathlib import Path
 from lightning_mnp.checkpoints.printable import printable
 
 __all__ = ["OutputError", "check_new", "check_writable", "write_atomically"]
+
+# Nobody pauses for so long while writing. It is for writers on other machines, and for Windows.
+_STALE_SECONDS = 3600.0
+_TEMPORARY = re.compile(r"(?P<machine>[0-9a-f]{6})-(?P<process>\d+)-[0-9a-f]{8}\.tmp")
 
 
 class OutputError(OSError):
@@ -106,12 +115,10 @@ def write_atomically(
         'whole'
     """
     shown = printable(str(path))
-    # A random name keeps two writers apart. A file that is replaced has one writer, which finds
-    # the temporary file of an earlier one that was killed.
-    unique = "partial" if replace else f"{secrets.token_hex(4)}.tmp"
-    partial = path.with_name(f".{path.name}.{unique}")
-    with suppress(OSError):  # left by a killed writer, or a link that somebody put there
-        partial.unlink()
+    # Random digits keep two writers apart; the others tell which are left by killed ones.
+    unique = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    partial = path.with_name(f".{path.name}.{unique}.tmp")
+    _remove_stale(path)
     try:
         write(partial)
         with partial.open("rb") as file:
@@ -133,6 +140,36 @@ def write_atomically(
     finally:
         with suppress(OSError):  # there is no such file, or not even its folder
             partial.unlink()
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove temporary files of a file whose writers were killed, and none of those at work."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        made = _TEMPORARY.fullmatch(left.name.removeprefix(f".{path.name}."))
+        if made is None:  # a file of the user
+            continue
+        is_over = made["machine"] == _machine() and not _is_running(int(made["process"]))
+        with suppress(OSError):  # another writer was faster
+            if is_over or time.time() - left.lstat().st_mtime > _STALE_SECONDS:
+                left.unlink()
+
+
+def _machine() -> str:
+    """Return digits of the machine's name: numbers of processes are its own."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+
+def _is_running(process: int) -> bool:
+    """Return whether a process of this machine may be running."""
+    if os.name == "nt":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's, or no number of a process
+        return True
+    return True
 
 
 def _publish(partial: Path, path: Path) -> None:

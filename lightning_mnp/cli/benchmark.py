@@ -23,6 +23,7 @@ from lightning_mnp.benchmark.networks import Fit, NetworkFolder
 from lightning_mnp.benchmark.recipe import read_yaml
 from lightning_mnp.benchmark.report import write_report
 from lightning_mnp.benchmark.run import Places, Summary, run_benchmark
+from lightning_mnp.checkpoints.atomic_write import check_writable
 from lightning_mnp.cli.parser import end_with_error
 from lightning_mnp.cli.paths import expanded
 
@@ -43,7 +44,7 @@ def run(
     out: Path = _RESULTS,
     networks: Path = Path("runs/benchmark"),
     data: Path | None = None,
-    budget: str | None = None,
+    budget: float | str | None = None,
     jobs: int | None = None,
     executor: ExecutorName = "processes",
     address: str | None = None,
@@ -58,7 +59,8 @@ def run(
 
     Args:
         base: The configuration of `fit` that a clean network is trained with. Attacks are files in
-            its folder. A path in a file is taken from the folder of that file.
+            its folder. In a configuration, it is looked for in the folder of that file; all other
+            paths are taken from the folder of the command.
         grids: What is combined with what.
         options: Options of the training that replace those of the base, by dotted name.
         test_images: Most test images, and most triggered ones; null for all.
@@ -67,7 +69,8 @@ def run(
         out: Folder of the results, a small JSON for each cell.
         networks: Folder of the trained networks.
         data: Folder of the images, in place of the `data.root` of the base.
-        budget: Time in all, such as 500s, 8m or 2h; what would take longer is not begun.
+        budget: Time in all, such as 500s, 8m or 2h, or in seconds; what would take longer is not
+            begun.
         jobs: Pieces of work at a time; one by default, and all that a Ray cluster has room for.
         executor: Where work is done: in processes of this machine, or on a Ray cluster.
         address: Address of the Ray cluster; one is started on this machine if null.
@@ -175,11 +178,11 @@ def _require_known(what: str, names: Iterable[Any], known: Collection[str]) -> N
             )
 
 
-def parse_seconds(text: str | None) -> float | None:
+def parse_seconds(given: float | str | None) -> float | None:
     """Return a time in seconds.
 
     Args:
-        text: Such as ``"500s"``, ``"8m"``, ``"2h"`` or ``"500"``; None stays None.
+        given: Such as ``"500s"``, ``"8m"``, ``"2h"``, ``"500"`` or 500; None stays None.
 
     Raises:
         ValueError: If it is none of these.
@@ -188,8 +191,9 @@ def parse_seconds(text: str | None) -> float | None:
         >>> parse_seconds("8m"), parse_seconds("500")
         (480.0, 500.0)
     """
-    if text is None:
+    if given is None:
         return None
+    text = str(given)
     unit = _UNITS.get(text[-1:], 0.0)
     try:
         seconds = float(text[:-1]) * unit if unit else float(text)
@@ -198,7 +202,7 @@ def parse_seconds(text: str | None) -> float | None:
     if not 0 < seconds < float("inf"):
         raise ValueError(
             f"Expected argument `budget` to be a time above 0, such as 500s, 8m or 2h, but got "
-            f"{text!r}."
+            f"{given!r}."
         )
     return seconds
 
@@ -214,7 +218,7 @@ def _run(
     out: Path,
     networks: Path,
     data: Path | None,
-    budget: str | None,
+    budget: float | str | None,
     jobs: int | None,
     executor: ExecutorName,
     address: str | None,
@@ -231,6 +235,8 @@ def _run(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     data = None if data is None else data.absolute()
     places = Places(out, networks.absolute(), data)
+    for argument, folder in (("out", places.results), ("networks", places.networks)):
+        check_writable(folder / "trial.json", argument)
     cells = cells_of(
         grids,
         Path(os.fspath(base)).absolute(),
@@ -238,6 +244,7 @@ def _run(
         device=device,
         test_images=test_images,
         suspects=suspects,
+        data=data,
     )
     _check_networks(cells, places, fit, any_code)
     count = 1 if jobs is None and executor != "ray" else jobs

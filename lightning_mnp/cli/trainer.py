@@ -242,7 +242,7 @@ class MNPTrainer(Trainer):
             )
         calibration = calibrate_threshold([each.score for each in scores], rate)
         try:
-            kept.finish(calibration, files)
+            kept.finish(calibration, [each.file for each in scores])
         finally:  # a threshold is told even if its file cannot be written
             Console().print(score_table(scores, calibration))
             _say(str(calibration))

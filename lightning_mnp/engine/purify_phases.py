@@ -148,8 +148,9 @@ class CheckPhase(OneStepPhase):
     def step(self, updates: Updates) -> dict[str, float]:
         """Fit the repair and measure the accuracy."""
         assert self.case.judgement is not None
-        self.steps += 1
-        return {"accuracy": self.case.purification.check(self.case.judgement.suspect)}
+        found = self.case.purification.check(self.case.judgement.suspect)
+        self.steps += 1  # last, so that an interrupt does not skip the repair
+        return {"accuracy": found}
 
     def report(self, report: DefenseReport) -> None:
         """Write the accuracy."""

@@ -86,7 +86,8 @@ def read_population(path: str = "") -> Population:
             was measured on if empty.
 
     Returns:
-        The networks. Those with the same weights count as one.
+        The networks. Those with the same weights count as one. If the file has a threshold, only
+        those count that it rests on.
 
     Raises:
         ValueError: If the file is missing or holds something else.
@@ -122,7 +123,12 @@ def read_population(path: str = "") -> Population:
 
 def _highest(content: Mapping[str, Any]) -> dict[str, float]:
     scores: dict[str, float] = {}
-    for network in content["networks"]:
+    networks, calibration = content["networks"], content.get("calibration")
+    if calibration is not None:  # others are kept from earlier calls, and were left out since
+        files = set(calibration["files"])
+        named = {each["weights"] for each in networks if each["file"] in files}
+        networks = [each for each in networks if each["weights"] in named]
+    for network in networks:
         weights, score = str(network["weights"]), float(network["score"])
         scores[weights] = max(score, scores.get(weights, score))
     return scores

@@ -10,6 +10,7 @@ from benchmark_site import make_site
 
 from lightning_mnp.benchmark.grid import Cell, Grid, cells_of
 from lightning_mnp.benchmark.methods import Method
+from lightning_mnp.signals.population import SCORES_FORMAT
 
 
 @pytest.fixture
@@ -75,6 +76,35 @@ def test_a_cell_is_described_by_primitives(base: Path) -> None:
 def test_names_of_files_are_plain(base: Path) -> None:
     [cell] = cells_of([Grid(["badnets"], [Method("anp", {"rule": "number", "amount": 30})])], base)
     assert cell.name == f"badnets-anp-amount-30-rule-number-defense-{cell.digest}"
+
+
+def test_a_long_label_makes_a_name_that_a_file_can_have(base: Path) -> None:
+    options = {
+        "verdict.threshold": 1.5,
+        "suppression.runs": 4,
+        "suppression.epochs": 20,
+        "suppression.mu": 0.01,
+        "pruning.amount": 0.0125,
+        "pruning.rule": "share",
+        "pruning.tuning_steps": 100,
+        "pruning.soft_mask_steps": 200,
+        "masks.penalty": 0.001,
+    }
+    many = [Method("default", {**options, "masks.epochs": epochs}) for epochs in (3, 4)]
+    cells = cells_of([Grid(["badnets"], many)], base)
+    assert all(len(cell.name) < 200 for cell in cells)
+    assert len({cell.name for cell in cells}) == 2
+
+
+def test_a_file_that_an_option_names_is_a_part_of_the_digest(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    grid = Grid(["clean"], detectors=[Method("default", {"verdict.reference": str(file)})])
+    digests = []
+    for score in (0.5, 0.5, 0.7):
+        networks = [{"weights": "a", "score": score}]
+        file.write_text(json.dumps({"format": SCORES_FORMAT, "networks": networks}))
+        digests.append(cells_of([grid], base)[0].digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_the_number_of_suspects_counts_only_if_there_are_any(base: Path) -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,3 +115,70 @@ def test_what_needs_a_failed_job_fails_as_it_did(clock: list[float]) -> None:
 def test_what_needs_a_job_that_does_not_fit_is_not_begun(clock: list[float]) -> None:
     jobs = [Job("long", 100.0, len, ("a",)), Job("short", 1.0, len, ("a",), needs=("long",))]
     assert names(jobs, budget=50.0) == []
+
+
+def test_how_long_a_failure_took_is_not_learned(clock: list[float]) -> None:
+    def work(spent: float) -> str:
+        clock[0] += spent
+        if spent == 1.0:
+            raise ValueError("broken")
+        return "failed" if spent == 2.0 else "done"
+
+    jobs = [
+        Job(f"job {spent}", 600.0, work, (spent,), "x/a", failed=lambda each: each == "failed")
+        for spent in (1.0, 2.0, 600.0)
+    ]
+    assert names(jobs, budget=601.0) == ["job 1.0", "job 2.0"]
+    assert names(jobs, budget=700.0) == ["job 1.0", "job 2.0", "job 600.0"]
+
+
+class Pool:
+    """Two processes that do their work when they are waited for; one may be killed."""
+
+    slots = 2
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[Future[Any], Any, tuple[Any, ...]]] = []
+        self.rounds: list[list[str]] = []
+
+    def submit(self, work: Any, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.begun.append((future, work, arguments))
+        return future
+
+    def wait(self, futures: Any, **options: Any) -> Any:
+        begun, self.begun = self.begun, []
+        self.rounds.append([arguments[0] for _, _, arguments in begun])
+        broken = any(work is killing for _, work, _ in begun)
+        for future, work, arguments in begun:
+            if broken:
+                future.set_exception(BrokenProcessPool())
+            else:
+                future.set_result(work(*arguments))
+        return SimpleNamespace(done=[future for future, _, _ in begun])
+
+
+def killing(name: str) -> None:
+    """Stands for work that needs more memory than there is."""
+
+
+def test_a_killed_process_costs_only_the_job_that_needs_too_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = Pool()
+    monkeypatch.setattr(jobs_module, "wait", pool.wait)
+    jobs = [
+        Job("innocent", 0.0, str.upper, ("innocent",)),
+        Job("killing", 0.0, killing, ("killing",)),
+        *(Job(name, 0.0, str.upper, (name,), needs=("innocent",)) for name in ("next", "last")),
+    ]
+    found = {job.name: result for job, result in run_jobs(jobs, pool)}
+    assert pool.rounds[0] == ["innocent", "killing"]
+    assert sorted(pool.rounds[1:3]) == [["innocent"], ["killing"]]  # with nothing beside them
+    assert pool.rounds[3:] == [["next", "last"]]
+    error = found.pop("killing")
+    assert isinstance(error, BrokenProcessPool)
+    assert "killing was killed twice" in str(error)
+    assert "memory" in str(error)
+    assert "`--jobs`" in str(error)
+    assert found == {name: name.upper() for name in ("innocent", "next", "last")}

@@ -24,7 +24,7 @@ def test_a_machine_is_described_by_primitives() -> None:
 
 def test_a_machine_without_a_list_of_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "Path", lambda path: Path("/nowhere"))
-    assert module._processor()
+    assert module.processor_name()
 
 
 def test_passes_of_the_network_and_its_copies_are_counted() -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from lightning_mnp import DefenseReport, DefenseSet, MNPConfig, baselines
 from lightning_mnp.baselines import BaselineResult, CLPConfig, DetectionResult, Suspects, clp
 from lightning_mnp.benchmark import methods as module
 from lightning_mnp.benchmark.methods import Method, method_names
+from lightning_mnp.signals.population import SCORES_FORMAT
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +181,16 @@ def test_own_settings(
     method.detect(network, data, 7, None)
     assert calls[1] == {"config": config}
     assert method.modules("defense") == ["lightning_mnp.api"]
+
+
+def test_a_file_that_an_option_names_is_checked_before_any_work(tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    file.write_text("{}")
+    method = Method("default", {"verdict.reference": str(file)})
+    with pytest.raises(ValueError, match=r"`verdict\.reference` to name a file that"):
+        method.check("detector")
+    scores = {"format": SCORES_FORMAT, "networks": [{"weights": "a", "score": 0.5}]}
+    file.write_text(json.dumps(scores))
+    method.check("detector")
+    assert list(method.files()) == ["verdict.reference"]
+    assert Method("default").files() == Method("clp", {"u": 2.0}).files() == {}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_mnp.benchmark.names import find_class, nearest
+from lightning_mnp.benchmark.names import file_words, find_class, nearest
 
 
 @pytest.mark.parametrize("path", ["lightning_mnp.attacks.Nothing", "no_such.Thing", "Thing"])
@@ -18,3 +18,11 @@ def test_what_is_no_class() -> None:
 
 def test_no_suggestion_if_nothing_is_near() -> None:
     assert nearest("xyz", ["badnets"]) == ""
+
+
+def test_long_words_are_cut_and_stay_different() -> None:
+    whole = "a" * 150
+    assert file_words(whole) == whole
+    long = [file_words(whole + "b"), file_words(whole + "c")]
+    assert [len(each) for each in long] == [150, 150]
+    assert long[0] != long[1]

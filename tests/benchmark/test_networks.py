@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ import yaml
 from benchmark_site import make_site, quick_fit, tiny_network
 
 from lightning_mnp.benchmark import networks as module
+from lightning_mnp.benchmark.lock import exclusive
 from lightning_mnp.benchmark.networks import NetworkFolder, training_version, using_threads
 from lightning_mnp.benchmark.recipe import NetworkRecipe
 from lightning_mnp.cli.command_line import main
@@ -95,6 +98,63 @@ def test_a_training_that_fails(base: Path) -> None:
     assert folder.figures() is None
 
 
+@pytest.mark.usefixtures("small")
+def test_weights_that_are_gone_are_trained_anew(base: Path) -> None:
+    folder = folder_of(base)
+    folder.train(quick_fit, None, None)
+    folder.checkpoint.unlink()
+    assert folder.figures() is None
+    assert not folder.train(quick_fit, None, None)["went_on"]
+    assert folder.figures() is not None
+
+
+@pytest.mark.usefixtures("small")
+def test_weights_that_cannot_be_read_name_their_remedy(base: Path) -> None:
+    folder = folder_of(base)
+    folder.train(quick_fit, None, None)
+    folder.checkpoint.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"to hold the weights of badnets-.*Remove .* train the"):
+        folder.load()
+
+
+def test_a_training_that_cannot_go_on_names_its_remedy(base: Path) -> None:
+    folder = folder_of(base)
+    folder.checkpoint.parent.mkdir(parents=True)
+    folder.checkpoint.write_bytes(b"damaged")
+    with pytest.raises(RuntimeError, match=rf"Remove {folder.path} to train it anew\."):
+        folder.train(lambda arguments: 2, None, None)
+
+
+@pytest.mark.usefixtures("small")
+def test_other_weights_than_were_measured_are_refused(base: Path) -> None:
+    folder = folder_of(base)
+    folder.train(quick_fit, None, None)
+    folder.load()
+    content = torch.load(folder.checkpoint)
+    content["state_dict"]["4.bias"] += 1
+    torch.save(content, folder.checkpoint)
+    with pytest.raises(ValueError, match=r"weights that network\.json beside it was measured on"):
+        folder.load()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_waits_for_another_that_trains_the_network(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(base)
+
+    @contextmanager
+    def held(path: Path, what: str) -> Iterator[None]:
+        assert path.parent == folder.path
+        monkeypatch.setattr(module, "exclusive", exclusive)
+        folder.train(quick_fit, None, None)  # the other run, which had the lock
+        yield
+
+    monkeypatch.setattr(module, "exclusive", held)
+    figures = folder.train(lambda arguments: pytest.fail("trained twice"), None, None)
+    assert figures == folder.figures()
+
+
 def test_a_training_that_is_interrupted(base: Path) -> None:
     level, words = logging.getLogger("lightning.pytorch").level, sys.argv
     with pytest.raises(KeyboardInterrupt):
@@ -114,10 +174,13 @@ def test_of_networks_of_other_code_the_latest_is_taken(base: Path) -> None:
     folder = folder_of(base, any_code=True)
     for version, seconds in (("a", 30), ("b", 50), ("c", 40)):
         figures = folder.root / f"{folder.recipe.name}-{version}" / "network.json"
-        figures.parent.mkdir(parents=True)
+        (figures.parent / "checkpoints").mkdir(parents=True)
+        (figures.parent / "checkpoints" / "last.ckpt").touch()
         figures.touch()
         os.utime(figures, (seconds, seconds))
     assert folder.path.name.endswith("-b")
+    (folder.path / "checkpoints" / "last.ckpt").unlink()
+    assert folder.path.name.endswith("-c")
 
 
 @pytest.mark.usefixtures("small")

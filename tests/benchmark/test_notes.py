@@ -10,6 +10,7 @@ from lightning_mnp.benchmark.notes import (
     not_learned,
     not_shown,
     other_code,
+    other_recipes,
     trained_again,
 )
 
@@ -69,3 +70,12 @@ def test_what_is_not_shown_is_counted() -> None:
         "Not in this table: 1 method with other options was run on one attack only."
     ]
     assert "2 methods with other options were run" in not_shown(["a", "b"])[0]
+
+
+def test_networks_of_several_recipes_under_one_name_are_told() -> None:
+    seeds = [result("anp"), result("clp"), result("anp", seed=1), result("anp", rate=0.2)]
+    assert other_recipes(seeds) == []
+    longer = result("anp", epochs=40)  # and another digest
+    [told] = other_recipes([*seeds, longer])
+    assert "Networks of several recipes" in told
+    assert ": BadNets, seed 0 (2). Means here mix them" in told

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from benchmark_site import ATTACKS, BASE, make_site
 
-from lightning_mnp.benchmark.recipe import NetworkRecipe
+from lightning_mnp.benchmark.recipe import NetworkRecipe, read_yaml
 
 
 @pytest.fixture
@@ -84,10 +84,62 @@ def test_what_decides_on_the_weights_changes_the_digest(
 
 def test_what_does_not_decide_on_the_weights_leaves_the_digest(base: Path, tmp_path: Path) -> None:
     other = make_site(tmp_path / "elsewhere")
-    other.write_text(f"# A comment\n{BASE}    root: elsewhere\n".replace("lr: 0.05", "lr:   0.05"))
+    other.write_text(f"# A comment\n{BASE}".replace("lr: 0.05", "lr:   0.05"))
     assert NetworkRecipe(other).digest == NetworkRecipe(base).digest
     quiet = NetworkRecipe(base, options={"trainer.logger": False})
     assert quiet.digest == NetworkRecipe(base).digest
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    [
+        ("lightning_mnp.data.CIFAR10DataModule", False),
+        ("lightning_mnp.data.ImageNetSubsetDataModule", False),
+        ("lightning_mnp.data.ImageFolderDataModule", True),
+        ("benchmark_site.SiteData", True),  # nobody knows what is in it
+    ],
+)
+def test_the_folder_of_the_images_counts_where_it_is_the_data_set(
+    kind: str, counts: bool, base: Path
+) -> None:
+    def of(root: str, data: str | None = None) -> NetworkRecipe:
+        base.write_text(f"{BASE}    root: {root}\n".replace("benchmark_site.SiteData", kind))
+        recipe = NetworkRecipe(base, data=None if data is None else Path(data))
+        assert recipe.described().get("root") == ((data or root) if counts else None)
+        return recipe
+
+    assert (of("/cats").digest != of("/dogs").digest) is counts
+    assert (of("/cats").digest != of("/cats", "/dogs").digest) is counts
+    assert of("/cats", "/dogs").digest == of("/dogs").digest
+
+
+@pytest.mark.parametrize("rate", ["5e-2", "0.05", ".5e-1", "5.0E-2", "+50e-3"])
+def test_a_rate_is_the_number_that_fit_reads(base: Path, rate: str) -> None:
+    text = ATTACKS["badnets"]
+    for name, value in (("usual", "0.05"), ("own", rate)):
+        path = base.parent / f"{name}.yaml"
+        path.write_text(text.replace("poison_rate: 0.25", f"poison_rate: {value}"))
+    recipe = NetworkRecipe(base, "own")
+    assert recipe.described()["rate"] == 0.05
+    assert recipe.digest == NetworkRecipe(base, "usual").digest
+
+
+def test_words_that_look_like_numbers_stay_words(tmp_path: Path) -> None:
+    path = tmp_path / "words.yaml"
+    path.write_text("[e5, 1e, '5e-2', 0x1e, 3e2x]")
+    assert read_yaml(path) == ["e5", "1e", "5e-2", 30, "3e2x"]
+
+
+def test_classes_may_be_named_alone(base: Path) -> None:
+    alone = "model: lightning_mnp.models.Classifier\ndata: benchmark_site.SiteData\n"
+    base.write_text(alone)
+    (base.parent / "own.yaml").write_text(
+        "data:\n  init_args:\n    attack: lightning_mnp.attacks.BadNets\n"
+    )
+    recipe = NetworkRecipe(base, "own", seed=2)
+    assert recipe.attack_name == "BadNets"
+    assert recipe.content["model"]["class_path"] == "lightning_mnp.models.Classifier"
+    assert recipe.content["data"]["init_args"]["attack"]["init_args"] == {"seed": 2}
 
 
 def test_a_recipe_that_needs_a_clean_network(base: Path) -> None:
@@ -159,6 +211,8 @@ def test_fine_tuning_of_an_attack_that_is_made_with_the_clean_network(base: Path
             r"out of clean, badnets, cl, wanet, but got 'badnet'. Did you mean 'b",
         ),
         ({"attack": "badnets-all-to-all"}, "Expected an attack out of"),
+        ({"attack": "clean+badnets"}, r"got 'clean' in 'clean\+badnets', which has none\. Leave"),
+        ({"attack": "badnets+clean"}, "Expected attacks that are joined by `\\+`"),
         ({"attack": "../site/badnets"}, "Expected an attack out of"),
         (
             {"attack": "cl", "poison_rate": 0.1},
@@ -189,10 +243,10 @@ CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
     [
         ("null", [CHECKPOINT]),
         (f"{{class_path: {EARLY}}}", [EARLY, CHECKPOINT]),
-        (f"{{class_path: {CHECKPOINT}}}", [CHECKPOINT]),
+        (f"{{class_path: {CHECKPOINT}, init_args: {{filename: last}}}}", [CHECKPOINT]),
+        (f"{{class_path: {CHECKPOINT}, init_args: {{save_last: true}}}}", [CHECKPOINT]),
         (f"[{{class_path: {EARLY}}}]", [EARLY, CHECKPOINT]),
         ("[EarlyStopping]", ["EarlyStopping", CHECKPOINT]),
-        ("ModelCheckpoint", ["ModelCheckpoint"]),
     ],
 )
 def test_callbacks_as_lightning_takes_them(base: Path, callbacks: str, expected: list[str]) -> None:
@@ -201,6 +255,53 @@ def test_callbacks_as_lightning_takes_them(base: Path, callbacks: str, expected:
     found = recipe.content["trainer"]["callbacks"]
     assert [each if isinstance(each, str) else each["class_path"] for each in found] == expected
     assert len(recipe.digest) == 12
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "ModelCheckpoint",
+        f"{{class_path: {CHECKPOINT}}}",
+        f"{{class_path: {CHECKPOINT}, init_args: {{filename: last, dirpath: runs}}}}",
+        f"[{{class_path: {CHECKPOINT}, init_args: {{save_last: false}}}}]",
+    ],
+)
+def test_a_checkpoint_that_would_be_looked_for_in_vain(base: Path, rule: str) -> None:
+    base.write_text(BASE.replace("trainer:", f"trainer:\n  callbacks: {rule}"))
+    with pytest.raises(ValueError, match=r"to write `checkpoints/last\.ckpt`, .* Leave it out"):
+        _ = NetworkRecipe(base).content
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "to hold options of `fit`"),
+        ("{}", r"base .*base\.yaml to name a class as `model\.class_path`, but got None"),
+        (BASE.partition("data:")[0], r"to name a class as `data\.class_path`, but got None"),
+        (BASE.replace("class_path: benchmark", "class: benchmark"), r"`data\.class_path`, but got"),
+        (BASE.replace("trainer:", "trainer: 3\nother:"), "`trainer` in .* hold options, .* got 3"),
+        ("model:\n", "`model` in .* to hold options, a line for each, but got None"),
+        ("data: {init_args: 3}", r"`data\.init_args` in .* to hold options, .* but got 3"),
+        (BASE.replace("width: 2", "network: {class_path: a.B}"), "by `architecture`, but got `net"),
+    ],
+)
+def test_mistakes_of_a_base(base: Path, text: str, message: str) -> None:
+    base.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        _ = NetworkRecipe(base).content
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"trainer: 3\n{ATTACKS['badnets']}", r"`trainer` in .*own\.yaml to hold options"),
+        ("data: {init_args: {attack: 3}}", "Expected an attack out of"),
+    ],
+)
+def test_mistakes_of_an_attack(base: Path, text: str, message: str) -> None:
+    (base.parent / "own.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        _ = NetworkRecipe(base, "own").content
 
 
 @pytest.mark.parametrize(

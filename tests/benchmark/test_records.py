@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_mnp.benchmark.records import SCHEMA, cell_file, read_cells, read_json, write_json
+
+CELL = {"schema": SCHEMA, "cell": {"network": {}}, "code": "a-b", "status": "done"}
 
 
 def test_numbers_are_strict_and_short(tmp_path: Path) -> None:
@@ -44,7 +47,7 @@ def test_damaged_files(tmp_path: Path, text: str, message: str) -> None:
 def test_all_cells_of_a_folder(tmp_path: Path) -> None:
     assert read_cells(tmp_path / "missing") == {}
     for name in ("b", "a"):
-        write_json(cell_file(tmp_path, name), {"schema": SCHEMA, "name": name})
+        write_json(cell_file(tmp_path, name), {**CELL, "name": name})
     (tmp_path / "notes.txt").write_text("no cell")
     assert list(read_cells(tmp_path)) == ["a", "b"]
 
@@ -52,4 +55,28 @@ def test_all_cells_of_a_folder(tmp_path: Path) -> None:
 def test_a_file_of_another_schema(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"schema": 99})
     with pytest.raises(ValueError, match=r"a\.json to be a cell of schema 1, but got 99. Move it"):
+        read_cells(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"status": None},
+            r"`status` in .*a\.json to be that of a cell, but got None\. Remove",
+        ),
+        ({"cell": "clean"}, r"`cell` in .* but got 'clean'"),
+        ({"cell": {}}, r"`cell` in .* but got \{\}"),
+        ({"code": 3}, "`code` in .* but got 3"),
+    ],
+)
+def test_a_file_that_is_no_cell(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {**CELL, **changes})
+    with pytest.raises(ValueError, match=message):
+        read_cells(tmp_path)
+
+
+def test_a_folder_with_the_name_of_a_cell(tmp_path: Path) -> None:
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(ValueError, match=r"a\.json to be a file of JSON, but: .*\. Move it out"):
         read_cells(tmp_path)

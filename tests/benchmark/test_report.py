@@ -44,14 +44,27 @@ def test_tables_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
     write_report(write(many, tmp_path / "many"), tmp_path / "report", plots=False)
     for mine in ("of-mine.csv", "of-mine.png"):
         (tmp_path / "report" / mine).touch()
+    page = tmp_path / "report" / "report.md"
     for plot in ("defenses-1.png", "figure3-1.png"):  # drawn by a report with plots
         (tmp_path / "report" / plot).touch()
+        page.write_text(f"{page.read_text()}![{plot[:-4]}]({plot})\n")
     earlier = {path.name for path in (tmp_path / "report").iterdir()}
     assert {"errors.csv", "spread.csv", "sizes.csv", "options.csv", "harm.csv"} <= earlier
     assert {"defenses-3.csv", "overview-2.csv"} <= earlier
     files = write_report(write([result()], tmp_path / "one"), tmp_path / "report", plots=False)
     left = {path.name for path in (tmp_path / "report").iterdir()}
     assert left == {path.name for path in files} | {"of-mine.csv", "of-mine.png"}
+
+
+def test_files_that_a_report_has_not_written_stay(tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    write_report(write([result()], tmp_path / "cells"), out, plots=False)
+    mine = {"options.csv": "a,b\n1,2\n", "harm.csv": "", "table1-2020-mine.csv": "x"}
+    mine |= {"defenses-7.png": "a picture", "overview-8.csv": "my own\n"}
+    for name, text in mine.items():
+        (out / name).write_text(text)
+    write_report(tmp_path / "cells", out, plots=False)
+    assert {name: (out / name).read_text() for name in mine} == mine
 
 
 def test_options_that_are_paths_make_names_of_files(tmp_path: Path) -> None:
@@ -74,3 +87,15 @@ def test_no_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`results` to be a folder with results of cells"):
         write_report(tmp_path / "cells", tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def test_every_table_says_that_it_mixes_recipes(tmp_path: Path) -> None:
+    results = [result(epochs=epochs) for epochs in (10, 40)]
+    results += [result(epochs=each, rate=0.01, usual=False) for each in (10, 40)]
+    results += [
+        result("nc", None, task="detector", verdict="clean", epochs=each) for each in (10, 40)
+    ]
+    page = write_report(write(results, tmp_path / "cells"), tmp_path / "report", plots=False)[0]
+    parts = page.read_text().split("\n## ")
+    mixed = [part.partition(":")[0] for part in parts if "Networks of several recipes" in part]
+    assert mixed == ["Defenses side by side", "Table 1", "Table 3", "Table 4", "Spread over seeds"]

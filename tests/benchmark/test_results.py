@@ -54,6 +54,9 @@ def test_settings() -> None:
     options = {"model.lr": 0.1, "trainer.precision": "32-true"}
     told = 'with model.lr=0.1, trainer.precision="32-true",'
     assert told in str(result(options=options).setting)
+    cats = result(data="ImageFolderDataModule", root="/data/cats").setting
+    assert str(cats).startswith("ImageFolder of /data/cats, cifar_resnet18 of width 16")
+    assert cats != result(data="ImageFolderDataModule", root="/data/dogs").setting
     # Rate, mode, attack and seed are no part of it.
     assert result(attack="clean", seed=3, rate=0.2, mode="all-to-all").setting == setting
 

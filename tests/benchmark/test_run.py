@@ -265,6 +265,7 @@ def test_times_of_earlier_cells_count(base: Path, places: Places) -> None:
         ({"device": "cuda"}, False),
         ({"data": "ImageNetSubsetDataModule"}, False),
         ({"label": "anp"}, False),
+        ({"task": "detector"}, False),
         ({"status": "failed"}, False),
     ],
 )
@@ -277,13 +278,23 @@ def test_only_times_of_the_same_method_on_networks_of_the_same_shape_count(
         content = json.loads(path.read_text())
         content["seconds"] = seconds  # of several, the longest counts
         for name, value in change.items():
-            where = {"label": content["cell"], "status": content}
+            where = {"label": content["cell"], "task": content["cell"], "status": content}
             where.get(name, content["cell"]["network"])[name] = value
         path.write_text(json.dumps(content))
     # Failed cells are tried again.
     done = 3 if "status" in change else 1
     expected = Summary(kept=2, left=1) if alike else Summary(kept=3 - done, done=done)
     assert run(cells, places, budget=400.0) == expected
+
+
+def test_the_time_of_a_failed_cell_is_not_learned(base: Path, places: Places) -> None:
+    cells = cells_of([grid("broken", "nothing")], base)
+    jobs = module._jobs(cells, places, quick_fit, 1, False, [])
+    results = [run_cell(cell, places) for cell in cells]  # there is no network
+    assert [job.failed(each) for job, each in zip(jobs[1:], results, strict=True)] == [True, True]
+    run(cells, places)
+    told = read_cells(places.results)
+    assert [job.failed(told[job.name]) for job in jobs[1:]] == [True, False]
 
 
 def test_it_is_kept_how_many_cells_were_measured_at_a_time(base: Path, places: Places) -> None:

@@ -29,7 +29,7 @@ def test_scores_are_there_again(tmp_path: Path) -> None:
     again = CalibrationFile(path, SETTINGS)
     assert again.networks == [FIRST, second]
     assert again.find("a.ckpt", "12ef") == FIRST
-    assert again.find("c.ckpt", "12ef") is None
+    assert again.find("c.ckpt", "56") is None
     assert [each.name for each in path.parent.iterdir()] == ["calibration.json"]
 
 
@@ -156,3 +156,11 @@ def test_a_full_disk_does_not_end_the_work(tmp_path: Path, monkeypatch: pytest.M
 
 def _full(descriptor: int) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_network_is_known_under_another_spelling_of_its_name(tmp_path: Path) -> None:
+    file = CalibrationFile(tmp_path / "calibration.json", SETTINGS)
+    file.add(FIRST)
+    assert file.find("./a.ckpt", "12ef") == FIRST
+    file.add(NetworkScore("b.ckpt", "34", 0.25, "clean", 4.5))
+    assert file.find("b.ckpt", "12ef") == FIRST  # the files were renamed

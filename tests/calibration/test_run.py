@@ -18,6 +18,7 @@ from lightning_mnp.calibration.run import (
     digest_networks,
     score_table,
 )
+from lightning_mnp.signals.population import read_population
 
 
 def report(score: float, **changes: Any) -> DefenseReport:
@@ -79,6 +80,23 @@ def test_only_networks_without_a_score_are_audited(tmp_path: Path) -> None:
     assert scores[0] == NetworkScore("a", "1", 1.5, "backdoored", 7.123)
     again = CalibrationFile(tmp_path / "calibration.json", {"seed": 0})
     assert again.networks == [known, scores[2], scores[0]]
+
+
+def test_another_spelling_of_a_name_is_no_other_network(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    kept = CalibrationFile(path, {"seed": 0})
+    kept.add(NetworkScore("a", "1", 0.25, "clean", 2.0))
+    asked: list[str] = []
+
+    def audits(files: Sequence[str]) -> list[tuple[str, TimedReport]]:
+        asked.extend(files)
+        return []
+
+    scores = collect_scores({"./a": "1"}, kept, audits, lambda line: None)
+    assert asked == []
+    kept.finish(calibrate_threshold([0.25], 0.5), [score.file for score in scores])
+    assert len(kept.networks) == 1
+    assert read_population(str(path)).scores == {"1": 0.25}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from checkpoint_files import no_more_than
 
+from lightning_mnp.checkpoints import atomic_write as module
 from lightning_mnp.checkpoints.atomic_write import (
     OutputError,
     check_new,
@@ -110,14 +113,65 @@ def test_full_disk_under_torch(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_in_the_place_of_the_partial_file_is_not_followed(tmp_path: Path) -> None:
-    """The name can be guessed by who else writes to the folder."""
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_link_in_the_place_of_a_partial_file_is_not_followed(
+    tmp_path: Path, replace: bool
+) -> None:
+    """Who else writes to the folder cannot guess the name."""
     (tmp_path / "precious").write_text("old")
-    (tmp_path / ".file.partial").symlink_to(tmp_path / "precious")
-    write_atomically(tmp_path / "file", write_text, argument="path", replace=True)
+    for name in ("partial", "tmp", "00000000.tmp"):
+        (tmp_path / f".file.{name}").symlink_to(tmp_path / "precious")
+    write_atomically(tmp_path / "file", write_text, argument="path", replace=replace)
     assert (tmp_path / "precious").read_text() == "old"
     assert not (tmp_path / "file").is_symlink()
     assert (tmp_path / "file").read_text() == "new" * 1000
+
+
+def test_two_writers_of_a_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def write(partial: Path) -> None:
+        partial.write_text("slow")
+        write_atomically(path, write_text, argument="path", replace=True)  # meanwhile
+
+    write_atomically(path, write, argument="path", replace=True)
+    assert path.read_text() == "slow"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    here, ended = module._machine(), subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    digits = "0123abcd.tmp"
+    killed, working = f".a[1].{here}-{ended.pid}-{digits}", f".a[1].{here}-{os.getpid()}-{digits}"
+    elsewhere, stale = f".a[1].ffffff-{ended.pid}-{digits}", f".a[1].eeeeee-1-{digits}"
+    others = (".a[1].of-mine.tmp", f".a1.{here}-{ended.pid}-{digits}")
+    for name in (killed, working, elsewhere, stale, *others):
+        (tmp_path / name).touch()
+    for name in (stale, *others):
+        os.utime(tmp_path / name, (0, 0))
+    write_atomically(tmp_path / "a[1]", write_text, argument="path", replace=True)
+    left = {each.name for each in tmp_path.iterdir()}
+    assert left == {"a[1]", working, elsewhere, *others}
+
+
+@pytest.mark.parametrize(
+    ("error", "running"),
+    [(None, True), (ProcessLookupError(), False), (PermissionError(), True)],
+)
+def test_a_process_of_somebody_else_is_running(
+    error: OSError | None, running: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(process: int, signal: int) -> None:
+        assert signal == 0
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert module._is_running(1) is running
+    monkeypatch.setattr(os, "kill", None)  # would fail
+    monkeypatch.setattr(os, "name", "nt")
+    assert module._is_running(1)
 
 
 def test_missing_folder(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from cell_results import result, write
 
 from lightning_mnp.benchmark import networks
 from lightning_mnp.benchmark.records import read_cells
+from lightning_mnp.checkpoints.atomic_write import OutputError
 from lightning_mnp.cli import benchmark as module
 from lightning_mnp.cli.benchmark import parse_seconds
 from lightning_mnp.cli.command_line import main
@@ -67,6 +68,17 @@ def test_cells_are_measured_and_kept(
     assert "0 cells measured, 2 kept" in capsys.readouterr().out
 
 
+def test_another_folder_of_images_makes_other_cells(config: Write) -> None:
+    path = config(CONFIG)
+    for folder in ("cats", "dogs"):
+        assert run("--config", str(path), "--data", folder) == 0
+    roots = {
+        each["cell"]["network"]["root"]
+        for each in read_cells(Path("benchmarks/results/cells")).values()
+    }
+    assert roots == {str(Path("cats").absolute()), str(Path("dogs").absolute())}
+
+
 def test_the_exit_code_tells_of_a_failed_cell(
     config: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +108,9 @@ def test_the_exit_code_tells_of_a_failed_cell(
         ),
         ("grids:", "test_images: 0\ngrids:", "`test_images` to be at least 1, but got 0"),
         ("grids:", "budget: soon\ngrids:", "`budget` to be a time above 0, .* but got 'soon'"),
+        ("grids:", "budget: 0\ngrids:", "`budget` to be a time above 0, .* but got 0"),
+        ("grids:", "out: site/base.yaml/x\ngrids:", "`out` to be where files can be written"),
+        ("grids:", "networks: full\ngrids:", "`networks` to be where files can be written"),
         ("grids:", "jobs: 0\ngrids:", "`jobs` to be at least 1, but got 0"),
         ("[8]", "[1]", "`defense_sizes` of a grid to be at least 2"),
     ],
@@ -104,7 +119,10 @@ def test_mistakes_are_told_before_any_training(
     config: Write, tmp_path: Path, old: str, new: str, message: str
 ) -> None:
     path = config(CONFIG.replace(old, new))
-    with pytest.raises(ValueError, match=message):
+    for name in ("full", "site/base.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()  # a file where a folder is wanted
+    with pytest.raises((ValueError, OutputError), match=message):
         run("--config", str(path))
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "benchmarks").exists()
@@ -168,6 +186,19 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| BadNets | ours | 95.00 / 100.00 |" in (tmp_path / "page" / "report.md").read_text()
 
 
+@pytest.mark.parametrize(("given", "budget"), [("500", 500.0), ("500s", "500s"), ("'8m'", "8m")])
+def test_a_budget_may_be_a_number(
+    given: str, budget: float | str, config: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(module, "_run", lambda fit, **values: found.append(values["budget"]) or 0)
+    path = config(CONFIG)
+    run("--config", str(path), "--budget", given.strip("'"))
+    path = config(f"{CONFIG}budget: {given}\n")
+    run("--config", str(path))
+    assert found == [budget, budget]
+
+
 def test_paths_may_begin_with_a_tilde(
     config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,9 +239,9 @@ def test_a_report_with_nothing_to_draw_does_not_ask_for_matplotlib(
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("500s", 500.0), ("8m", 480.0), ("1.5h", 5400.0), ("7", 7.0), (None, None)],
+    [("500s", 500.0), ("8m", 480.0), ("1.5h", 5400.0), ("7", 7.0), (7, 7.0), (None, None)],
 )
-def test_times(text: str | None, seconds: float | None) -> None:
+def test_times(text: float | str | None, seconds: float | None) -> None:
     assert parse_seconds(text) == seconds
 
 

@@ -135,3 +135,30 @@ def test_without_masks_nothing_is_refused(changes: dict[str, Any]) -> None:
     data = DefenseSet(*images_and_labels(12))
     when: Any = "always" if changes else "never"
     assert MNPDefense(small_network(), data, config, when=when).phase == "reference"
+
+
+def test_a_check_that_is_interrupted_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**SHORT, "pruning.rule": "count", "pruning.amount": 1, "pruning.repair": True}
+    config = MNPConfig.paper({**options, "pruning.reaudit": False})
+    data = DefenseSet(*images_and_labels(12))
+    expected = MNPDefense(thin_network(), data, config, when="always")
+    while not expected.finished:
+        expected.step()
+    defense = MNPDefense(thin_network(), data, config, when="always")
+    while defense.phase != "check":
+        defense.step()
+
+    def interrupted(target: int | None) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(defense.purification, "check", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            defense.step()
+    while not defense.finished:
+        defense.step()
+    found, wanted = defense.report(), expected.report()
+    assert wanted.pruning.shift
+    assert found.pruning.shift == wanted.pruning.shift
+    assert found.accuracy_after == wanted.accuracy_after
+    assert found.class_accuracy_after == wanted.class_accuracy_after

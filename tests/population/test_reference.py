@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.population import __main__ as command
 from benchmarks.population.recipes import Recipe
 from benchmarks.population.reference import reference_of, write_reference
 from lightning_mnp.signals.population import read_population
@@ -58,3 +59,33 @@ def test_clean_networks_that_were_judged(tmp_path: Path) -> None:
 def test_no_audits_by_the_version(audits: list[dict[str, Any]], found: str) -> None:
     with pytest.raises(ValueError, match=rf"by version 12ef .*, but found {found}.* `--renew`"):
         reference_of(RECIPES, audits, "12ef")
+
+
+@pytest.mark.parametrize("others", [[], [audit("b", 0, 0.2, version="34")]])
+def test_a_part_of_the_networks_is_not_the_population(others: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match=r"audit of each clean .* but found none of b\. Train"):
+        reference_of(RECIPES, [audit("a", 0, 0.1), *others], "12ef")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["reference"], "--split: `reference` takes the networks of one split"),
+        (["reference", "--split", "reporting", "--only", "cnn-light-401"], "--only: `reference`"),
+        (["reference", "--split", "reporting", "--group", "whole"], "--group: `reference` takes"),
+        (["audit", "--only"], "--only: expected at least one argument"),
+        (["audit", "--jobs", "0"], "--jobs: expected at least 1, but got 0"),
+    ],
+)
+def test_mistakes_of_the_command(
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("write_reference", "_audit"):  # would change the package, or audit
+        monkeypatch.setattr(command, name, None)
+    with pytest.raises(SystemExit) as stop:
+        command.main(words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

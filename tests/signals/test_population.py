@@ -8,7 +8,7 @@ import pytest
 from helpers import loader, quick_config, trained_network
 from scipy.stats import beta
 
-from lightning_mnp import DefenseSet, MNPDefense
+from lightning_mnp import DefenseSet, MNPDefense, calibrate_threshold
 from lightning_mnp.calibration.file import CalibrationFile, NetworkScore
 from lightning_mnp.config import Constants
 from lightning_mnp.signals.abstention import AbstentionConstants
@@ -56,6 +56,16 @@ def test_a_calibration_is_a_population(tmp_path: Path, monkeypatch: pytest.Monke
     assert read_population("~/calibration.json").scores == population.scores
 
 
+def test_networks_without_a_part_in_the_threshold_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    file = CalibrationFile(path, {"seed": 0})
+    for name, weights, score in [("a", "1", 0.25), ("b", "2", 0.5), ("evil", "3", 9.0)]:
+        file.add(NetworkScore(name, weights, score, "clean", 1.0))
+    assert read_population(str(path)).scores == {"1": 0.25, "2": 0.5, "3": 9.0}
+    file.finish(calibrate_threshold([0.25, 0.5], 0.4), ["a", "b"])
+    assert read_population(str(path)).scores == {"1": 0.25, "2": 0.5}
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -64,6 +74,8 @@ def test_a_calibration_is_a_population(tmp_path: Path, monkeypatch: pytest.Monke
         '{"format": "other", "networks": []}',
         '{"format": "lightning-mnp calibration 2"}',
         '{"format": "lightning-mnp calibration 2", "networks": [{"weights": "a"}]}',
+        '{"format": "lightning-mnp calibration 2", "networks": [], "calibration": 3}',
+        '{"format": "lightning-mnp calibration 2", "networks": [], "calibration": {}}',
         '{"format": "lightning-mnp calibration 2", "networks": [{"weights": "a", "score": -1}]}',
         '{"format": "lightning-mnp calibration 2", "networks": [{"weights": "a", "score": NaN}]}',
         '{"format": "lightning-mnp calibration 2", "networks": [{"weights": "a", "score": []}]}',
