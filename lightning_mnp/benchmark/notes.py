@@ -13,6 +13,7 @@ __all__ = [
     "POINTS",
     "fine_tuned",
     "losses",
+    "not_counted",
     "not_learned",
     "not_shown",
     "other_code",
@@ -23,6 +24,20 @@ __all__ = [
 # A rival is better if it is so by more than this, in CA or ASR, and no worse in the other.
 POINTS = 0.5
 _LEARNED = 50.0  # ASR in percent
+
+
+def not_counted(results: Sequence[Result]) -> list[str]:
+    """Return a sentence that says what passes leave out, if a method does more than they tell.
+
+    Args:
+        results: The results.
+    """
+    if all(each.label.partition(" (")[0] != "i-bau" for each in results):
+        return []
+    return [
+        "Passes leave out I-BAU's products with second derivatives, six for each batch that the "
+        "weights learn from: they take most of its time."
+    ]
 
 
 def not_learned(attack: str, group: Sequence[Result]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lightning_mnp.benchmark.notes import (
     fine_tuned,
+    not_counted,
     not_learned,
     not_shown,
     of_seed,
@@ -75,6 +76,7 @@ def _table(number: int, here: Sequence[Result], marks: Marks, of: str) -> Table:
         *trained_again(here),
         *other_code(shown),
         *not_shown(trials),
+        *not_counted(shown),
     ]
     for name in attacks:
         notes += not_learned(name, _of(here, name))

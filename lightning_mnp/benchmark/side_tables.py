@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 
-from lightning_mnp.benchmark.notes import other_recipes
+from lightning_mnp.benchmark.notes import not_counted, other_recipes
 from lightning_mnp.benchmark.results import Marks, Result, Setting, settings_of
 from lightning_mnp.benchmark.table import Table, head
 
@@ -87,8 +87,7 @@ def cost(results: Sequence[Result], marks: Marks) -> Table | None:
         "Medians; the peak is the highest. A pass is one image, forward and backward; forward "
         "alone is a third. On a CPU, the peak is that of the whole process."
     ]
-    if any(each.label.partition(" (")[0] == "i-bau" for each in results):
-        notes.append("I-BAU's products with second derivatives, six for each batch, do not count.")
+    notes += not_counted(results)
     return Table("cost", "Cost", heads, lines, notes) if lines else None
 
 

@@ -7,6 +7,7 @@ from cell_results import result
 from lightning_mnp.benchmark.notes import (
     fine_tuned,
     losses,
+    not_counted,
     not_learned,
     not_shown,
     other_code,
@@ -79,3 +80,9 @@ def test_networks_of_several_recipes_under_one_name_are_told() -> None:
     [told] = other_recipes([*seeds, longer])
     assert "Networks of several recipes" in told
     assert ": BadNets, seed 0 (2). Means here mix them" in told
+
+
+def test_passes_that_do_not_count_are_told() -> None:
+    assert not_counted([result("anp"), result("ft")]) == []
+    [told] = not_counted([result("anp"), result("i-bau (lr=0.0001)")])
+    assert told.startswith("Passes leave out I-BAU's products")
