@@ -241,6 +241,8 @@ class NetworkRecipe:
         _arguments(content["data"]).pop("root", None)
         if self.root is not None:
             _set(content, "data.root", self.root)
+        if files := _digests(self.attack_options.get("init_args") or {}):
+            content["files"] = files
         if (clean := self.clean) is not None:
             content["clean"] = clean.digest
             for name in ("data.attack.reference.checkpoint", "model.checkpoint"):
@@ -455,6 +457,23 @@ def _set(content: dict[str, Any], name: str, value: Any, only_known: bool = Fals
     content = _arguments(content)
     if not only_known or last in content:
         content[last] = value
+
+
+def _digests(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the SHA-256 of each file that an option names, such as Blend's image.
+
+    Weights of a reference network are not among them: a benchmark puts its own in their place.
+    """
+    paths = {
+        name: Path(os.path.expanduser(value))
+        for name, value in options.items()
+        if isinstance(value, str) and value
+    }
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in paths.items()
+        if path.is_file()
+    }
 
 
 def _arguments(content: dict[str, Any]) -> dict[str, Any]:

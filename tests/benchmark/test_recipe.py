@@ -82,6 +82,19 @@ def test_what_decides_on_the_weights_changes_the_digest(
     assert NetworkRecipe(base, **changes).digest != NetworkRecipe(base).digest
 
 
+def test_the_content_of_an_image_that_an_attack_names_changes_the_digest(base: Path) -> None:
+    image = base.with_name("image.png")
+    (base.with_name("picture.yaml")).write_text(
+        "data: {init_args: {attack: {class_path: lightning_mnp.attacks.Blend, init_args: "
+        f"{{image: {image}}}}}}}}}"
+    )
+    missing = NetworkRecipe(base, attack="picture").digest
+    image.write_bytes(b"one")
+    first = NetworkRecipe(base, attack="picture").digest
+    image.write_bytes(b"two")
+    assert len({missing, first, NetworkRecipe(base, attack="picture").digest}) == 3
+
+
 def test_what_does_not_decide_on_the_weights_leaves_the_digest(base: Path, tmp_path: Path) -> None:
     other = make_site(tmp_path / "elsewhere")
     other.write_text(f"# A comment\n{BASE}".replace("lr: 0.05", "lr:   0.05"))
