@@ -130,7 +130,7 @@ def test_other_weights_than_were_measured_are_refused(base: Path) -> None:
     folder = folder_of(base)
     folder.train(quick_fit, None, None)
     folder.load()
-    content = torch.load(folder.checkpoint)
+    content = torch.load(folder.checkpoint, weights_only=True)
     content["state_dict"]["4.bias"] += 1
     torch.save(content, folder.checkpoint)
     with pytest.raises(ValueError, match=r"weights that network\.json beside it was measured on"):
