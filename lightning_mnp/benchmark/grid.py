@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_mnp.benchmark.configuration import CLEAN
 from lightning_mnp.benchmark.methods import Method, Task
 from lightning_mnp.benchmark.names import file_words
-from lightning_mnp.benchmark.recipe import CLEAN, NetworkRecipe
+from lightning_mnp.benchmark.recipe import NetworkRecipe
 
 __all__ = ["Cell", "Grid", "cells_of"]
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -15,7 +12,7 @@ from torch import nn
 from lightning_mnp import baselines
 from lightning_mnp.api import audit, defend
 from lightning_mnp.baselines import BaselineResult, DetectionResult, Suspects
-from lightning_mnp.benchmark.names import nearest
+from lightning_mnp.benchmark.names import file_digests, nearest
 from lightning_mnp.config import MNPConfig
 from lightning_mnp.defense_data.defense_set import DefenseSet
 from lightning_mnp.report import DefenseReport
@@ -147,10 +144,7 @@ class Method:
             {}
         """
         path = self._own_config(0)[0].verdict.reference if self.name in _OURS else ""
-        if not path:
-            return {}
-        content = Path(os.path.expanduser(path)).read_bytes()
-        return {"verdict.reference": hashlib.sha256(content).hexdigest()}
+        return file_digests({"verdict.reference": path})
 
     def modules(self, task: Task) -> list[str]:
         """Return the names of the modules that carry out the method.

@@ -1,15 +1,17 @@
-"""Names that a user gives: of classes, and the known one that an unknown one is nearest to."""
+"""Names that a user gives: of classes and files, and the known one that is nearest to another."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-__all__ = ["file_words", "find_class", "nearest"]
+__all__ = ["file_digests", "file_words", "find_class", "nearest"]
 
 _LONGEST = 150  # a file's name may have 255 bytes, with the parts around the words
 
@@ -46,6 +48,28 @@ def file_words(text: str) -> str:
         return words
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{words[: _LONGEST - 9]}-{digest}"
+
+
+def file_digests(options: Mapping[str, object]) -> dict[str, str]:
+    """Return the SHA-256 of each file that an option names, by the name of the option.
+
+    Args:
+        options: Values by name; those that are no text, or no file that is there, are left out.
+
+    Example:
+        >>> file_digests({"ratio": 0.2, "image": "no-such-file.png"})
+        {}
+    """
+    paths = {
+        name: Path(os.path.expanduser(value))
+        for name, value in options.items()
+        if isinstance(value, str) and value
+    }
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in paths.items()
+        if path.is_file()
+    }
 
 
 def find_class(path: str) -> type[Any]:

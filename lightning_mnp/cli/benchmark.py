@@ -16,11 +16,11 @@ from jsonargparse.typing import Path_fr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lightning_mnp.benchmark.configuration import read_yaml
 from lightning_mnp.benchmark.executors import ExecutorName, open_executor
 from lightning_mnp.benchmark.grid import Cell, Grid, cells_of
 from lightning_mnp.benchmark.names import nearest
 from lightning_mnp.benchmark.networks import Fit, NetworkFolder
-from lightning_mnp.benchmark.recipe import read_yaml
 from lightning_mnp.benchmark.report import write_report
 from lightning_mnp.benchmark.run import Places, Summary, run_benchmark
 from lightning_mnp.checkpoints.atomic_write import check_writable

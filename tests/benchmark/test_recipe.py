@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from benchmark_site import ATTACKS, BASE, make_site
 
-from lightning_mnp.benchmark.recipe import NetworkRecipe, read_yaml
+from lightning_mnp.benchmark.recipe import NetworkRecipe
 
 
 @pytest.fixture
@@ -135,12 +135,6 @@ def test_a_rate_is_the_number_that_fit_reads(base: Path, rate: str) -> None:
     recipe = NetworkRecipe(base, "own")
     assert recipe.described()["rate"] == 0.05
     assert recipe.digest == NetworkRecipe(base, "usual").digest
-
-
-def test_words_that_look_like_numbers_stay_words(tmp_path: Path) -> None:
-    path = tmp_path / "words.yaml"
-    path.write_text("[e5, 1e, '5e-2', 0x1e, 3e2x]")
-    assert read_yaml(path) == ["e5", "1e", "5e-2", 30, "3e2x"]
 
 
 def test_classes_may_be_named_alone(base: Path) -> None:
@@ -343,22 +337,3 @@ def test_arguments_that_are_left_empty(base: Path) -> None:
     )
     content = NetworkRecipe(base, "own", seed=2).content
     assert content["data"]["init_args"]["attack"]["init_args"] == {"seed": 2}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (b"a: [\n  b: c", r"base\.yaml to hold YAML, but in line 2 it does not: .*\. Correct"),
-        (b"a: \xff", r"base\.yaml to hold YAML, but it does not: .*\. Correct the file"),
-    ],
-)
-def test_a_file_that_is_no_yaml(tmp_path: Path, text: bytes, message: str) -> None:
-    (tmp_path / "base.yaml").write_bytes(text)
-    with pytest.raises(ValueError, match=message):
-        _ = NetworkRecipe(tmp_path / "base.yaml").content
-
-
-def test_a_file_without_options(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text("3")
-    with pytest.raises(ValueError, match=r"to hold options of `fit`, .* but got 3"):
-        _ = NetworkRecipe(tmp_path / "base.yaml").content
