@@ -23,7 +23,7 @@ from lightning_mnp import DefenseSet, MNPConfig, MNPDefense, load_into, read_sta
 from lightning_mnp.data import CIFAR10DataModule
 from lightning_mnp.models import cifar_resnet18
 
-__all__ = ["Masks", "main", "masks_of", "needed_filters", "rank"]
+__all__ = ["Masks", "main", "masks_of", "needed_filters", "rank", "trained_network"]
 
 _SETTINGS = {"paper": MNPConfig.paper, "averaged": MNPConfig.averaged_masks}
 
@@ -60,6 +60,19 @@ def masks_of(network: nn.Module, data: DefenseSet, config: MNPConfig) -> Masks:
     filters = [(layer.name, place) for layer in case.layers for place in range(layer.filters)]
     masks = case.penalty.values.detach(), case.preserving.values.detach()
     return Masks(filters, *masks, case.scores)
+
+
+def trained_network(folder: Path) -> nn.Module:
+    """Read a ResNet-18 that `fit` has trained, of whatever width.
+
+    Args:
+        folder: The folder with last.ckpt.
+    """
+    weights = read_state_dict(folder / "last.ckpt")
+    stem = next(weight for name, weight in weights.items() if name.endswith("conv1.weight"))
+    network = cifar_resnet18(10, stem.shape[0])
+    load_into(network, weights)
+    return network.eval()
 
 
 def needed_filters(file: Path, above: float) -> dict[tuple[str, int], float]:
@@ -99,10 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--settings", nargs="*", choices=_SETTINGS, default=list(_SETTINGS))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    weights = read_state_dict(options.network / "last.ckpt")
-    stem = next(weight for name, weight in weights.items() if name.endswith("conv1.weight"))
-    network = cifar_resnet18(10, stem.shape[0])
-    load_into(network, weights)
+    network = trained_network(options.network)
     module = CIFAR10DataModule(options.data.expanduser())
     module.setup("test")
     data = DefenseSet.from_loader(module.defense_dataloader())
@@ -110,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| setting | filter | BLC | M1 | M2 | rank by M1 | rank by the mean of M1 + M2 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in options.settings:
-        masks = masks_of(network.eval(), data, _SETTINGS[name](seed=0))
+        masks = masks_of(network, data, _SETTINGS[name](seed=0))
         for key, change in needed.items():
             place = masks.filters.index(key)
             both = f"{masks.penalty[place]:.2f} | {masks.preserving[place]:.2f}"
